@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests. Everything comes from this machine: loopback servers, pinned wheels, seeded weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run from the project's root, as the pipeline does, whatever directory pytest was started in."""
+    monkeypatch.chdir(ROOT)
+
+
+def dataset(name: str) -> Path:
+    """A pinned dataset file, fetched into the store on first use."""
+    from pipeline.checkpoint.sources import fetch_dataset
+    from pipeline.checkpoint.store import Store
+    from pipeline.config import load_datasets
+
+    return fetch_dataset(name, load_datasets().datasets[name], Store())
+
+
+@pytest.fixture(scope="session")
+def humaneval_path() -> Path:
+    """The original HumanEval.jsonl.gz."""
+    return dataset("humaneval")
+
+
+@pytest.fixture(scope="session")
+def mmlu_path() -> Path:
+    """MMLU's official test split as JSON lines."""
+    return dataset("mmlu")
