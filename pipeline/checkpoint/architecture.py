@@ -1,0 +1,290 @@
+"""The normalised description of a decoder, read from config.json, and the tensors that it must have.
+
+One dataclass serves every family; what differs between families is a row in `_FAMILIES`:
+
+======  ============================================================================================
+llama   separate q/k/v and gate/up
+qwen2   llama with q/k/v biases
+mimo    qwen2 whose `model.mtp_layers.*` (multi-token prediction) the main forward never uses: dropped
+phi3    fused qkv_proj and gate_up_proj, partial rotary, LongRoPE
+======  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one family of decoders."""
+
+    genai_type: str
+    fused: bool = False
+    qkv_bias: bool = False
+    unused_prefixes: tuple[str, ...] = ()
+
+
+_FAMILIES = {
+    "llama": Family("llama"),
+    "qwen2": Family("qwen2", qkv_bias=True),
+    "mimo": Family("qwen2", qkv_bias=True, unused_prefixes=("model.mtp_layers.",)),
+    "phi3": Family("phi3", fused=True),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding. For LongRoPE, `short_factor`/`long_factor` divide the frequencies (one per pair of channels)."""
+
+    theta: float
+    dims: int
+    original_max_position: int
+    attention_factor: float = 1.0
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of the decoder, [rows, columns] as stored: y = x · Wᵀ.
+
+    Matrices with the same `input` multiply the same activations.
+    """
+
+    name: str
+    role: str
+    layer: int
+    rows: int
+    columns: int
+    input: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and a gated SiLU MLP."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    rms_eps: float
+    max_position: int
+    sliding_window: int | None
+    rope: Rope
+    tied: bool
+
+    @property
+    def traits(self) -> Family:
+        """The family's row."""
+        return _FAMILIES[self.family]
+
+    def body(self, layer: int) -> list[Matrix]:
+        """The quantizable matrices of one layer, in the order of execution."""
+        prefix = f"model.layers.{layer}."
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.traits.fused:
+            attention = [("self_attn.qkv_proj", query + 2 * key)]
+            mlp = [("mlp.gate_up_proj", 2 * self.intermediate)]
+        else:
+            attention = [("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)]
+            mlp = [("mlp.gate_proj", self.intermediate), ("mlp.up_proj", self.intermediate)]
+        table = [
+            *((name, rows, self.hidden, "attention") for name, rows in attention),
+            ("self_attn.o_proj", self.hidden, query, "output"),
+            *((name, rows, self.hidden, "mlp") for name, rows in mlp),
+            ("mlp.down_proj", self.hidden, self.intermediate, "down"),
+        ]
+        return [
+            Matrix(f"{prefix}{name}.weight", name.split(".")[1], layer, rows, columns, f"layers.{layer}.{source}")
+            for name, rows, columns, source in table
+        ]
+
+    @property
+    def head(self) -> Matrix:
+        """The output projection; its name is the embedding's when they are tied."""
+        name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+        return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head")
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """All matrices that multiply activations: the body's in order, then the head."""
+        return [matrix for layer in range(self.layers) for matrix in self.body(layer)] + [self.head]
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every tensor the graph reads."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for layer in range(self.layers):
+            for matrix in self.body(layer):
+                shapes[matrix.name] = (matrix.rows, matrix.columns)
+                if self.traits.qkv_bias and matrix.role in {"q_proj", "k_proj", "v_proj"}:
+                    shapes[matrix.name.removesuffix("weight") + "bias"] = (matrix.rows,)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden,)
+        shapes["model.norm.weight"] = (self.hidden,)
+        shapes[self.head.name] = (self.vocab, self.hidden)
+        return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that the graph reads (a tied head counted once)."""
+        return sum(math.prod(shape) for shape in self.expected_tensors().values())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dictionary.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Run the download stage again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a JSON object.")
+    return config
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Normalise a config.json of a supported family. Remote code (`auto_map`) is never run.
+
+    Raises:
+        CheckpointError: unknown architecture (with the nearest known one), a missing or absurd value, or a variation
+            that the graph builder does not compute; never approximated in silence.
+    """
+    config = read_config(path)
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        near = difflib.get_close_matches(str(family), _FAMILIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise CheckpointError(
+            f"{path}: model_type {family!r} (architectures {config.get('architectures')}) is not supported.{hint} "
+            f"Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares this decoder."
+        )
+    _refuse_variations(config, path)
+    heads = _positive(config, "num_attention_heads", path)
+    hidden = _positive(config, "hidden_size", path)
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if heads % kv_heads or (not config.get("head_dim") and hidden % heads):
+        raise CheckpointError(f"{path}: {heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}.")
+    tied = config.get("tie_word_embeddings")
+    return Architecture(
+        family=family,
+        layers=_positive(config, "num_hidden_layers", path),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=int(head_dim),
+        intermediate=_positive(config, "intermediate_size", path),
+        vocab=_positive(config, "vocab_size", path),
+        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position=_positive(config, "max_position_embeddings", path),
+        sliding_window=_sliding_window(config),
+        rope=_read_rope(config, int(head_dim), path),
+        tied=bool(tied) if tied is not None else False,
+    )
+
+
+def _positive(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise CheckpointError(f"{path}: {key} is {value!r}; a positive integer is needed.")
+    return value
+
+
+def _refuse_variations(config: dict[str, Any], path: Path) -> None:
+    family = _FAMILIES[config["model_type"]]
+    wrong = {
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "attention_bias": bool(config.get("attention_bias")) and not family.qkv_bias,
+        "quantization_config": config.get("quantization_config") is not None,
+    }
+    for key, bad in wrong.items():
+        if bad:
+            raise CheckpointError(f"{path}: {key} = {config[key]!r} is not supported for {config['model_type']}.")
+
+
+def _sliding_window(config: dict[str, Any]) -> int | None:
+    if config["model_type"] in {"qwen2", "mimo"} and not config.get("use_sliding_window"):
+        return None
+    window = config.get("sliding_window")
+    return int(window) if window else None
+
+
+def _read_rope(config: dict[str, Any], head_dim: int, path: Path) -> Rope:
+    theta = float(config.get("rope_theta", 10000.0))
+    dims = int(head_dim * config.get("partial_rotary_factor", 1.0))
+    max_position = config["max_position_embeddings"]
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return Rope(theta, dims, max_position)
+    if kind not in {"longrope", "su"}:
+        raise CheckpointError(f"{path}: rope_scaling type {kind!r} is not supported; supported: default, longrope.")
+    original = int(config.get("original_max_position_embeddings") or max_position)
+    factors = []
+    for key in ("short_factor", "long_factor"):
+        values = scaling.get(key)
+        if not isinstance(values, list) or len(values) != dims // 2:
+            raise CheckpointError(f"{path}: rope_scaling.{key} must list {dims // 2} numbers (rotary dimension {dims}).")
+        factors.append(tuple(float(value) for value in values))
+    ratio = max_position / original
+    computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    attention_factor = float(scaling.get("attention_factor") or computed)
+    return Rope(theta, dims, original, attention_factor, factors[0], factors[1])
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
+    """Compare a checkpoint with its architecture; return one sentence for everything that is left out on purpose.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is unknown.
+    """
+    expected = architecture.expected_tensors()
+    if missing := [name for name in expected if name not in checkpoint]:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]!r}. "
+            f"The checkpoint is incomplete, or its config.json describes another model."
+        )
+    for name, shape in expected.items():
+        if checkpoint[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.folder / checkpoint[name].file}: tensor {name!r} has shape "
+                f"{list(checkpoint[name].shape)}, config.json asks for {list(shape)}."
+            )
+    return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
+
+
+def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[str]) -> list[str]:
+    notes = []
+    for prefix in architecture.traits.unused_prefixes:
+        dropped = [name for name in extra if name.startswith(prefix)]
+        if dropped:
+            count = sum(checkpoint[name].elements for name in dropped)
+            notes.append(f"left out {len(dropped)} tensors under {prefix}* ({count:,} parameters): the forward never uses them")
+        extra = [name for name in extra if not name.startswith(prefix)]
+    if architecture.tied and "lm_head.weight" in extra:
+        notes.append("left out lm_head.weight: config.json ties the head to the embedding")
+        extra.remove("lm_head.weight")
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(extra)} tensors are unknown to family {architecture.family!r}, the first is "
+            f"{extra[0]!r}. Dropping them in silence could change the model."
+        )
+    return notes

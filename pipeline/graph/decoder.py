@@ -1,0 +1,229 @@
+"""The decoder graph of an architecture, as onnxruntime-genai runs it on phones.
+
+Inputs input_ids, attention_mask [batch, total] and past_key_values.N.{key,value} [batch, kv_heads, past, head_dim];
+outputs logits [batch, sequence, vocab] and present.N.{key,value}. Attention is GroupQueryAttention with the rotary
+embedding inside; norms are fused with the residual sum; products are FusedMatMul(transB) so that weights stay in the
+[rows, columns] order of the checkpoint and are referenced where they lie. No quantization mathematics here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from pipeline.checkpoint.architecture import Architecture, Matrix
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import GraphError
+from pipeline.files import write_bytes
+from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, stored_type, value_info
+from pipeline.graph.rope import rope_tables
+
+ROPE_FILE = "rope.data"
+
+
+def build_decoder(architecture: Architecture, checkpoint: Checkpoint, context: int) -> tuple[onnx.ModelProto, bytes]:
+    """The full-precision graph for at most `context` tokens, and the bytes of its rotary tables (`ROPE_FILE`).
+
+    Every weight is a reference into the checkpoint's own files. Raises GraphError when the context exceeds what the
+    model was trained for.
+    """
+    limit = min(architecture.max_position, architecture.sliding_window or architecture.max_position)
+    if context > limit:
+        raise GraphError(
+            f"context {context:,} exceeds {limit:,} tokens (max_position_embeddings {architecture.max_position:,}, "
+            f"sliding window {architecture.sliding_window}). Lower `context` in the model's entry."
+        )
+    decoder = _Decoder(architecture, checkpoint, context)
+    return decoder.write(), bytes(decoder.rope_data)
+
+
+def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: str) -> None:
+    """Write the graph as folder/name and its rotary tables beside it, atomically."""
+    write_bytes(folder / ROPE_FILE, rope_data)
+    write_bytes(folder / name, model.SerializeToString(deterministic=True))
+
+
+class _Decoder(GraphWriter):
+    """Writes one architecture's nodes; each method is one part of a transformer and returns its output's name."""
+
+    def __init__(self, architecture: Architecture, checkpoint: Checkpoint, context: int):
+        super().__init__()
+        self.arch = architecture
+        self.expected = architecture.expected_tensors()
+        self.checkpoint = checkpoint
+        self.context = context
+        self.rope_data = bytearray()
+        self._wide: set[str] = set()
+
+    def write(self) -> onnx.ModelProto:
+        arch = self.arch
+        self.declare_inputs()
+        self.attention_lengths()
+        self.cos, self.sin = self.rope()
+        # The first norm has nothing to add; from then on each norm adds the block before it to the residual.
+        residual = self.embedding()
+        pending = None
+        for layer in range(arch.layers):
+            prefix = f"model.layers.{layer}"
+            normed, residual = self.norm(residual, pending, f"{prefix}.input_layernorm")
+            pending = self.attention(normed, layer)
+            normed, residual = self.norm(residual, pending, f"{prefix}.post_attention_layernorm")
+            pending = self.mlp(normed, layer)
+        normed, _ = self.norm(residual, pending, "model.norm")
+        self.linear(normed, arch.head, "logits")
+        self.declare_outputs()
+        return self.model(arch.family)
+
+    # --- weights ---
+
+    def stored(self, name: str) -> str:
+        """The checkpoint's tensor in its own dtype, as a reference."""
+        ref = self.checkpoint[name]
+        self.initializers[name] = external_tensor(
+            name, stored_type(ref.dtype), ref.shape, ref.file, ref.offset, ref.length
+        )
+        return name
+
+    def weight(self, name: str) -> str:
+        """The checkpoint's tensor as float32."""
+        self.stored(name)
+        if self.checkpoint[name].dtype == "F32":
+            return name
+        wide = f"{name}/float32"
+        if name not in self._wide:
+            self._wide.add(name)
+            self.node("Cast", [name], wide, to=TensorProto.FLOAT)
+        return wide
+
+    def linear(self, x: str, matrix: Matrix, output: str) -> str:
+        """x · Wᵀ, plus the bias where the family has one."""
+        bias = matrix.name.removesuffix("weight") + "bias"
+        self.node("FusedMatMul", [x, self.weight(matrix.name)], output, MICROSOFT, transB=1)
+        return self.node("Add", [output, self.weight(bias)], f"{output}/biased") if bias in self.expected else output
+
+    # --- parts of the transformer ---
+
+    def embedding(self) -> str:
+        name = "model.embed_tokens.weight"
+        rows = self.node("Gather", [self.stored(name), "input_ids"], "embedding")
+        if self.checkpoint[name].dtype == "F32":
+            return rows
+        return self.node("Cast", [rows], "embedding/float32", to=TensorProto.FLOAT)
+
+    def norm(self, residual: str, pending: str | None, name: str) -> tuple[str, str]:
+        """RMSNorm of residual + pending: (normed, the sum)."""
+        gamma = self.weight(f"{name}.weight")
+        if pending is None:
+            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=self.arch.rms_eps)
+            return name, residual
+        total = f"{name}/sum"
+        self.node(
+            "SkipSimplifiedLayerNormalization",
+            [residual, pending, gamma],
+            name,
+            MICROSOFT,
+            more=("", "", total),
+            epsilon=self.arch.rms_eps,
+        )
+        return name, total
+
+    def attention(self, x: str, layer: int) -> str:
+        arch, prefix = self.arch, f"layers.{layer}"
+        *projections, output = (matrix for matrix in arch.body(layer) if matrix.input.endswith(("attention", "output")))
+        qkv = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = tuple(f"present.{layer}.{part}" for part in ("key", "value"))
+        mixed = self.node(
+            "GroupQueryAttention",
+            [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin],
+            f"{prefix}.attention",
+            MICROSOFT,
+            more=present,
+            num_heads=arch.heads,
+            kv_num_heads=arch.kv_heads,
+            scale=arch.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return self.linear(mixed, output, f"{prefix}.{output.role}")
+
+    def mlp(self, x: str, layer: int) -> str:
+        prefix = f"layers.{layer}"
+        *projections, down = (matrix for matrix in self.arch.body(layer) if matrix.input.endswith(("mlp", "down")))
+        parts = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
+        if self.arch.traits.fused:
+            halves = (f"{prefix}.gate", f"{prefix}.up")
+            self.node("Split", parts, halves[0], more=halves[1:], axis=-1, num_outputs=2)
+            parts = list(halves)
+        silu = self.node("QuickGelu", [parts[0]], f"{prefix}.silu", MICROSOFT, alpha=1.0)
+        product = self.node("Mul", [silu, parts[1]], f"{prefix}.gated")
+        return self.linear(product, down, f"{prefix}.{down.role}")
+
+    # --- positions ---
+
+    def attention_lengths(self) -> None:
+        """GroupQueryAttention's seqlens_k (tokens so far minus one, per sequence) and total_sequence_length."""
+        one, axis = self.constant("one", np.array(1, np.int64)), self.constant("axis_1", np.array([1], np.int64))
+        total = self.node("ReduceSum", ["attention_mask", axis], "mask_total", keepdims=0)
+        last = self.node("Sub", [total, one], "mask_last")
+        self.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+        shape = self.node("Shape", ["attention_mask"], "mask_shape", start=1, end=2)
+        scalar = self.node("Squeeze", [shape], "mask_length")
+        self.node("Cast", [scalar], "total_sequence_length", to=TensorProto.INT32)
+
+    def rope(self) -> tuple[str, str]:
+        """Names of the cos and sin tables in force: LongRoPE picks by the total length, as transformers does."""
+        rope = self.arch.rope
+        if rope.short_factor is None or rope.long_factor is None:
+            return self.tables("", self.context, None)
+        short = self.tables("short_", min(self.context, rope.original_max_position), rope.short_factor)
+        if self.context <= rope.original_max_position:
+            return short
+        long = self.tables("long_", self.context, rope.long_factor)
+        limit = self.constant("original_max_position", np.array(rope.original_max_position, np.int32))
+        is_long = self.node("Greater", ["total_sequence_length", limit], "is_long")
+        branches = {"then_branch": _identities("long", long), "else_branch": _identities("short", short)}
+        self.node("If", [is_long], "cos_in_force", more=("sin_in_force",), **branches)
+        return "cos_in_force", "sin_in_force"
+
+    def tables(self, prefix: str, positions: int, factor: tuple[float, ...] | None) -> tuple[str, str]:
+        names = f"{prefix}cos_cache", f"{prefix}sin_cache"
+        for name, table in zip(names, rope_tables(self.arch.rope, positions, factor), strict=True):
+            data = table.tobytes()
+            self.initializers[name] = external_tensor(
+                name, TensorProto.FLOAT, table.shape, ROPE_FILE, len(self.rope_data), len(data)
+            )
+            self.rope_data += data
+        return names
+
+    # --- inputs and outputs ---
+
+    def declare_inputs(self) -> None:
+        arch = self.arch
+        self.inputs += [
+            value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+        ]
+        shape = ["batch", arch.kv_heads, "past", arch.head_dim]
+        for layer in range(arch.layers):
+            for part in ("key", "value"):
+                self.inputs.append(value_info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
+
+    def declare_outputs(self) -> None:
+        arch = self.arch
+        self.outputs.append(value_info("logits", TensorProto.FLOAT, ["batch", "sequence", arch.vocab]))
+        shape = ["batch", arch.kv_heads, "total", arch.head_dim]
+        for layer in range(arch.layers):
+            for part in ("key", "value"):
+                self.outputs.append(value_info(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
+
+
+def _identities(name: str, sources: tuple[str, str]) -> onnx.GraphProto:
+    """A branch of an If that passes on two values of the outer graph."""
+    outputs = [f"{name}_{part}" for part in ("cos", "sin")]
+    nodes = [helper.make_node("Identity", [source], [out]) for source, out in zip(sources, outputs, strict=True)]
+    infos = [value_info(out, TensorProto.FLOAT, ["positions", "pairs"]) for out in outputs]
+    return helper.make_graph(nodes, name, [], infos)
