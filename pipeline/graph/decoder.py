@@ -36,6 +36,11 @@ def build_decoder(architecture: Architecture, checkpoint: Checkpoint, context: i
             f"context {context:,} exceeds {limit:,} tokens (max_position_embeddings {architecture.max_position:,}, "
             f"sliding window {architecture.sliding_window}). Lower `context` in the model's entry."
         )
+    if architecture.rope.dims % 16:
+        raise GraphError(
+            f"rotary dimension {architecture.rope.dims} is not a multiple of 16, which GroupQueryAttention needs "
+            f"(head_dim {architecture.head_dim} × partial_rotary_factor)."
+        )
     decoder = _Decoder(architecture, checkpoint, context)
     return decoder.write(), bytes(decoder.rope_data)
 

@@ -1,0 +1,205 @@
+"""The quantized graph: the full-precision graph with its products and its embedding replaced, weights to be written.
+
+Pure rewriting: no weight is read. `quantize_graph` says which tensors the artifact stores (`Stored`), and
+`place_tensors` binds them to byte ranges once the layout is known, so that the finished model's size is known too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from pipeline.errors import GraphError
+from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor
+from pipeline.planning.layout import Layout
+from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
+
+# int8 activations: what the fast kernels of x86-64 and arm64 compute with.
+ACCURACY_LEVEL = 4
+_BYTES = {TensorProto.UINT8: 1, TensorProto.FLOAT16: 2, TensorProto.FLOAT: 4, TensorProto.INT32: 4}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the artifact's data: its ONNX type and shape, and the source it is computed or copied from."""
+
+    name: str
+    data_type: int
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Length in bytes."""
+        total = _BYTES[self.data_type]
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def piece_names(planned: PlannedMatrix) -> list[str]:
+    """Prefix of the stored tensors of each piece."""
+    stem = planned.matrix.name.removesuffix(".weight")
+    return [f"{stem}.high", f"{stem}.low"] if planned.split else [stem]
+
+
+def channel_names(planned: PlannedMatrix) -> tuple[str, str]:
+    """Names of the channel indices that a split input is gathered with."""
+    return f"{planned.matrix.input}.high.channels", f"{planned.matrix.input}.low.channels"
+
+
+class _Rewriter(GraphWriter):
+    def __init__(self, source: onnx.ModelProto, plan: Plan):
+        super().__init__()
+        self.source = source
+        self.plan = plan
+        self.planned = {item.matrix.name: item for item in (*plan.body, plan.head)}
+        self.references = {tensor.name: tensor for tensor in source.graph.initializer}
+        self.stored: dict[str, Stored] = {}
+        self.aliases: dict[str, Stored] = {}  # graph initializer → stored tensor, possibly under another shape
+        self.widened: dict[str, str] = {}
+        self.gathered: set[str] = set()
+
+    def rewrite(self) -> None:
+        for node in self.source.graph.node:
+            if node.op_type == "Cast" and node.input[0] in self.references:
+                self.widened[node.output[0]] = node.input[0]
+            elif node.op_type == "Gather" and node.input[1] == "input_ids":
+                self.embedding(node)
+            elif node.op_type == "Cast" and node.input[0] == "embedding":
+                continue  # the quantized embedding is float32 already, under this node's name
+            elif node.op_type == "FusedMatMul":
+                self.product(node)
+            else:
+                self.keep(node)
+        self.inputs, self.outputs = list(self.source.graph.input), list(self.source.graph.output)
+
+    def keep(self, node: onnx.NodeProto) -> None:
+        for name in node.input:
+            origin = self.widened.get(name, name)
+            if origin in self.references and not _inline(self.references[origin]):
+                self.declare(Stored(name, TensorProto.FLOAT, tuple(self.references[origin].dims)))
+            elif origin in self.references:
+                self.initializers[name] = self.references[origin]
+        for attribute in node.attribute:
+            for inner in attribute.g.node:
+                self.keep_captured(inner)
+        self.nodes.append(node)
+
+    def keep_captured(self, node: onnx.NodeProto) -> None:
+        """Initializers that a branch of an If takes from the outer graph."""
+        for name in node.input:
+            if name in self.references:
+                self.declare(Stored(name, TensorProto.FLOAT, tuple(self.references[name].dims)))
+
+    def declare(self, stored: Stored, shape: tuple[int, ...] | None = None, name: str | None = None) -> str:
+        """Store a tensor once; make it an initializer, under another name and shape if asked."""
+        self.stored.setdefault(stored.name, stored)
+        alias = name or stored.name
+        self.aliases[alias] = Stored(stored.name, stored.data_type, shape or stored.shape)
+        return alias
+
+    def scales(self, prefix: str, shape: tuple[int, ...]) -> str:
+        """float16 on disk, float32 for the kernel, whose scales have the activations' type."""
+        stored = self.declare(Stored(f"{prefix}.scales", TensorProto.FLOAT16, shape))
+        wide = f"{prefix}.scales/float32"
+        if not any(node.name == wide for node in self.nodes):
+            self.node("Cast", [stored], wide, to=TensorProto.FLOAT)
+        return wide
+
+    def embedding(self, node: onnx.NodeProto) -> None:
+        planned = self.plan.embedding
+        (piece,), (prefix,) = planned.pieces, piece_names(planned)
+        fmt, rows, columns = piece.format, planned.matrix.rows, planned.matrix.columns
+        blocks = columns // fmt.block
+        codes = Stored(f"{prefix}.codes", TensorProto.UINT8, (rows, columns * fmt.bits // 8))
+        inputs = [self.declare(codes), "input_ids", self.scales(prefix, (rows, blocks))]
+        if not fmt.symmetric:
+            inputs.append(self.declare(Stored(f"{prefix}.zeros", TensorProto.UINT8, _zero_shape(rows, piece))))
+        target = "embedding" if node.input[0] not in self._half() else "embedding/float32"
+        self.node(
+            "GatherBlockQuantized", inputs, target, MICROSOFT,
+            bits=fmt.bits, block_size=fmt.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def _half(self) -> set[str]:
+        return {name for name, tensor in self.references.items() if tensor.data_type != TensorProto.FLOAT}
+
+    def product(self, node: onnx.NodeProto) -> None:
+        name = self.widened.get(node.input[1], node.input[1])
+        planned, x, output = self.planned[name], node.input[0], node.output[0]
+        if not planned.split:
+            self.matmul(planned, planned.pieces[0], piece_names(planned)[0], x, output)
+            return
+        halves = []
+        for piece, prefix, channels in zip(planned.pieces, piece_names(planned), channel_names(planned), strict=True):
+            part = channels.removesuffix(".channels")
+            if part not in self.gathered:
+                self.gathered.add(part)
+                indices = self.declare(Stored(channels, TensorProto.INT32, (piece.columns,)))
+                self.node("Gather", [x, indices], part, axis=2)
+            halves.append(self.matmul(planned, piece, prefix, part, f"{output}.{prefix.rsplit('.', 1)[1]}"))
+        self.node("Add", halves, output)
+
+    def matmul(self, planned: PlannedMatrix, piece: Piece, prefix: str, x: str, output: str) -> str:
+        fmt, rows = piece.format, planned.matrix.rows
+        blocks = piece.columns // fmt.block
+        # A tied head's table is stored as the embedding's; the kernel wants the same bytes as [rows, blocks, bytes].
+        codes = Stored(f"{prefix}.codes", TensorProto.UINT8, (rows, piece.columns * fmt.bits // 8))
+        alias = self.declare(codes, (rows, blocks, fmt.block * fmt.bits // 8), f"{prefix}.codes/blocks")
+        inputs = [x, alias, self.scales(prefix, (rows, blocks))]
+        if not fmt.symmetric:
+            inputs.append(self.declare(Stored(f"{prefix}.zeros", TensorProto.UINT8, _zero_shape(rows, piece))))
+        return self.node(
+            "MatMulNBits", inputs, output, MICROSOFT,
+            K=piece.columns, N=rows, bits=fmt.bits, block_size=fmt.block, accuracy_level=ACCURACY_LEVEL,
+        )  # fmt: skip
+
+
+def _zero_shape(rows: int, piece: Piece) -> tuple[int, int]:
+    return rows, piece.format.zero_bytes(1, piece.columns)
+
+
+def _inline(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location != TensorProto.EXTERNAL
+
+
+@dataclass(frozen=True)
+class QuantizedGraph:
+    """A rewritten graph whose stored tensors are not placed yet."""
+
+    stored: tuple[Stored, ...]
+    _rewriter: _Rewriter
+
+    def place(self, layout: Layout, part_name: Callable[[int], str]) -> onnx.ModelProto:
+        """The finished model: every stored tensor bound to its bytes in the part files."""
+        writer = self._rewriter
+        initializers = dict(writer.initializers)
+        for name, tensor in writer.aliases.items():
+            place = layout.places[tensor.name]
+            initializers[name] = external_tensor(
+                name, tensor.data_type, tensor.shape, part_name(place.part), place.offset, place.length
+            )
+        finished = GraphWriter()
+        finished.nodes, finished.inputs, finished.outputs = writer.nodes, writer.inputs, writer.outputs
+        finished.initializers = initializers
+        return finished.model(writer.source.graph.name)
+
+
+def quantize_graph(source: onnx.ModelProto, plan: Plan) -> QuantizedGraph:
+    """Replace products and embedding of a graph made by `build_decoder` according to `plan`.
+
+    Raises GraphError when the plan and the graph do not belong to the same model.
+    """
+    rewriter = _Rewriter(source, plan)
+    unknown = {node.name for node in source.graph.node if node.op_type == "FusedMatMul"}
+    try:
+        rewriter.rewrite()
+    except KeyError as error:
+        raise GraphError(
+            f"the graph multiplies by {error.args[0]!r}, which the plan does not know ({len(unknown)} products in the "
+            f"graph, {len(plan.body) + 1} planned). Run export and quantize for the same model."
+        ) from None
+    return QuantizedGraph(tuple(rewriter.stored.values()), rewriter)

@@ -1,0 +1,142 @@
+"""Recipes resolved to plans: every matrix of an architecture gets a format, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.checkpoint.architecture import Architecture, Matrix
+from pipeline.config import RecipeConfig, RecipeRule, SplitFormat
+from pipeline.errors import PlanError
+from pipeline.quantize.formats import TensorFormat
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a matrix's input channels in one format. `columns` counts them."""
+
+    format: TensorFormat
+    columns: int
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix and its pieces: one that holds all channels, or a split into two (the most important channels first)."""
+
+    matrix: Matrix
+    pieces: tuple[Piece, ...]
+
+    @property
+    def split(self) -> bool:
+        """Whether the input channels are divided."""
+        return len(self.pieces) > 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        rows = self.matrix.rows
+        return sum(
+            piece.format.code_bytes(rows, piece.columns)
+            + piece.format.scale_bytes(rows, piece.columns)
+            + piece.format.zero_bytes(rows, piece.columns)
+            for piece in self.pieces
+        )
+
+    @property
+    def formats(self) -> str:
+        """For people: `w4b64a` or `w4b64a:320+w2b64a:256`."""
+        if not self.split:
+            return str(self.pieces[0].format)
+        return "+".join(f"{piece.format}:{piece.columns}" for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Formats of all matrices in order of execution: the embedding, the body, the head.
+
+    With a tied head there is one table, planned once as the head.
+    """
+
+    embedding: PlannedMatrix
+    body: tuple[PlannedMatrix, ...]
+    head: PlannedMatrix
+    tied: bool
+
+    @property
+    def tables(self) -> tuple[PlannedMatrix, ...]:
+        """Every stored matrix, each once, in file order."""
+        return (self.embedding, *self.body) if self.tied else (self.embedding, *self.body, self.head)
+
+    @property
+    def body_bits(self) -> float:
+        """Bits per weight of the body, scales and zero points included."""
+        weights = sum(item.matrix.rows * item.matrix.columns for item in self.body)
+        return 8 * sum(item.bytes for item in self.body) / weights
+
+
+def use_more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's choice of layers that get more bits: the first and last eighth, and every third between.
+
+    Integer division throughout (llama.cpp, src/llama-quant.cpp); onnxruntime-genai's float variant picks other layers.
+    """
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
+    """Apply a recipe.
+
+    Raises:
+        PlanError: a role without a rule, a format without a fast kernel, or matrices that share an input but are split
+            differently.
+    """
+    body = tuple(
+        _apply(_rule(recipe, matrix, architecture.layers), matrix)
+        for layer in range(architecture.layers)
+        for matrix in architecture.body(layer)
+    )
+    _check_shared_inputs(body)
+    head = _apply(recipe.head, architecture.head)
+    table = Matrix("model.embed_tokens.weight", "embedding", -1, architecture.vocab, architecture.hidden, "tokens")
+    embedding = _apply(recipe.head if architecture.tied else recipe.embedding, table)
+    return Plan(embedding, body, head, architecture.tied)
+
+
+def _rule(recipe: RecipeConfig, matrix: Matrix, layers: int) -> str | SplitFormat:
+    def matches(rule: RecipeRule) -> bool:
+        return matrix.role in rule.roles and (rule.layers == "all" or use_more_bits(matrix.layer, layers))
+
+    found = next((rule for rule in recipe.body if matches(rule)), None)
+    if found is None:
+        raise PlanError(
+            f"recipe {recipe.title!r}: no rule of `body` covers role {matrix.role!r} (tensor {matrix.name}, layer "
+            f"{matrix.layer} of {layers}). Add the role to a rule with `layers: all`."
+        )
+    return found.format
+
+
+def _apply(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
+    try:
+        if isinstance(chosen, str):
+            return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
+        high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
+        step = max(high.block, low.block)
+        columns = round(chosen.high_fraction * matrix.columns / step) * step
+        if not 0 < columns < matrix.columns:
+            raise PlanError(
+                f"a share of {chosen.high_fraction} of {matrix.columns} input channels is {columns} in blocks of {step}: "
+                f"nothing is left to split."
+            )
+        rest = matrix.columns - columns
+        return PlannedMatrix(matrix, (Piece(high.fitted(columns), columns), Piece(low.fitted(rest), rest)))
+    except PlanError as error:
+        raise PlanError(f"tensor {matrix.name} [{matrix.rows}, {matrix.columns}]: {error}") from None
+
+
+def _check_shared_inputs(body: tuple[PlannedMatrix, ...]) -> None:
+    seen: dict[str, PlannedMatrix] = {}
+    for item in body:
+        first = seen.setdefault(item.matrix.input, item)
+        if [piece.columns for piece in item.pieces] != [piece.columns for piece in first.pieces]:
+            raise PlanError(
+                f"tensors {first.matrix.name} ({first.formats}) and {item.matrix.name} ({item.formats}) multiply the same "
+                f"activations and must be split alike. Give their roles the same split."
+            )

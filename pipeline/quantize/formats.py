@@ -1,0 +1,119 @@
+"""Tensor formats: how one matrix is stored, one table and one decoder for all of them.
+
+`w4b32s` is 4 bits, blocks of 32 along the input channels, symmetric; `a` is asymmetric (an integer zero point per
+block). A weight is (code − zero) · scale, scale in float16, the zero of a symmetric format being 2^(bits−1). Codes are
+packed little-end first, which is MatMulNBits' layout:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import PlanError
+
+# Kernels that are fast on x86-64 and arm64 with int8 activations (accuracy_level 4). Others exist in the operator's
+# schema and run 20 to 400 times slower, or are refused when the session starts: a recipe that names one is refused.
+FAST_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """One row of the vocabulary: bits per code, block of input channels per scale, symmetric or not."""
+
+    bits: int
+    block: int
+    symmetric: bool
+
+    def __str__(self) -> str:
+        return f"w{self.bits}b{self.block}{'s' if self.symmetric else 'a'}"
+
+    @classmethod
+    def parse(cls, name: str) -> TensorFormat:
+        """`TensorFormat.parse(str(f)) == f`. Raises PlanError when no fast kernel runs the format."""
+        match = re.fullmatch(r"w(\d+)b(\d+)([sa])", name)
+        if not match:
+            raise PlanError(f"tensor format {name!r} is not of the form w<bits>b<block><s|a>, such as w4b32s.")
+        bits, block = int(match[1]), int(match[2])
+        if bits not in FAST_BLOCKS:
+            raise PlanError(
+                f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, not {bits}. For an average of "
+                f"about {bits} bits, split a matrix along its input channels (see configs/recipes/q3.yaml)."
+            )
+        if block not in FAST_BLOCKS[bits]:
+            raise PlanError(
+                f"tensor format {name!r}: {bits}-bit blocks of {block} have no fast kernel; "
+                f"use {', '.join(map(str, FAST_BLOCKS[bits]))}."
+            )
+        return cls(bits, block, match[3] == "s")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of a symmetric block."""
+        return 1 << (self.bits - 1)
+
+    def fitted(self, columns: int) -> TensorFormat:
+        """This format with the largest allowed block, no larger than its own, that divides `columns`.
+
+        Raises PlanError when none does.
+        """
+        for block in sorted(FAST_BLOCKS[self.bits], reverse=True):
+            if block <= self.block and columns % block == 0:
+                return TensorFormat(self.bits, block, self.symmetric)
+        raise PlanError(f"format {self}: no block of at most {self.block} divides {columns} input channels.")
+
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the packed codes."""
+        return rows * columns * self.bits // 8
+
+    def scale_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the float16 scales."""
+        return rows * (columns // self.block) * 2
+
+    def zero_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the packed zero points; each row starts on a byte."""
+        return 0 if self.symmetric else rows * -(-(columns // self.block) * self.bits // 8)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of a matrix in a format: codes uint8 [rows, columns], scales float16 and zeros uint8 [rows, columns/block]."""
+
+    format: TensorFormat
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """The weights that the runtime computes with, float32 [rows, columns]."""
+        rows, columns = self.codes.shape
+        blocks = self.codes.reshape(rows, -1, self.format.block).astype(np.float32)
+        values = (blocks - self.zeros[..., None].astype(np.float32)) * self.scales[..., None].astype(np.float32)
+        return values.reshape(rows, columns)
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack uint8 [rows, n] values of `bits` bits into uint8 [rows, ceil(n·bits/8)], lowest bits first."""
+    per_byte = 8 // bits
+    rows, count = values.shape
+    if count % per_byte:
+        values = np.pad(values, ((0, 0), (0, per_byte - count % per_byte)))
+    packed = values[:, 0::per_byte].copy()
+    for slot in range(1, per_byte):
+        packed |= values[:, slot::per_byte] << np.uint8(slot * bits)
+    return packed
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Inverse of `pack`: uint8 [rows, count]."""
+    per_byte = 8 // bits
+    slots = [(packed >> np.uint8(slot * bits)) & np.uint8((1 << bits) - 1) for slot in range(per_byte)]
+    return np.stack(slots, axis=-1).reshape(len(packed), -1)[:, :count]

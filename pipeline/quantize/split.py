@@ -1,0 +1,30 @@
+"""A matrix split along its input channels: the channels that matter most at more bits, the rest at fewer.
+
+The order is shared by all matrices that multiply the same activations, so that the activations are gathered once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def channel_importance(moments: np.ndarray, column_norms: Iterable[np.ndarray]) -> np.ndarray:
+    """E[x_j²] · Σ ‖column j‖² over the matrices that share the input: float64 [channels].
+
+    It is the expected squared output that channel j contributes, and so what a relative error in it costs.
+    """
+    total = np.zeros(len(moments), np.float64)
+    for norms in column_norms:
+        total += norms
+    return moments.astype(np.float64) * total
+
+
+def split_channels(importance: np.ndarray, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the `high` most important channels and of the others, each ascending, int32.
+
+    Ties go to the lower index, so that the result does not depend on the sorting algorithm.
+    """
+    order = np.argsort(-importance, kind="stable")
+    return np.sort(order[:high]).astype(np.int32), np.sort(order[high:]).astype(np.int32)
