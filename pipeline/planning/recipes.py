@@ -64,7 +64,7 @@ class Plan:
     @property
     def tables(self) -> tuple[PlannedMatrix, ...]:
         """Every stored matrix, each once, in file order."""
-        return (self.embedding, *self.body) if self.tied else (self.embedding, *self.body, self.head)
+        return (self.head, *self.body) if self.tied else (self.embedding, *self.body, self.head)
 
     @property
     def body_bits(self) -> float:

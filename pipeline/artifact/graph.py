@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from pipeline.artifact.layout import Layout
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor
-from pipeline.planning.layout import Layout
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
 
 # int8 activations: what the fast kernels of x86-64 and arm64 compute with.
@@ -60,7 +60,7 @@ class _Rewriter(GraphWriter):
         self.stored: dict[str, Stored] = {}
         self.aliases: dict[str, Stored] = {}  # graph initializer → stored tensor, possibly under another shape
         self.widened: dict[str, str] = {}
-        self.gathered: set[str] = set()
+        self.done: set[str] = set()  # nodes shared by several products: casts of scales, gathers of split inputs
 
     def rewrite(self) -> None:
         for node in self.source.graph.node:
@@ -105,7 +105,8 @@ class _Rewriter(GraphWriter):
         """float16 on disk, float32 for the kernel, whose scales have the activations' type."""
         stored = self.declare(Stored(f"{prefix}.scales", TensorProto.FLOAT16, shape))
         wide = f"{prefix}.scales/float32"
-        if not any(node.name == wide for node in self.nodes):
+        if wide not in self.done:
+            self.done.add(wide)
             self.node("Cast", [stored], wide, to=TensorProto.FLOAT)
         return wide
 
@@ -136,8 +137,8 @@ class _Rewriter(GraphWriter):
         halves = []
         for piece, prefix, channels in zip(planned.pieces, piece_names(planned), channel_names(planned), strict=True):
             part = channels.removesuffix(".channels")
-            if part not in self.gathered:
-                self.gathered.add(part)
+            if part not in self.done:
+                self.done.add(part)
                 indices = self.declare(Stored(channels, TensorProto.INT32, (piece.columns,)))
                 self.node("Gather", [x, indices], part, axis=2)
             halves.append(self.matmul(planned, piece, prefix, part, f"{output}.{prefix.rsplit('.', 1)[1]}"))
@@ -194,12 +195,12 @@ def quantize_graph(source: onnx.ModelProto, plan: Plan) -> QuantizedGraph:
     Raises GraphError when the plan and the graph do not belong to the same model.
     """
     rewriter = _Rewriter(source, plan)
-    unknown = {node.name for node in source.graph.node if node.op_type == "FusedMatMul"}
+    products = sum(node.op_type == "FusedMatMul" for node in source.graph.node)
     try:
         rewriter.rewrite()
     except KeyError as error:
         raise GraphError(
-            f"the graph multiplies by {error.args[0]!r}, which the plan does not know ({len(unknown)} products in the "
+            f"the graph multiplies by {error.args[0]!r}, which the plan does not know ({products} products in the "
             f"graph, {len(plan.body) + 1} planned). Run export and quantize for the same model."
         ) from None
     return QuantizedGraph(tuple(rewriter.stored.values()), rewriter)

@@ -1,0 +1,325 @@
+"""What a bundle says about itself: release.json, or refusal.json in its place, and the folder that holds it.
+
+A signature proves who made the bytes; it says nothing about which release they are or how long they are good for.
+These documents say that, and are signed with everything else. Builders and the verifier use the same strict classes,
+so a field that one side does not know is an error on the other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+
+from pipeline import files as file_tools
+from pipeline.config import Name, Sha256, SigningConfig
+from pipeline.errors import BundleError
+
+CONTENT = "content"
+SIGNATURE = "model.sig"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+TELEMETRY = (
+    "ONNX Runtime 1.29 and later sends telemetry by default on Linux, macOS, Android and iOS. "
+    "Set ORT_DISABLE_TELEMETRY=1 in the environment before the runtime is loaded."
+)
+# onnxruntime-genai takes a folder with manifest.json for an ORT model package; the others are written by us alone.
+_RESERVED = ("manifest.json", "release.json", "refusal.json", "tiers.json", SIGNATURE)
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def parse_time(text: str) -> datetime:
+    """Read the one form of RFC 3339 time used here, `2026-01-31T12:00:00Z`; ValueError otherwise."""
+    moment = datetime.strptime(text, _TIME).replace(tzinfo=UTC)
+    if moment.strftime(_TIME) != text:
+        raise ValueError(f"{text!r} is not written as YYYY-MM-DDThh:mm:ssZ")
+    return moment
+
+
+def _checked_time(text: str) -> str:
+    parse_time(text)
+    return text
+
+
+Time = Annotated[str, AfterValidator(_checked_time)]
+FileName = Annotated[str, StringConstraints(pattern=rf"^{SAFE_NAME.pattern}$")]
+
+
+class Record(BaseModel):
+    """Base of everything signed: immutable, unknown fields refused, no conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class KeyIdentity(Record):
+    """A signing key: the SHA-256 of its DER SubjectPublicKeyInfo, and whether it may sign a release."""
+
+    id: Sha256
+    kind: Literal["development", "release"]
+
+
+class Runtime(Record):
+    """Lowest versions that run the bundle, and the ONNX opset of its graph."""
+
+    onnxruntime: str
+    onnxruntime_genai: str
+    opset: int = Field(gt=0)
+
+
+class FileEntry(Record):
+    """One file of the content folder. `size` is in bytes."""
+
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class SourceRecord(Record):
+    """Where the weights came from: an immutable revision and the hashes of the files taken from it."""
+
+    revision: str
+    files: dict[str, Sha256]
+
+
+class Stamp(Record):
+    """What every signed document carries, so that an old, foreign or development one is recognised.
+
+    `release` only ever grows: the app stores the highest number it has accepted and refuses a lower one.
+    """
+
+    file_name: ClassVar[str]
+
+    model: Name
+    release: int = Field(ge=1)
+    channel: Literal["development", "release"]
+    created: Time
+    expires: Time
+    min_app_version: int = Field(ge=0)
+    max_app_version: int | None
+    key: KeyIdentity
+
+
+class Release(Stamp):
+    """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file."""
+
+    file_name: ClassVar[str] = "release.json"
+
+    kind: Literal["release"] = "release"
+    title: str
+    variant: Name
+    runtime: Runtime
+    source: SourceRecord
+    licence: str
+    context: int = Field(gt=0)
+    verdict: dict[str, JsonValue]
+    files: dict[FileName, FileEntry] = Field(min_length=1)
+    telemetry: str
+
+
+class Refusal(Stamp):
+    """refusal.json: why a variant is not shipped, with the figures. It stands where a bundle would."""
+
+    file_name: ClassVar[str] = "refusal.json"
+
+    kind: Literal["refusal"] = "refusal"
+    title: str
+    variant: Name
+    verdict: dict[str, JsonValue]
+    reasons: list[str] = Field(min_length=1)
+
+
+Document = TypeVar("Document", bound=Stamp)
+
+
+def build_time(fallback: datetime) -> datetime:
+    """The moment that documents are dated with: SOURCE_DATE_EPOCH (seconds) if set, else `fallback`, in UTC.
+
+    Raises:
+        BundleError: SOURCE_DATE_EPOCH is not a number of seconds, or `fallback` has no time zone.
+    """
+    text = os.environ.get("SOURCE_DATE_EPOCH")
+    if text is not None:
+        try:
+            return datetime.fromtimestamp(int(text), UTC)
+        except (ValueError, OverflowError, OSError):
+            raise BundleError(
+                f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. Set it to the output of "
+                f"`git log -1 --format=%ct`, or unset it."
+            ) from None
+    if fallback.tzinfo is None:
+        raise BundleError(f"time {fallback.isoformat()} has no time zone: pass an aware datetime, such as one in UTC.")
+    return fallback.astimezone(UTC)
+
+
+def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetime) -> dict[str, Any]:
+    """The fields of `Stamp` for one document signed under `signing` with `key`.
+
+    Raises:
+        BundleError: the release channel with a development key, no time zone, or an expiry beyond the year 9999.
+    """
+    if signing.channel == "release" and key.kind == "development":
+        raise BundleError(
+            f"model {model}: channel 'release' refuses the development key {key.id}. Set key_id in "
+            f"configs/signing.yaml to the release public key's SHA-256 and supply its private key."
+        )
+    if created.tzinfo is None:
+        raise BundleError(f"model {model}: creation time {created.isoformat()} has no time zone; pass one in UTC.")
+    try:
+        expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
+    except OverflowError:
+        raise BundleError(
+            f"model {model}: {signing.expires_days} days after {created.isoformat()} is beyond the year 9999. "
+            f"Lower expires_days in configs/signing.yaml."
+        ) from None
+    return {
+        "model": model,
+        "release": signing.release,
+        "channel": signing.channel,
+        "created": created.astimezone(UTC).strftime(_TIME),
+        "expires": expires.strftime(_TIME),
+        "min_app_version": signing.min_app_version,
+        "max_app_version": signing.max_app_version,
+        "key": key,
+    }
+
+
+def make(kind: type[Document], fields: Mapping[str, Any]) -> Document:
+    """Validate `fields` as a document of `kind`.
+
+    Raises:
+        BundleError: a field is missing, unknown, of another type, or holds NaN or infinity (which JSON cannot).
+    """
+    try:
+        return kind.model_validate(dict(fields))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise BundleError(f"{kind.file_name} of {fields.get('model')} cannot be written: {problems}.") from None
+
+
+def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
+    """Size and SHA-256 of each file, keyed by its name in the bundle; read in bounded memory.
+
+    Raises:
+        BundleError: a file is missing or unreadable.
+    """
+    entries = {}
+    for name, path in sorted(files.items()):
+        try:
+            entries[name] = FileEntry(size=path.stat().st_size, sha256=file_tools.sha256_of(path))
+        except OSError as error:
+            raise BundleError(
+                f"{path}, wanted in the bundle as {name}, cannot be read: {error.strerror}. "
+                f"Run the stage that writes it again."
+            ) from None
+    return entries
+
+
+def build_release(
+    *,
+    model: str,
+    title: str,
+    variant: str,
+    signing: SigningConfig,
+    key: KeyIdentity,
+    created: datetime,
+    runtime: Runtime,
+    source: Mapping[str, Any],
+    licence: str,
+    context: int,
+    verdict: Mapping[str, Any],
+    files: Mapping[str, FileEntry],
+) -> Release:
+    """release.json for a variant that passed its gates.
+
+    `created` must be the same for every build of the same inputs (see `build_time`). `source` holds `revision` and
+    `files` (name → SHA-256). `verdict` is the gates' verdict as plain JSON, without timings.
+
+    Raises:
+        BundleError: a field is not valid, or the release channel meets a development key.
+    """
+    fields = stamp(model, signing, key, created) | {
+        "title": title,
+        "variant": variant,
+        "runtime": runtime,
+        "source": dict(source),
+        "licence": licence,
+        "context": context,
+        "verdict": dict(verdict),
+        "files": dict(files),
+        "telemetry": TELEMETRY,
+    }
+    return make(Release, fields)
+
+
+def build_refusal(
+    *,
+    model: str,
+    title: str,
+    variant: str,
+    signing: SigningConfig,
+    key: KeyIdentity,
+    created: datetime,
+    verdict: Mapping[str, Any],
+    reasons: Iterable[str],
+) -> Refusal:
+    """refusal.json for a variant that did not pass. `reasons` are sentences with the figures.
+
+    Raises:
+        BundleError: a field is not valid, or the release channel meets a development key.
+    """
+    fields = stamp(model, signing, key, created) | {
+        "title": title,
+        "variant": variant,
+        "verdict": dict(verdict),
+        "reasons": list(reasons),
+    }
+    return make(Refusal, fields)
+
+
+def _check_names(names: Iterable[str], content: Path) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if not SAFE_NAME.fullmatch(name) or name in _RESERVED:
+            raise BundleError(
+                f"{content}: {name!r} cannot be a file of a bundle. Names are letters, digits, '.', '_' and '-', do "
+                f"not start with '.', hold no folder, and are none of {', '.join(_RESERVED)}."
+            )
+        if name.casefold() in seen:
+            raise BundleError(
+                f"{content}: {name!r} and {seen[name.casefold()]!r} differ only in case; on a phone whose file system "
+                f"ignores case one would replace the other. Rename one."
+            )
+        seen[name.casefold()] = name
+
+
+def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
+    """Make the folder `content`: hard links of `files` under their bundle names, then the document, written last.
+
+    The folder appears whole or not at all, and replaces an earlier one. A refusal or tiers.json has no `files`.
+
+    Raises:
+        BundleError: a name is unsafe, a file is missing or has another size than the document says, or the document
+            lists other files than those given.
+    """
+    _check_names(files, content)
+    entries = document.files if isinstance(document, Release) else {}
+    if entries.keys() != files.keys():
+        different = ", ".join(sorted(entries.keys() ^ files.keys()))
+        raise BundleError(
+            f"{content}: {document.file_name} and the files given disagree about {different}. Build the document from "
+            f"describe_files() of the same files."
+        )
+    with file_tools.atomic_directory(content) as temporary:
+        for name, path in sorted(files.items()):
+            size = path.stat().st_size if path.is_file() else None
+            if size != entries[name].size:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise BundleError(
+                    f"{path} {found}, but {document.file_name} promises {entries[name].size:,} bytes for {name}. "
+                    f"It changed while the bundle was made; run the stage again."
+                )
+            file_tools.link_or_copy(path, temporary / name)
+        file_tools.write_json(temporary / document.file_name, document.model_dump(mode="json"))

@@ -1,0 +1,272 @@
+"""OpenSSF Model Signing (OMS) v1.0: one signature over the SHA-256 of every file of a content folder.
+
+A signature file is a Sigstore bundle holding a DSSE envelope, which holds an in-toto statement with a digest per file.
+The stock `model_signing verify key` accepts what `sign` writes; unlike the stock signer's, it is the same bytes every
+time (sorted JSON, RFC 6979), names the signing key, and leaves out no file whatever it is called.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import stat
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline import files
+from pipeline.bundle.keys import SigningKey, key_id, public_pem
+from pipeline.bundle.release import FileName
+from pipeline.config import Sha256
+from pipeline.errors import BundleError
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+_PREDICATE_TYPE = "https://model_signing/signature/v1.0"
+
+
+class Flaw(StrEnum):
+    """Why a signature file proves nothing."""
+
+    MALFORMED = "malformed-signature"
+    OTHER_KEY = "other-key"
+    INVALID = "invalid-signature"
+
+
+class SignatureError(BundleError):
+    """A signature file that does not prove what it should; `flaw` says in which way."""
+
+    def __init__(self, flaw: Flaw, message: str) -> None:
+        super().__init__(message)
+        self.flaw = flaw
+
+
+# --- the signature file, level by level; field names are the formats' own -------------------------------------------
+
+
+class _Level(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _DsseSignature(_Level):
+    sig: str
+    keyid: str
+
+
+class _Envelope(_Level):
+    payload: str
+    payloadType: Literal["application/vnd.in-toto+json"]
+    signatures: Annotated[list[_DsseSignature], Field(min_length=1, max_length=1)]
+
+
+class _PublicKeyHint(_Level):
+    hint: Sha256
+
+
+class _Material(_Level):
+    publicKey: _PublicKeyHint
+    tlogEntries: Annotated[list[Any], Field(max_length=0)]
+
+
+class _SigstoreBundle(_Level):
+    mediaType: Literal["application/vnd.dev.sigstore.bundle.v0.3+json"]
+    verificationMaterial: _Material
+    dsseEnvelope: _Envelope
+
+
+class _Digest(_Level):
+    sha256: Sha256
+
+
+class _Subject(_Level):
+    name: str
+    digest: _Digest
+
+
+class _Serialization(_Level):
+    """No `ignore_paths`: a statement that lets files be ignored is not one of ours."""
+
+    method: Literal["files"]
+    hash_type: Literal["sha256"]
+    allow_symlinks: Literal[False]
+
+
+class _Resource(_Level):
+    name: FileName
+    algorithm: Literal["sha256"]
+    digest: Sha256
+
+
+class _Predicate(_Level):
+    serialization: _Serialization
+    resources: Annotated[list[_Resource], Field(min_length=1)]
+
+
+class _Statement(_Level):
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
+    subject: Annotated[list[_Subject], Field(min_length=1, max_length=1)]
+    predicateType: Literal["https://model_signing/signature/v1.0"]
+    predicate: _Predicate
+
+
+def pae(payload: bytes) -> bytes:
+    """DSSE v1 pre-authentication encoding of an in-toto payload: the bytes that are signed."""
+    return f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(payload)} ".encode() + payload
+
+
+def _root_digest(digests: list[str]) -> str:
+    return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
+
+
+# --- signing -------------------------------------------------------------------------------------------------------
+
+
+def _require_flat(content: Path) -> None:
+    """A phone unpacks plain files into one folder: anything else in `content` is a mistake of ours, found here."""
+    try:
+        entries = sorted(os.scandir(content), key=lambda entry: entry.name)
+    except OSError as error:
+        raise BundleError(f"{content} cannot be signed: {error.strerror}. Run the bundle stage first.") from None
+    if not entries:
+        raise BundleError(f"{content} is empty: there is nothing to sign. Run the bundle stage again.")
+    for entry in entries:
+        if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+            kind = "a symlink" if entry.is_symlink() else "not a regular file"
+            raise BundleError(
+                f"{content}: {entry.name!a} is {kind}. A content folder holds regular files only; make it again with "
+                f"the bundle stage, which uses hard links."
+            )
+
+
+def _digests(content: Path) -> dict[str, str]:
+    """SHA-256 of every file, hashed in parallel and bounded memory by the model-signing library; git's files too."""
+    from model_signing import hashing
+
+    try:
+        manifest = hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False).hash(content)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{content} cannot be hashed: {error}. Make it again with the bundle stage.") from None
+    return {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
+
+
+def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
+    names = sorted(digests)
+    return {
+        "_type": _STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": _root_digest([digests[file] for file in names])}}],
+        "predicateType": _PREDICATE_TYPE,
+        "predicate": {
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
+            "resources": [{"name": file, "algorithm": "sha256", "digest": digests[file]} for file in names],
+        },
+    }
+
+
+def sign(content: Path, signature: Path, key: SigningKey) -> None:
+    """Write an OMS signature over all files of `content` to `signature` (outside it), atomically.
+
+    Equal content and key give equal bytes, except for keys in a PKCS#11 token.
+
+    Raises:
+        BundleError: `content` is missing, empty, or holds a symlink, folder or device, or a name that no bundle may
+            hold; or the token refuses to sign.
+    """
+    _require_flat(content)
+    statement = _statement(content.name, _digests(content))
+    try:
+        _Statement.model_validate(statement)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BundleError(
+            f"{content} holds a file that cannot be signed: {where} is {error.errors()[0]['input']!a}. Names are "
+            f"letters, digits, '.', '_' and '-', and do not start with '.'."
+        ) from None
+    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
+    proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
+    hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it
+    files.write_json(
+        signature,
+        {
+            "mediaType": _MEDIA_TYPE,
+            "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+            "dsseEnvelope": {
+                "payload": base64.b64encode(payload).decode(),
+                "payloadType": PAYLOAD_TYPE,
+                "signatures": [proof],
+            },
+        },
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def _decode(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise SignatureError(Flaw.MALFORMED, f"its {what} is not base64") from None
+
+
+def _authentic_payload(raw: bytes, public_key: ec.EllipticCurvePublicKey) -> bytes:
+    try:
+        bundle = _SigstoreBundle.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise SignatureError(Flaw.MALFORMED, f"it is not an OMS signature ({where}: {first['msg']})") from None
+    proof = bundle.dsseEnvelope.signatures[0]
+    payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
+    expected = key_id(public_key)
+    try:
+        public_key.verify(signature, pae(payload), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        if proof.keyid != expected:
+            raise SignatureError(
+                Flaw.OTHER_KEY, f"signed with the key {proof.keyid!a}, but the key to trust is {expected}"
+            ) from None
+        raise SignatureError(
+            Flaw.INVALID, f"it names the key {expected}, but that key did not sign this statement"
+        ) from None
+    hint = hashlib.sha256(public_pem(public_key)).hexdigest()
+    if proof.keyid != expected or bundle.verificationMaterial.publicKey.hint != hint:
+        raise SignatureError(
+            Flaw.MALFORMED, f"the key {expected} signed it, but it names another (its label was changed)"
+        )
+    return payload
+
+
+def open_signature(raw: bytes, public_key: ec.EllipticCurvePublicKey) -> dict[str, str]:
+    """The signed digests, name → SHA-256 (64 hex digits), of a signature file's bytes.
+
+    Nothing in the statement is read before `public_key` has verified it. Names are plain file names, and are still
+    only to be compared with names found in the folder, never opened.
+
+    Raises:
+        SignatureError: malformed, made with another key, or not made by the key it names.
+    """
+    payload = _authentic_payload(raw, public_key)
+    try:
+        statement = _Statement.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole statement"
+        raise SignatureError(
+            Flaw.MALFORMED, f"the signed statement is none that this pipeline makes ({where}: {first['msg']})"
+        ) from None
+    resources = statement.predicate.resources
+    digests = {resource.name: resource.digest for resource in resources}
+    if len(digests) != len(resources):
+        raise SignatureError(Flaw.MALFORMED, "the signed statement names a file twice")
+    if _root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
+        raise SignatureError(Flaw.MALFORMED, "the signed statement's root digest is not that of its files")
+    return digests

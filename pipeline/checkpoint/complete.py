@@ -1,0 +1,124 @@
+"""Which files of a source make a checkpoint, and whether they are whole. Reads headers only, never weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pipeline.checkpoint.store import checked_name
+from pipeline.errors import SourceError
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SMALL = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "LICENSE*", "LICENCE*", "NOTICE*",
+)  # fmt: skip
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+def small_files(names: Collection[str], where: str) -> list[str]:
+    """The files beside the weights that the pipeline uses, sorted.
+
+    Raises:
+        SourceError: there is no config.json, or no safetensors weights (saying so if there are only pickles).
+    """
+    if "config.json" not in names:
+        raise SourceError(f"{where}: no config.json, so this is not a checkpoint. Found: {_some(names)}.")
+    if INDEX not in names and _SINGLE not in names:
+        pickles = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in _PICKLES))
+        if pickles:
+            raise SourceError(
+                f"{where}: the weights exist only as Python pickles ({_some(pickles)}), which can run code when they "
+                f"are loaded. Use a source that offers safetensors, or convert on a machine you can throw away."
+            )
+        raise SourceError(f"{where}: neither {_SINGLE} nor {INDEX}. Found: {_some(names)}.")
+    wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _SMALL)]
+    return sorted(checked_name(name) for name in wanted if "/" not in name) + [INDEX] * (INDEX in names)
+
+
+def shard_names(names: Collection[str], index: bytes | None, where: str) -> list[str]:
+    """The safetensors files that hold the weights: those that the index names, or the single file without one.
+
+    Raises:
+        SourceError: the index is not one, names a file outside the folder, or names a shard that is not there.
+    """
+    if index is None:
+        return [_SINGLE]
+    _refuse_pointer(index, INDEX, where)
+    try:
+        shards = sorted(set(json.loads(index)["weight_map"].values()))
+        named = [checked_name(shard) for shard in shards]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{where}: {INDEX} has no usable weight_map ({type(error).__name__}: {error}).") from None
+    if not named or any(not shard.endswith(".safetensors") or "/" in shard for shard in named):
+        raise SourceError(f"{where}: {INDEX} must name safetensors files beside it; it names {_some(named)}.")
+    if missing := [shard for shard in named if shard not in names]:
+        raise SourceError(
+            f"{where}: {len(missing)} of {len(named)} shards named in {INDEX} are missing: {_some(missing)}. "
+            f"The source is incomplete; fetch it whole or pin a revision that has them."
+        )
+    return named
+
+
+def check_file(path: Path, name: str, where: str) -> None:
+    """Refuse a file that is not what its name says: a git-LFS pointer, or safetensors shorter or longer than promised.
+
+    Raises:
+        SourceError: with the numbers.
+    """
+    refuse_pointer(path, name, where)
+    if name.endswith(".safetensors"):
+        check_safetensors_length(path, name, where)
+
+
+def refuse_pointer(path: Path, name: str, where: str) -> None:
+    """Raise `SourceError` if the file is a git-LFS pointer."""
+    with open(path, "rb") as file:
+        _refuse_pointer(file.read(len(_POINTER)), name, where)
+
+
+def _refuse_pointer(content: bytes, name: str, where: str) -> None:
+    if content.startswith(_POINTER):
+        raise SourceError(
+            f"{where}: {name} is a git-LFS pointer (a short text that stands for the real file), not the file. "
+            f"The copy was made without git-lfs: run `git lfs pull` there, or use a source that serves the real bytes."
+        )
+
+
+def check_safetensors_length(path: Path, name: str, where: str) -> None:
+    """Raise `SourceError` unless the file ends where its header says that the last tensor does.
+
+    Header: 8 bytes little-endian length, then JSON; tensors' data_offsets count from the header's end.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise SourceError(
+                f"{where}: {name} is truncated or not safetensors: {size:,} bytes, but its first 8 bytes promise "
+                f"a header of {length:,}. Fetch it again."
+            )
+        header = file.read(length)
+    try:
+        tensors = json.loads(header)
+        end = max((tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"), default=0)
+        promised = 8 + length + int(end)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{where}: {name} has a malformed safetensors header ({type(error).__name__}).") from None
+    if size != promised:
+        kind = "truncated" if size < promised else "longer than its header says"
+        raise SourceError(
+            f"{where}: {name} is {kind}: {size:,} bytes, its header promises {promised:,}. Fetch it again."
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    """At most eight names for a message."""
+    shown = sorted(names)[:8]
+    return (", ".join(shown) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")

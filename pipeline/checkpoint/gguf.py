@@ -1,0 +1,425 @@
+"""Unpack a GGUF file into the folder Hugging Face tools and onnxruntime-genai read: safetensors, config, tokenizer.
+
+Done once, at download, so that everything behind it knows one checkpoint format. Three things differ from a copy:
+
+- weights are dequantized to F32 by the format's definition, so nothing is lost that the GGUF still had;
+- llama.cpp stores the rows of q and k in the order its rotary embedding wants; the Hugging Face order is restored;
+- the tokenizer is rebuilt from the vocabulary and merges with the pre-tokenizer the file *names*. Loaders that assume
+  plain GPT-2 splitting lose SmolLM's digit splitting and encode every number differently.
+
+Only what is checked is accepted: one architecture, one vocabulary type, one pre-tokenizer, and exactly the tensors
+that architecture has. Anything else is an error here rather than a model that is subtly wrong later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from gguf import GGUFReader, ReaderTensor
+from gguf.constants import TokenType
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from pipeline.errors import CheckpointError
+from pipeline.files import write_bytes, write_json
+
+T = TypeVar("T")
+Shape = tuple[int, ...]
+
+ARCHITECTURE = "llama"
+VOCABULARY = "gpt2"  # byte-level BPE, in GGUF's vocabulary
+# The name in tokenizer.ggml.pre → the regular expressions that cut text, one after the other, before BPE.
+# They are written as splits because that is the one form transformers and onnxruntime-genai read alike:
+# genai runs Digits + ByteLevel as a single pattern and encodes "\n 3" differently.
+PRE_TOKENIZERS = {
+    "smollm": (
+        r"\p{N}",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    ),
+}
+_FALSE_ONLY = ("add_bos_token", "add_eos_token", "add_space_prefix")
+
+
+@dataclass(frozen=True)
+class _Llama:
+    """The hyperparameters of a GGUF Llama, checked; sizes in elements."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    rope_theta: float
+    context: int
+
+
+@dataclass(frozen=True)
+class _TensorSpec:
+    """Where one tensor goes: its Hugging Face name, shape, and for q and k the number of heads to un-permute."""
+
+    name: str
+    shape: Shape
+    heads: int | None = None
+
+
+def unpack(gguf: Path, out: Path) -> None:
+    """Write `gguf` into the existing folder `out` as a Hugging Face Llama checkpoint.
+
+    Files: model.safetensors (F32), config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
+    special_tokens_map.json. The GGUF is memory-mapped and tensors are written one by one, so the peak is one
+    dequantized tensor. Equal input gives equal bytes.
+
+    Raises:
+        CheckpointError: the file is truncated or malformed, or is not a Llama with the supported tokenizer, or a
+            tensor is missing, unexpected, misshapen, of an unknown type, or not finite. `out` may then hold some
+            files: callers give a temporary folder.
+    """
+    reader = _open(gguf)
+    meta = _Metadata(gguf, reader)
+    meta.expect("general.architecture", ARCHITECTURE, "architecture")
+    model = _hyperparameters(meta)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tied = "output.weight" not in tensors
+    specs = _tensor_specs(model, tied)
+    _check_tensors(gguf, tensors, specs)
+
+    tokenizer, special = _tokenizer(meta, model.vocab)
+    write_json(out / "config.json", _config(model, special.ids, tied))
+    write_json(out / "generation_config.json", special.ids)
+    write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_json(out / "tokenizer_config.json", _tokenizer_config(meta, model, tokenizer, special))
+    write_json(out / "special_tokens_map.json", special.tokens)
+    arrays = (_dequantized(gguf, tensors[source], spec) for source, spec in specs.items())
+    _write_safetensors(out / "model.safetensors", list(specs.values()), arrays)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class _BoundedReader(GGUFReader):
+    """GGUFReader whose reads past the end of the file fail.
+
+    The library returns a short array instead, so a damaged length makes it loop (almost) for ever.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data):,} but promises data up to byte {end:,}")
+        return super()._get(int(offset), dtype, count, override_order)
+
+
+def _open(path: Path) -> GGUFReader:
+    try:
+        reader = _BoundedReader(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is not a readable GGUF file: {error}. It is probably truncated or damaged: fetch it again."
+        ) from error
+    if reader.byte_order == "S":
+        raise CheckpointError(f"{path.name} is a GGUF file of the other byte order; convert it to little-endian first.")
+    return reader
+
+
+class _Metadata:
+    """A GGUF file's key-value pairs, each read with the type it must have."""
+
+    def __init__(self, path: Path, reader: GGUFReader) -> None:
+        self.path = path
+        self._fields = reader.fields
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """The value of `key`; `default` when it is absent. A missing key without default, or another type, raises."""
+        if key not in self._fields:
+            if default is None:
+                raise CheckpointError(
+                    f"{self.path.name} has no metadata key {key!r}, which a {ARCHITECTURE} model needs."
+                )
+            return default
+        try:
+            value = self._fields[key].contents()
+        except (UnicodeDecodeError, IndexError) as error:
+            raise CheckpointError(f"{self.path.name}: metadata key {key!r} cannot be decoded: {error}.") from error
+        if type(value) is not kind:
+            raise CheckpointError(
+                f"{self.path.name}: metadata key {key!r} holds a {type(value).__name__}, not a {kind.__name__}."
+            )
+        return value
+
+    def has(self, key: str) -> bool:
+        return key in self._fields
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """An integer above zero."""
+        value = self.get(key, int, default)
+        if value <= 0:
+            raise CheckpointError(f"{self.path.name}: metadata key {key!r} is {value}; it must be positive.")
+        return value
+
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """A positive float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
+        value = float(str(np.float32(self.get(key, float, default))))
+        if not 0 < value < float("inf"):
+            raise CheckpointError(f"{self.path.name}: metadata key {key!r} is {value}; it must be positive and finite.")
+        return value
+
+    def expect(self, key: str, supported: str, what: str) -> None:
+        """Raise unless the string at `key` is the one supported."""
+        value = self.get(key, str)
+        if value != supported:
+            raise CheckpointError(
+                f"{self.path.name} has {what} {value!r}; only {supported!r} can be unpacked. "
+                "Use the model's safetensors release instead."
+            )
+
+
+def _hyperparameters(meta: _Metadata) -> _Llama:
+    heads = meta.positive("llama.attention.head_count")
+    kv_heads = meta.positive("llama.attention.head_count_kv", heads)
+    hidden = meta.positive("llama.embedding_length")
+    head_dim = meta.positive("llama.attention.key_length", max(hidden // heads, 1))
+    vocab = len(meta.get("tokenizer.ggml.tokens", list))
+    rotary = meta.positive("llama.rope.dimension_count", head_dim)
+    value_dim = meta.positive("llama.attention.value_length", head_dim)
+    scaling = meta.get("llama.rope.scaling.type", str, "none")
+    problems = [
+        (heads % kv_heads != 0, f"{heads} heads cannot share {kv_heads} key-value heads"),
+        (head_dim % 2 != 0, f"head size {head_dim} is odd"),
+        (rotary != head_dim, f"rotary size {rotary} is not the head size {head_dim} (partial rotary)"),
+        (value_dim != head_dim, f"value size {value_dim} is not the key size {head_dim}"),
+        (scaling != "none", f"rope scaling {scaling!r} is not supported"),
+        (meta.positive("llama.vocab_size", vocab) != vocab, f"llama.vocab_size is not the {vocab} tokens it lists"),
+    ]
+    for wrong, text in problems:
+        if wrong:
+            raise CheckpointError(f"{meta.path.name}: {text}. Use the model's safetensors release instead.")
+    return _Llama(
+        vocab=vocab,
+        hidden=hidden,
+        intermediate=meta.positive("llama.feed_forward_length"),
+        layers=meta.positive("llama.block_count"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        eps=meta.decimal("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=meta.decimal("llama.rope.freq_base", 10000.0),
+        context=meta.positive("llama.context_length"),
+    )
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _tensor_specs(model: _Llama, tied: bool) -> dict[str, _TensorSpec]:
+    """GGUF name → target, in the order written: exactly the tensors a Llama has."""
+    h, q, kv = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    specs = {"token_embd.weight": _TensorSpec("model.embed_tokens.weight", (model.vocab, h))}
+    for layer in range(model.layers):
+        block = {
+            "attn_norm": _TensorSpec("input_layernorm", (h,)),
+            "attn_q": _TensorSpec("self_attn.q_proj", (q, h), model.heads),
+            "attn_k": _TensorSpec("self_attn.k_proj", (kv, h), model.kv_heads),
+            "attn_v": _TensorSpec("self_attn.v_proj", (kv, h)),
+            "attn_output": _TensorSpec("self_attn.o_proj", (h, q)),
+            "ffn_norm": _TensorSpec("post_attention_layernorm", (h,)),
+            "ffn_gate": _TensorSpec("mlp.gate_proj", (model.intermediate, h)),
+            "ffn_up": _TensorSpec("mlp.up_proj", (model.intermediate, h)),
+            "ffn_down": _TensorSpec("mlp.down_proj", (h, model.intermediate)),
+        }
+        for short, spec in block.items():
+            name = f"model.layers.{layer}.{spec.name}.weight"
+            specs[f"blk.{layer}.{short}.weight"] = _TensorSpec(name, spec.shape, spec.heads)
+    specs["output_norm.weight"] = _TensorSpec("model.norm.weight", (h,))
+    if not tied:
+        specs["output.weight"] = _TensorSpec("lm_head.weight", (model.vocab, h))
+    return specs
+
+
+def _check_tensors(path: Path, tensors: dict[str, ReaderTensor], specs: dict[str, _TensorSpec]) -> None:
+    for problem, names in (("lacks", specs.keys() - tensors.keys()), ("also holds", tensors.keys() - specs.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            raise CheckpointError(
+                f"{path.name} {problem} {len(names)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
+                "Biases, experts and rope factors are not supported; use the model's safetensors release instead."
+            )
+    for name, spec in specs.items():
+        shape = tuple(int(d) for d in reversed(tensors[name].shape))  # GGUF lists the fastest dimension first
+        if shape != spec.shape:
+            raise CheckpointError(
+                f"{path.name}: tensor {name!r} has shape {shape}; its metadata promises {spec.shape}."
+            )
+
+
+def _dequantized(path: Path, tensor: ReaderTensor, spec: _TensorSpec) -> np.ndarray:
+    """One tensor as little-endian float32 [spec.shape], q and k rows in Hugging Face's order."""
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path.name}: tensor {tensor.name!r} has type {tensor.tensor_type.name}, which cannot be dequantized."
+        ) from error
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{path.name}: tensor {tensor.name!r} holds values that are not finite. It is damaged.")
+    if spec.heads is not None:
+        values = unpermute(values, spec.heads)
+    return np.ascontiguousarray(values, dtype="<f4")
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's reordering of a q or k projection's rows.
+
+    `rows` is [heads · d, in]. Inside each head llama.cpp interleaves the halves, (0, d/2, 1, d/2 + 1, …), because its
+    rotary embedding turns neighbouring rows together; Hugging Face turns row i with row i + d/2.
+    """
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _write_safetensors(path: Path, specs: list[_TensorSpec], arrays: Iterable[np.ndarray]) -> None:
+    """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + 4 * int(np.prod(spec.shape))
+        header[spec.name] = {"dtype": "F32", "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            file.write(memoryview(array).cast("B"))
+
+
+def _config(model: _Llama, ids: dict[str, int], tied: bool) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM. `ids` holds bos_token_id, eos_token_id and perhaps pad_token_id."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "rms_norm_eps": model.eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": model.context,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "float32",
+        **ids,
+    }
+
+
+# --- tokenizer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """Ids as config.json names them (bos_token_id, …), tokens as tokenizer_config.json does (bos_token, …)."""
+
+    ids: dict[str, int]
+    tokens: dict[str, str]
+
+
+def _tokenizer(meta: _Metadata, vocab: int) -> tuple[Tokenizer, _SpecialTokens]:
+    meta.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
+    pre = meta.get("tokenizer.ggml.pre", str)
+    if pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{meta.path.name} wants pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            "A wrong guess would encode text differently from training; use the model's safetensors release instead."
+        )
+    for flag in _FALSE_ONLY:
+        if meta.get(f"tokenizer.ggml.{flag}", bool, False):
+            raise CheckpointError(f"{meta.path.name}: tokenizer.ggml.{flag} is true, which is not supported.")
+    tokens = meta.get("tokenizer.ggml.tokens", list)
+    tokenizer = Tokenizer(_bpe(meta, tokens))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(meta, tokenizer, tokens)
+    if tokenizer.get_vocab_size() != vocab:
+        raise CheckpointError(
+            f"{meta.path.name}: its {vocab} tokens make {tokenizer.get_vocab_size()} vocabulary entries."
+        )
+    return tokenizer, _special_tokens(meta, tokens)
+
+
+def _bpe(meta: _Metadata, tokens: list[Any]) -> BPE:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(
+            f"{meta.path.name}: tokenizer.ggml.tokens lists a token twice, or something not a string."
+        )
+    merges = [tuple(str(merge).split(" ")) for merge in meta.get("tokenizer.ggml.merges", list)]
+    for number, merge in enumerate(merges):
+        if len(merge) != 2 or "".join(merge) not in vocab or not all(part in vocab for part in merge):
+            raise CheckpointError(
+                f"{meta.path.name}: tokenizer.ggml.merges[{number}] is {' '.join(merge)!r}; "
+                "it must name two tokens of the vocabulary whose concatenation is one too."
+            )
+    return BPE(vocab=vocab, merges=merges)
+
+
+def _add_tokens(meta: _Metadata, tokenizer: Tokenizer, tokens: list[str]) -> None:
+    """Declare control and user-defined tokens, which are found in text before it is split."""
+    types = meta.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{meta.path.name}: {len(types)} token types for {len(tokens)} tokens.")
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            special = kind == TokenType.CONTROL
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+
+
+def _special_tokens(meta: _Metadata, tokens: list[str]) -> _SpecialTokens:
+    ids, named = {}, {}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        if ours in ("unk", "pad") and not meta.has(key):
+            continue
+        index = meta.get(key, int)
+        if not 0 <= index < len(tokens):
+            raise CheckpointError(f"{meta.path.name}: {key} is {index}, outside the {len(tokens)} tokens.")
+        named[f"{ours}_token"] = tokens[index]
+        if ours != "unk":
+            ids[f"{ours}_token_id"] = index
+    return _SpecialTokens(ids, named)
+
+
+def _tokenizer_config(meta: _Metadata, model: _Llama, tokenizer: Tokenizer, special: _SpecialTokens) -> dict[str, Any]:
+    config = {
+        # GPT2Tokenizer would rebuild the pre-tokenizer and lose the digit splitting of tokenizer.json.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # the class's default adds token_type_ids
+        "added_tokens_decoder": dict(_added_tokens(tokenizer)),
+        "model_max_length": model.context,
+        "clean_up_tokenization_spaces": False,
+        **special.tokens,
+    }
+    if meta.has("tokenizer.chat_template"):
+        config["chat_template"] = meta.get("tokenizer.chat_template", str)
+    return config
+
+
+def _added_tokens(tokenizer: Tokenizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+        yield str(index), {"content": token.content, **flags}

@@ -1,0 +1,272 @@
+"""Checkpoints from a Hugging Face Hub repository at an immutable revision, with each file checked against the hash
+that the Hub declares: SHA-256 for large (LFS) files, git's blob SHA-1 for small ones.
+
+Settings come from huggingface_hub's own variables: HF_ENDPOINT (another hub), HF_TOKEN (gated and private models),
+HF_HUB_OFFLINE, and the usual proxy and certificate variables. The token is never logged or stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import complete
+from pipeline.checkpoint.store import LockedFile, Store, disk_errors
+from pipeline.config import HubSource
+from pipeline.errors import PipelineError, ResourceError, SourceError
+from pipeline.files import require_free_space
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+_PAUSE_SECONDS = 1.0
+_INFO_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What the Hub says about one file: its size in bytes and either a SHA-256 (LFS) or git's blob SHA-1."""
+
+    name: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+class _Repository:
+    """One repository at one revision: the only place that talks to huggingface_hub."""
+
+    def __init__(self, source: HubSource, licence_page: str | None) -> None:
+        # Read by huggingface_hub when it is first imported. Plain HTTP, because a Xet transfer starts again from zero
+        # after an interruption; HF_HUB_DISABLE_XET=0 in the environment brings Xet back.
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        import huggingface_hub
+        from huggingface_hub.constants import ENDPOINT
+
+        self.hub = huggingface_hub
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+        self.shown = re.sub(r"(?<=://)[^/@]+@", "", self.endpoint)  # a mirror's address may carry a password
+        self.source = source
+        self.where = f"hub {source.repo}@{source.revision[:12]}"
+        self.licence_page = licence_page or f"{self.shown}/{source.repo}"
+
+    def describe(self) -> tuple[dict[str, _Declared], str]:
+        """What the Hub declares about each file, by name, and the licence it states."""
+        api = self.hub.HfApi(endpoint=self.endpoint, library_name="phone-model-pipeline")
+        try:
+            info = api.model_info(
+                self.source.repo, revision=self.source.revision, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS
+            )
+            if info.sha != self.source.revision:
+                raise SourceError(
+                    f"{self.where}: the Hub answered with revision {_line(info.sha)}. Pin that, or another."
+                )
+            declared = _declared(info, self.where)
+            return declared, _licence(info, declared)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
+            raise SourceError(
+                f"{self.where}: {self.shown} does not answer like a Hub ({type(error).__name__}). "
+                f"Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
+            ) from error
+        except OSError as error:  # every other failure of requests and huggingface_hub
+            raise self._explain(error) from error
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Download one file into `folder`, resuming what an earlier attempt or run left there."""
+        from requests.exceptions import ChunkedEncodingError
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._transfer(name, folder)
+            except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
+                if attempt == _ATTEMPTS:
+                    raise self._explain(error, name) from error
+                log.warning("%s: the transfer of %s was interrupted; resuming", self.where, name)
+                time.sleep(_PAUSE_SECONDS * attempt)
+            except OSError as error:
+                raise self._refused(error, name, folder) from error
+            except (ValueError, RuntimeError) as error:  # a refused name; a failure inside Xet, if it was asked for
+                raise SourceError(f"{self.where}: {name} cannot be transferred: {_line(error)}") from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _transfer(self, name: str, folder: Path) -> Path:
+        path = self.hub.hf_hub_download(
+            self.source.repo, name, revision=self.source.revision, local_dir=folder, endpoint=self.endpoint
+        )
+        return Path(path)
+
+    def _refused(self, error: OSError, name: str, folder: Path) -> PipelineError:
+        """Explain a failed transfer; remove what it left if resuming from that could never succeed."""
+        wrong_size = type(error) is OSError and error.errno is None  # huggingface_hub's check of the final length
+        if not wrong_size and _status(error) != 416:  # 416: what is left is longer than the real file
+            return self._explain(error, name)
+        left = max(folder.rglob("*.incomplete"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        size = left.stat().st_size if left else 0
+        try:
+            if left:
+                complete.refuse_pointer(left, name, self.where)
+        except SourceError as pointer:
+            return pointer
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return SourceError(
+            f"{self.where}: {name} is truncated or changed: {size:,} bytes arrived, not what the Hub declares. "
+            f"They were removed; run the same command again. If it happens twice, a proxy or mirror changes the file."
+        )
+
+    def _explain(self, error: BaseException, name: str | None = None) -> PipelineError:
+        """The error a user can act on, for whatever huggingface_hub or requests raised."""
+        from huggingface_hub import errors
+        from requests.exceptions import RequestException
+
+        what = f"{self.where}: {name}" if name else self.where
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+            error = error.__cause__  # a wrapper around the real reason
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return ResourceError(f"{what}: the disk filled up. Free space and run again; finished files are kept.")
+        if _status(error) is not None:
+            return SourceError(f"{what}: {self._answered(error)}")
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return SourceError(f"{what}: HF_HUB_OFFLINE is set and the store does not hold it. Unset it to download.")
+        if isinstance(error, RequestException):
+            return SourceError(
+                f"{what}: {self.shown} cannot be reached or the connection broke ({type(error).__name__}). Check "
+                f"network, proxy and HF_ENDPOINT, then run the same command again: it resumes where it stopped."
+            )
+        return SourceError(f"{what}: {_line(error)}")
+
+    def _answered(self, error: BaseException) -> str:
+        """What an HTTP error status from the Hub means for the user."""
+        from huggingface_hub import errors
+
+        status = _status(error)
+        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+            return f"access refused (HTTP {status}). {self._how_to_get_access()}"
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"no such revision. Take a commit id from {self.shown}/{self.source.repo}."
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return f"no such repository at {self.shown}. Check its name; a private one needs HF_TOKEN."
+        if isinstance(error, errors.EntryNotFoundError):
+            return "the Hub lists this file but does not serve it. Try later or another revision."
+        return f"{self.shown} answered HTTP {status}. Try again later; finished files are kept."
+
+    def _how_to_get_access(self) -> str:
+        if self.hub.get_token():
+            return (
+                f"The token in use has no access: accept the licence at {self.licence_page} with the token's account, "
+                f"or set HF_TOKEN to another one that may read it."
+            )
+        return (
+            f"The model is gated or private: accept its licence at {self.licence_page}, make a read token in that "
+            f"account's settings, and set the environment variable HF_TOKEN to it."
+        )
+
+
+def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[list[LockedFile], str]:
+    """Bring the needed files of a Hub repository into the store; return them and the licence that its card states.
+
+    Files that the store already holds are not transferred again, and an interrupted one is resumed; `key` names the
+    workspace where it waits.
+
+    Raises:
+        SourceError: offline, gated, no such repository or revision, an incomplete or pickle-only checkpoint, or bytes
+            that are not those the Hub declares (then they are deleted).
+        ResourceError: the disk is too small, known before any weights move.
+    """
+    repository = _Repository(source, licence_page)
+    declared, licence = repository.describe()
+    small = complete.small_files(declared.keys(), repository.where)
+    _require_space(small, declared, store, key, repository.where)
+    files = [_fetch_file(repository, declared[name], store, key) for name in small]
+    index = next((store.path(file.sha256).read_bytes() for file in files if file.name == complete.INDEX), None)
+    shards = complete.shard_names(declared.keys(), index, repository.where)
+    _require_space(shards, declared, store, key, repository.where)
+    files += [_fetch_file(repository, declared[name], store, key) for name in shards]
+    return files, licence
+
+
+def _declared(info: Any, where: str) -> dict[str, _Declared]:
+    files = {}
+    for sibling in info.siblings or []:
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        size = sibling.lfs.size if sibling.lfs else sibling.size
+        hashed = re.fullmatch(r"[0-9a-f]{64}", sha256) if sha256 else sibling.blob_id
+        if type(size) is not int or not hashed:
+            raise SourceError(
+                f"{where}: the Hub declares no usable size or hash for {sibling.rfilename}: it cannot be checked. "
+                f"Check HF_ENDPOINT: a mirror may leave this out."
+            )
+        files[sibling.rfilename] = _Declared(sibling.rfilename, size, sha256, sibling.blob_id)
+    return files
+
+
+def _require_space(names: list[str], declared: dict[str, _Declared], store: Store, key: str, where: str) -> None:
+    """Refuse before the first byte if what is still to come does not fit; interrupted transfers count as there."""
+    files = [declared[name] for name in names]
+    missing = sum(file.size for file in files if not (file.sha256 and store.has(file.sha256, file.size)))
+    with disk_errors(f"use the store {store.root}"):
+        waiting = sum(path.stat().st_size for path in store.workspace(key).rglob("*.incomplete"))
+    require_free_space(store.root, max(missing - waiting, 0), f"download {where}")
+
+
+def _fetch_file(repository: _Repository, file: _Declared, store: Store, key: str) -> LockedFile:
+    """The file in the store. An interrupted transfer stays in the workspace; wrong bytes do not."""
+    if file.sha256 and store.has(file.sha256, file.size):
+        return LockedFile(file.name, file.size, file.sha256)
+    with disk_errors(f"use the store {store.root}"):
+        folder = store.workspace(key)
+    path = repository.download(file.name, folder)
+    where = repository.where
+    try:
+        _check_declared(path, file, where)
+        return store.adopt(path, file.name, file.sha256, lambda content: complete.check_file(content, file.name, where))
+    except SourceError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _check_declared(path: Path, file: _Declared, where: str) -> None:
+    """Causes that a SHA-256 mismatch could not name, and git's hash of a small file: sha1("blob <size>\\0" + bytes)."""
+    complete.refuse_pointer(path, file.name, where)
+    size = path.stat().st_size
+    if size != file.size:
+        raise SourceError(f"{where}: {file.name} has {size:,} bytes, the Hub declares {file.size:,}. Fetch it again.")
+    if file.sha256 is None:
+        digest = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+        if digest != file.git_sha1:
+            raise SourceError(
+                f"{where}: {file.name}: wrong bytes. Expected git blob {file.git_sha1}, got {digest}. Nothing was "
+                f"kept; fetch it again. If it happens twice, a proxy or mirror changes the file."
+            )
+
+
+def _licence(info: Any, names: Collection[str]) -> str:
+    """The licence in the repository's card or tags, else the name of its licence file, else "unknown"."""
+    card = info.card_data or {}
+    stated = card.get("license")
+    if stated == "other":
+        detail = " ".join(str(card.get(key)) for key in ("license_name", "license_link") if card.get(key))
+        stated = f"other ({detail})" if detail else stated
+    tags = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+    texts = [f"see {name}" for name in sorted(names) if name.upper().startswith(("LICENSE", "LICENCE"))]
+    return _line(next(iter([stated] * bool(stated) + tags + texts), "unknown"))
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status code behind an exception, if a response caused it."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _line(value: object) -> str:
+    """`value` as one line of at most 300 characters."""
+    return " ".join(str(value).split())[:300]

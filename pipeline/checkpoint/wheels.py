@@ -1,0 +1,165 @@
+"""One file out of a wheel that is pinned by SHA-256. The wheel is never installed or imported.
+
+pip does the transfer, because it already honours the user's own index, proxy, certificates and credentials.
+"""
+
+from __future__ import annotations
+
+import email.parser
+import re
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pipeline.checkpoint.store import LockedFile, Store
+from pipeline.config import WheelSource
+from pipeline.errors import SourceError
+from pipeline.files import require_free_space
+
+_NO_CONNECTION = re.compile(
+    r"Retrying \(|Could not fetch URL|ConnectionError|NameResolutionError|ProxyError|SSLError|timed out"
+)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_LICENCE_FILE = re.compile(r"^[^/]+\.dist-info/(?:licenses/)?(LICEN[CS]E[^/]*)$", re.IGNORECASE)
+
+
+def fetch_wheel(source: WheelSource, store: Store) -> Path:
+    """Path of the wheel's bytes in the store, downloaded with pip on first use.
+
+    Raises:
+        SourceError: offline, no such package or version, or other bytes than the pinned ones.
+    """
+    key = f"wheel-{source.sha256}"
+    with store.exclusive(key):
+        if not store.has(source.sha256):
+            try:
+                store.clear(key)  # pip cannot resume what an interrupted run left here
+                _download(source, store, store.workspace(key))
+            finally:
+                store.clear(key)
+    return store.path(source.sha256)
+
+
+def _download(source: WheelSource, store: Store, folder: Path) -> None:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
+    _pip_download(requirements, folder, label(source))
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise SourceError(f"{label(source)}: pip reported success but left {len(wheels)} wheels. Run it again.")
+    store.adopt(wheels[0], wheels[0].name, source.sha256)
+
+
+def label(source: WheelSource) -> str:
+    """The source in a message."""
+    return f"wheel {source.package}=={source.version}"
+
+
+def _pip_download(requirements: Path, folder: Path, wanted: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
+    # pip's progress goes to our standard error (descriptor 2): standard output belongs to the command's own answer.
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        raise SourceError(f"{wanted}: {_explain_pip(done.stderr)}")
+
+
+def _explain_pip(stderr: str) -> str:
+    """One clear sentence for pip's many lines."""
+    if "No module named pip" in stderr:
+        return f"this Python has no pip ({sys.executable}). Install it with `python -m ensurepip`."
+    if "DO NOT MATCH THE HASHES" in stderr:
+        got = re.search(r"Got\s+([0-9a-f]{64})", stderr)
+        return (
+            f"the index serves other bytes than the pinned ones (got sha256 {got[1] if got else 'unknown'}). Nothing "
+            f"was kept. Do not change the pin before you know why the file changed."
+        )
+    offline = _NO_CONNECTION.search(stderr)
+    versions = re.search(r"\(from versions: ([^)]*)\)", stderr)
+    if offline and (versions is None or versions[1] == "none"):
+        return (
+            "the package index cannot be reached. Check the network and pip's settings "
+            "(`python -m pip config list`: index, proxy, certificates), then run the same command again."
+        )
+    if versions is not None:
+        there = f"versions there: {versions[1]}" if versions[1] != "none" else "it shows no version at all"
+        return (
+            f"the package index has no such wheel for this Python and machine ({there}). "
+            f"Check package and version in the configuration, and pip's index in `python -m pip config list`."
+        )
+    errors = [line.removeprefix("ERROR:").strip() for line in stderr.splitlines() if line.startswith("ERROR:")]
+    return "pip failed: " + (_CREDENTIALS.sub("", " ".join(errors or stderr.split()[-40:])) or "without saying why")
+
+
+@contextmanager
+def _archive_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise SourceError(f"{where}: the archive cannot be read ({type(error).__name__}: {error}).") from error
+
+
+@contextmanager
+def open_member(wheel: Path, source: WheelSource) -> Iterator[IO[bytes]]:
+    """The member's decompressed bytes as a stream. Nothing in the archive chooses a path on disk.
+
+    Raises:
+        SourceError: no such member (naming the nearest), or a damaged archive, also while reading.
+    """
+    where = label(source)
+    with _archive_errors(where), zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        if source.member not in names:
+            near = get_close_matches(source.member, names, n=3, cutoff=0.3)
+            raise SourceError(f"{where}: no member {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
+        require_free_space(wheel.parent, archive.getinfo(source.member).file_size, f"unpack {source.member}")
+        with archive.open(source.member) as stream:
+            yield stream
+
+
+def member_name(source: WheelSource) -> str:
+    """File name of the member without its folders."""
+    return PurePosixPath(source.member).name
+
+
+def licence(wheel: Path, source: WheelSource) -> str:
+    """The licence that the wheel states: expression, field, classifiers or its licence file's title; else "unknown"."""
+    with _archive_errors(label(source)), zipfile.ZipFile(wheel) as archive:
+        metadata = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
+        if metadata:
+            stated = _stated_licence(archive.read(metadata[0]))
+            if stated:
+                return stated
+        for name in archive.namelist():
+            if _LICENCE_FILE.match(name):
+                lines = [line.strip() for line in archive.read(name).decode("utf-8", "replace").splitlines()]
+                return next((f"{PurePosixPath(name).name}: {line[:80]}" for line in lines if line), "unknown")
+    return "unknown"
+
+
+def _stated_licence(metadata: bytes) -> str | None:
+    fields = email.parser.BytesParser().parsebytes(metadata, headersonly=True)
+    for key in ("License-Expression", "License"):
+        value = str(fields.get(key, "")).strip()
+        if value and value.upper() != "UNKNOWN" and "\n" not in value and len(value) <= 80:
+            return value
+    classifiers = [str(value).strip() for value in fields.get_all("Classifier", [])]
+    licences = [value.split("::")[-1].strip() for value in classifiers if value.startswith("License ::")]
+    return "; ".join(licences) or None
+
+
+def store_licence_files(wheel: Path, source: WheelSource, store: Store) -> list[LockedFile]:
+    """Put the wheel's own licence texts into the store: weights may be passed on only together with them."""
+    files = []
+    with _archive_errors(label(source)), zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if match := _LICENCE_FILE.match(name):
+                with archive.open(name) as stream:
+                    files.append(store.add(stream, match[1]))
+    return files

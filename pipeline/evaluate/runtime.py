@@ -1,0 +1,78 @@
+"""Written models in ONNX Runtime: the logits of token sequences, with a reusable cache.
+
+This is the runtime that ships; nothing here simulates quantization.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from pipeline.errors import EvaluationError
+
+ort.set_default_logger_severity(3)
+
+
+def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
+    """Load a model on the CPU with all cores.
+
+    `fold_weights=False` keeps half-precision weights mapped and widens each when its product runs, instead of holding
+    the whole model in float32: slower, but a reference larger than memory still runs.
+
+    Raises:
+        EvaluationError: ONNX Runtime refuses the file.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    if not fold_weights:
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions share no public base class
+        raise EvaluationError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
+
+
+def fits_widened(weight_bytes: int, parameters: int) -> bool:
+    """Whether a checkpoint can be held in float32 beside its mapped file with half of the memory to spare."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 4 * parameters + weight_bytes < available * 0.75
+
+
+@dataclass(frozen=True)
+class State:
+    """Keys and values of `length` tokens. Never modified, so one prefix serves many continuations."""
+
+    length: int
+    values: tuple[Any, ...]
+
+
+class OnnxDecoder:
+    """A decoder graph as a function from tokens to logits."""
+
+    def __init__(self, path: Path, fold_weights: bool = True):
+        self.session = open_session(path, fold_weights)
+        cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        self._names = [value.name for value in cache]
+        self._outputs = [value.name for value in self.session.get_outputs()]
+        empty = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in cache]
+        self._empty = State(0, tuple(ort.OrtValue.ortvalue_from_numpy(value) for value in empty))
+
+    def run(self, ids: Sequence[int], past: State | None = None) -> tuple[np.ndarray, State]:
+        """Logits, float32 [len(ids), vocab], of `ids` after the tokens in `past`; and the state after them."""
+        past = past or self._empty
+        length = past.length + len(ids)
+        feeds = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.asarray([ids], np.int64)),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(np.ones((1, length), np.int64)),
+            **dict(zip(self._names, past.values, strict=True)),
+        }
+        logits, *present = self.session.run_with_ort_values(self._outputs, feeds)
+        return logits.numpy()[0], State(length, tuple(present))

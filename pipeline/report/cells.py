@@ -1,0 +1,207 @@
+"""Numbers as text: the words of the table, of gate lines and of the sentence on power. No layout here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from pipeline.evaluate.gates import PASS, REPORTED, GateLine
+from pipeline.report.rows import REFERENCE, ModelReport, Row, number
+
+DASH = "–"
+COLUMNS = (
+    # heading of a cell's first and second line
+    ("variant", ""),
+    ("bytes on disk", "bits/weight"),
+    ("mean KL", "(90 %)"),
+    ("top-1", "(90 %)"),
+    ("MMLU (n)", "(90 %)"),
+    ("pass@1 (n)", "(90 %)"),
+    ("tokens/s", "(spread)"),
+    ("first", "token"),
+    ("peak", "memory"),
+    ("verdict", ""),
+)
+GATE_COLUMNS = ("gate", "n", "estimate", "90 % interval", "limit", "detectable", "verdict")
+POWER_LEGEND = (
+    "Detectable: the excess over the limit (for accuracy: the drop) that this sample reveals with 80 % power in a "
+    "one-sided test at 5 %. Intervals are two-sided 90 %, so each end is a one-sided 95 % bound; a line passes when "
+    "its bound does. pass@1 is HumanEval's; (90 %) marks intervals."
+)
+
+
+def share(value: float) -> str:
+    """0.861 as 86.1 %."""
+    return f"{100 * value:.1f} %"
+
+
+def nats(value: float) -> str:
+    """Three significant digits, at least three decimals below one."""
+    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+def memory(value: float) -> str:
+    """Bytes as decimal MB or GB."""
+    return f"{value / 1e6:.0f} MB" if value < 1e9 else f"{value / 1e9:.{2 if value < 1e10 else 1}f} GB"
+
+
+def seconds(value: float) -> str:
+    """Milliseconds below one second."""
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _maybe(value: float | None, format_: Callable[[float], str]) -> str:
+    return DASH if value is None or math.isnan(value) else format_(value)
+
+
+def _range(row: Row, section: str, key: str, format_: Callable[[float], str]) -> str:
+    low, high = number(row, section, f"{key}_low"), number(row, section, f"{key}_high")
+    return "" if low is None or high is None else f"{format_(low)}–{format_(high)}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _accuracy(row: Row, section: str, key: str) -> tuple[str, str]:
+    accuracy, n = number(row, section, key), number(row, section, "n")
+    if accuracy is None or n is None:
+        return DASH, ""
+    return f"{share(accuracy)} ({n:.0f})", _range(row, section, key, _percent)
+
+
+def table_cells(row: Row) -> list[tuple[str, str]]:
+    """The two lines of each of `COLUMNS` for one row."""
+    return [
+        (row.variant, ""),
+        (
+            _maybe(number(row, "size", "bytes_on_disk"), lambda value: f"{value:,.0f}"),
+            _maybe(number(row, "size", "bits_per_weight"), lambda value: f"{value:.2f}"),
+        ),
+        (_maybe(number(row, "divergence", "kl_mean"), nats), _range(row, "divergence", "kl_mean", nats)),
+        (_maybe(number(row, "divergence", "top1"), share), _range(row, "divergence", "top1", _percent)),
+        _accuracy(row, "mmlu", "accuracy"),
+        _accuracy(row, "humaneval", "pass_at_1"),
+        (
+            _maybe(number(row, "speed", "tokens_per_second"), lambda value: f"{value:.1f}"),
+            _range(row, "speed", "tokens_per_second", lambda value: f"{value:.0f}"),
+        ),
+        (_maybe(number(row, "speed", "time_to_first_token_seconds"), seconds), ""),
+        (_maybe(number(row, "speed", "peak_memory_bytes"), memory), ""),
+        (row.verdict.verdict if row.verdict else DASH, ""),
+    ]
+
+
+def delivery(row: Row) -> str:
+    """The bundle's path, or why there is none; "" for the reference."""
+    if row.variant == REFERENCE:
+        return ""
+    return f"bundle: {row.bundle}" if row.bundle else f"no bundle: {row.refusal}"
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f} points"
+
+
+# gate → title, format of its numbers, sign of its limit
+_GATES: dict[str, tuple[str, Callable[[float], str], str]] = {
+    "parity": ("parity with Optimum", lambda value: f"{value:.1e}", "≤"),
+    "kl_mean": ("mean KL", nats, "≤"),
+    "kl_p99": ("99th percentile of KL", nats, "≤"),
+    "top1": ("top-1 agreement", share, "≥"),
+    "perplexity_ratio": ("perplexity ratio", lambda value: f"{value:.3f}", "≤"),
+    "mmlu": ("MMLU drop", _points, "≤"),
+    "humaneval": ("HumanEval drop", _points, "≤"),
+}
+
+
+def gate_cells(line: GateLine) -> list[str]:
+    """One line's text for each of `GATE_COLUMNS`."""
+    title, format_, sign = _GATES.get(line.name, (line.name, nats, "≤"))
+    interval = DASH
+    if line.low is not None:
+        high = format_(line.high) if line.high is not None else "unbounded"
+        interval = f"{format_(line.low).split()[0]} to {high}"
+    return [
+        title,
+        DASH if line.n is None else f"{line.n:,}",
+        _maybe(line.estimate, format_),
+        interval,
+        DASH if line.limit is None else f"{sign} {format_(line.limit)}",
+        _gate_number(line, line.detectable),
+        "reported" if line.verdict == REPORTED else line.verdict,
+    ]
+
+
+def gate_title(line: GateLine) -> str:
+    """The gate's name in words."""
+    return _GATES.get(line.name, (line.name,))[0]
+
+
+def reasons(row: Row) -> list[str]:
+    """Why each line of a row's verdict that did not pass did not, with its numbers."""
+    lines = row.verdict.lines if row.verdict else ()
+    return [f"{gate_title(line)}: {line.note}." for line in lines if line.verdict != PASS and line.note]
+
+
+def conditions(model: ModelReport) -> str:
+    """How the accuracy tasks were run, as recorded with the reference."""
+    mmlu, humaneval = (model.reference.metrics.get(name) or {} for name in ("mmlu", "humaneval"))
+    return (
+        f"MMLU questions asked in mode {mmlu.get('mode', 'unknown')} (chance {100 * mmlu.get('chance', 0.25):.0f} %); "
+        f"HumanEval: pass@1 of one greedy solution each, run under {humaneval.get('isolation', 'unknown isolation')}."
+    )
+
+
+def power_sentences(model: ModelReport) -> list[str]:
+    """What this run's sample sizes can and cannot detect: one sentence on tokens, one per accuracy task."""
+    sentences = [_divergence_power(model), _accuracy_power(model, "mmlu"), _accuracy_power(model, "humaneval")]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _lines(model: ModelReport, name: str) -> list[GateLine]:
+    """One gate's line of every variant."""
+    return [line for row in model.variants if row.verdict for line in row.verdict.lines if line.name == name]
+
+
+def _least_known(model: ModelReport, name: str) -> GateLine | None:
+    """A gate's line in the variant where the detectable effect is largest."""
+    return max(
+        (line for line in _lines(model, name) if line.detectable is not None),
+        key=lambda line: line.detectable or 0.0,
+        default=None,
+    )
+
+
+def _divergence_power(model: ModelReport) -> str:
+    lines = [line for name in ("kl_mean", "top1", "perplexity_ratio") if (line := _least_known(model, name))]
+    if not lines:
+        return ""
+    sides = {"top1": "below"}
+    effects = ", ".join(
+        f"{gate_title(line)} {_gate_number(line, line.detectable)} {sides.get(line.name, 'above')} its limit"
+        for line in lines
+    )
+    return f"{lines[0].n:,} tokens can detect: {effects}; a smaller excess can go unseen."
+
+
+def _accuracy_power(model: ModelReport, name: str) -> str:
+    line = _least_known(model, name)
+    if line is None:
+        return ""
+    what, items = {"mmlu": ("MMLU", "questions"), "humaneval": ("HumanEval", "problems")}[name]
+    text = f"{line.n:,} {what} {items} can detect a drop of {_gate_number(line, line.detectable)} and nothing smaller"
+    if line.verdict == REPORTED:
+        return f"{text}: {what} gates nothing here."
+    margins = sorted({other.limit for other in _lines(model, name) if other.limit is not None})
+    return f"{text}; its margins: {', '.join(f'{margin:g}' for margin in margins)} points."
+
+
+def _gate_number(line: GateLine, value: float | None) -> str:
+    """`value` in the unit of the line's gate; a difference of shares is points, not per cent."""
+    if line.name == "top1" and value is not None:
+        return _points(100 * value)
+    return _maybe(value, _GATES.get(line.name, ("", nats))[1])

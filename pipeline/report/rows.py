@@ -1,0 +1,145 @@
+"""What a report shows: one row per model × variant and one per model's full-precision reference, in the run's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import EvaluationError
+from pipeline.evaluate.gates import Verdict, worst
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model × variant, or a model's reference (`variant == REFERENCE`, no verdict, no bundle).
+
+    Metrics have the shape that `pipeline.evaluate.statistics` defines, plus `size` and `speed`; what a section lacks
+    is shown as a dash. `bundle` is the bundle's path, or `refusal` says why there is none.
+    """
+
+    model: str
+    variant: str
+    metrics: Mapping[str, Any]
+    verdict: Verdict | None = None
+    bundle: str | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One model's rows, the reference first, and a caveat to print with its figures (or "")."""
+
+    model: str
+    reference: Row
+    variants: tuple[Row, ...]
+    note: str
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Reference, then variants."""
+        return (self.reference, *self.variants)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A complete run."""
+
+    models: tuple[ModelReport, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict of all variants."""
+        return worst(row.verdict.verdict for model in self.models for row in model.variants if row.verdict)
+
+
+def build(
+    rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Mapping[str, str] | None = None
+) -> Report:
+    """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
+
+    Args:
+        rows: in any order.
+        models, variants: of the run (configs/pipeline.yaml).
+        notes: by model, a sentence to print with its figures.
+
+    Raises:
+        EvaluationError: a model × variant or a reference is missing, comes twice or is not of this run; a variant has
+            no verdict, or not exactly one of bundle and refusal.
+    """
+    found = {(row.model, row.variant): row for row in rows}
+    expected = [(model, variant) for model in models for variant in (REFERENCE, *variants)]
+    if missing := [f"{model}/{variant}" for model, variant in expected if (model, variant) not in found]:
+        raise EvaluationError(
+            f"the report lacks {len(missing)} of {len(expected)} rows: {', '.join(missing)}. Run the validate stage of "
+            f"each (dvc repro), then report again."
+        )
+    if extra := sorted(f"{model}/{variant}" for model, variant in set(found) - set(expected)):
+        raise EvaluationError(f"the report was given rows that are not of this run: {', '.join(extra)}.")
+    if len(found) != len(rows):
+        raise EvaluationError(f"the report was given {len(rows)} rows for {len(found)} variants: some come twice.")
+    for row in rows:
+        if row.variant != REFERENCE:
+            _check(row)
+    return Report(
+        tuple(
+            ModelReport(
+                model,
+                found[model, REFERENCE],
+                tuple(found[model, variant] for variant in variants),
+                (notes or {}).get(model, ""),
+            )
+            for model in models
+        )
+    )
+
+
+def _check(row: Row) -> None:
+    if row.verdict is None:
+        raise EvaluationError(f"{row.model}/{row.variant} has no verdict: run its validate stage, then report again.")
+    if (row.bundle is None) == (row.refusal is None):
+        raise EvaluationError(
+            f"{row.model}/{row.variant} needs either a bundle or a refusal, got bundle={row.bundle!r}, "
+            f"refusal={row.refusal!r}: run its bundle stage, then report again."
+        )
+
+
+def number(row: Row, section: str, key: str) -> float | None:
+    """One figure of a row's metrics, or None where it was not measured."""
+    found = row.metrics.get(section)
+    value = found.get(key) if isinstance(found, Mapping) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def pareto_points(report: Report) -> list[dict[str, Any]]:
+    """Size and divergence of each variant that has both, for `dvc plots`: bytes, nats per token, 90 % interval."""
+    points = []
+    for model in report.models:
+        for row in model.variants:
+            size, kl = number(row, "size", "bytes_on_disk"), number(row, "divergence", "kl_mean")
+            if size is None or kl is None or row.verdict is None:
+                continue
+            points.append(
+                {
+                    "model": row.model,
+                    "variant": row.variant,
+                    "bytes": size,
+                    "kl_mean": kl,
+                    "kl_low": number(row, "divergence", "kl_mean_low"),
+                    "kl_high": number(row, "divergence", "kl_mean_high"),
+                    "verdict": row.verdict.verdict,
+                }
+            )
+    return points
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (size, divergence) points that no other point beats on both, by increasing size."""
+    best, kept = float("inf"), []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < best:
+            best = points[index][1]
+            kept.append(index)
+    return kept

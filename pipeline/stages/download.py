@@ -1,0 +1,36 @@
+"""download: bring a model's checkpoint and the pinned datasets into the store; lock what was found."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline import config
+from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.stages.workspace import Workspace
+
+
+def run(model: str) -> None:
+    """Fetch, check and lock one model.
+
+    All configuration of the run is read first, and the checkpoint's tensors are compared with its config.json last,
+    so that neither a typo nor an unsupported model is found hours later.
+    """
+    config.check_all()
+    entry = config.load_model(model)
+    store, workspace = Store(), Workspace(model)
+    for name, source in config.load_datasets().datasets.items():
+        fetch_dataset(name, source, store)
+    lock = fetch_model(model, entry, store)
+    write_lock(workspace.lock, lock)
+    folder = workspace.weights(store)
+    checkpoint = Checkpoint(folder)
+    notes = check_tensors(read_architecture(folder / "config.json"), checkpoint)
+    print(
+        f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "
+        f"{len(checkpoint)} tensors, {checkpoint.weight_bytes:,} bytes of weights"
+    )
+    for note in notes:
+        print(f"{model}: {note}", file=sys.stderr)

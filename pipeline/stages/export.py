@@ -1,0 +1,37 @@
+"""export: the full-precision graph over the checkpoint's own bytes, with genai_config.json and tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+
+from pipeline import config
+from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.files import atomic_directory
+from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.graph.genai import dumps, genai_config
+from pipeline.stages.workspace import MODEL_FILE, Workspace
+
+
+def run(model: str) -> None:
+    """Write artifacts/<model>/export. No weight is read or copied."""
+    entry = config.load_model(model)
+    workspace = Workspace(model)
+    weights = workspace.weights(Store())
+    architecture = read_architecture(weights / "config.json")
+    checkpoint = Checkpoint(weights)
+    check_tensors(architecture, checkpoint)
+    graph, rope_data = build_decoder(architecture, checkpoint, entry.context)
+    with atomic_directory(workspace.export) as folder:
+        save_decoder(folder, graph, rope_data, MODEL_FILE)
+        (folder / "genai_config.json").write_bytes(
+            dumps(genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
+        )
+        for file in workspace.read_lock().files:
+            if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                shutil.copyfile(weights / file.name, folder / file.name)
+    print(
+        f"{model}: {architecture.family}, {architecture.layers} layers, {architecture.parameters:,} parameters, "
+        f"context {entry.context:,}: graph of {graph.ByteSize():,} bytes over {len(checkpoint)} tensors in place"
+    )

@@ -1,0 +1,55 @@
+"""Pinned text as token windows of a model, for calibration and for judging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.checkpoint.sources import fetch_dataset
+from pipeline.checkpoint.store import Store
+from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
+from pipeline.evaluate.texts import input_windows, overlap, scored_windows
+
+
+def dataset(name: str, store: Store) -> Path:
+    """Path of a pinned dataset's file."""
+    return fetch_dataset(name, load_datasets().datasets[name], store)
+
+
+def encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Text → token ids by the folder's tokenizer.json, special tokens not added."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _read(name: str, store: Store) -> str:
+    return dataset(name, store).read_text(encoding="utf-8")
+
+
+def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> list[np.ndarray]:
+    """Calibration windows, int64 [window]."""
+    encode = encoder(folder)
+    return [
+        ids
+        for name, tokens in calibration.texts.items()
+        for ids in input_windows(_read(name, store), encode, tokens, calibration.window)
+    ]
+
+
+def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list[np.ndarray]:
+    """Held-out windows, int64 [window]; a window of w tokens scores w − 1 positions."""
+    encode = encoder(folder)
+    return [
+        ids
+        for name, tokens in divergence.texts.items()
+        for ids in scored_windows(_read(name, store), encode, tokens, divergence.window)
+    ]
+
+
+def text_overlap(a: Iterable[str], b: Iterable[str], store: Store) -> int:
+    """Number of 13-grams that two sets of datasets share."""
+    return overlap((_read(name, store) for name in a), (_read(name, store) for name in b))

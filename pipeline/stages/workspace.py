@@ -1,0 +1,96 @@
+"""Where each stage writes and reads: one place for all paths under `artifacts/`.
+
+Everything is a DVC output except `reference/`, a folder of hard links (graph, tokenizer and weights side by side, as
+ONNX Runtime wants them) that any stage can make again from the export and the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.checkpoint.sources import SourceLock, read_lock
+from pipeline.checkpoint.store import Store
+from pipeline.files import link_or_copy
+
+ARTIFACTS = Path("artifacts")
+REFERENCE = "reference"  # the full-precision model, in the places where a variant's name stands otherwise
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The paths of one model."""
+
+    model: str
+
+    @property
+    def root(self) -> Path:
+        """Everything of the model that is not released or measured."""
+        return ARTIFACTS / self.model
+
+    @property
+    def lock(self) -> Path:
+        """The source lock."""
+        return self.root / "source.json"
+
+    @property
+    def export(self) -> Path:
+        """The full-precision graph, genai_config.json and tokenizer; no weights."""
+        return self.root / "export"
+
+    @property
+    def moments(self) -> Path:
+        """Second moments of activations."""
+        return self.root / "calibration" / "moments.safetensors"
+
+    @property
+    def parity(self) -> Path:
+        """The comparison with Optimum's export."""
+        return self.root / "parity.json"
+
+    def artifact(self, variant: str) -> Path:
+        """Folder of a variant's quantized graph and data."""
+        return self.root / "variants" / variant
+
+    def evaluation(self, variant: str) -> Path:
+        """Folder of a variant's per-item results (`REFERENCE`: the full-precision model's)."""
+        return self.root / "evaluation" / variant
+
+    def verdict(self, variant: str) -> Path:
+        """The gates' decision on a variant."""
+        return self.root / "verdicts" / f"{variant}.json"
+
+    def metrics(self, variant: str) -> Path:
+        """Measurements of a variant, tracked by git."""
+        return ARTIFACTS / "metrics" / self.model / f"{variant}.json"
+
+    def bundle(self, variant: str) -> Path:
+        """The bundle: content/ and model.sig."""
+        return ARTIFACTS / "bundles" / self.model / variant
+
+    @property
+    def tiers(self) -> Path:
+        """The signed tiers.json: content/ and model.sig."""
+        return ARTIFACTS / "tiers" / self.model
+
+    def file_stem(self, variant: str) -> str:
+        """Name of an artifact's files, as apps name them: mimo_8b_q4."""
+        return f"{self.model}_{variant}".replace("-", "_")
+
+    def read_lock(self) -> SourceLock:
+        """The source lock. Raises SourceError when the download stage has not run."""
+        return read_lock(self.lock)
+
+    def weights(self, store: Store) -> Path:
+        """A folder with the checkpoint's files under their own names (hard links into the store)."""
+        folder = self.root / REFERENCE
+        store.link({file.name: file.sha256 for file in self.read_lock().files}, folder)
+        return folder
+
+    def reference(self, store: Store) -> Path:
+        """The full-precision model as ONNX Runtime and onnxruntime-genai load it: export and weights side by side."""
+        folder = self.weights(store)
+        for file in self.export.iterdir():
+            link_or_copy(file, folder / file.name)
+        return folder

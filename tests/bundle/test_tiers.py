@@ -1,0 +1,108 @@
+"""Which tier gets what, checked on figures worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from pipeline.bundle.tiers import Candidate, TierBundle, TierRefusal, assign, budget_bytes, build_tiers
+from pipeline.config import Tier, TiersConfig, load_tiers
+from pipeline.errors import BundleError
+
+TIERS = TiersConfig(
+    context=2048,
+    runtime_bytes=100,
+    tiers={
+        "small": Tier(platform="android", ram_bytes=1_000, usable_fraction=0.5),
+        "middle": Tier(platform="android", ram_bytes=2_000, usable_fraction=0.5),
+        "large": Tier(platform="ios", ram_bytes=5_000, usable_fraction=0.6),
+    },
+)
+Q3 = Candidate("q3", bundle_bytes=600, memory_bytes=700, verdict="PASS", kl_mean=0.12)
+Q4 = Candidate("q4", bundle_bytes=800, memory_bytes=900, verdict="PASS", kl_mean=0.08)
+Q4_K_M = Candidate("q4_k_m", bundle_bytes=900, memory_bytes=1_000, verdict="PASS", kl_mean=0.05)
+
+
+@pytest.mark.parametrize("order", itertools.permutations([Q3, Q4, Q4_K_M]))
+def test_each_tier_gets_the_best_that_fits(order: tuple[Candidate, ...]) -> None:
+    decisions = assign(TIERS, order)
+    assert decisions["small"] == TierRefusal(
+        platform="android",
+        ram_bytes=1_000,
+        budget_bytes=500,
+        smallest_need_bytes=800,
+        shortfall_bytes=300,
+        reasons=[
+            "q3: verdict PASS, needs 800 bytes, 300 over the budget",
+            "q4: verdict PASS, needs 1,000 bytes, 500 over the budget",
+            "q4_k_m: verdict PASS, needs 1,100 bytes, 600 over the budget",
+        ],
+    )
+    # q4 needs exactly the budget of 1,000 and fits; q4_k_m is better but 100 over.
+    assert decisions["middle"] == TierBundle(
+        platform="android",
+        ram_bytes=2_000,
+        budget_bytes=1_000,
+        variant="q4",
+        need_bytes=1_000,
+        bundle_bytes=800,
+        kl_mean=0.08,
+    )
+    assert decisions["large"].variant == "q4_k_m" and decisions["large"].budget_bytes == 3_000
+
+
+@pytest.mark.parametrize("verdict", ["FAIL", "INCONCLUSIVE", "ERROR"])
+def test_only_a_pass_ships(verdict: str) -> None:
+    best = Candidate("q4_k_m", 900, 1_000, verdict, None if verdict == "ERROR" else 0.001)
+    assert assign(TIERS, [best, Q4])["large"].variant == "q4"
+    refusal = assign(TIERS, [best])["large"]
+    assert refusal.smallest_need_bytes is None and refusal.shortfall_bytes is None
+    assert refusal.reasons == [f"q4_k_m: verdict {verdict}, needs 1,100 bytes"]
+
+
+def test_nothing_built_is_a_refusal() -> None:
+    assert assign(TIERS, [])["large"].reasons == ["no variant was built"]
+
+
+def test_equal_quality_goes_to_the_smaller_need() -> None:
+    twin = Candidate("a", 800, 901, "PASS", Q4.kl_mean)
+    assert assign(TIERS, [twin, Q4])["large"].variant == "q4"
+
+
+@pytest.mark.parametrize("kl", [None, float("nan"), float("inf")])
+def test_no_variant_passes_unmeasured(kl: float | None) -> None:
+    with pytest.raises(BundleError, match="variant q3 has the verdict PASS but a mean KL of"):
+        assign(TIERS, [Candidate("q3", 1, 1, "PASS", kl)])
+
+
+def test_a_variant_is_given_once() -> None:
+    with pytest.raises(BundleError, match="variant q3 is a candidate twice"):
+        assign(TIERS, [Q3, Q4, Q3])
+
+
+def test_the_document_pins_the_bundles_it_names(maker: Any) -> None:
+    fields = {
+        "model": "demo",
+        "signing": maker.config,
+        "key": maker.key.identity,
+        "created": datetime(2026, 1, 31, tzinfo=UTC),
+        "context": TIERS.context,
+        "decisions": assign(TIERS, [Q3, Q4, Q4_K_M]),
+    }
+    document = build_tiers(**fields, signatures={variant: "e" * 64 for variant in ("q3", "q4", "q4_k_m")})
+    assert set(document.bundles) == {"q4", "q4_k_m"} and document.bundles["q4"].release == 7
+    assert type(document).model_validate_json(document.model_dump_json()) == document
+    with pytest.raises(BundleError, match="names q4 without a signed bundle"):
+        build_tiers(**fields, signatures={"q4_k_m": "e" * 64})
+
+
+def test_the_shipped_tiers_keep_their_classes_apart() -> None:
+    tiers = load_tiers().tiers
+    for platform in ("android", "ios"):
+        budgets = [budget_bytes(tier) for tier in tiers.values() if tier.platform == platform]
+        assert budgets == sorted(set(budgets)) and budgets
+    assert budget_bytes(tiers["android-8gb"]) == 3_850_000_000
+    assert budget_bytes(tiers["ios-8gb"]) == 4_800_000_000

@@ -1,0 +1,460 @@
+"""Every way to spoil a bundle that we could think of is found, under its own name and with the figures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from pipeline.bundle import release, signing, tiers
+from pipeline.bundle.release import FileEntry
+from pipeline.bundle.verify import Finding, Kind, Report, verify, verify_tiers
+from pipeline.errors import BundleError
+
+CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
+NOW = CREATED + timedelta(days=30)
+PART = "content/demo_q4.onnx.data.0"
+
+
+def check(bundle: Path, public_key: Path, **changes: Any) -> Report:
+    options = {"now": NOW, "highest_release": 7, "model": "demo", "variant": "q4"}
+    return verify(bundle, public_key, **(options | changes))
+
+
+def kinds(report: Report) -> list[str]:
+    return [str(finding.kind) for finding in report.findings]
+
+
+def test_a_good_bundle_is_ok(good_bundle: Path, public_key: Path) -> None:
+    report = check(good_bundle, public_key)
+    assert report.ok and report.intact and report.findings == ()
+    assert isinstance(report.document, release.Release) and report.document.variant == "q4"
+    assert "OK, demo release 7" in report.describe() and report.key in report.describe()
+
+
+# --- tampering without a key ---------------------------------------------------------------------------------------
+
+
+def edit_signature(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = bundle / "model.sig"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_payload(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    def apply(value: dict[str, Any]) -> None:
+        statement = json.loads(base64.b64decode(value["dsseEnvelope"]["payload"]))
+        change(statement)
+        value["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+
+    edit_signature(bundle, apply)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap(first: Path, second: Path) -> None:
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+
+
+def replace_by_link(bundle: Path, name: str) -> None:
+    """The same bytes as before, but through a symlink."""
+    elsewhere = (bundle / name).rename(bundle.parent / "elsewhere")
+    (bundle / name).symlink_to(elsewhere)
+
+
+def to_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def add(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"evil")
+
+
+def accept_evil(statement: dict[str, Any]) -> None:
+    """What an attacker would like the statement to say about the first part."""
+    statement["predicate"]["resources"][1]["digest"] = hashlib.sha256(b"evil").hexdigest()
+
+
+def undo_signature_and_relabel(bundle: Path) -> None:
+    edit_signature(bundle, lambda value: value["dsseEnvelope"]["signatures"][0].update(keyid="c" * 64))
+
+
+TAMPERS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    # signature file
+    "no signature": (lambda b: (b / "model.sig").unlink(), ["missing-signature"], "nothing in this bundle is proven"),
+    "empty signature": (lambda b: (b / "model.sig").write_bytes(b""), ["malformed-signature"], "not an OMS signature"),
+    "signature is not JSON": (lambda b: (b / "model.sig").write_bytes(b"\xff{"), ["malformed-signature"], "JSON"),
+    "signature is deeply nested": (
+        lambda b: (b / "model.sig").write_text("[" * 100_000),
+        ["malformed-signature"],
+        "recursion",
+    ),
+    "signature is huge": (lambda b: os.truncate(b / "model.sig", 17 << 20), ["malformed-signature"], "not an OMS"),
+    "signature cut off": (lambda b: os.truncate(b / "model.sig", 300), ["malformed-signature"], "JSON"),
+    "signature of another media type": (
+        lambda b: edit_signature(b, lambda v: v.update(mediaType="application/json")),
+        ["malformed-signature"],
+        "mediaType",
+    ),
+    "signature with an extra field": (
+        lambda b: edit_signature(b, lambda v: v.update(trustMe=True)),
+        ["malformed-signature"],
+        "trustMe",
+    ),
+    "no signatures in the envelope": (
+        lambda b: edit_signature(b, lambda v: v["dsseEnvelope"].update(signatures=[])),
+        ["malformed-signature"],
+        "signatures",
+    ),
+    "two signatures in the envelope": (
+        lambda b: edit_signature(b, lambda v: v["dsseEnvelope"]["signatures"].append({"sig": "", "keyid": ""})),
+        ["malformed-signature"],
+        "signatures",
+    ),
+    "another payload type": (
+        lambda b: edit_signature(b, lambda v: v["dsseEnvelope"].update(payloadType="text/plain")),
+        ["malformed-signature"],
+        "payloadType",
+    ),
+    "payload is not base64": (
+        lambda b: edit_signature(b, lambda v: v["dsseEnvelope"].update(payload="%%%")),
+        ["malformed-signature"],
+        "payload is not base64",
+    ),
+    "statement edited": (lambda b: edit_payload(b, accept_evil), ["invalid-signature"], "did not sign this statement"),
+    "statement and part edited": (
+        lambda b: (edit_payload(b, accept_evil), (b / PART).write_bytes(b"evil")),
+        ["invalid-signature"],
+        "did not sign this statement",
+    ),
+    "statement lets a file be ignored": (
+        lambda b: edit_payload(b, lambda s: s["predicate"]["serialization"].update(ignore_paths=["evil.so"])),
+        ["invalid-signature"],
+        "did not sign this statement",
+    ),
+    "signature bytes edited": (
+        lambda b: edit_signature(b, lambda v: v["dsseEnvelope"]["signatures"][0].update(sig="AAAA")),
+        ["invalid-signature"],
+        "did not sign this statement",
+    ),
+    "key label changed": (undo_signature_and_relabel, ["malformed-signature"], "its label was changed"),
+    "key hint changed": (
+        lambda b: edit_signature(b, lambda v: v["verificationMaterial"]["publicKey"].update(hint="c" * 64)),
+        ["malformed-signature"],
+        "its label was changed",
+    ),
+    "signature is a symlink": (lambda b: replace_by_link(b, "model.sig"), ["symlink"], "elsewhere"),
+    "signature is a folder": (lambda b: to_directory(b / "model.sig"), ["not-a-file"], "expected a regular file"),
+    # files
+    "one bit flipped": (lambda b: flip(b / PART), ["modified"], "expected sha256"),
+    "bytes appended": (lambda b: (b / PART).open("ab").write(b"x"), ["modified"], "16,385 bytes"),
+    "truncated": (lambda b: os.truncate(b / PART, 16_000), ["truncated"], "expected 16,384 bytes, found 16,000: 384"),
+    "emptied": (lambda b: os.truncate(b / "content/tokenizer.json", 0), ["truncated"], "found 0: 19"),
+    "removed": (lambda b: (b / PART).unlink(), ["missing"], "found no such file"),
+    "renamed": (lambda b: (b / PART).rename(b / "content/demo.data"), ["renamed"], "it is here as demo.data"),
+    "renamed in case only": (
+        lambda b: (b / "content/LICENSE").rename(b / "content/license"),
+        ["renamed"],
+        "it is here as license",
+    ),
+    "two parts exchanged": (
+        lambda b: swap(b / PART, b / "content/demo_q4.onnx.data.1"),
+        ["modified", "modified"],
+        "found ",
+    ),
+    "extra file": (lambda b: add(b / "content/evil.so"), ["extra"], "a file of 4 bytes"),
+    "extra hidden file": (lambda b: add(b / "content/.evil"), ["extra"], "a file of 4 bytes"),
+    "extra .gitattributes": (lambda b: add(b / "content/.gitattributes"), ["extra"], "a file of 4 bytes"),
+    "extra .github folder": (lambda b: add(b / "content/.github/evil.so"), ["extra"], "a folder"),
+    "extra .git folder": (lambda b: add(b / "content/.git/config"), ["extra"], "a folder"),
+    "extra name with control characters": (lambda b: add(b / "content/a\x1b[2Jb"), ["extra"], "a file of 4 bytes"),
+    "extra name that is not text": (lambda b: add(b / "content" / os.fsdecode(b"\xff")), ["extra"], "a file of 4"),
+    "extra copy of a part": (lambda b: shutil.copy(b / PART, b / "content/copy"), ["extra"], "16,384 bytes"),
+    "signature among the files": (lambda b: shutil.copy(b / "model.sig", b / "content"), ["extra"], "does not cover"),
+    "file became a symlink": (lambda b: replace_by_link(b, PART), ["symlink"], "elsewhere"),
+    "extra symlink": (lambda b: (b / "content/x").symlink_to("/etc/passwd"), ["symlink"], "/etc/passwd"),
+    "file became a folder": (lambda b: to_directory(b / PART), ["not-a-file"], "expected a regular file"),
+    "file became a pipe": (lambda b: to_fifo(b / PART), ["not-a-file"], "prw"),
+    "extra pipe": (lambda b: os.mkfifo(b / "content/pipe"), ["not-a-file"], "prw"),
+    "release.json edited": (
+        lambda b: (b / "content/release.json").write_text(
+            (b / "content/release.json").read_text().replace('"release": 7', '"release": 9')
+        ),
+        ["modified"],
+        "expected sha256",
+    ),
+    "release.json removed": (lambda b: (b / "content/release.json").unlink(), ["missing"], "found no such file"),
+    # layout
+    "file beside the content": (lambda b: add(b / "evil.so"), ["unlisted"], "no signature covers it"),
+    "hidden file beside the content": (lambda b: add(b / ".evil"), ["unlisted"], "no signature covers it"),
+    "folder beside the content": (lambda b: add(b / "more/evil"), ["unlisted"], "no signature covers it"),
+    "no content": (lambda b: shutil.rmtree(b / "content"), ["missing"], "no content folder"),
+    "content is a symlink": (lambda b: replace_by_link(b, "content"), ["symlink"], "elsewhere"),
+    "content is a file": (
+        lambda b: (shutil.rmtree(b / "content"), (b / "content").write_bytes(b"")),
+        ["not-a-file"],
+        "expected a folder",
+    ),
+    "several at once": (
+        lambda b: (flip(b / PART), add(b / "content/.x"), (b / "content/LICENSE").unlink()),
+        ["extra", "missing", "modified"],
+        "expected sha256",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERS)
+def test_tampering_is_found_under_its_own_name(bundle: Path, public_key: Path, case: str) -> None:
+    tamper, expected, fragment = TAMPERS[case]
+    tamper(bundle)
+    report = check(bundle, public_key)
+    assert kinds(report) == expected
+    assert fragment in report.describe()
+    assert report.describe().replace("\n", "").isprintable() and not report.ok and not report.intact
+
+
+def test_a_file_is_modified_with_both_digests_and_sizes(bundle: Path, public_key: Path) -> None:
+    before = hashlib.sha256((bundle / PART).read_bytes()).hexdigest()
+    (bundle / PART).write_bytes(b"x" * 20_000)
+    after = hashlib.sha256(b"x" * 20_000).hexdigest()
+    message = f"expected sha256 {before} (16,384 bytes), found {after} (20,000 bytes)"
+    assert check(bundle, public_key).findings == (Finding(Kind.MODIFIED, PART, message),)
+
+
+def test_nothing_is_parsed_before_the_signature(bundle: Path, public_key: Path) -> None:
+    """A malformed release.json shows only that the signature is wrong: the file was not looked into."""
+    (bundle / "content/release.json").write_bytes(b"{")
+    edit_payload(bundle, accept_evil)
+    report = check(bundle, public_key)
+    assert kinds(report) == ["invalid-signature"] and report.document is None
+
+
+def test_an_edited_document_is_never_handed_out(bundle: Path, public_key: Path) -> None:
+    flip(bundle / "content/release.json")
+    assert check(bundle, public_key).document is None
+
+
+# --- somebody who can sign -----------------------------------------------------------------------------------------
+
+
+def test_signed_with_another_key_names_both(bundle: Path, public_key: Path, stranger: Any) -> None:
+    stranger.sign(bundle)
+    report = check(bundle, public_key)
+    assert kinds(report) == ["other-key"]
+    assert stranger.key.identity.id in report.describe() and report.key in report.describe()
+
+
+def test_another_key_under_the_trusted_keys_label(bundle: Path, public_key: Path, stranger: Any, maker: Any) -> None:
+    stranger.sign(bundle)
+    relabel = {"keyid": maker.key.identity.id}
+    edit_signature(bundle, lambda value: value["dsseEnvelope"]["signatures"][0].update(relabel))
+    assert kinds(check(bundle, public_key)) == ["invalid-signature"]
+
+
+def test_signature_of_another_bundle(bundle: Path, public_key: Path, maker: Any, tmp_path: Path) -> None:
+    other = maker.bundle(tmp_path / "other", variant="q3")
+    shutil.copy(other / "model.sig", bundle)
+    assert kinds(check(bundle, public_key)) == ["modified"]
+
+
+@pytest.mark.parametrize(("asked", "value"), [("model", "mimo-8b"), ("variant", "q3")])
+def test_swapped_bundle(good_bundle: Path, public_key: Path, asked: str, value: str) -> None:
+    report = check(good_bundle, public_key, **{asked: value})
+    assert kinds(report) == ["swapped"]
+    assert f"expected {asked} '{value}', found" in report.describe()
+
+
+def test_downgrade(good_bundle: Path, public_key: Path) -> None:
+    report = check(good_bundle, public_key, highest_release=8)
+    assert kinds(report) == ["downgraded"] and "expected release 8 or later, found 7" in report.describe()
+
+
+@pytest.mark.parametrize(("moment", "ok"), [(timedelta(days=365, seconds=-1), True), (timedelta(days=365), False)])
+def test_expiry_to_the_second(good_bundle: Path, public_key: Path, moment: timedelta, ok: bool) -> None:
+    report = check(good_bundle, public_key, now=CREATED + moment)
+    assert kinds(report) == ([] if ok else ["expired"])
+    assert ok or "it expired on 2027-01-31T12:00:00Z" in report.describe()
+
+
+def test_the_clock_is_the_default_time(maker: Any, public_key: Path, tmp_path: Path) -> None:
+    old = maker.bundle(tmp_path / "old", created=datetime(2001, 1, 1, tzinfo=UTC))
+    assert kinds(verify(old, public_key)) == ["expired"]
+
+
+def test_a_refusal_is_not_a_bundle(maker: Any, public_key: Path, tmp_path: Path) -> None:
+    report = check(maker.refusal(tmp_path / "refused"), public_key)
+    assert kinds(report) == ["refusal"] and report.intact and not report.ok
+    assert "mean KL 0.31 nats, limit 0.10" in report.describe()
+
+
+def resigned(bundle: Path, maker: Any, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Edit release.json and sign again: a maker's mistake, which the signature cannot show."""
+    path = bundle / "content/release.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    maker.sign(bundle)
+    return bundle
+
+
+ENTRY = FileEntry(size=1, sha256="d" * 64).model_dump()
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], str]] = {
+    "lists a file too many": (lambda v: v["files"].update(more=ENTRY), ["disagrees"], "more: it lists this file"),
+    "lists a file too few": (lambda v: v["files"].pop("LICENSE"), ["disagrees"], "LICENSE: it does not list"),
+    "another sha256": (lambda v: v["files"]["LICENSE"].update(sha256="d" * 64), ["disagrees"], "the signature says"),
+    "a larger size": (lambda v: v["files"]["LICENSE"].update(size=8), ["disagrees"], "it says 8 bytes"),
+    "a smaller size": (lambda v: v["files"]["LICENSE"].update(size=6), ["disagrees"], "it says 6 bytes"),
+    "another key": (lambda v: v["key"].update(id="d" * 64), ["disagrees"], "it names the key ddd"),
+    "an unknown field": (lambda v: v.update(more=1), ["malformed-document"], "more"),
+    "a missing field": (lambda v: v.pop("expires"), ["malformed-document"], "expires"),
+    "a number as text": (lambda v: v.update(release="7"), ["malformed-document"], "release"),
+    "no such date": (lambda v: v.update(expires="2026-02-30T00:00:00Z"), ["malformed-document"], "expires"),
+    "a path as a file name": (lambda v: v["files"].update({"../x": ENTRY}), ["malformed-document"], "../x"),
+    "a development key": (lambda v: v["key"].update(kind="development"), ["development-key"], "channel 'release' was"),
+    "the development channel": (lambda v: v.update(channel="development"), ["development-key"], "expected a release"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_signed_document_must_agree_with_what_was_signed(
+    bundle: Path, public_key: Path, maker: Any, case: str
+) -> None:
+    change, expected, fragment = MISTAKES[case]
+    report = check(resigned(bundle, maker, change), public_key)
+    assert kinds(report) == expected and fragment in report.describe()
+
+
+def test_the_trusted_key_signing_something_else(bundle: Path, public_key: Path, maker: Any) -> None:
+    """No document at all, and two of them: both are signed, neither is a bundle."""
+    shutil.copy(bundle / "content/release.json", bundle / "content/refusal.json")
+    maker.sign(bundle)
+    assert "malformed-document" in kinds(check(bundle, public_key))
+    for name in ("release.json", "refusal.json"):
+        (bundle / "content" / name).unlink()
+    maker.sign(bundle)
+    assert kinds(check(bundle, public_key)) == ["malformed-document"]
+
+
+def name_twice(statement: dict[str, Any]) -> None:
+    """One file with two digests, and the root digest that belongs to that."""
+    resources = statement["predicate"]["resources"]
+    resources.append(resources[0] | {"digest": "d" * 64})
+    digests = b"".join(bytes.fromhex(resource["digest"]) for resource in resources)
+    statement["subject"][0]["digest"]["sha256"] = hashlib.sha256(digests).hexdigest()
+
+
+STATEMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ignored paths": lambda s: s["predicate"]["serialization"].update(ignore_paths=[".github"]),
+    "symlinks allowed": lambda s: s["predicate"]["serialization"].update(allow_symlinks=True),
+    "another hash": lambda s: s["predicate"]["serialization"].update(hash_type="blake3"),
+    "a name that leaves the folder": lambda s: s["predicate"]["resources"][0].update(name="../../etc/passwd"),
+    "a name twice": name_twice,
+    "another root digest": lambda s: s["subject"][0]["digest"].update(sha256="d" * 64),
+    "another predicate": lambda s: s.update(predicateType="https://model_signing/Digests/v0.1"),
+    "no files": lambda s: s["predicate"].update(resources=[]),
+}
+
+
+@pytest.mark.parametrize("case", STATEMENTS)
+def test_a_statement_of_another_shape_is_refused_even_if_signed(
+    bundle: Path, public_key: Path, maker: Any, case: str
+) -> None:
+    def apply(value: dict[str, Any]) -> None:
+        envelope = value["dsseEnvelope"]
+        statement = json.loads(base64.b64decode(envelope["payload"]))
+        STATEMENTS[case](statement)
+        payload = json.dumps(statement).encode()
+        envelope["payload"] = base64.b64encode(payload).decode()
+        envelope["signatures"][0]["sig"] = base64.b64encode(maker.key.sign(signing.pae(payload))).decode()
+
+    edit_signature(bundle, apply)
+    report = check(bundle, public_key)
+    assert kinds(report) == ["malformed-signature"] and "signed statement" in report.describe()
+
+
+def test_a_development_bundle_needs_permission(public_key: Path, tmp_path: Path, maker: Any) -> None:
+    development = type(maker)(maker.private, kind="development").bundle(tmp_path / "bundle")
+    assert kinds(check(development, public_key)) == ["development-key"]
+    assert check(development, public_key, allow_development=True).ok
+
+
+# --- bad questions -------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_answered_is_an_error(good_bundle: Path, public_key: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be read: No such file"):
+        check(tmp_path / "nowhere", public_key)
+    with pytest.raises(BundleError, match=r"nowhere\.pem cannot be read"):
+        check(good_bundle, tmp_path / "nowhere.pem")
+    with pytest.raises(BundleError, match="is not a public key in PEM form"):
+        check(good_bundle, good_bundle / "model.sig")
+    with pytest.raises(BundleError, match="no time zone"):
+        check(good_bundle, public_key, now=datetime(2026, 2, 1))
+
+
+# --- tiers.json ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiers_folder(maker: Any, tmp_path: Path) -> Path:
+    bundle = tiers.TierBundle(
+        platform="ios", ram_bytes=8, budget_bytes=4, variant="q4", need_bytes=3, bundle_bytes=2, kl_mean=0.1
+    )
+    document = tiers.build_tiers(
+        model="demo",
+        signing=maker.config,
+        key=maker.key.identity,
+        created=CREATED,
+        context=2048,
+        decisions={"ios-8gb": bundle},
+        signatures={"q4": "e" * 64},
+    )
+    release.assemble(tmp_path / "tiers/content", {}, document)
+    maker.sign(tmp_path / "tiers")
+    return tmp_path / "tiers"
+
+
+def test_tiers_are_verified_like_a_bundle(tiers_folder: Path, public_key: Path) -> None:
+    report = verify_tiers(tiers_folder, public_key, now=NOW, highest_release=7, model="demo")
+    assert report.ok and isinstance(report.document, tiers.TiersDocument)
+    assert report.document.bundles["q4"] == tiers.BundleReference(signature_sha256="e" * 64, release=7)
+    late = verify_tiers(tiers_folder, public_key, now=NOW + timedelta(days=999), highest_release=8, model="other")
+    assert kinds(late) == ["downgraded", "expired", "swapped"]
+
+
+def test_tiers_and_bundles_are_not_taken_for_each_other(
+    tiers_folder: Path, good_bundle: Path, public_key: Path
+) -> None:
+    assert kinds(check(tiers_folder, public_key)) == ["malformed-document"]
+    assert kinds(verify_tiers(good_bundle, public_key, now=NOW)) == ["malformed-document"]
+
+
+def test_another_curve_is_no_key_to_trust(good_bundle: Path, tmp_path: Path) -> None:
+    from pipeline.bundle.keys import public_pem
+
+    (tmp_path / "p384.pem").write_bytes(public_pem(ec.generate_private_key(ec.SECP384R1()).public_key()))
+    with pytest.raises(BundleError, match="secp384r1"):
+        check(good_bundle, tmp_path / "p384.pem")

@@ -1,0 +1,240 @@
+"""The report: complete or refused, readable at 120 columns, HTML without outside links, a drawn plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pipeline.config import load_gates
+from pipeline.errors import EvaluationError
+from pipeline.evaluate import statistics
+from pipeline.evaluate.gates import decide
+from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
+
+VARIANTS = ("q4", "q4_k_m", "q3")
+PARITY = {"passed": True, "max_relative_error": 2.3e-6, "limit": 1e-4}
+# bytes, bits per weight, scale of KL, share of equal top tokens
+SHAPES = {
+    "q4": (84_213_760, 5.01, 0.15, 0.86),
+    "q4_k_m": (92_540_928, 5.50, 0.09, 0.89),
+    "q3": (71_120_896, 4.23, 0.60, 0.71),
+}
+
+
+def _speed(rate: float, peak: int) -> dict[str, Any]:
+    return {
+        "tokens_per_second": rate,
+        "tokens_per_second_low": rate * 0.97,
+        "tokens_per_second_high": rate * 1.02,
+        "time_to_first_token_seconds": 12.4 / rate,
+        "prompt_tokens": 128,
+        "peak_memory_bytes": peak,
+    }
+
+
+def sample(model: str = "smollm2-135m", scale: int = 1, gate_class: str = "under-1b") -> list[Row]:
+    """A run of made-up measurements, summarised and judged by the real code."""
+    rng = np.random.default_rng(7)
+    windows = np.arange(3000) // 256
+    base = rng.normal(-3.36, 2.0, 3000)
+    mmlu, humaneval = rng.random(114) < 0.30, np.arange(20) == 3
+    reference: dict[str, Any] = {
+        "size": {"bytes_on_disk": 538_090_496 * scale, "bits_per_weight": 32.0, "parameters": 134_515_008 * scale},
+        "divergence": statistics.summarise_reference_divergence(base, windows),
+        "mmlu": statistics.summarise_mmlu(mmlu, None, "cloze"),
+        "humaneval": statistics.summarise_humaneval(humaneval, None, "landlock+seccomp+rlimits"),
+        "speed": _speed(31.2, 702_000_000 * scale),
+    }
+    result = [Row(model, REFERENCE, reference)]
+    for variant, (size, bits, divergence, agreement) in SHAPES.items():
+        kl = rng.lognormal(-0.5, 1.0, 3000) * divergence * rng.normal(1, 0.08, windows.max() + 1)[windows]
+        metrics = {
+            "size": {"bytes_on_disk": size * scale, "bits_per_weight": bits, "parameters": 134_515_008 * scale},
+            "divergence": statistics.summarise_divergence(
+                kl, rng.random(3000) < agreement, base - rng.normal(divergence / 2, 0.5, 3000), base, windows
+            ),
+            "mmlu": statistics.summarise_mmlu(mmlu ^ (rng.random(114) < 0.08), mmlu, "cloze"),
+            "humaneval": statistics.summarise_humaneval(humaneval, humaneval, "landlock+seccomp+rlimits"),
+            "speed": _speed(104.6 - 20 * divergence, 181_000_000 * scale),
+        }
+        verdict = decide(metrics, reference, load_gates().classes[gate_class].variants[variant], PARITY)
+        passed = verdict.verdict == "PASS"
+        bundle = f"artifacts/bundles/{model}/{variant}" if passed else None
+        refusal = None if passed else f"the verdict is {verdict.verdict}; see artifacts/verdicts/{model}/{variant}.json"
+        result.append(Row(model, variant, metrics, verdict, bundle, refusal))
+    return result
+
+
+@pytest.fixture(scope="module")
+def report_rows() -> list[Row]:
+    return sample()
+
+
+def _shown(report: rows.Report, **options: Any) -> str:
+    buffer = io.StringIO()
+    show(report, Console(file=buffer, **options))
+    return buffer.getvalue()
+
+
+def test_rows_follow_the_run_not_the_input(report_rows: list[Row]) -> None:
+    report = build(report_rows[::-1], ["smollm2-135m"], VARIANTS)
+    assert [row.variant for row in report.models[0].rows] == [REFERENCE, *VARIANTS]
+
+
+@pytest.mark.parametrize("lost", [REFERENCE, "q4_k_m"])
+def test_a_missing_row_is_named(report_rows: list[Row], lost: str) -> None:
+    kept = [row for row in report_rows if row.variant != lost]
+    with pytest.raises(EvaluationError, match=f"lacks 1 of 4 rows: smollm2-135m/{lost}"):
+        build(kept, ["smollm2-135m"], VARIANTS)
+
+
+def test_a_foreign_or_double_row_is_refused(report_rows: list[Row]) -> None:
+    with pytest.raises(EvaluationError, match="not of this run: smollm2-135m/q3"):
+        build(report_rows, ["smollm2-135m"], ("q4", "q4_k_m"))
+    with pytest.raises(EvaluationError, match="twice"):
+        build([*report_rows, report_rows[1]], ["smollm2-135m"], VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdict": None}, "smollm2-135m/q4 has no verdict"),
+        ({"bundle": None, "refusal": None}, "either a bundle or a refusal"),
+        ({"bundle": "a", "refusal": "b"}, "either a bundle or a refusal"),
+    ],
+)
+def test_a_half_finished_variant_is_refused(report_rows: list[Row], change: dict[str, Any], message: str) -> None:
+    changed = [dataclasses.replace(row, **change) if row.variant == "q4" else row for row in report_rows]
+    with pytest.raises(EvaluationError, match=message):
+        build(changed, ["smollm2-135m"], VARIANTS)
+
+
+def test_plain_text_is_complete_and_narrow(report_rows: list[Row]) -> None:
+    text = _shown(build(report_rows, ["smollm2-135m"], VARIANTS, {"smollm2-135m": "A caveat."}))
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 120
+    for row in report_rows[1:]:
+        assert f"{row.metrics['size']['bytes_on_disk']:,}" in text
+        assert (row.bundle or "no bundle: the verdict is") in text
+        for line in row.verdict.lines:  # every figure of every gate is printed
+            assert re.search(r"\s+".join(map(re.escape, cells.gate_cells(line))), text)
+        assert f"gates of smollm2-135m/{row.variant}: {row.verdict.verdict}" in text
+    for expected in (
+        "A caveat.",
+        "114 MMLU questions can detect a drop of",
+        "3,000 tokens can detect",
+        "gates nothing",
+    ):
+        assert expected in text
+
+
+def test_terminal_gets_colours(report_rows: list[Row]) -> None:
+    text = _shown(
+        build(report_rows, ["smollm2-135m"], VARIANTS), force_terminal=True, width=120, color_system="standard"
+    )
+    assert "\x1b[" in text
+
+
+def test_the_widest_figures_fit_too() -> None:
+    """14.7 B parameters in fp32, all of MMLU, the longest verdict and variant name."""
+    widest = [
+        dataclasses.replace(
+            row,
+            metrics={**row.metrics, "mmlu": {**row.metrics["mmlu"], "n": 14_042}},
+            verdict=row.verdict and dataclasses.replace(row.verdict, verdict="INCONCLUSIVE"),
+        )
+        for row in sample("phi-4", 109, "7b-and-up")
+    ]
+    text = _shown(build(widest, ["phi-4"], VARIANTS))
+    assert "(14042)" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_unmeasured_figures_are_dashes_not_zeros(report_rows: list[Row]) -> None:
+    bare = [dataclasses.replace(row, metrics={"size": row.metrics["size"]}) for row in report_rows]
+    report = build(bare, ["smollm2-135m"], VARIANTS)
+    table = _shown(report).split("gates of")[0]
+    assert "–" in table and " 0.0" not in table
+    assert rows.pareto_points(report) == []
+    assert plot.render(report)
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would fetch, and the cells of the first table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_files(report_rows: list[Row], tmp_path: Path) -> None:
+    hostile = [
+        dataclasses.replace(row, bundle=None, refusal="<script>alert(1)</script>") if row.variant == "q3" else row
+        for row in report_rows
+    ]
+    page = write(build(hostile, ["smollm2-135m"], VARIANTS), tmp_path)
+    html = page.read_text(encoding="utf-8")
+    parser = _Page()
+    parser.feed(html)
+    assert parser.open == []
+    assert parser.fetched and all(value.startswith("data:image/png;base64,") for value in parser.fetched)
+    assert not re.search(r"https?://|@import|<script", html)
+    assert "&lt;script&gt;" in html
+    points = json.loads((tmp_path / "pareto.json").read_text())
+    assert [point["variant"] for point in points] == list(VARIANTS)
+    assert set(points[0]) == {"model", "variant", "bytes", "kl_mean", "kl_low", "kl_high", "verdict"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pareto.json",
+        "pareto.png",
+        "report.html",
+        "report.txt",
+    ]
+
+
+def test_plot_is_drawn_and_repeatable(report_rows: list[Row]) -> None:
+    report = build(report_rows, ["smollm2-135m"], VARIANTS)
+    first = plot.render(report)
+    assert first == plot.render(report)
+    image = matplotlib.image.imread(io.BytesIO(first))[:, :, :3]
+    for verdict in {row.verdict.verdict for row in report_rows if row.verdict}:
+        colour = np.array(matplotlib.colors.to_rgb(plot.LIGHT.verdicts[verdict]))
+        assert np.all(np.abs(image - colour) < 0.01, axis=2).sum() > 50  # its marker is there
+
+
+def test_front() -> None:
+    assert rows.front([(3, 1.0), (1, 5.0), (2, 6.0), (4, 0.5), (4, 0.7), (1, 5.5)]) == [1, 0, 3]
+    assert rows.front([]) == []
+
+
+def test_labels_do_not_overlap() -> None:
+    crowd = [
+        {"variant": f"variant_{i}", "bytes": 1e9 + 2e6 * i, "kl_mean": 0.1 * 1.05**i, "kl_low": 0.09, "kl_high": 0.12}
+        for i in range(4)
+    ]
+    figure = plot.Figure(figsize=(8, 5))
+    plot.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlim=(0.97e9, 1.04e9), ylim=(0.05, 0.3), yscale="log")
+    plot._place_labels(axes, crowd, plot.LIGHT)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
