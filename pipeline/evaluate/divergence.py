@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import EvaluationError
+from pipeline.progress import track
 
 WINDOW_NATS = 24.0
 _STEP = WINDOW_NATS / 65535
@@ -53,9 +54,9 @@ def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", np.exp(reference), reference - other, dtype=np.float64)
 
 
-def _score(logits: Logits, windows: Iterable[np.ndarray], model: str) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _score(logits: Logits, windows: Sequence[np.ndarray], model: str) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per window: (log-probabilities [n, vocab], top tokens [n], true tokens' log-probabilities [n])."""
-    for ids in windows:
+    for ids in track(windows, f"divergence {model}", len(windows)):
         values = logits(ids[:-1])
         if not np.isfinite(values).all():
             raise EvaluationError(f"{model}: logits of the held-out text contain NaN or infinity; the file is broken.")

@@ -11,7 +11,7 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.files import atomic_directory
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import dumps, genai_config
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 
 def run(model: str) -> None:
@@ -25,7 +25,7 @@ def run(model: str) -> None:
     graph, rope_data = build_decoder(architecture, checkpoint, entry.context)
     with atomic_directory(workspace.export) as folder:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
-        (folder / "genai_config.json").write_bytes(
+        (folder / GENAI_CONFIG).write_bytes(
             dumps(genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
         )
         for file in workspace.read_lock().files:

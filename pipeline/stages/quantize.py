@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -12,10 +14,11 @@ from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
-from pipeline.files import atomic_directory, write_json
+from pipeline.files import atomic_directory, read_json, write_json
+from pipeline.graph.decoder import ROPE_FILE
 from pipeline.planning.recipes import make_plan
 from pipeline.stages.calibrate import read_moments
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 PLAN_FILE = "plan.json"
 
@@ -37,8 +40,19 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         written = sum(file.stat().st_size for file in folder.iterdir())
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
+        _make_runnable(folder, workspace, drafted.model_file)
         write_json(folder / PLAN_FILE, plan_record(drafted, recipe, architecture.parameters))
     print(f"{model} {variant}: {written:,} bytes written, as planned")
+
+
+def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
+    """Complete the artifact with the export's tokenizer and configuration: onnxruntime-genai loads it as it lies."""
+    for file in workspace.export.iterdir():
+        if file.name not in {MODEL_FILE, ROPE_FILE, GENAI_CONFIG}:
+            shutil.copyfile(file, folder / file.name)
+    settings = read_json(workspace.export / GENAI_CONFIG)
+    settings["model"]["decoder"]["filename"] = model_file
+    write_json(folder / GENAI_CONFIG, settings)
 
 
 def describe(drafted: Draft, parameters: int) -> str:

@@ -16,6 +16,7 @@ from pipeline.files import link_or_copy
 ARTIFACTS = Path("artifacts")
 REFERENCE = "reference"  # the full-precision model, in the places where a variant's name stands otherwise
 MODEL_FILE = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
 
 
 @dataclass(frozen=True)

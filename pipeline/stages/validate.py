@@ -1,0 +1,142 @@
+"""validate: measure the written files of a variant, or of the full-precision reference, in the runtimes that ship.
+
+Per-item results are kept, so that gates and reports never run a model again. Gates are the verdict stage's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import config
+from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.evaluate import divergence, humaneval, mmlu, statistics
+from pipeline.evaluate.generate import Writer
+from pipeline.evaluate.runtime import OnnxDecoder, fits_widened
+from pipeline.evaluate.sandbox import require_isolation
+from pipeline.evaluate.speed import measure
+from pipeline.files import atomic_directory, read_json, write_json
+from pipeline.progress import track
+from pipeline.stages.quantize import PLAN_FILE
+from pipeline.stages.texts import dataset, encoder, scored_ids
+from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
+
+ITEMS = "items.json"
+_BATCH = 10  # HumanEval prompts at once: weights are read once for all of them
+
+
+def run(model: str, variant: str) -> None:
+    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
+    suite, store, workspace = config.load_suite(config.load_pipeline().suite), Store(), Workspace(model)
+    isolation = require_isolation()  # before an hour of measuring, not after it
+    is_reference = variant == REFERENCE
+    export = workspace.reference(store) if is_reference else workspace.artifact(variant)
+    graph = export / (MODEL_FILE if is_reference else f"{workspace.file_stem(variant)}.onnx")
+    reference = None if is_reference else read_json(workspace.evaluation(REFERENCE) / ITEMS)
+    with atomic_directory(workspace.evaluation(variant)) as folder:
+        decoder = OnnxDecoder(graph, _fold(workspace, store) if is_reference else True)
+        items = {"mmlu": _mmlu(suite.mmlu, decoder, export, store)}
+        metrics = {
+            "size": _size(workspace, variant, graph, store),
+            "divergence": _divergence(suite.divergence, decoder, export, folder, workspace, variant, store),
+        }
+        del decoder
+        items["humaneval"] = _humaneval(suite.humaneval, export, store, f"{model} {variant}")
+        write_json(folder / ITEMS, items)
+        metrics["mmlu"] = statistics.summarise_mmlu(
+            _correct(items, "mmlu"), _correct(reference, "mmlu"), suite.mmlu.mode
+        )
+        metrics["humaneval"] = statistics.summarise_humaneval(
+            _correct(items, "humaneval"), _correct(reference, "humaneval"), isolation
+        )
+        metrics["speed"] = measure(export, suite.speed)
+    write_json(workspace.metrics(variant), metrics)
+    print(f"{model} {variant}: measured; metrics in {workspace.metrics(variant)}")
+
+
+def _fold(workspace: Workspace, store: Store) -> bool:
+    """Whether the reference fits in memory widened to float32."""
+    weights = workspace.weights(store)
+    return fits_widened(Checkpoint(weights).weight_bytes, read_architecture(weights / "config.json").parameters)
+
+
+def _correct(items: dict[str, Any] | None, task: str) -> np.ndarray | None:
+    return None if items is None else np.array([item["correct"] for item in items[task]], dtype=np.bool_)
+
+
+def _size(workspace: Workspace, variant: str, graph: Path, store: Store) -> dict[str, Any]:
+    if variant != REFERENCE:
+        plan = read_json(graph.parent / PLAN_FILE)
+        return {"bytes_on_disk": plan["bytes"], **{key: plan[key] for key in ("bits_per_weight", "parameters")}}
+    weights = workspace.weights(store)
+    parameters = read_architecture(weights / "config.json").parameters
+    total = graph.stat().st_size + Checkpoint(weights).weight_bytes
+    return {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
+
+
+def _divergence(
+    wanted: config.DivergenceConfig,
+    decoder: OnnxDecoder,
+    export: Path,
+    folder: Path,
+    workspace: Workspace,
+    variant: str,
+    store: Store,
+) -> dict[str, Any]:
+    def logits(ids: np.ndarray) -> np.ndarray:
+        return decoder.run(ids)[0]
+
+    windows = scored_ids(wanted, export, store)
+    name = f"{workspace.model} {variant}"
+    if variant == REFERENCE:
+        vocab = read_architecture(export / "config.json").vocab
+        scores = divergence.record_reference(logits, windows, vocab, folder)
+        return statistics.summarise_reference_divergence(scores.logprob.astype(np.float64), scores.window_id)
+    reference = workspace.evaluation(REFERENCE)
+    scores, kl = divergence.compare(logits, windows, reference, name)
+    own = divergence.read_reference(reference)
+    np.savez(folder / "tokens.npz", kl=kl, top=scores.top, logprob=scores.logprob, window_id=scores.window_id)
+    return statistics.summarise_divergence(
+        kl, scores.top == own.top, scores.logprob.astype(np.float64), own.logprob.astype(np.float64), scores.window_id
+    )
+
+
+def _mmlu(wanted: config.MmluConfig, decoder: OnnxDecoder, export: Path, store: Store) -> list[dict[str, Any]]:
+    questions = mmlu.subset(mmlu.load_questions(dataset("mmlu", store)), wanted.questions, wanted.seed)
+    encode = encoder(export)
+    items = []
+    for question in track(questions, "MMLU", len(questions)):
+        result = mmlu.score([question], wanted.mode, encode, decoder)
+        items.append(
+            {
+                "subject": question.subject,
+                "scores": result.choice_scores[0].tolist(),
+                "answer": question.answer,
+                "correct": bool(result.correct[0]),
+            }
+        )
+    return items
+
+
+def _humaneval(wanted: config.HumanEvalConfig, export: Path, store: Store, name: str) -> list[dict[str, Any]]:
+    problems = humaneval.spread(humaneval.load_problems(dataset("humaneval", store)), wanted.problems)
+    writer = Writer(export)
+    prompts = [humaneval.completion_prompt(problem) for problem in problems]
+    texts: list[str] = []
+    for start in track(range(0, len(prompts), _BATCH), f"HumanEval {name}", -(-len(prompts) // _BATCH)):
+        texts += writer.continuations(
+            prompts[start : start + _BATCH], wanted.max_new_tokens, humaneval.should_stop
+        )
+    pairs = [
+        (problem, humaneval.extract_completion(problem, text)) for problem, text in zip(problems, texts, strict=True)
+    ]
+    outcomes = humaneval.judge_all(pairs, wanted.timeout_seconds)
+    return [
+        {"task": problem.task_id, "completion": completion, "correct": outcome.passed, **asdict(outcome)}
+        for (problem, completion), outcome in zip(pairs, outcomes, strict=True)
+    ]
