@@ -14,9 +14,12 @@ _CHECK_EVERY = 8  # steps between looks at the text: decoding it costs more than
 
 
 def load(folder: Path) -> genai.Model:
-    """Load a folder that holds genai_config.json. Raises EvaluationError when onnxruntime-genai refuses it."""
+    """Load a folder that holds genai_config.json, for batched prompts. Raises EvaluationError when onnxruntime-genai refuses it."""
     try:
-        return genai.Model(str(folder))
+        settings = genai.Config(str(folder))
+        # Chunked prefill serves one prompt at a time; a batch whose rows differ in length is refused with it.
+        settings.overlay('{"search": {"chunk_size": 0}}')
+        return genai.Model(settings)
     except Exception as error:  # the bindings raise plain RuntimeError and their own types
         raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
 
@@ -38,9 +41,8 @@ class Writer:
         lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
         params = genai.GeneratorParams(self.model)
         # The KV cache is allocated for max_length: what this batch needs, not the model's context.
-        params.set_search_options(
-            max_length=max(lengths) + max_new_tokens, batch_size=len(prompts), do_sample=False
-        )
+        longest = max(lengths) + max_new_tokens
+        params.set_search_options(max_length=longest, batch_size=len(prompts), do_sample=False)
         generator = genai.Generator(self.model, params)
         generator.append_tokens(self.tokenizer.encode_batch(list(prompts)))
         prefix = max(lengths)

@@ -109,7 +109,7 @@ def extract_completion(problem: Problem, text: str) -> str:
     The body ends before the first line that starts in column 0, as the usual stop sequences (`\\ndef`, `\\nclass`,
     `\\nif`, `\\nprint`, `\\n#`, a code fence) would have it, unless that line is inside a string or a bracket.
     """
-    del problem  # every prompt ends after its docstring, so a continuation is cut alike for all of them
+    del problem  # every prompt ends after its docstring, so all continuations are cut alike
     text = text if text.startswith("\n") else "\n" + text
     return text[: _body_end(text)].lstrip("\n").rstrip() + "\n"
 

@@ -114,6 +114,7 @@ def main() -> None:
     for standard in (0, 1, 2):
         os.dup2(silence, standard)
     os.close(silence)
+    os.environ.clear()  # the referee passes none, but importing us may have set some
     lines = _lines(channel)
     level, cpu_seconds, program, entry_point = json.loads(next(lines))
     try:

@@ -1,0 +1,585 @@
+"""HumanEval's data, prompts, extraction, and a referee that no trick of a solution can turn into a pass."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import EvaluationError
+from pipeline.evaluate import humaneval, referee, sandbox
+from pipeline.evaluate.humaneval import (
+    Problem,
+    completion_prompt,
+    extract_completion,
+    judge,
+    judge_all,
+    load_problems,
+    should_stop,
+    spread,
+)
+from pipeline.evaluate.referee import judge_program
+from pipeline.evaluate.worker import decode, encode
+
+needs_sandbox = pytest.mark.skipif(
+    sandbox.isolation_level() not in sandbox.SAFE_LEVELS, reason="this machine cannot contain hostile code"
+)
+SECONDS = 20.0  # generous: these programs answer at once, and the machine may be busy
+
+
+@pytest.fixture(scope="session")
+def problems(humaneval_path: Path) -> list[Problem]:
+    return load_problems(humaneval_path)
+
+
+def number(problems: list[Problem], n: int) -> Problem:
+    return next(problem for problem in problems if problem.task_id == f"HumanEval/{n}")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_read(problems: list[Problem]) -> None:
+    assert [problem.task_id for problem in problems] == [f"HumanEval/{n}" for n in range(164)]
+    assert all(f"def {problem.entry_point}(" in problem.prompt for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not gzip",
+        gzip.compress(b""),
+        gzip.compress(b"{}\n"),
+        gzip.compress(b"[1]\n"),
+        gzip.compress(b'{"task_id": 3}\n'),
+        gzip.compress(b"{broken\n"),
+        gzip.compress(b"\xff\xfe\n"),
+        gzip.compress(b'{"task_id": "a"}\n' * 500)[:-9],
+    ],
+)
+def test_damaged_data_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(EvaluationError, match=r"HumanEval\.jsonl\.gz"):
+        load_problems(path)
+
+
+def test_missing_and_repeated_data_are_refused(tmp_path: Path, problems: list[Problem]) -> None:
+    with pytest.raises(EvaluationError, match="absent"):
+        load_problems(tmp_path / "absent.gz")
+    line = json.dumps(vars(problems[0])).encode() + b"\n"
+    path = tmp_path / "twice.gz"
+    path.write_bytes(gzip.compress(line * 2))
+    with pytest.raises(EvaluationError, match="repeated"):
+        load_problems(path)
+
+
+def test_spread_is_even_nested_and_ordered(problems: list[Problem]) -> None:
+    position = {problem.task_id: i for i, problem in enumerate(problems)}
+    smaller: set[str] = set()
+    for n in range(1, 165):
+        chosen = [problem.task_id for problem in spread(problems, n)]
+        assert len(chosen) == n and smaller <= set(chosen)
+        assert chosen == sorted(chosen, key=position.__getitem__)
+        smaller = set(chosen)
+    sixteen = [position[problem.task_id] for problem in spread(problems, 16)]
+    assert {after - before for before, after in itertools.pairwise(sixteen)} <= {10, 11}
+    for n in (0, 165):
+        with pytest.raises(EvaluationError, match="164"):
+            spread(problems, n)
+
+
+# --- prompting -------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_has_no_trailing_newline(problems: list[Problem]) -> None:
+    assert all(problem.prompt == completion_prompt(problem) + "\n" for problem in problems)
+
+
+AFTERWARDS = [
+    "def other():\n    pass\n",
+    "async def other():\n    pass\n",
+    "class Other:\n    pass\n",
+    "@decorator\ndef other(): pass\n",
+    "if __name__ == '__main__':\n    main()\n",
+    "print(add(1, 2))\n",
+    "# Test\n",
+    "```\nThis function adds.\n",
+    "assert add(1, 2) == 3\n",
+    "This doesn't compile.\n",
+    "<|im_end|>",
+    '"""Another docstring."""\n',
+]
+
+
+@pytest.mark.parametrize("after", AFTERWARDS)
+def test_body_ends_at_the_first_top_level_line(problems: list[Problem], after: str) -> None:
+    body = "    # don't stop (here\n\n    total = x + y\n\n\n    return total\n"
+    text = "\n" + body + "\n\n" + after
+    assert extract_completion(problems[53], text) == body
+    assert should_stop(text)
+    stopping = next(n for n in range(len(text) + 1) if should_stop(text[:n]))
+    assert text[: stopping - 1].strip("\n") == body.strip("\n")  # as soon as the line's first character appears
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    text = '''\ndef inside():\n\\'''\n# still inside\n'''\n    return text\n",
+        '    text = """\nclass Inside: """\n    return text\n',
+        "    table = [\n1,\n2,\n]\n    return table\n",
+        "    value = f(\n    1,\n)\n    return value\n",
+        "    s = '(' + \"'\" + '#'\n    return s\n",
+        "    return 1\n",
+        "\treturn 1\n",
+    ],
+)
+def test_strings_and_brackets_do_not_end_a_body(problems: list[Problem], body: str) -> None:
+    assert extract_completion(problems[53], "\n" + body) == body
+    assert extract_completion(problems[53], "\n" + body + "\ndef more(): pass") == body
+    assert not any(should_stop(("\n" + body)[:n]) for n in range(len(body) + 2))
+
+
+def test_an_open_bracket_does_not_hide_the_next_definition(problems: list[Problem]) -> None:
+    assert extract_completion(problems[53], "\n    return max((x,\n\ndef more(): pass") == "    return max((x,\n"
+
+
+def test_continuation_without_a_newline_and_empty_one(problems: list[Problem]) -> None:
+    assert extract_completion(problems[53], "    return x + y") == "    return x + y\n"
+    assert extract_completion(problems[53], "") == "\n"
+    assert not should_stop("")
+
+
+def test_canonical_solutions_survive_extraction(problems: list[Problem]) -> None:
+    for problem in problems:
+        text = "\n" + problem.canonical_solution + "\n\ndef unrelated():\n    pass\n"
+        assert extract_completion(problem, text).strip() == problem.canonical_solution.strip()
+
+
+# --- plain data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, False, 0, -1, 10**400, 0.1, float("inf"), -0.0, "", "é\ud800\n", [], [1, [2.0]], (), (1, (2,)),
+        set(), {1, "a"}, frozenset({1}), {}, {"a": [1], (1, 2): {3: None}},
+    ],
+)  # fmt: skip
+def test_plain_data_survives_the_wire_with_its_types(value: Any) -> None:
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert repr(back) == repr(value)
+
+
+def test_subclasses_arrive_as_the_builtin_they_extend() -> None:
+    class Liar(int):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = int.__hash__
+
+    class LyingList(list):
+        def __iter__(self) -> Any:
+            return iter([42])
+
+    assert type(decode(encode(Liar(3)))) is int
+    assert decode(encode(LyingList([Liar(1)]))) == [1] != decode(encode([2]))
+    assert decode(encode(Counter("aab"))) == {"a": 2, "b": 1}
+    with pytest.raises(TypeError, match="range"):
+        encode([range(3)])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        1, 1.5, [], ["int"], ["int", 3], ["int", "x"], ["int", "f" * 30_000], ["float", "many"], ["float", "0x1p99999"],
+        ["object", []], ["list", 3], ["list", [3]], ["dict", [[None]]], ["dict", [[["list", []], None]]],
+        ["set", [["list", []]]], {"list": []}, [["list"], []],
+    ],
+)  # fmt: skip
+def test_anything_else_is_not_decoded(data: Any) -> None:
+    with pytest.raises(ValueError):
+        decode(data)
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@needs_sandbox
+def test_every_canonical_solution_passes(problems: list[Problem]) -> None:
+    outcomes = judge_all([(problem, problem.canonical_solution) for problem in problems], SECONDS)
+    failed = [(p.task_id, o.reason) for p, o in zip(problems, outcomes, strict=True) if not o.passed]
+    assert failed == []
+
+
+@needs_sandbox
+def test_seccomp_alone_gives_the_same_verdicts(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_landlock_version", lambda: -1)
+    assert sandbox.isolation_level() == sandbox.SECCOMP
+    for problem in [number(problems, n) for n in (32, 38, 53, 115, 162)]:
+        assert judge(problem, problem.canonical_solution, SECONDS).passed
+        assert not judge(problem, "    return 1\n", SECONDS).passed
+
+
+@needs_sandbox
+@pytest.mark.parametrize("body", ["    pass\n", "    return True\n", "    return 0\n"])
+def test_trivial_bodies_pass_nothing(problems: list[Problem], body: str) -> None:
+    outcomes = judge_all([(problem, body) for problem in spread(problems, 24)], SECONDS)
+    assert not any(outcome.passed for outcome in outcomes)
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("    return x - y\n", "wrong answer"),
+        ("    return str(x + y)\n", "wrong answer"),
+        ("    return [x, y].pop(7)\n", "raised IndexError: pop index out of range"),
+        ("    return x +\n", "raised SyntaxError"),
+        ("    return lambda: x\n", "raised TypeError: a function is not plain data"),
+        ("    import numpy\n", "raised ModuleNotFoundError"),
+        ("    while True: pass\n", "timeout"),
+        ("    import time; time.sleep(60)\n", "timeout"),
+        ("    import os; os._exit(0)\n", "crashed: exit status 0"),
+        ("    import sys; sys.exit(0)\n", "raised SystemExit"),
+        ("    raise KeyboardInterrupt\n", "raised KeyboardInterrupt"),
+        ("    import ctypes; ctypes.string_at(0)\n", "crashed: killed by signal 11"),
+        ("    return 'x' * (1 << 22)\n", "malformed answer: longer"),
+        ("    return 1 << (1 << 20)\n", "malformed answer"),
+        ("    return bytearray(1 << 30)\n", "raised MemoryError"),
+        ("    a = []\n    a.append(a)\n    return a\n", "raised RecursionError"),
+        ("    raise ValueError('two\\nlines \\x1b[31m' + 'x' * 9999)\n", "raised ValueError: two lines  [31mxxx"),
+        ("    class E(Exception):\n        def __str__(self): raise self\n    raise E\n", "raised an exception that"),
+    ],
+)
+def test_a_failure_names_its_reason_in_one_line(problems: list[Problem], body: str, reason: str) -> None:
+    timeout = 0.5 if reason == "timeout" else SECONDS
+    outcome = judge(number(problems, 53), body, timeout)
+    assert not outcome.passed
+    assert outcome.reason.startswith(reason)
+    assert len(outcome.reason) < 250 and outcome.reason.isprintable()
+
+
+@needs_sandbox
+def test_prints_and_input_do_not_disturb_a_right_answer(problems: list[Problem]) -> None:
+    body = """
+    print("[1, 'value', null]" * 10000)
+    import sys
+    print("noise", file=sys.stderr)
+    try:
+        input()
+    except EOFError:
+        return x + y
+"""
+    assert judge(number(problems, 53), body, SECONDS).passed
+
+
+@needs_sandbox
+@pytest.mark.parametrize("module", ["math", "re", "collections", "itertools", "hashlib", "decimal", "unicodedata"])
+def test_computing_modules_can_be_imported(problems: list[Problem], module: str) -> None:
+    assert judge(number(problems, 53), f"    import {module}\n    return x + y\n", SECONDS).passed
+
+
+@needs_sandbox
+def test_dates_can_be_parsed() -> None:
+    program = "from datetime import datetime\ndef f(s): return datetime.strptime(s, '%m-%d-%Y').year"
+    assert collect(program, "03-11-2000") == [2000]
+
+
+def test_tests_draw_the_same_random_inputs_every_time(problems: list[Problem]) -> None:
+    runs: list[list[tuple[int, int]]] = [[], []]
+    for drawn in runs:
+        humaneval._check(number(problems, 53), lambda x, y, drawn=drawn: drawn.append((x, y)) or x + y)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) > 50
+
+
+@needs_sandbox
+def test_order_is_kept_with_several_workers(problems: list[Problem]) -> None:
+    problem = number(problems, 53)
+    slow = "    import time; time.sleep(.3)\n    return [][1]\n"
+    outcomes = judge_all([(problem, slow), (problem, "    return x + y\n"), (problem, "    return 0\n")], SECONDS, 3)
+    assert [outcome.reason.split()[0] for outcome in outcomes] == ["raised", "passed", "wrong"]
+
+
+# --- cheats ----------------------------------------------------------------------------------------------------------
+
+ALWAYS_EQUAL = """
+class Same{base}:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+    def __bool__(self): return True
+"""
+
+# name → (problem, completion); {data} is the path of HumanEval's own file. Each passes a naive executor.
+CHEATS = {
+    "an object equal to everything": (53, ALWAYS_EQUAL.format(base="") + "def add(x, y): return Same()\n"),
+    "an integer equal to everything": (53, ALWAYS_EQUAL.format(base="(int)") + "def add(x, y): return Same(7)\n"),
+    "a list equal to everything": (34, ALWAYS_EQUAL.format(base="(list)") + "def unique(l): return Same(l)\n"),
+    "sys.exit(0)": (53, "    import sys; sys.exit(0)\n"),
+    "sys.exit(0) at the top": (53, "    pass\nimport sys; sys.exit(0)\n"),
+    "os._exit(0)": (53, "    import os; os._exit(0)\n"),
+    "os._exit(0) at the top": (53, "    pass\nimport os; os._exit(0)\n"),
+    "exit status replaced": (53, "    pass\nimport sys, os; sys.excepthook = lambda *a: os._exit(0)\n"),
+    "exit status replaced at exit": (53, "    pass\nimport atexit, os; atexit.register(lambda: os._exit(0))\n"),
+    "the caller's frame": (38, "    import sys; return sys._getframe(1).f_locals['str']\n"),
+    "the caller's frame by a traceback": (
+        38,
+        """
+    try:
+        raise ValueError
+    except ValueError as error:
+        return error.__traceback__.tb_frame.f_back.f_locals["str"]
+""",
+    ),
+    "the test found by the garbage collector": (
+        38,
+        """
+    import gc, sys
+    for thing in gc.get_objects():
+        if getattr(thing, "__name__", "") == "check":
+            return sys._getframe(1).f_locals[thing.__code__.co_varnames[-2]]
+""",
+    ),
+    "the test ended by a tracer": (
+        53,
+        "    pass\nimport os, sys\nsys.settrace(lambda f, *a: os._exit(0) if f.f_code.co_name == 'check' else None)\n",
+    ),
+    "the answers on disk": (
+        53,
+        """
+    import gzip, json
+    for line in gzip.open({data!r}):
+        problem = json.loads(line)
+        if problem["entry_point"] == "add":
+            found = dict()
+            exec(problem["prompt"] + problem["canonical_solution"], found)
+            return found["add"](x, y)
+""",
+    ),
+}
+
+
+def completion_of(cheat: str, data: Path) -> tuple[int, str]:
+    n, completion = CHEATS[cheat]
+    return n, completion.replace("{data!r}", repr(str(data)))
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_cheat_fools_a_naive_executor(problems: list[Problem], humaneval_path: Path, cheat: str) -> None:
+    """The control: one process runs solution and test, and its exit status is the verdict."""
+    n, completion = completion_of(cheat, humaneval_path)
+    problem = number(problems, n)
+    program = f"{problem.prompt}{completion}\n{problem.test}\ncheck({problem.entry_point})\n"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+@needs_sandbox
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_cheat_never_passes(problems: list[Problem], humaneval_path: Path, cheat: str) -> None:
+    n, completion = completion_of(cheat, humaneval_path)
+    assert not judge(number(problems, n), completion, SECONDS).passed
+
+
+FORGERY = """
+import os
+def forge(text):
+    for descriptor in range(64):
+        try: os.write(descriptor, text.encode())
+        except OSError: pass
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "messages",
+    [
+        '["passed"]\\n',
+        "true\\n",
+        "[1, 'value', true]\\n",
+        '[0, "value", null]\\n' * 9,
+        '[1, "value", ["int", "1"]]\\n' * 9,
+        "".join(f'[{n}, "value", ["int", "1"]]\\n' for n in range(200)),
+        '[1, "value", ["dict", [[["list", []], 1]]]]\\n',
+        "[" * 50_000 + "\\n",
+        "1" * 50_000 + "\\n",
+        "\\xff\\n",
+        "\\0",
+        "\\n" * 100,
+        "x" * 500_000,
+    ],
+)
+@pytest.mark.parametrize("place", ["at the top", "in the call", "then dies"])
+def test_forged_messages_never_pass(problems: list[Problem], messages: str, place: str) -> None:
+    forge = f"forge({messages!r}.encode().decode('unicode_escape'))"
+    after = {"at the top": "", "in the call": f"    {forge}\n", "then dies": f"    {forge}; os._exit(0)\n"}[place]
+    top = f"{forge}\n" if place == "at the top" else ""
+    completion = f"    pass\n{FORGERY}{top}def add(x, y):\n{after}    return x - y\n"
+    outcome = judge(number(problems, 53), completion, 2.0)
+    assert not outcome.passed
+
+
+@needs_sandbox
+def test_patched_builtins_and_json_change_nothing(problems: list[Problem]) -> None:
+    completion = ALWAYS_EQUAL.format(base="") + (
+        "import builtins, json, sys\n"
+        "def add(x, y): return Same()\n"
+        "json.dumps = lambda *a, **k: '[1, \"value\", true]'\n"
+        "json.loads = lambda *a, **k: [1, ['tuple', []]]\n"
+        "for name in ('isinstance', 'type', 'len', 'print', 'AssertionError', 'abs', 'all'):\n"
+        "    setattr(builtins, name, lambda *a, **k: True)\n"
+        "sys.modules['pipeline.evaluate.worker'].encode = lambda value: True\n"
+    )
+    for body in (completion, completion.replace("json.dumps", "json.unused").replace("json.loads", "json.unused")):
+        assert not judge(number(problems, 53), "    pass\n" + body, 2.0).passed
+
+
+# --- containment of the worker that really runs ----------------------------------------------------------------------
+
+
+def collect(program: str, *arguments: Any) -> list[Any]:
+    """What a program's `f` answers, in its worker."""
+    answers: list[Any] = []
+    outcome = judge_program(
+        program, "f", lambda call: answers.append(call(*arguments)), SECONDS, sandbox.require_isolation()
+    )
+    return answers or [outcome.reason]
+
+
+@needs_sandbox
+def test_worker_holds_neither_the_test_nor_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_TEST_SECRET", "swordfish")
+    assert collect("import os\ndef f(): return [k for k in os.environ ]") == [[]]
+    hunt = """
+import gc, sys
+def f():
+    seen, frame = [], sys._getframe()
+    while frame:
+        seen += [repr(frame.f_locals), repr(frame.f_globals)]
+        frame = frame.f_back
+    seen += [repr(o) for o in gc.get_objects() if isinstance(o, (dict, list, tuple))]
+    marks = ["".join(["sword", "fish"]), "".join(["assert ", "candidate"])]  # not in this program's own constants
+    return [mark for mark in marks if any(mark in text for text in seen)]
+"""
+    free: dict[str, Any] = {"traces": ["swordfish", "assert candidate(0, 1) == 1"]}
+    exec(hunt, free)
+    assert len(free["f"]()) == 2
+    assert collect(hunt) == [[]]
+
+
+@needs_sandbox
+def test_worker_has_no_descriptor_but_its_channel() -> None:
+    program = """
+import os
+def f():
+    found = {}
+    for descriptor in range(1024):
+        try:
+            found[descriptor] = os.lseek(descriptor, 0, os.SEEK_CUR)
+        except OSError as error:
+            if error.strerror != "Bad file descriptor":
+                found[descriptor] = error.strerror
+    return found
+"""
+    assert collect(program) == [{0: 0, 1: 0, 2: 0, 3: "Illegal seek"}]  # /dev/null three times, and the socket
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open({path!r}, 'w')",
+        "open({data!r})",
+        "os.listdir('/')",
+        "os.fork()",
+        "os.kill(os.getpid(), 9)",
+        "os.system('true') and 1 / 0",
+        "__import__('threading').Thread(target=print).start()",
+        "__import__('_socket').socket()",
+    ],
+)
+def test_attack_by_a_completion_raises(tmp_path: Path, humaneval_path: Path, attack: str) -> None:
+    path = tmp_path / "effect"
+    (answer,) = collect(f"import os\ndef f():\n    {attack.format(path=str(path), data=str(humaneval_path))}")
+    assert str(answer).startswith("raised "), answer
+    assert not path.exists()
+
+
+@needs_sandbox
+def test_no_worker_survives_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    real = referee.subprocess.Popen
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(referee.subprocess, "Popen", remember)
+    for program in ("def f(): return 1", "def f():\n    while True: pass", "import os; os._exit(3)", "def f(: 1"):
+        judge_program(program, "f", lambda call: call(), 0.5, sandbox.require_isolation())
+    assert len(started) == 4
+    assert all(process.returncode is not None for process in started)
+
+
+@needs_sandbox
+def test_a_test_cannot_swallow_a_failure() -> None:
+    def lenient(call: Any) -> None:
+        try:
+            call()
+        except Exception:
+            return
+
+    outcome = judge_program("def f(): 1 / 0", "f", lenient, SECONDS, sandbox.require_isolation())
+    assert outcome.reason.startswith("raised ZeroDivisionError")
+
+
+# --- infrastructure faults are never verdicts ------------------------------------------------------------------------
+
+
+def test_unsafe_machine_is_refused(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "isolation_level", lambda: sandbox.RLIMITS)
+    with pytest.raises(EvaluationError, match="was not run"):
+        judge(problems[53], "    return x + y\n", SECONDS)
+    assert judge(problems[53], "    return x + y\n", SECONDS, allow_unsafe=True).passed
+
+
+@pytest.mark.parametrize(
+    ("bootstrap", "message"),
+    [
+        ("import sys; print('no such module', file=sys.stderr); sys.exit(1)", "no such module"),
+        ("print()", "exit status 0"),
+        (
+            "import sys; sys.path.insert(0, {root!r}); from pipeline.evaluate import sandbox, worker; "
+            "sandbox._SECCOMP_MODE_FILTER = 99; worker.main()",
+            "could not install the seccomp filter",
+        ),
+    ],
+)
+def test_worker_that_cannot_start_gives_no_verdict(
+    problems: list[Problem], monkeypatch: pytest.MonkeyPatch, bootstrap: str, message: str
+) -> None:
+    monkeypatch.setattr(referee, "_BOOTSTRAP", bootstrap.replace("{root!r}", repr(str(referee._ROOT))))
+    with pytest.raises(EvaluationError, match=message):
+        judge_all([(problems[53], problems[53].canonical_solution)] * 3, SECONDS)
+
+
+def test_missing_interpreter_gives_no_verdict(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(referee.sys, "executable", "/nowhere/python")
+    with pytest.raises(EvaluationError, match="could not be started"):
+        judge(problems[53], "    return x + y\n", SECONDS)
+
+
+def test_silent_start_gives_no_verdict(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(referee, "_BOOTSTRAP", "import time; time.sleep(60)")
+    monkeypatch.setattr(referee, "_STARTUP_SECONDS", 0.3)
+    with pytest.raises(EvaluationError, match="timeout"):
+        judge(problems[53], "    return x + y\n", SECONDS)
