@@ -88,6 +88,7 @@ class ModelConfig(Frozen):
     source: Source
     context: int = Field(gt=0, description="context cap of the exported graph, tokens")
     gate_class: Name = Field(description="row of configs/gates.yaml that judges its variants")
+    note: str = Field(default="", description="a caveat printed with the model's figures")
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)

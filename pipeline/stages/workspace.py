@@ -60,7 +60,7 @@ class Workspace:
 
     def verdict(self, variant: str) -> Path:
         """The gates' decision on a variant."""
-        return self.root / "verdicts" / f"{variant}.json"
+        return ARTIFACTS / "verdicts" / self.model / f"{variant}.json"
 
     def metrics(self, variant: str) -> Path:
         """Measurements of a variant, tracked by git."""

@@ -1,0 +1,196 @@
+"""The command line: one command per stage, thin. Stages are imported when they run, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError
+
+
+class _Commands(click.Group):
+    """Commands in the order of the pipeline, not of the alphabet, with "did you mean" for a misspelt one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        import difflib
+
+        if args and args[0] not in self.commands and (near := difflib.get_close_matches(args[0], self.commands, n=1)):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Release line for language models on phones.
+
+    From a pinned checkpoint to signed bundles that onnxruntime-genai runs. `dvc repro` runs these stages in order and
+    repeats only what changed; each also runs by itself. MODEL is an entry of configs/models, VARIANT of configs/recipes.
+
+    \b
+    Try it         make demo
+    Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
+    Full size      make repro MODELS="mimo-8b phi-4"
+    Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
+    """
+
+
+def _stage(module: str, function: str = "run") -> Any:
+    return getattr(importlib.import_module(f"pipeline.stages.{module}"), function)
+
+
+_MODEL = click.argument("model")
+_VARIANT = click.argument("variant")
+
+
+@cli.command()
+@_MODEL
+def download(model: str) -> None:
+    """Fetch MODEL's checkpoint and the datasets into the store, check every hash, write the source lock."""
+    _stage("download")(model)
+
+
+@cli.command()
+@_MODEL
+def export(model: str) -> None:
+    """Build the full-precision ONNX graph over the checkpoint's own bytes."""
+    _stage("export")(model)
+
+
+@cli.command()
+@_MODEL
+def calibrate(model: str) -> None:
+    """Measure activation statistics on the calibration text."""
+    _stage("calibrate")(model)
+
+
+@cli.command()
+@_MODEL
+def parity(model: str) -> None:
+    """Compare the graph's logits with Optimum's export of the same checkpoint."""
+    _stage("parity")(model)
+
+
+@cli.command()
+@_MODEL
+@_VARIANT
+@click.option("--dry-run", is_flag=True, help="Print the plan with its exact size, write nothing.")
+def quantize(model: str, variant: str, dry_run: bool) -> None:
+    """Apply recipe VARIANT to MODEL; prints the plan first."""
+    _stage("quantize")(model, variant, dry_run)
+
+
+@cli.command()
+@_MODEL
+@_VARIANT
+def validate(model: str, variant: str) -> None:
+    """Measure a written VARIANT, or the full-precision model when VARIANT is `reference`."""
+    _stage("validate")(model, variant)
+
+
+@cli.command()
+@_MODEL
+@_VARIANT
+def verdict(model: str, variant: str) -> None:
+    """Apply the gates of configs/gates.yaml to the measurements."""
+    _stage("verdict")(model, variant)
+
+
+@cli.command()
+@_MODEL
+@_VARIANT
+def bundle(model: str, variant: str) -> None:
+    """Assemble what a phone downloads, or a refusal record for a variant that did not pass."""
+    _stage("bundle")(model, variant)
+
+
+@cli.command()
+@_MODEL
+@_VARIANT
+def sign(model: str, variant: str) -> None:
+    """Sign a bundle (OpenSSF Model Signing) and verify it from the bundle alone.
+
+    The private key is the local development key, or comes from PIPELINE_SIGNING_KEY_FILE, PIPELINE_SIGNING_KEY (PEM),
+    or PIPELINE_SIGNING_KEY_PKCS11 (URI); PIPELINE_SIGNING_KEY_PASSWORD opens an encrypted PEM. configs/signing.yaml
+    names the public key's id.
+    """
+    _stage("sign")(model, variant)
+
+
+@cli.command()
+@_MODEL
+def tiers(model: str) -> None:
+    """Map every tier to its bundle or its refusal; sign the map."""
+    _stage("sign", "tiers")(model)
+
+
+@cli.command()
+def report() -> None:
+    """Write the table, the HTML page and the Pareto plot of the run."""
+    _stage("report")()
+
+
+@cli.command()
+def show() -> None:
+    """Print the table of the run."""
+    _stage("report", "show_report")()
+
+
+@cli.command()
+@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
+@click.option("--variant", multiple=True, help="Only this variant (repeatable).")
+def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
+    """Turn verdicts into an exit status: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR (the worst of all)."""
+    from pipeline.config import load_pipeline
+
+    try:
+        run = load_pipeline()
+        status = _stage("verdict", "gate")(list(model or run.models), list(variant or run.variants))
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        status = 3
+    sys.exit(status)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--public-key", required=True, type=click.Path(path_type=Path), help="PEM of the key to trust.")
+@click.option("--highest-release", type=int, help="Highest release number accepted so far; a lower one is a downgrade.")
+@click.option("--allow-development", is_flag=True, help="Accept a bundle of the development channel.")
+@click.option("--model", help="The model that was asked for.")
+@click.option("--variant", help="The variant that was asked for.")
+def verify(bundle: Path, public_key: Path, **options: Any) -> None:
+    """Say what is wrong with BUNDLE, from itself and a trusted public key; status 0 if nothing is."""
+    from pipeline.bundle.verify import verify as check
+
+    result = check(bundle, public_key, **options)
+    click.echo(result.describe())
+    sys.exit(0 if result.ok else 1)
+
+
+@cli.command("key-id")
+@click.argument("public_key", type=click.Path(path_type=Path))
+def key_id(public_key: Path) -> None:
+    """Print the id of a P-256 public key (PEM), for configs/signing.yaml."""
+    from pipeline.bundle import keys
+
+    click.echo(keys.key_id(keys.load_public_key(public_key)))
+
+
+def main() -> None:
+    """Run a command; an expected error is one paragraph on stderr and status 1."""
+    try:
+        cli(prog_name="python -m pipeline")
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,64 @@
+"""bundle: what a phone downloads, or the record of why it gets nothing."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import UTC, datetime
+
+import onnxruntime
+import onnxruntime_genai
+
+from pipeline import config
+from pipeline.bundle.keys import announced_key
+from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
+from pipeline.evaluate.gates import PASS, Verdict
+from pipeline.graph.nodes import OPSET
+from pipeline.stages.verdict import read_verdict
+from pipeline.stages.workspace import Workspace
+
+
+def commit_time() -> datetime:
+    """When the configuration in use was committed: the same for every build of a tag. The clock outside git."""
+    done = subprocess.run(["git", "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
+    return datetime.fromtimestamp(int(done.stdout), UTC) if done.stdout.strip() else datetime.now(UTC)
+
+
+def run(model: str, variant: str) -> None:
+    """Write artifacts/bundles/<model>/<variant>/content: the artifact with release.json, or refusal.json alone."""
+    entry, signing, workspace = config.load_model(model), config.load_signing(), Workspace(model)
+    verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
+    common = {
+        "model": model,
+        "title": entry.title,
+        "variant": variant,
+        "signing": signing,
+        "key": announced_key(signing),
+        "created": build_time(commit_time()),
+        "verdict": verdict.to_json(),
+    }
+    content = workspace.bundle(variant) / CONTENT
+    if verdict.verdict != PASS:
+        assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
+        print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
+        return
+    files = {file.name: file for file in sorted(workspace.artifact(variant).iterdir())}
+    release = build_release(
+        **common,
+        runtime=Runtime(
+            onnxruntime=onnxruntime.__version__, onnxruntime_genai=onnxruntime_genai.__version__, opset=OPSET
+        ),
+        source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
+        licence=lock.licence,
+        context=entry.context,
+        files=describe_files(files),
+    )
+    assemble(content, files, release)
+    print(f"{model} {variant}: bundle of {sum(file.stat().st_size for file in files.values()):,} bytes in {content}")
+
+
+def _reasons(verdict: Verdict) -> list[str]:
+    return [
+        f"{line.name}: {line.verdict}, estimate {line.estimate}, limit {line.limit} {line.note}".strip()
+        for line in verdict.lines
+        if line.verdict == verdict.verdict
+    ]

@@ -1,0 +1,54 @@
+"""parity: our full-precision graph against Optimum's export of the same checkpoint, on logits. Part of every run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline import config
+from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.evaluate.optimum_export import export_reference
+from pipeline.evaluate.parity import compare, cut, cut_model, is_whole
+from pipeline.files import link_or_copy, write_json
+from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.stages.workspace import MODEL_FILE, Workspace
+
+DECODE_STEPS = 8
+
+
+def run(model: str) -> None:
+    """Write artifacts/<model>/parity.json. A disagreement is recorded, not raised: the verdict stage refuses it."""
+    wanted = config.load_parity()
+    workspace = Workspace(model)
+    reference = workspace.reference(Store())
+    architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)
+    part = cut(architecture, checkpoint, wanted.memory_bytes)
+    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=".parity.") as name:
+        folder = Path(name)
+        smaller, tensors = cut_model(architecture, checkpoint, part)
+        if is_whole(architecture, part):
+            ours = reference / MODEL_FILE  # the very graph that was exported
+        else:
+            tokens = wanted.prompt_tokens + DECODE_STEPS
+            save_decoder(folder, *build_decoder(smaller, tensors, tokens), MODEL_FILE)
+            for file in reference.glob("*.safetensors"):
+                link_or_copy(file, folder / file.name)
+            ours = folder / MODEL_FILE
+        theirs = export_reference(reference, part.layers, part.vocab, folder / "optimum")
+        measured = compare(ours, theirs, smaller, wanted.prompt_tokens, DECODE_STEPS, seed=0)
+    error = measured["max_relative_error"]
+    result = measured | {
+        "passed": bool(error <= wanted.max_relative_error and measured["mismatches"] == 0),
+        "limit": wanted.max_relative_error,
+        "layers": part.layers,
+        "of_layers": architecture.layers,
+        "vocab": part.vocab,
+        "of_vocab": architecture.vocab,
+    }
+    write_json(workspace.parity, result)
+    print(
+        f"{model}: {'agrees' if result['passed'] else 'DISAGREES'} with {result['exporter']} on {part.layers} of "
+        f"{architecture.layers} layers: maximum relative error of logits {error:.2g} (limit {wanted.max_relative_error:.0e})"
+    )
