@@ -1,0 +1,47 @@
+# The few commands people type. `make help` lists them.
+PYTHON  ?= python3.11
+VENV    ?= .venv
+MODELS  ?=
+PIP_ARGS ?=
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+READY   := $(VENV)/.ready
+comma   := ,
+empty   :=
+space   := $(empty) $(empty)
+
+.PHONY: help demo repro validate-full show test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: $(READY)  ## the whole pipeline on the embedded small model, then its table
+	dvc repro
+	python -m pipeline show
+
+repro: $(READY)  ## dvc repro; with MODELS="mimo-8b phi-4" for these models too
+	$(if $(MODELS),dvc exp run -S 'configs/pipeline.yaml:models=[$(subst $(space),$(comma),smollm2-135m $(strip $(MODELS)))]',dvc repro)
+	python -m pipeline show
+
+validate-full: $(READY)  ## the release's evidence: 16,000 tokens, 570 MMLU questions, 164 HumanEval problems
+	dvc exp run -S 'configs/pipeline.yaml:suite=full'
+	python -m pipeline show
+
+show: $(READY)  ## the table of the last run
+	@python -m pipeline show
+
+test: $(READY)  ## the test suite
+	python -m pytest
+
+lint: $(READY)  ## ruff
+	ruff check .
+	ruff format --check .
+
+clean:  ## remove the environment; keeps the store, the DVC cache and artifacts/
+	rm -rf $(VENV)
+
+$(READY): requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
+	touch $@
