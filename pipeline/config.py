@@ -22,6 +22,9 @@ CONFIGS = Path("configs")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
+Role = Literal[
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+]  # fmt: skip
 
 
 class Frozen(BaseModel):
@@ -105,11 +108,18 @@ class SplitFormat(Frozen):
     low: FormatName
     high_fraction: float = Field(gt=0, lt=1, description="share of input channels in `high`, before block rounding")
 
+    @model_validator(mode="after")
+    def _high_has_more_bits(self) -> SplitFormat:
+        high, low = (int(name[1 : name.index("b")]) for name in (self.high, self.low))
+        if high <= low:
+            raise ValueError(f"high ({self.high}) needs more bits than low ({self.low}): it takes what matters most")
+        return self
+
 
 class RecipeRule(Frozen):
-    """Formats for some roles, optionally only where a layer rule holds. The first matching rule wins."""
+    """A format for some roles, optionally only where a layer rule holds. The first matching rule wins."""
 
-    roles: tuple[Name, ...] = Field(min_length=1)
+    roles: tuple[Role, ...] = Field(min_length=1)
     layers: Literal["all", "use_more_bits"] = "all"
     format: FormatName | SplitFormat
 
@@ -292,7 +302,20 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {error['input']!r})" if error["type"] != "value_error" else f"{where}: {message}"
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
+    return f"{where}: {message} (got {error['input']!r}{f'; did you mean {near[0]!r}?' if near else ''})"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key written twice is an error: PyYAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load(model: type[T], path: Path) -> T:
@@ -302,13 +325,15 @@ def load(model: type[T], path: Path) -> T:
         ConfigError: the file is missing, is not YAML, or does not validate; every problem is listed.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         others = sorted(file.stem for file in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.stem, others, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint} Known here: {', '.join(others) or 'nothing'}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return model.model_validate(data)

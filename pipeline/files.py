@@ -1,7 +1,12 @@
-"""Files that are either whole or absent: atomic writes, hashes, links, free space."""
+"""Files that are either whole or absent: atomic writes, hashes, links, free space.
+
+What is written appears under its name in one step, when it is complete and on the disk. A full or unwritable disk is a
+`ResourceError`, whoever wrote when it happened.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +20,27 @@ from typing import Any, BinaryIO
 from pipeline.errors import ResourceError
 
 _CHUNK = 1 << 22  # bytes
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def disk_full(purpose: str) -> Iterator[None]:
+    """Turn "no space left" and "read-only" from the operating system while `purpose` into `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ResourceError(
+                f"the disk filled up while trying to {purpose}: {error.strerror}. Nothing half-written was kept. Free "
+                f"space and run the same command again; what was finished before is reused."
+            ) from error
+        if error.errno in _REFUSED:
+            raise ResourceError(
+                f"not allowed to {purpose}: {error.strerror} ({error.filename or 'no file named'}). Check who owns the "
+                f"folder and whether its disk is mounted read-only."
+            ) from error
+        raise
 
 
 def sha256_of(path: Path) -> str:
@@ -25,6 +51,10 @@ def sha256_of(path: Path) -> str:
 
 def fsync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -36,22 +66,24 @@ def fsync_directory(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success fsync it and rename it to `path`.
 
-    On any exception the temporary file is removed and `path` keeps its earlier content.
+    On any exception the temporary file is removed and `path` keeps its earlier content. Raises ResourceError when the
+    disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    with disk_full(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -72,19 +104,38 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory; on success it replaces `path`, on failure it disappears."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    """Yield a temporary sibling directory; on success it replaces `path`, on failure it disappears.
+
+    Raises ResourceError when the disk is full or not writable.
+    """
+    with disk_full(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            os.chmod(temporary, 0o755)
+            yield temporary
+            for file in (entry for entry in temporary.rglob("*") if entry.is_file()):
+                _fsync(file)
+            _replace_directory(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Rename `new` to `path`. What was there is moved aside first and comes back if that fails: it is never lost."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.replace(path, aside)
     try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.replace(new, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(aside, path)
         raise
-    fsync_directory(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -93,14 +144,22 @@ def link_or_copy(source: Path, target: Path) -> None:
     A hard link of the real file, because ONNX Runtime refuses external data behind a symlink and a copy of a 15 GB
     checkpoint is a mistake; copied only when the two names are on different file systems.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     real = source.resolve()
-    target.unlink(missing_ok=True)
     try:
-        os.link(real, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _hard_link(real, target)
     except OSError:
         require_free_space(target.parent, real.stat().st_size, f"copy {real.name}")
-        shutil.copyfile(real, target)
+        with open(real, "rb") as stream, atomic_file(target) as copy:
+            shutil.copyfileobj(stream, copy, _CHUNK)
+
+
+def _hard_link(real: Path, target: Path) -> None:
+    """Replace `target` by a link in one step, safe also when it is `real` itself."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        link = Path(folder) / "link"
+        os.link(real, link)
+        os.replace(link, target)
 
 
 def require_free_space(directory: Path, needed: int, purpose: str) -> None:

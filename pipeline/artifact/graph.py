@@ -1,7 +1,7 @@
 """The quantized graph: the full-precision graph with its products and its embedding replaced, weights to be written.
 
 Pure rewriting: no weight is read. `quantize_graph` says which tensors the artifact stores (`Stored`), and
-`place_tensors` binds them to byte ranges once the layout is known, so that the finished model's size is known too.
+`QuantizedGraph.place` binds them to byte ranges once the layout is known, so the finished model's size is known too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BYTES = {TensorProto.UINT8: 1, TensorProto.FLOAT16: 2, TensorProto.FLOAT: 4, Te
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the artifact's data: its ONNX type and shape, and the source it is computed or copied from."""
+    """A tensor of the artifact's data with its ONNX type and shape."""
 
     name: str
     data_type: int
@@ -195,12 +195,21 @@ def quantize_graph(source: onnx.ModelProto, plan: Plan) -> QuantizedGraph:
     Raises GraphError when the plan and the graph do not belong to the same model.
     """
     rewriter = _Rewriter(source, plan)
-    products = sum(node.op_type == "FusedMatMul" for node in source.graph.node)
-    try:
-        rewriter.rewrite()
-    except KeyError as error:
-        raise GraphError(
-            f"the graph multiplies by {error.args[0]!r}, which the plan does not know ({products} products in the "
-            f"graph, {len(plan.body) + 1} planned). Run export and quantize for the same model."
-        ) from None
+    _check_same_model(rewriter)
+    rewriter.rewrite()
     return QuantizedGraph(tuple(rewriter.stored.values()), rewriter)
+
+
+def _check_same_model(rewriter: _Rewriter) -> None:
+    widened = {node.output[0]: node.input[0] for node in rewriter.source.graph.node if node.op_type == "Cast"}
+    products = [node.input[1] for node in rewriter.source.graph.node if node.op_type == "FusedMatMul"]
+    names = [widened.get(name, name) for name in products]
+    found = {name: list(rewriter.references[name].dims) for name in names}
+    planned = {name: [item.matrix.rows, item.matrix.columns] for name, item in rewriter.planned.items()}
+    if found != planned:
+        name = next(name for name in (found | planned) if found.get(name) != planned.get(name))
+        raise GraphError(
+            f"the graph multiplies by {len(found)} matrices, the plan has {len(planned)}; the first difference is "
+            f"{name!r}: {found.get(name, 'absent')} in the graph, {planned.get(name, 'absent')} in the plan. Run "
+            f"export and quantize for the same model."
+        )

@@ -44,7 +44,9 @@ def make_layout(sizes: Iterable[tuple[str, int]], part_bytes: int) -> Layout:
     parts = [0]
     for name, length in sizes:
         if length > part_bytes:
-            raise PlanError(f"tensor {name!r} has {length:,} bytes, a part holds {part_bytes:,}: use fewer bits for it.")
+            raise PlanError(
+                f"tensor {name!r} has {length:,} bytes, a part holds {part_bytes:,}: use fewer bits for it."
+            )
         alignment = PAGE if length >= _SMALL else 64
         offset = -(-parts[-1] // alignment) * alignment
         if offset + length > part_bytes:

@@ -19,7 +19,7 @@ from pipeline.artifact.layout import Layout, make_layout
 from pipeline.checkpoint.architecture import Matrix
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError, PlanError
-from pipeline.files import require_free_space
+from pipeline.files import disk_full, require_free_space
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
 from pipeline.progress import track
@@ -72,7 +72,7 @@ class PartWriter:
         self.left = {name: place.length for name, place in drafted.layout.places.items()}
         self.files = []
         for number, size in enumerate(drafted.layout.parts):
-            file = stack.enter_context(open(folder / drafted.part_file(number), "wb"))
+            file = stack.enter_context((folder / drafted.part_file(number)).open("wb"))
             file.truncate(size)
             self.files.append(file)
 
@@ -89,7 +89,9 @@ class PartWriter:
         """Flush to disk. Raises PlanError if a planned byte was never written."""
         if missing := {name: count for name, count in self.left.items() if count}:
             name, count = next(iter(missing.items()))
-            raise PlanError(f"{len(missing)} tensors are not fully written, the first is {name!r}: {count:,} bytes left.")
+            raise PlanError(
+                f"{len(missing)} tensors are not fully written, the first is {name!r}: {count:,} bytes left."
+            )
         for file in self.files:
             os.fsync(file.fileno())
 
@@ -106,9 +108,16 @@ def write_artifact(folder: Path, drafted: Draft, checkpoint: Checkpoint, export:
     Args:
         export: the folder of the full-precision export, which holds the rotary tables.
         moments: second moments by input; None rounds to nearest.
+
+    Raises:
+        PlanError: moments are missing or not this model's.
+        CheckpointError: a weight is not finite, or too large for a float16 scale.
+        ResourceError: the disk is full. The caller removes `folder` (files.atomic_directory does).
     """
+    if moments is not None:
+        _check_moments(drafted.plan, moments)
     require_free_space(folder, drafted.bytes, f"write {drafted.model_file}")
-    with ExitStack() as stack:
+    with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
         writer = PartWriter(folder, drafted, stack)
         channels = _write_channels(writer, drafted.plan, checkpoint, moments)
         tables = drafted.plan.tables
@@ -117,7 +126,19 @@ def write_artifact(folder: Path, drafted: Draft, checkpoint: Checkpoint, export:
                 _write_rows(writer, planned, start, rows, quantized)
         _write_copies(writer, checkpoint, export)
         writer.finish()
-    (folder / drafted.model_file).write_bytes(drafted.model.SerializeToString(deterministic=True))
+        (folder / drafted.model_file).write_bytes(drafted.model.SerializeToString(deterministic=True))
+
+
+def _check_moments(plan: Plan, moments: Moments) -> None:
+    """Raise PlanError unless every product has usable statistics: a missing one would be searched blindly."""
+    for matrix in (item.matrix for item in (*plan.body, plan.head)):
+        found = moments.get(matrix.input)
+        if found is None or found.shape != (matrix.columns,) or not (np.isfinite(found) & (found >= 0)).all():
+            state = "there are none" if found is None else f"they are {list(found.shape)}, or not all ≥ 0"
+            raise PlanError(
+                f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments of input "
+                f"{matrix.input!r}, and {state}. Run the calibrate stage for this model again."
+            )
 
 
 def quantize_matrix(
@@ -125,8 +146,11 @@ def quantize_matrix(
 ) -> Iterator[tuple[int, int, list[Quantized]]]:
     """(first row, row count, one Quantized per piece) for consecutive chunks of rows of one matrix."""
     matrix = planned.matrix
-    # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
-    importance = None if moments is None else moments.get(matrix.input, np.ones(matrix.columns, np.float32))
+    importance = None
+    if moments is not None:
+        # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
+        alike = np.ones(matrix.columns, np.float32)
+        importance = alike if matrix.role == "embedding" else moments[matrix.input]
     step = max(1, _CHUNK_BYTES // (4 * matrix.columns))
     for start in range(0, matrix.rows, step):
         weights = checkpoint.rows(matrix.name, start, min(start + step, matrix.rows))
@@ -142,8 +166,8 @@ def _quantize_piece(part: np.ndarray, piece: Piece, importance: np.ndarray | Non
     quantized = nearest(part, piece.format) if importance is None else weighted(part, importance, piece.format)
     if not np.isfinite(quantized.scales).all():
         raise CheckpointError(
-            f"tensor {matrix.name!r}: a block's scale exceeds float16's 65,504 (largest weight {np.abs(part).max():.4g}). "
-            f"The checkpoint is damaged, or needs a format of its own."
+            f"tensor {matrix.name!r}: a block's scale exceeds float16's 65,504 (largest weight "
+            f"{np.abs(part).max():.4g}). The checkpoint is damaged, or needs a format of its own."
         )
     return quantized
 

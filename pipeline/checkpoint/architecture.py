@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. For LongRoPE, `short_factor`/`long_factor` divide the frequencies (one per pair of channels)."""
+    """Rotary embedding. For LongRoPE, `short_factor` and `long_factor` divide the frequencies, one per channel pair."""
 
     theta: float
     dims: int
@@ -151,10 +152,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Run the download stage again.") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object.")
+        raise CheckpointError(f"{path}: not a JSON object. Run the download stage again.")
     return config
 
 
@@ -167,7 +168,7 @@ def read_architecture(path: Path) -> Architecture:
     """
     config = read_config(path)
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         near = difflib.get_close_matches(str(family), _FAMILIES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise CheckpointError(
@@ -177,33 +178,46 @@ def read_architecture(path: Path) -> Architecture:
     _refuse_variations(config, path)
     heads = _positive(config, "num_attention_heads", path)
     hidden = _positive(config, "hidden_size", path)
-    head_dim = config.get("head_dim") or hidden // heads
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    if heads % kv_heads or (not config.get("head_dim") and hidden % heads):
-        raise CheckpointError(f"{path}: {heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}.")
-    tied = config.get("tie_word_embeddings")
+    kv_heads = _positive(config, "num_key_value_heads", path, heads)
+    head_dim = _positive(config, "head_dim", path, hidden // heads)
+    if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
+        raise CheckpointError(
+            f"{path}: {heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}. The file is "
+            f"damaged, or its model is of another kind."
+        )
     return Architecture(
         family=family,
         layers=_positive(config, "num_hidden_layers", path),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=int(head_dim),
+        head_dim=head_dim,
         intermediate=_positive(config, "intermediate_size", path),
         vocab=_positive(config, "vocab_size", path),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_eps=_number(config, "rms_norm_eps", path, 1e-6),
         max_position=_positive(config, "max_position_embeddings", path),
-        sliding_window=_sliding_window(config),
-        rope=_read_rope(config, int(head_dim), path),
-        tied=bool(tied) if tied is not None else False,
+        sliding_window=_sliding_window(config, path),
+        rope=_read_rope(config, head_dim, path),
+        tied=bool(config.get("tie_word_embeddings")),
     )
 
 
-def _positive(config: dict[str, Any], key: str, path: Path) -> int:
+def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
     value = config.get(key)
+    value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-        raise CheckpointError(f"{path}: {key} is {value!r}; a positive integer is needed.")
+        raise CheckpointError(
+            f"{path}: {key} is {value!r}; a positive integer is needed. Run the download stage again."
+        )
     return value
+
+
+def _number(config: dict[str, Any], key: str, path: Path, default: float) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"{path}: {key} is {value!r}; a positive number is needed. Run the download stage again.")
+    return float(value)
 
 
 def _refuse_variations(config: dict[str, Any], path: Path) -> None:
@@ -216,37 +230,52 @@ def _refuse_variations(config: dict[str, Any], path: Path) -> None:
     }
     for key, bad in wrong.items():
         if bad:
-            raise CheckpointError(f"{path}: {key} = {config[key]!r} is not supported for {config['model_type']}.")
+            raise CheckpointError(
+                f"{path}: {key} = {reprlib.repr(config[key])} is not supported for {config['model_type']}: the graph "
+                f"would compute something else. Use the original checkpoint of a plain {config['model_type']} model."
+            )
 
 
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    if config["model_type"] in {"qwen2", "mimo"} and not config.get("use_sliding_window"):
+def _sliding_window(config: dict[str, Any], path: Path) -> int | None:
+    unused = config["model_type"] in {"qwen2", "mimo"} and not config.get("use_sliding_window")
+    if unused or config.get("sliding_window") is None:
         return None
-    window = config.get("sliding_window")
-    return int(window) if window else None
+    return _positive(config, "sliding_window", path)
 
 
 def _read_rope(config: dict[str, Any], head_dim: int, path: Path) -> Rope:
-    theta = float(config.get("rope_theta", 10000.0))
-    dims = int(head_dim * config.get("partial_rotary_factor", 1.0))
-    max_position = config["max_position_embeddings"]
-    scaling = config.get("rope_scaling") or {}
+    # transformers 5 moved rope_theta, partial_rotary_factor and rope_scaling into rope_parameters.
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{path}: rope_scaling is {reprlib.repr(scaling)}; a JSON object is needed.")
+    values = scaling | {key: value for key, value in config.items() if value is not None}
+    theta = _number(values, "rope_theta", path, 10000.0)
+    dims = int(head_dim * _number(values, "partial_rotary_factor", path, 1.0))
+    max_position = _positive(config, "max_position_embeddings", path)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return Rope(theta, dims, max_position)
-    if kind not in {"longrope", "su"}:
-        raise CheckpointError(f"{path}: rope_scaling type {kind!r} is not supported; supported: default, longrope.")
-    original = int(config.get("original_max_position_embeddings") or max_position)
-    factors = []
-    for key in ("short_factor", "long_factor"):
-        values = scaling.get(key)
-        if not isinstance(values, list) or len(values) != dims // 2:
-            raise CheckpointError(f"{path}: rope_scaling.{key} must list {dims // 2} numbers (rotary dimension {dims}).")
-        factors.append(tuple(float(value) for value in values))
+    if kind not in ("longrope", "su"):
+        raise CheckpointError(
+            f"{path}: rope_scaling type {kind!r} is not supported; supported: default, longrope. Another kind needs "
+            f"its tables in pipeline/graph/rope.py."
+        )
+    original = _positive(values, "original_max_position_embeddings", path, max_position)
     ratio = max_position / original
-    computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    attention_factor = float(scaling.get("attention_factor") or computed)
-    return Rope(theta, dims, original, attention_factor, factors[0], factors[1])
+    computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
+    attention_factor = _number(scaling, "attention_factor", path, computed)
+    short, long = (_factors(scaling, key, dims // 2, path) for key in ("short_factor", "long_factor"))
+    return Rope(theta, dims, original, attention_factor, short, long)
+
+
+def _factors(scaling: dict[str, Any], key: str, count: int, path: Path) -> tuple[float, ...]:
+    values = scaling.get(key)
+    if not isinstance(values, list) or len(values) != count:
+        raise CheckpointError(
+            f"{path}: rope_scaling.{key} must list {count} numbers, one per pair of rotated channels, and is "
+            f"{reprlib.repr(values)}. Run the download stage again."
+        )
+    return tuple(_number({key: value}, key, path, math.nan) for value in values)
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
@@ -265,7 +294,8 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
         if checkpoint[name].shape != shape:
             raise CheckpointError(
                 f"{checkpoint.folder / checkpoint[name].file}: tensor {name!r} has shape "
-                f"{list(checkpoint[name].shape)}, config.json asks for {list(shape)}."
+                f"{list(checkpoint[name].shape)}, config.json asks for {list(shape)}. Weights and config.json belong "
+                f"to different models, or one of them is damaged: run the download stage again."
             )
     return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
 
@@ -276,7 +306,9 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
         dropped = [name for name in extra if name.startswith(prefix)]
         if dropped:
             count = sum(checkpoint[name].elements for name in dropped)
-            notes.append(f"left out {len(dropped)} tensors under {prefix}* ({count:,} parameters): the forward never uses them")
+            notes.append(
+                f"left out {len(dropped)} tensors under {prefix}* ({count:,} parameters): the forward never uses them"
+            )
         extra = [name for name in extra if not name.startswith(prefix)]
     if architecture.tied and "lm_head.weight" in extra:
         notes.append("left out lm_head.weight: config.json ties the head to the embedding")
@@ -285,6 +317,7 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
     if extra:
         raise CheckpointError(
             f"{checkpoint.folder}: {len(extra)} tensors are unknown to family {architecture.family!r}, the first is "
-            f"{extra[0]!r}. Dropping them in silence could change the model."
+            f"{extra[0]!r}. Dropping them in silence could change the model. If its forward never reads them, add "
+            f"their prefix to the family's row in {__name__}."
         )
     return notes

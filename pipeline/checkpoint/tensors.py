@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,15 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         raw = file.read(length)
     try:
         entries = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, path))
-        entries.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is not valid JSON ({error}). Delete the file and download it again."
+        ) from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(
+            f"{path}: the safetensors header is not a JSON object. Delete the file, download it again."
+        )
+    entries.pop("__metadata__", None)
     data_start, data_size = 8 + length, size - 8 - length
     refs = {name: _parse_entry(name, entry, path, data_start, data_size) for name, entry in entries.items()}
     _check_overlap(refs.values(), path)
@@ -81,7 +88,9 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise CheckpointError(f"{path}: {twice!r} appears twice in the header; which one is meant cannot be known.")
+        raise CheckpointError(
+            f"{path}: {twice!r} appears twice in the header; which one is meant cannot be known. Download it again."
+        )
     return dict(pairs)
 
 
@@ -90,9 +99,13 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
             raise ValueError
+        known = dtype in ITEM_BYTES
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry: {entry!r}.") from None
-    if dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has a malformed header entry: {reprlib.repr(entry)}. It needs dtype, shape and "
+            f"data_offsets [begin, end]. Delete the file and download it again."
+        ) from None
+    if not known:
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {dtype}; supported are {', '.join(ITEM_BYTES)}. "
             f"An already quantized checkpoint cannot be a source: use the original weights."
@@ -100,8 +113,8 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
     needed = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != needed or end > data_size:
         raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header gives "
-            f"bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed; download it again."
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header "
+            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed; download it again."
         )
     return TensorRef(name, dtype, shape, path.name, data_start + begin, needed)
 
@@ -110,7 +123,11 @@ def _check_overlap(refs: Any, path: Path) -> None:
     previous = None
     for ref in sorted((ref for ref in refs if ref.length), key=lambda ref: ref.offset):
         if previous and ref.offset < previous.offset + previous.length:
-            raise CheckpointError(f"{path}: tensors {previous.name!r} and {ref.name!r} share bytes; malformed file.")
+            raise CheckpointError(
+                f"{path}: tensors {previous.name!r} and {ref.name!r} share bytes: the first ends at byte "
+                f"{previous.offset + previous.length:,}, the second starts at {ref.offset:,}. The file is malformed; "
+                f"download it again."
+            )
         previous = ref
 
 
@@ -130,7 +147,10 @@ class Checkpoint(Mapping[str, TensorRef]):
                 raise CheckpointError(f"{path}: missing shard. Run the download stage again.")
             for key, ref in read_header(path).items():
                 if key in self._refs:
-                    raise CheckpointError(f"tensor {key!r} is in {self._refs[key].file} and again in {name}.")
+                    raise CheckpointError(
+                        f"{folder}: tensor {key!r} is in {self._refs[key].file} and again in {name}; which one is "
+                        f"meant cannot be known. Remove the shard that does not belong to this checkpoint."
+                    )
                 self._refs[key] = ref
 
     def _shards(self) -> list[str]:
@@ -139,8 +159,10 @@ class Checkpoint(Mapping[str, TensorRef]):
             return ["model.safetensors"]
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(f"{index}: not a safetensors index (no weight_map).") from None
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(
+                f"{index}: not a safetensors index (no weight_map). Delete it and download the checkpoint again."
+            ) from None
         return sorted({_check_name(name, index) for name in names})
 
     def __getitem__(self, name: str) -> TensorRef:
@@ -156,7 +178,7 @@ class Checkpoint(Mapping[str, TensorRef]):
         """Rows [start, stop) of a tensor as a new float32 array; only those bytes are touched.
 
         Raises:
-            CheckpointError: a value is NaN or infinite (tensor, row and count are named).
+            CheckpointError: a value is NaN or infinite (tensor, place and count are named).
         """
         ref = self._refs[name]
         raw = np.memmap(

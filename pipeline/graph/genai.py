@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.checkpoint.architecture import Architecture, read_config
 from pipeline.config import ModelConfig
+from pipeline.errors import CheckpointError
 
 # A prompt is run in chunks, so that its logits (chunk × vocabulary × 4 bytes) stay small on a phone.
 PREFILL_CHUNK = 256
@@ -27,16 +28,34 @@ def stop_ids(folder: Path, extra: tuple[int, ...]) -> list[int]:
     return list(dict.fromkeys([*found, *extra]))
 
 
+def _chunk_size(architecture: Architecture, context: int) -> int:
+    """`PREFILL_CHUNK`, or 0 (whole prompts) where LongRoPE switches factors inside the context.
+
+    A prompt beyond the switch must be rotated with the long factors from its first token on; chunks before the switch
+    would still take the short ones.
+    """
+    rope = architecture.rope
+    return 0 if rope.long_factor and context > rope.original_max_position else PREFILL_CHUNK
+
+
 def genai_config(
     architecture: Architecture, folder: Path, model_file: str, entry: ModelConfig, context: int
 ) -> dict[str, Any]:
-    """The configuration for a graph of `architecture` whose tokenizer and configs lie in `folder`."""
+    """The configuration for a graph of `architecture` whose tokenizer and configs lie in `folder`.
+
+    Raises CheckpointError when nothing says where the model stops.
+    """
     config = read_config(folder / "config.json")
     defaults = {}
     if (folder / "generation_config.json").exists():
         defaults = read_config(folder / "generation_config.json")
     stops = stop_ids(folder, entry.extra_stop_ids)
-    pad = defaults.get("pad_token_id", config.get("pad_token_id"))
+    if not stops:
+        raise CheckpointError(
+            f"{folder}: neither generation_config.json nor config.json has an eos_token_id: generation would never "
+            f"stop. Set `extra_stop_ids` in the model's entry."
+        )
+    bos, pad = (defaults.get(key, config.get(key)) for key in ("bos_token_id", "pad_token_id"))
     temperature = entry.temperature if entry.temperature is not None else defaults.get("temperature", 1.0)
     top_p = entry.top_p if entry.top_p is not None else defaults.get("top_p", 1.0)
     decoder = {
@@ -60,7 +79,7 @@ def genai_config(
         "num_key_value_heads": architecture.kv_heads,
     }
     model = {
-        "bos_token_id": config.get("bos_token_id", stops[0] if stops else 0),
+        "bos_token_id": bos if bos is not None else stops[0],
         "context_length": context,
         "decoder": decoder,
         "eos_token_id": stops,
@@ -69,7 +88,7 @@ def genai_config(
         "vocab_size": architecture.vocab,
     }
     search = {
-        "chunk_size": PREFILL_CHUNK,
+        "chunk_size": _chunk_size(architecture, context),
         "do_sample": bool(entry.temperature or defaults.get("do_sample", False)),
         "max_length": context,
         "past_present_share_buffer": True,

@@ -41,7 +41,9 @@ class GraphWriter:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", more: tuple[str, ...] = (), **attrs: Any) -> str:
+    def node(
+        self, op: str, inputs: list[str], output: str, domain: str = "", more: tuple[str, ...] = (), **attrs: Any
+    ) -> str:
         """Append one node; `output` is its name and first output, `more` its further outputs."""
         node = helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attrs)
         self.nodes.append(node)

@@ -122,8 +122,8 @@ def _apply(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         columns = round(chosen.high_fraction * matrix.columns / step) * step
         if not 0 < columns < matrix.columns:
             raise PlanError(
-                f"a share of {chosen.high_fraction} of {matrix.columns} input channels is {columns} in blocks of {step}: "
-                f"nothing is left to split."
+                f"a share of {chosen.high_fraction} of {matrix.columns} input channels is {columns} in blocks of "
+                f"{step}: nothing is left to split."
             )
         rest = matrix.columns - columns
         return PlannedMatrix(matrix, (Piece(high.fitted(columns), columns), Piece(low.fitted(rest), rest)))
@@ -137,6 +137,6 @@ def _check_shared_inputs(body: tuple[PlannedMatrix, ...]) -> None:
         first = seen.setdefault(item.matrix.input, item)
         if [piece.columns for piece in item.pieces] != [piece.columns for piece in first.pieces]:
             raise PlanError(
-                f"tensors {first.matrix.name} ({first.formats}) and {item.matrix.name} ({item.formats}) multiply the same "
-                f"activations and must be split alike. Give their roles the same split."
+                f"tensors {first.matrix.name} ({first.formats}) and {item.matrix.name} ({item.formats}) multiply the "
+                f"same activations and must be split alike. Give their roles the same split."
             )

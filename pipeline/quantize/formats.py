@@ -40,8 +40,8 @@ class TensorFormat:
         bits, block = int(match[1]), int(match[2])
         if bits not in FAST_BLOCKS:
             raise PlanError(
-                f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, not {bits}. For an average of "
-                f"about {bits} bits, split a matrix along its input channels (see configs/recipes/q3.yaml)."
+                f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, not {bits}. For an average "
+                f"of about {bits} bits, split a matrix along its input channels (see configs/recipes/q3.yaml)."
             )
         if block not in FAST_BLOCKS[bits]:
             raise PlanError(
@@ -85,7 +85,7 @@ class TensorFormat:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a matrix in a format: codes uint8 [rows, columns], scales float16 and zeros uint8 [rows, columns/block]."""
+    """Rows of a matrix in a format: codes uint8 [rows, columns]; scales float16, zeros uint8 [rows, columns/block]."""
 
     format: TensorFormat
     codes: np.ndarray
@@ -103,7 +103,7 @@ class Quantized:
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
     """Pack uint8 [rows, n] values of `bits` bits into uint8 [rows, ceil(n·bits/8)], lowest bits first."""
     per_byte = 8 // bits
-    rows, count = values.shape
+    count = values.shape[1]
     if count % per_byte:
         values = np.pad(values, ((0, 0), (0, per_byte - count % per_byte)))
     packed = values[:, 0::per_byte].copy()

@@ -13,7 +13,7 @@ from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
 from pipeline.evaluate.gates import PASS, Verdict
 from pipeline.graph.nodes import OPSET
-from pipeline.stages.verdict import read_verdict
+from pipeline.stages.verdict import describe_line, read_verdict
 from pipeline.stages.workspace import Workspace
 
 
@@ -57,8 +57,5 @@ def run(model: str, variant: str) -> None:
 
 
 def _reasons(verdict: Verdict) -> list[str]:
-    return [
-        f"{line.name}: {line.verdict}, estimate {line.estimate}, limit {line.limit} {line.note}".strip()
-        for line in verdict.lines
-        if line.verdict == verdict.verdict
-    ]
+    """The lines that decided, in words: "mean KL 0.74 (90 % interval 0.61 to 0.86), limit 0.52: FAIL"."""
+    return [describe_line(line) for line in verdict.lines if line.verdict == verdict.verdict]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline import config
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.gates import Verdict, decide, exit_code, worst
+from pipeline.evaluate.gates import GateLine, Verdict, decide, exit_code, worst
 from pipeline.files import read_json, write_json
 from pipeline.stages.workspace import REFERENCE, Workspace
 
@@ -32,6 +32,21 @@ def read_verdict(workspace: Workspace, variant: str) -> Verdict:
         raise EvaluationError(f"{path}: no readable verdict ({error}). Run `dvc repro` first.") from None
 
 
+def describe_line(line: GateLine) -> str:
+    """One gate for people, figures to three digits: `kl_mean 0.738 (90 % interval 0.611 to 0.864), limit 0.52: FAIL`."""
+
+    def number(value: float | None) -> str:
+        return "unknown" if value is None else f"{value:.3g}"
+
+    text = f"{line.name} {number(line.estimate)}"
+    if line.low is not None:
+        text += f" (90 % interval {number(line.low)} to {number(line.high)})"
+    if line.limit is not None:
+        text += f", limit {number(line.limit)}"
+    text += f": {line.verdict}"
+    return f"{text}; {line.note}" if line.estimate is None and line.note else text
+
+
 def gate(models: list[str], variants: list[str]) -> int:
     """Print each verdict and what decided it; return the worst one's exit code (0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR)."""
     found = []
@@ -42,5 +57,5 @@ def gate(models: list[str], variants: list[str]) -> int:
             print(f"{model} {variant}: {verdict.verdict}")
             for line in verdict.lines:
                 if line.verdict == verdict.verdict != "PASS":
-                    print(f"  {line.name}: {line.verdict}, {line.estimate} against {line.limit} {line.note}".rstrip())
+                    print(f"  {describe_line(line)}")
     return exit_code(worst(found))
