@@ -92,6 +92,9 @@ class ModelConfig(Frozen):
     context: int = Field(gt=0, description="context cap of the exported graph, tokens")
     gate_class: Name = Field(description="row of configs/gates.yaml that judges its variants")
     note: str = Field(default="", description="a caveat printed with the model's figures")
+    mmlu_mode: Literal["cloze", "letter"] = Field(
+        description="letter; cloze for models too small to answer with letters"
+    )
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -163,7 +166,6 @@ class MmluConfig(Frozen):
     """MMLU subset: `questions` stratified over the 57 subjects."""
 
     questions: int = Field(ge=57, le=14_042)
-    mode: Literal["cloze", "letter"]
     seed: int = 0
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 
-from pipeline.errors import EvaluationError
+from pipeline.errors import EvaluationError, ResourceError
 
 ort.set_default_logger_severity(3)
 
@@ -40,10 +41,30 @@ def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
         raise EvaluationError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
 
 
+def widened_bytes(weight_bytes: int, parameters: int) -> int:
+    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
+    return weight_bytes + 4 * parameters
+
+
 def fits_widened(weight_bytes: int, parameters: int) -> bool:
-    """Whether a checkpoint can be held in float32 beside its mapped file with half of the memory to spare."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return 4 * parameters + weight_bytes < available * 0.75
+    """Whether that fits with a quarter of the available memory to spare."""
+    return widened_bytes(weight_bytes, parameters) < 0.75 * psutil.virtual_memory().available
+
+
+def require_widened(weight_bytes: int, parameters: int, model: str) -> None:
+    """Refuse to measure a full-precision reference that would drive the machine out of memory hours later.
+
+    Raises:
+        ResourceError: with both figures and the way out.
+    """
+    if not fits_widened(weight_bytes, parameters):
+        needed, available = widened_bytes(weight_bytes, parameters), psutil.virtual_memory().available
+        raise ResourceError(
+            f"{model}: measuring the full-precision reference takes {needed:,} bytes of memory (weights in float32 "
+            f"beside their file) and a third more to spare; {available:,} are available. Run this stage once on a larger "
+            f"machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants need "
+            f"them, not the model."
+        )
 
 
 @dataclass(frozen=True)

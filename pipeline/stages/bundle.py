@@ -41,7 +41,8 @@ def run(model: str, variant: str) -> None:
         assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
-    files = {file.name: file for file in sorted(workspace.artifact(variant).iterdir())}
+    artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
+    files = {file.name: file for file in sorted(artifact.iterdir())}
     release = build_release(
         **common,
         runtime=Runtime(

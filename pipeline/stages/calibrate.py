@@ -58,10 +58,12 @@ def _moments(folder, windows: list[np.ndarray], model: str) -> dict[str, np.ndar
     tokens = sum(map(len, windows))
     moments = {name.removesuffix(SUFFIX): (total / tokens).astype(np.float32) for name, total in sums.items()}
     if bad := [name for name, values in moments.items() if not np.isfinite(values).all()]:
-        raise EvaluationError(f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged.")
+        raise EvaluationError(
+            f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
+        )
     return moments
 
 
 def read_moments(workspace: Workspace) -> dict[str, np.ndarray]:
     """What `run` wrote: input name → float32 [channels]."""
-    return load_file(workspace.moments)
+    return load_file(workspace.require(workspace.moments, "calibrate"))

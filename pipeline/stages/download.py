@@ -9,14 +9,16 @@ from pipeline.checkpoint.architecture import check_tensors, read_architecture
 from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.stages.texts import read_tokenizer
 from pipeline.stages.workspace import Workspace
 
 
 def run(model: str) -> None:
     """Fetch, check and lock one model.
 
-    All configuration of the run is read first, and the checkpoint's tensors are compared with its config.json last,
-    so that neither a typo nor an unsupported model is found hours later.
+    All configuration of the run is read first, and the checkpoint's tensors and tokenizer are compared with its
+    config.json last, so that neither a typo nor an unsupported model is found hours later.
     """
     config.check_all()
     entry = config.load_model(model)
@@ -24,10 +26,16 @@ def run(model: str) -> None:
     for name, source in config.load_datasets().datasets.items():
         fetch_dataset(name, source, store)
     lock = fetch_model(model, entry, store)
-    write_lock(workspace.lock, lock)
-    folder = workspace.weights(store)
+    folder = workspace.link(lock, store)
     checkpoint = Checkpoint(folder)
-    notes = check_tensors(read_architecture(folder / "config.json"), checkpoint)
+    architecture = read_architecture(folder / "config.json")
+    notes = check_tensors(architecture, checkpoint)
+    if (tokens := read_tokenizer(folder).get_vocab_size()) > architecture.vocab:
+        raise CheckpointError(
+            f"{model}: tokenizer.json has {tokens:,} tokens, the embedding {architecture.vocab:,} rows (vocab_size of "
+            f"config.json): the tokenizer is another model's. Put the files of one model together."
+        )
+    write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(
         f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "
         f"{len(checkpoint)} tensors, {checkpoint.weight_bytes:,} bytes of weights"

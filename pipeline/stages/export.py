@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 from pipeline import config
 from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.sources import SourceLock
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.files import atomic_directory
@@ -23,15 +25,25 @@ def run(model: str) -> None:
     checkpoint = Checkpoint(weights)
     check_tensors(architecture, checkpoint)
     graph, rope_data = build_decoder(architecture, checkpoint, entry.context)
+    lock = workspace.read_lock()
+    # The graph only points at weights: without their digest in it, other weights would be the same export to DVC, and
+    # what was calibrated, quantized and measured on the old ones would be shipped as the new.
+    graph.metadata_props.add(key="checkpoint_sha256", value=_checkpoint_digest(lock))
     with atomic_directory(workspace.export) as folder:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
         (folder / GENAI_CONFIG).write_bytes(
             dumps(genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
         )
-        for file in workspace.read_lock().files:
+        for file in lock.files:
             if not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(weights / file.name, folder / file.name)
     print(
         f"{model}: {architecture.family}, {architecture.layers} layers, {architecture.parameters:,} parameters, "
         f"context {entry.context:,}: graph of {graph.ByteSize():,} bytes over {len(checkpoint)} tensors in place"
     )
+
+
+def _checkpoint_digest(lock: SourceLock) -> str:
+    """SHA-256 over names and hashes of the checkpoint's files: the same wherever they came from."""
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(lock.files, key=lambda file: file.name))
+    return hashlib.sha256(listing.encode()).hexdigest()

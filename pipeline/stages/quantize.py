@@ -29,7 +29,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     workspace = Workspace(model)
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")
-    source = onnx.load(workspace.export / MODEL_FILE, load_external_data=False)
+    source = onnx.load(workspace.require(workspace.export / MODEL_FILE, "export"), load_external_data=False)
     drafted = draft(source, make_plan(architecture, recipe), workspace.file_stem(variant), recipe.part_bytes)
     print(describe(drafted, architecture.parameters))
     if dry_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from pipeline import config
@@ -13,7 +12,7 @@ from pipeline.bundle.tiers import Candidate, assign, build_tiers
 from pipeline.bundle.verify import Report, verify, verify_tiers
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import BundleError
-from pipeline.files import read_json
+from pipeline.files import sha256_of
 from pipeline.stages.bundle import commit_time
 from pipeline.stages.verdict import read_verdict
 from pipeline.stages.workspace import ARTIFACTS, Workspace
@@ -26,7 +25,9 @@ def public_key_path(key_id: str) -> Path:
 
 def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/model.sig and verify the bundle as a phone would."""
-    bundle, signing = Workspace(model).bundle(variant), config.load_signing()
+    workspace, signing = Workspace(model), config.load_signing()
+    bundle = workspace.bundle(variant)
+    workspace.require(bundle / CONTENT, "bundle", variant)
     key = _sign(bundle, signing)
     report = verify(
         bundle, public_key_path(key.identity.id), allow_development=_development(signing), model=model, variant=variant
@@ -41,7 +42,8 @@ def tiers(model: str) -> None:
     variants = config.load_pipeline().variants
     decisions = assign(wanted, [_candidate(workspace, variant, wanted.context) for variant in variants])
     signatures = {
-        variant: hashlib.sha256((workspace.bundle(variant) / SIGNATURE).read_bytes()).hexdigest() for variant in variants
+        variant: sha256_of(workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant))
+        for variant in variants
     }
     document = build_tiers(
         model=model,
@@ -55,7 +57,9 @@ def tiers(model: str) -> None:
     assemble(workspace.tiers / CONTENT, {}, document)
     key = _sign(workspace.tiers, signing)
     allow = _development(signing)
-    _require_intact(verify_tiers(workspace.tiers, public_key_path(key.identity.id), allow_development=allow, model=model))
+    _require_intact(
+        verify_tiers(workspace.tiers, public_key_path(key.identity.id), allow_development=allow, model=model)
+    )
     for name, decision in decisions.items():
         print(f"{model} {name}: {decision.variant if decision.decision == 'bundle' else 'nothing'}")
 
@@ -65,8 +69,8 @@ def _candidate(workspace: Workspace, variant: str, context: int) -> Candidate:
 
     The measurement already holds an interpreter and a short cache; that errs on the safe side.
     """
-    metrics = read_json(workspace.metrics(variant))
-    architecture = read_architecture(workspace.export / "config.json")
+    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
+    architecture = read_architecture(workspace.require(workspace.export, "export") / "config.json")
     cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * context * 4
     return Candidate(
         variant=variant,

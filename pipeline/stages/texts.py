@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.checkpoint.store import Store
 from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
+from pipeline.errors import CheckpointError
 from pipeline.evaluate.texts import input_windows, overlap, scored_windows
 
 
@@ -19,9 +20,21 @@ def dataset(name: str, store: Store) -> Path:
     return fetch_dataset(name, load_datasets().datasets[name], store)
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.json. Raises CheckpointError when it is missing or is none."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{path}: not readable as a fast tokenizer ({error}). The source must have tokenizer.json; transformers' "
+            f"AutoTokenizer(...).save_pretrained writes one for a model that only has a slow tokenizer."
+        ) from None
+
+
 def encoder(folder: Path) -> Callable[[str], list[int]]:
     """Text → token ids by the folder's tokenizer.json, special tokens not added."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder)
     tokenizer.no_truncation()
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 

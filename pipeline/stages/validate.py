@@ -17,10 +17,10 @@ from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.evaluate import divergence, humaneval, mmlu, statistics
 from pipeline.evaluate.generate import Writer
-from pipeline.evaluate.runtime import OnnxDecoder, fits_widened
+from pipeline.evaluate.runtime import OnnxDecoder, require_widened
 from pipeline.evaluate.sandbox import require_isolation
 from pipeline.evaluate.speed import measure
-from pipeline.files import atomic_directory, read_json, write_json
+from pipeline.files import atomic_directory, write_json
 from pipeline.progress import track
 from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.texts import dataset, encoder, scored_ids
@@ -33,14 +33,20 @@ _BATCH = 10  # HumanEval prompts at once: weights are read once for all of them
 def run(model: str, variant: str) -> None:
     """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
     suite, store, workspace = config.load_suite(config.load_pipeline().suite), Store(), Workspace(model)
+    mode = config.load_model(model).mmlu_mode
     isolation = require_isolation()  # before an hour of measuring, not after it
     is_reference = variant == REFERENCE
-    export = workspace.reference(store) if is_reference else workspace.artifact(variant)
+    if is_reference:
+        export = workspace.reference(store)
+        parameters = read_architecture(export / "config.json").parameters
+        require_widened(Checkpoint(export).weight_bytes, parameters, model)
+    else:
+        export = workspace.require(workspace.artifact(variant), "quantize", variant)
     graph = export / (MODEL_FILE if is_reference else f"{workspace.file_stem(variant)}.onnx")
-    reference = None if is_reference else read_json(workspace.evaluation(REFERENCE) / ITEMS)
+    reference = None if is_reference else workspace.read(workspace.evaluation(REFERENCE) / ITEMS, "validate", REFERENCE)
     with atomic_directory(workspace.evaluation(variant)) as folder:
-        decoder = OnnxDecoder(graph, _fold(workspace, store) if is_reference else True)
-        items = {"mmlu": _mmlu(suite.mmlu, decoder, export, store)}
+        decoder = OnnxDecoder(graph)
+        items = {"mmlu": _mmlu(suite.mmlu, mode, decoder, export, store)}
         metrics = {
             "size": _size(workspace, variant, graph, store),
             "divergence": _divergence(suite.divergence, decoder, export, folder, workspace, variant, store),
@@ -48,9 +54,7 @@ def run(model: str, variant: str) -> None:
         del decoder
         items["humaneval"] = _humaneval(suite.humaneval, export, store, f"{model} {variant}")
         write_json(folder / ITEMS, items)
-        metrics["mmlu"] = statistics.summarise_mmlu(
-            _correct(items, "mmlu"), _correct(reference, "mmlu"), suite.mmlu.mode
-        )
+        metrics["mmlu"] = statistics.summarise_mmlu(_correct(items, "mmlu"), _correct(reference, "mmlu"), mode)
         metrics["humaneval"] = statistics.summarise_humaneval(
             _correct(items, "humaneval"), _correct(reference, "humaneval"), isolation
         )
@@ -59,19 +63,13 @@ def run(model: str, variant: str) -> None:
     print(f"{model} {variant}: measured; metrics in {workspace.metrics(variant)}")
 
 
-def _fold(workspace: Workspace, store: Store) -> bool:
-    """Whether the reference fits in memory widened to float32."""
-    weights = workspace.weights(store)
-    return fits_widened(Checkpoint(weights).weight_bytes, read_architecture(weights / "config.json").parameters)
-
-
 def _correct(items: dict[str, Any] | None, task: str) -> np.ndarray | None:
     return None if items is None else np.array([item["correct"] for item in items[task]], dtype=np.bool_)
 
 
 def _size(workspace: Workspace, variant: str, graph: Path, store: Store) -> dict[str, Any]:
     if variant != REFERENCE:
-        plan = read_json(graph.parent / PLAN_FILE)
+        plan = workspace.read(graph.parent / PLAN_FILE, "quantize", variant)
         return {"bytes_on_disk": plan["bytes"], **{key: plan[key] for key in ("bits_per_weight", "parameters")}}
     weights = workspace.weights(store)
     parameters = read_architecture(weights / "config.json").parameters
@@ -106,12 +104,14 @@ def _divergence(
     )
 
 
-def _mmlu(wanted: config.MmluConfig, decoder: OnnxDecoder, export: Path, store: Store) -> list[dict[str, Any]]:
+def _mmlu(
+    wanted: config.MmluConfig, mode: mmlu.Mode, decoder: OnnxDecoder, export: Path, store: Store
+) -> list[dict[str, Any]]:
     questions = mmlu.subset(mmlu.load_questions(dataset("mmlu", store)), wanted.questions, wanted.seed)
     encode = encoder(export)
     items = []
     for question in track(questions, "MMLU", len(questions)):
-        result = mmlu.score([question], wanted.mode, encode, decoder)
+        result = mmlu.score([question], mode, encode, decoder)
         items.append(
             {
                 "subject": question.subject,
@@ -129,9 +129,7 @@ def _humaneval(wanted: config.HumanEvalConfig, export: Path, store: Store, name:
     prompts = [humaneval.completion_prompt(problem) for problem in problems]
     texts: list[str] = []
     for start in track(range(0, len(prompts), _BATCH), f"HumanEval {name}", -(-len(prompts) // _BATCH)):
-        texts += writer.continuations(
-            prompts[start : start + _BATCH], wanted.max_new_tokens, humaneval.should_stop
-        )
+        texts += writer.continuations(prompts[start : start + _BATCH], wanted.max_new_tokens, humaneval.should_stop)
     pairs = [
         (problem, humaneval.extract_completion(problem, text)) for problem, text in zip(problems, texts, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline import config
-from pipeline.errors import EvaluationError
+from pipeline.errors import ConfigError, EvaluationError
 from pipeline.evaluate.gates import GateLine, Verdict, decide, exit_code, worst
 from pipeline.files import read_json, write_json
 from pipeline.stages.workspace import REFERENCE, Workspace
@@ -12,15 +12,25 @@ from pipeline.stages.workspace import REFERENCE, Workspace
 def run(model: str, variant: str) -> None:
     """Write artifacts/verdicts/<model>/<variant>.json. Any verdict is a result: the stage succeeds."""
     workspace = Workspace(model)
-    limits = config.load_gates().classes[config.load_model(model).gate_class].variants[variant]
     verdict = decide(
-        read_json(workspace.metrics(variant)),
-        read_json(workspace.metrics(REFERENCE)),
-        limits,
-        read_json(workspace.parity),
+        workspace.read(workspace.metrics(variant), "validate", variant),
+        workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE),
+        _limits(model, variant),
+        workspace.read(workspace.parity, "parity"),
     )
     write_json(workspace.verdict(variant), verdict.to_json())
     print(f"{model} {variant}: {verdict.verdict}")
+
+
+def _limits(model: str, variant: str) -> config.GateLimits:
+    """The row of configs/gates.yaml that judges a variant. Raises ConfigError when there is none."""
+    name, classes = config.load_model(model).gate_class, config.load_gates().classes
+    if name not in classes or variant not in classes[name].variants:
+        there = "; ".join(f"{known}: {', '.join(row.variants)}" for known, row in classes.items())
+        raise ConfigError(
+            f"configs/gates.yaml: no limits for {variant!r} in class {name!r} of {model} (there: {there})."
+        )
+    return classes[name].variants[variant]
 
 
 def read_verdict(workspace: Workspace, variant: str) -> Verdict:
@@ -28,7 +38,7 @@ def read_verdict(workspace: Workspace, variant: str) -> Verdict:
     path = workspace.verdict(variant)
     try:
         return Verdict.from_json(read_json(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EvaluationError) as error:
         raise EvaluationError(f"{path}: no readable verdict ({error}). Run `dvc repro` first.") from None
 
 

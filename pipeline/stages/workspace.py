@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.sources import SourceLock, read_lock
 from pipeline.checkpoint.store import Store
-from pipeline.files import link_or_copy
+from pipeline.errors import PipelineError
+from pipeline.files import link_or_copy, read_json
 
 ARTIFACTS = Path("artifacts")
 REFERENCE = "reference"  # the full-precision model, in the places where a variant's name stands otherwise
@@ -79,19 +81,46 @@ class Workspace:
         """Name of an artifact's files, as apps name them: mimo_8b_q4."""
         return f"{self.model}_{variant}".replace("-", "_")
 
+    def require(self, path: Path, stage: str, *variant: str) -> Path:
+        """`path`, an output of `stage`. Raises PipelineError that names the command to run when it is not there."""
+        if not path.exists():
+            command = " ".join(("python -m pipeline", stage, self.model, *variant))
+            raise PipelineError(
+                f"{path} is not there: the {stage} stage has not run for {' '.join((self.model, *variant))}. "
+                f"Run `{command}` first, or `dvc repro` for everything."
+            )
+        return path
+
+    def read(self, path: Path, stage: str, *variant: str) -> Any:
+        """The JSON that `stage` wrote to `path`. Raises PipelineError when it is missing or damaged."""
+        try:
+            return read_json(self.require(path, stage, *variant))
+        except ValueError as error:
+            raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
+
     def read_lock(self) -> SourceLock:
         """The source lock. Raises SourceError when the download stage has not run."""
         return read_lock(self.lock)
 
     def weights(self, store: Store) -> Path:
         """A folder with the checkpoint's files under their own names (hard links into the store)."""
+        return self.link(self.read_lock(), store)
+
+    def link(self, lock: SourceLock, store: Store) -> Path:
+        """As `weights`, for a lock that is not written yet. Files of an earlier source under this name disappear:
+        its generation_config.json would give the new model the old one's stop ids."""
         folder = self.root / REFERENCE
-        store.link({file.name: file.sha256 for file in self.read_lock().files}, folder)
+        files = {file.name: file.sha256 for file in lock.files}
+        store.link(files, folder)
+        for file in folder.iterdir():
+            ours = file.name == GENAI_CONFIG or file.suffix in {".onnx", ".data"}
+            if file.is_file() and not ours and file.name not in files:
+                file.unlink(missing_ok=True)
         return folder
 
     def reference(self, store: Store) -> Path:
         """The full-precision model as ONNX Runtime and onnxruntime-genai load it: export and weights side by side."""
         folder = self.weights(store)
-        for file in self.export.iterdir():
+        for file in self.require(self.export, "export").iterdir():
             link_or_copy(file, folder / file.name)
         return folder

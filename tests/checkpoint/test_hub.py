@@ -65,7 +65,9 @@ def store(tmp_path: Path) -> Store:
 
 def config(**changes: str) -> ModelConfig:
     source = {"kind": "hub", "repo": REPO, "revision": REVISION} | changes
-    return ModelConfig.model_validate({"title": "Tiny", "source": source, "context": 128, "gate_class": "x"})
+    return ModelConfig.model_validate(
+        {"title": "Tiny", "source": source, "context": 128, "mmlu_mode": "letter", "gate_class": "x"}
+    )
 
 
 def fetch(store: Store, **changes: str) -> SourceLock:

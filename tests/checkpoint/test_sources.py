@@ -32,7 +32,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def model(source: dict[str, str]) -> ModelConfig:
-    return ModelConfig.model_validate({"title": "Tiny", "source": source, "context": 128, "gate_class": "x"})
+    return ModelConfig.model_validate(
+        {"title": "Tiny", "source": source, "context": 128, "mmlu_mode": "letter", "gate_class": "x"}
+    )
 
 
 # --- local folders ---------------------------------------------------------------------------------------------------

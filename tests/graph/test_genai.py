@@ -45,7 +45,9 @@ def export(folder: Path, case: Case, context: int) -> Path:
     save_file(weights, folder / "model.safetensors")
     architecture = read_architecture(folder / "config.json")
     save_decoder(folder, *build_decoder(architecture, Checkpoint(folder), context), "model.onnx")
-    entry = ModelConfig(title="t", source=LocalSource(kind="local", path="p"), context=context, gate_class="g")
+    entry = ModelConfig(
+        title="t", source=LocalSource(kind="local", path="p"), context=context, mmlu_mode="letter", gate_class="g"
+    )
     settings = genai_config(architecture, folder, "model.onnx", entry, context)
     (folder / "genai_config.json").write_bytes(dumps(settings))
     return folder
