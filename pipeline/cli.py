@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.files import disk_full
 
 
 class _Commands(click.Group):
@@ -25,6 +26,17 @@ class _Commands(click.Group):
         if args and args[0] not in self.commands and (near := difflib.get_close_matches(args[0], self.commands, n=1)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
+
+
+class _Gate(click.Command):
+    """A misspelt option is status 3 here: click's 2 would say INCONCLUSIVE."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.exit_code = 3
+            raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -46,8 +58,24 @@ def _stage(module: str, function: str = "run") -> Any:
     return getattr(importlib.import_module(f"pipeline.stages.{module}"), function)
 
 
-_MODEL = click.argument("model")
-_VARIANT = click.argument("variant")
+def _known_model(_ctx: click.Context, _parameter: click.Parameter, model: str) -> str:
+    from pipeline.config import load_model
+
+    load_model(model)  # "did you mean", before a stage tells of missing files
+    return model
+
+
+def _known_variant(ctx: click.Context, _parameter: click.Parameter, variant: str) -> str:
+    from pipeline.config import load_recipe
+    from pipeline.stages.workspace import REFERENCE
+
+    if not (ctx.info_name == "validate" and variant == REFERENCE):
+        load_recipe(variant)
+    return variant
+
+
+_MODEL = click.argument("model", callback=_known_model)
+_VARIANT = click.argument("variant", callback=_known_variant)
 
 
 @cli.command()
@@ -143,15 +171,17 @@ def show() -> None:
     _stage("report", "show_report")()
 
 
-@cli.command()
+@cli.command(cls=_Gate)
 @click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
 @click.option("--variant", multiple=True, help="Only this variant (repeatable).")
 def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     """Turn verdicts into an exit status: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR (the worst of all)."""
-    from pipeline.config import load_pipeline
+    from pipeline.config import load_model, load_pipeline
 
     try:
         run = load_pipeline()
+        for name in model:
+            load_model(name)
         status = _stage("verdict", "gate")(list(model or run.models), list(variant or run.variants))
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
@@ -187,7 +217,8 @@ def key_id(public_key: Path) -> None:
 def main() -> None:
     """Run a command; an expected error is one paragraph on stderr and status 1."""
     try:
-        cli(prog_name="python -m pipeline")
+        with disk_full(f"run `{' '.join(['python -m pipeline', *sys.argv[1:]])}`"):
+            cli(prog_name="python -m pipeline")
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

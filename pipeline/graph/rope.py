@@ -13,8 +13,10 @@ def rope_tables(rope: Rope, positions: int, factor: tuple[float, ...] | None = N
     Frequencies are theta^(-2i/dims), divided by `factor` (LongRoPE, arXiv 2402.13753), in float32; the angle is their
     float32 product with the position, as in transformers; tables are scaled by the attention factor.
     """
+    # numpy's float32 power is off by one in the last place for a tenth of the frequencies, which is 2e-3 radians at
+    # position 32,768; rounded from float64 it equals torch's.
     exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
-    frequencies = np.float32(rope.theta) ** exponents
+    frequencies = (np.float64(rope.theta) ** exponents.astype(np.float64)).astype(np.float32)
     if factor is not None:
         frequencies = np.asarray(factor, dtype=np.float32) * frequencies
     angles = np.outer(np.arange(positions, dtype=np.float32), np.float32(1) / frequencies).astype(np.float32)

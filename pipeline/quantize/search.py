@@ -114,41 +114,48 @@ def _load_lanes(blocks, shares, start, w, m):
 
 @_compiled()
 def _sums(w, m, grid, top, sums):
-    """Per lane Σ m w c and Σ m c² for centred codes c = clip(round(w·inverse) + zero, 0, top) − zero.
+    """Per lane Σ m r², Σ m r c and Σ m c² for codes c = clip(round(w/scale) + zero, 0, top) − zero, r = w − c·scale.
 
-    `grid` is inverse and zero, `sums` the two results, one behind the other: with two arrays in place of four the
-    compiler can tell that writing one never changes the other, and vectorises.
+    `grid` is scale, 1/scale and zero, `sums` the results, each one behind the other: with two arrays in place of six
+    the compiler can tell that writing one never changes the other, and vectorises.
     """
     sums[:] = 0
     for j in range(len(w)):
         for lane in range(_LANES):
-            zero = grid[_LANES + lane]
-            c = np.rint(w[j, lane] * grid[lane]) + zero
+            zero = grid[2 * _LANES + lane]
+            c = np.rint(w[j, lane] * grid[_LANES + lane]) + zero
             c = top if c > top else c
             c = np.float32(0) if c < np.float32(0) else c
             c -= zero
-            t = m[j, lane] * c
-            sums[lane] += t * w[j, lane]
+            r = w[j, lane] - c * grid[lane]
+            t = m[j, lane] * r
+            sums[lane] += t * r
             sums[_LANES + lane] += t * c
+            sums[2 * _LANES + lane] += m[j, lane] * c * c
 
 
 @_compiled()
 def _try(w, m, scale, zero, top, refine, best, chosen):
-    """Keep one candidate (scale and zero per lane) where it beats `best`.
+    """Keep one candidate (scale and zero per lane) where it leaves less error than `best`.
 
-    The least-squares scale of its codes is Σ m w c / Σ m c² and leaves the error Σ m w² − (Σ m w c)² / Σ m c²: the
-    larger that quotient, the better.
+    The least-squares scale of its codes is scale + Σ m r c / Σ m c² and leaves the error Σ m r² − (Σ m r c)² / Σ m c².
+    Written with residuals because float32 cannot tell 8-bit candidates apart by what they explain.
     """
-    grid, sums = np.zeros(2 * _LANES, np.float32), np.zeros(2 * _LANES, np.float32)
+    grid, sums = np.zeros(3 * _LANES, np.float32), np.zeros(3 * _LANES, np.float32)
     for lane in range(_LANES):
-        grid[lane] = np.float32(1) / scale[lane] if scale[lane] != 0 else np.float32(0)
-        grid[_LANES + lane] = zero[lane]
+        grid[lane] = scale[lane]
+        grid[_LANES + lane] = np.float32(1) / scale[lane] if scale[lane] != 0 else np.float32(0)
+        grid[2 * _LANES + lane] = zero[lane]
     _sums(w, m, grid, top, sums)
     for lane in range(_LANES):
-        cross, square = sums[lane], sums[_LANES + lane]
-        if square > 0 and cross * cross / square > best[lane]:
-            best[lane] = cross * cross / square
-            chosen[0, lane] = cross / square if refine else scale[lane]
+        error, cross, square = sums[lane], sums[_LANES + lane], sums[2 * _LANES + lane]
+        if square <= 0:
+            continue
+        step = cross / square if refine else np.float32(0)
+        # Round-to-nearest has one candidate, kept even if its error overflows: the caller sees an infinite scale.
+        if not refine or error - step * cross < best[lane]:
+            best[lane] = error - step * cross
+            chosen[0, lane] = scale[lane] + step
             chosen[1, lane] = zero[lane]
 
 
@@ -164,7 +171,7 @@ def _search_asymmetric(blocks, shares, top, ranges, refine, scales, zeros):
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
         w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
         full, middle, scale, zero = np.zeros((4, _LANES), np.float32)
-        best, chosen = np.zeros(_LANES, np.float32), np.zeros((2, _LANES), np.float32)
+        best, chosen = np.full(_LANES, np.inf, np.float32), np.zeros((2, _LANES), np.float32)
         chosen[0] = 1  # a block of zeros stays at this scale: its codes are its zero point
         _load_lanes(blocks, shares, tile * _LANES, w, m)
         for lane in range(_LANES):
@@ -186,7 +193,7 @@ def _search_symmetric(blocks, shares, top, ranges, refine, scales, zeros):
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
         w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
         extreme, scale, zero = np.zeros((3, _LANES), np.float32)
-        best, chosen = np.zeros(_LANES, np.float32), np.ones((2, _LANES), np.float32)
+        best, chosen = np.full(_LANES, np.inf, np.float32), np.ones((2, _LANES), np.float32)
         zero[:] = middle
         chosen[1] = middle
         _load_lanes(blocks, shares, tile * _LANES, w, m)

@@ -1,0 +1,201 @@
+"""config.json of the supported families, at full size and with everything that can be wrong in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pipeline.checkpoint.architecture import Architecture, check_tensors, read_architecture
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import CheckpointError
+from tests.families import CASES, make_checkpoint
+from tests.real_configs import REAL_CONFIGS
+
+
+def architecture_of(config: Any, tmp_path: Path) -> Architecture:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return read_architecture(tmp_path / "config.json")
+
+
+def refusal(config: Any, tmp_path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        architecture_of(config, tmp_path)
+    message = str(caught.value)
+    assert "config.json" in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors"),
+    [
+        ("mimo-8b", 7_622_619_136, 435),
+        ("phi-4", 14_659_507_200, 243),
+        ("phi-4-mini", 3_836_021_760, 194),
+        ("smollm2-135m", 134_515_008, 272),
+    ],
+)
+def test_parameters_of_the_real_models(name: str, parameters: int, tensors: int, tmp_path: Path) -> None:
+    architecture = architecture_of(REAL_CONFIGS[name], tmp_path)
+    assert architecture.parameters == parameters
+    assert len(architecture.expected_tensors()) == tensors
+
+
+def test_mimo_is_qwen2_with_biases(tmp_path: Path) -> None:
+    architecture = architecture_of(REAL_CONFIGS["mimo-8b"], tmp_path)
+    shapes = architecture.expected_tensors()
+    assert shapes["model.layers.35.self_attn.k_proj.bias"] == (1024,)
+    assert "model.layers.0.self_attn.o_proj.bias" not in shapes
+    assert architecture.head.name == "lm_head.weight"
+    assert architecture.traits.genai_type == "qwen2"
+    assert architecture.rope.theta == 640_000
+    assert architecture.sliding_window is None
+
+
+def test_phi3_is_fused(tmp_path: Path) -> None:
+    architecture = architecture_of(REAL_CONFIGS["phi-4"], tmp_path)
+    matrices = {matrix.role: matrix for matrix in architecture.body(39)}
+    assert list(matrices) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert (matrices["qkv_proj"].rows, matrices["qkv_proj"].columns) == (7680, 5120)
+    assert (matrices["gate_up_proj"].rows, matrices["gate_up_proj"].columns) == (35840, 5120)
+    assert len(architecture.matrices) == 4 * 40 + 1
+
+
+def test_phi4_mini_has_longrope_on_part_of_the_channels(tmp_path: Path) -> None:
+    rope = architecture_of(REAL_CONFIGS["phi-4-mini"], tmp_path).rope
+    assert rope.dims == 96
+    assert rope.original_max_position == 4096
+    assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert rope.short_factor is not None
+    assert len(rope.short_factor) == 48
+
+
+def test_a_stated_attention_factor_wins(tmp_path: Path) -> None:
+    config = REAL_CONFIGS["phi-4-mini"]
+    scaling = config["rope_scaling"] | {"attention_factor": 1.5}
+    assert architecture_of(config | {"rope_scaling": scaling}, tmp_path).rope.attention_factor == 1.5
+
+
+def test_newer_configs_keep_rope_in_one_object(tmp_path: Path) -> None:
+    """transformers 5 writes rope_parameters: its theta must not fall back to 10,000 in silence."""
+    config = {key: value for key, value in CASES["qwen2"].config.items() if key != "rope_theta"}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert architecture_of(config, tmp_path).rope.theta == 5e5
+
+
+def test_tying(tmp_path: Path) -> None:
+    tied = architecture_of(CASES["llama-tied"].config, tmp_path)
+    untied = architecture_of(CASES["llama-tied"].config | {"tie_word_embeddings": False}, tmp_path)
+    assert tied.head.name == "model.embed_tokens.weight"
+    assert untied.parameters - tied.parameters == 320 * 128
+    default = {key: value for key, value in CASES["qwen2"].config.items() if key != "tie_word_embeddings"}
+    assert not architecture_of(default, tmp_path).tied
+
+
+def test_sliding_window_only_where_it_is_used(tmp_path: Path) -> None:
+    qwen = CASES["qwen2"].config | {"sliding_window": 128}
+    assert architecture_of(qwen, tmp_path).sliding_window is None
+    assert architecture_of(qwen | {"use_sliding_window": True}, tmp_path).sliding_window == 128
+    assert architecture_of(CASES["phi3"].config | {"sliding_window": 64}, tmp_path).sliding_window == 64
+
+
+LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (LLAMA | {"model_type": "lama"}, ["'lama'", "Did you mean 'llama'", "Supported: llama, qwen2, mimo, phi3"]),
+        (LLAMA | {"model_type": "phimoe", "auto_map": {"AutoModel": "evil.py"}}, ["'phimoe'", "not supported"]),
+        (LLAMA | {"model_type": ["llama"]}, ["not supported"]),
+        (LLAMA | {"model_type": None}, ["None", "not supported"]),
+        (LLAMA | {"num_hidden_layers": None}, ["num_hidden_layers is None"]),
+        (LLAMA | {"hidden_size": -5}, ["hidden_size is -5"]),
+        (LLAMA | {"hidden_size": "128"}, ["hidden_size is '128'"]),
+        (LLAMA | {"vocab_size": True}, ["vocab_size is True"]),
+        (LLAMA | {"intermediate_size": 1 << 40}, ["intermediate_size"]),
+        (LLAMA | {"num_attention_heads": 3}, ["3 heads do not divide"]),
+        (LLAMA | {"num_key_value_heads": 3}, ["3 KV heads"]),
+        (LLAMA | {"num_key_value_heads": "two"}, ["num_key_value_heads is 'two'"]),
+        (LLAMA | {"head_dim": 0}, ["head_dim is 0"]),
+        (LLAMA | {"rms_norm_eps": "tiny"}, ["rms_norm_eps is 'tiny'"]),
+        (LLAMA | {"rope_theta": float("nan")}, ["rope_theta is nan"]),
+        (LLAMA | {"hidden_act": "gelu"}, ["hidden_act = 'gelu' is not supported for llama"]),
+        (LLAMA | {"attention_bias": True}, ["attention_bias"]),
+        (LLAMA | {"mlp_bias": True}, ["mlp_bias"]),
+        (LLAMA | {"quantization_config": {"bits": 4}}, ["quantization_config", "original checkpoint"]),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "default, longrope"]),
+        (LLAMA | {"rope_scaling": [1]}, ["rope_scaling"]),
+        (LONGROPE | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["short_factor", "16 numbers"]),
+        (
+            LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_factor": ["a"] * 16}},
+            ["long_factor is 'a'"],
+        ),
+        (
+            LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_factor": [0.0] * 16}},
+            ["long_factor is 0.0"],
+        ),
+        (CASES["phi3"].config | {"sliding_window": "wide"}, ["sliding_window is 'wide'"]),
+        ("[1]", ["not a JSON object"]),
+        ("{", ["cannot be read as JSON"]),
+        ("[" * 100_000, ["cannot be read as JSON"]),
+    ],
+)
+def test_bad_configs(config: Any, parts: list[str], tmp_path: Path) -> None:
+    message = refusal(config, tmp_path)
+    assert all(part in message for part in parts), message
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Run the download stage again"):
+        read_architecture(tmp_path / "config.json")
+
+
+def stored(case: str, tmp_path: Path, **changes: np.ndarray | None) -> tuple[Architecture, Checkpoint]:
+    """A tiny checkpoint with tensors added, replaced or (None) removed."""
+    make_checkpoint(tmp_path, CASES[case])
+    before = Checkpoint(tmp_path)
+    tensors = {name: before.rows(name) for name in before} | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "model.safetensors")
+    return read_architecture(tmp_path / "config.json"), Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_complete_checkpoints_pass(case: str, tmp_path: Path) -> None:
+    notes = check_tensors(*stored(case, tmp_path))
+    if case != "mimo":
+        assert notes == []
+
+
+def test_mtp_tensors_are_dropped_with_a_sentence(tmp_path: Path) -> None:
+    (note,) = check_tensors(*stored("mimo", tmp_path))
+    assert note == ("left out 2 tensors under model.mtp_layers.* (2,048 parameters): the forward never uses them")
+
+
+def test_a_tied_head_stored_again_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    parts = stored("llama-tied", tmp_path, **{"lm_head.weight": np.zeros((320, 128), np.float32)})
+    assert check_tensors(*parts) == ["left out lm_head.weight: config.json ties the head to the embedding"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, ["1 of", "missing", "'model.layers.1.mlp.up_proj.weight'"]),
+        ("model.norm.weight", np.ones(64, np.float32), ["'model.norm.weight'", "[64]", "[128]"]),
+        ("lm_head.weight", np.ones((319, 128), np.float32), ["'lm_head.weight'", "[319, 128]", "[320, 128]"]),
+        ("model.mtp_layers.0.x", np.ones(2, np.float32), ["unknown to family 'llama'", "'model.mtp_layers.0.x'"]),
+        ("model.layers.0.self_attn.q_norm.weight", np.ones(2, np.float32), ["q_norm", "could change the model"]),
+    ],
+)
+def test_wrong_tensors(name: str, value: np.ndarray | None, parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors(*stored("llama-untied", tmp_path, **{name: value}))
+    message = str(caught.value)
+    assert all(part in message for part in [*parts, str(tmp_path)]), message
+    assert "\n" not in message

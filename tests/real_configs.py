@@ -1,0 +1,101 @@
+"""The configurations of real models, as far as an architecture is made of them, and checkpoints without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.architecture import Architecture, read_architecture
+from pipeline.checkpoint.tensors import TensorRef
+from tests.families import CASES
+
+# The real models' configurations, as far as an architecture is made of them.
+REAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "mimo-8b": {
+        "model_type": "mimo",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151680,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 640000,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "num_nextn_predict_layers": 1,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "rope_scaling": None,
+    },
+    "phi-4": {
+        "model_type": "phi3",
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "vocab_size": 100352,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 250000,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "rope_scaling": None,
+    },
+    "phi-4-mini": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 200064,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "sliding_window": 262144,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    },
+}
+
+
+def architecture_of(name: str, folder: Path) -> Architecture:
+    """The architecture of a real model or of a tiny case, read from a config.json written to `folder`."""
+    config = REAL_CONFIGS[name] if name in REAL_CONFIGS else CASES[name].config
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_architecture(folder / "config.json")
+
+
+def references(architecture: Architecture) -> dict[str, TensorRef]:
+    """A bf16 checkpoint's references: enough to build a graph and plan an artifact, to the byte, with no weights."""
+    refs, offset = {}, 0
+    for name, shape in architecture.expected_tensors().items():
+        ref = TensorRef(name, "BF16", shape, "model.safetensors", offset, 0)
+        refs[name] = TensorRef(name, "BF16", shape, "model.safetensors", offset, 2 * ref.elements)
+        offset += 2 * ref.elements
+    return refs

@@ -1,0 +1,54 @@
+"""What DVC sees of the export: it changes when the weights do, though it holds none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from pipeline.stages import download, export
+from pipeline.stages.workspace import Workspace
+from tests import tiny
+from tests.families import make_checkpoint
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The tiny model's, in a folder of its own with `checkpoint/` as its source."""
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    return Workspace(tiny.MODEL)
+
+
+def _build(workspace: Workspace) -> dict[str, bytes]:
+    download.run(tiny.MODEL)
+    export.run(tiny.MODEL)
+    return {file.name: file.read_bytes() for file in workspace.export.iterdir()}
+
+
+def test_other_weights_are_another_export(workspace: Workspace) -> None:
+    """Else calibrate, quantize and validate would not run again, and old weights would be released as new ones."""
+    first = _build(workspace)
+    make_checkpoint(Path("checkpoint"), tiny.CASE, seed=1)
+    second = _build(workspace)
+    assert {name for name in first if first[name] != second[name]} == {"model.onnx"}
+    graphs = [onnx.load_model_from_string(files["model.onnx"]) for files in (first, second)]
+    assert graphs[0].graph == graphs[1].graph  # same shapes: only the digest tells them apart
+
+
+def test_the_same_weights_are_the_same_export_to_the_byte(workspace: Workspace) -> None:
+    first = _build(workspace)
+    make_checkpoint(Path("checkpoint"), tiny.CASE)  # same bytes, written again
+    assert _build(workspace) == first
+
+
+def test_files_of_an_earlier_source_do_not_stay(workspace: Workspace) -> None:
+    stale = Path("checkpoint/generation_config.json")
+    stale.write_text('{"eos_token_id": 7}')
+    assert b'"eos_token_id": [\n      7,\n      2\n    ]' in _build(workspace)["genai_config.json"]
+    stale.unlink()
+    files = _build(workspace)
+    assert "generation_config.json" not in files
+    assert b"7" not in files["genai_config.json"].split(b'"eos_token_id"')[1].split(b"]")[0]

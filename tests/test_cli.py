@@ -1,0 +1,515 @@
+"""The command line: instant help, one paragraph for every mistake, exit codes that CI can trust."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from pipeline import cli
+from pipeline.evaluate.gates import GateLine, Verdict
+from pipeline.files import write_json
+from pipeline.stages import calibrate, download, export, quantize
+from tests import tiny
+from tests.conftest import ROOT
+
+COMMANDS = (
+    "download", "export", "calibrate", "parity", "quantize", "validate", "verdict", "bundle", "sign", "tiers",
+    "report", "show", "gate", "verify", "key-id",
+)  # fmt: skip
+HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
+Edit = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the tiny model downloaded, exported, calibrated and quantized as q4, and a store beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        tiny.make_store(folder / "store")
+        patch.setenv("PIPELINE_STORE", str(folder / "store"))
+        patch.chdir(tiny.copy_configs(folder))
+        for stage in (download, export, calibrate):
+            stage.run(tiny.MODEL)
+        quantize.run(tiny.MODEL, "q4")
+        yield folder
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `prepared` that a test may damage; the current directory."""
+    for name in ("configs", "artifacts"):
+        shutil.copytree(prepared / name, tmp_path / name)
+    monkeypatch.setenv("PIPELINE_STORE", str(prepared / "store"))
+    for name in [name for name in os.environ if name.startswith("PIPELINE_SIGNING")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `python -m pipeline ARGUMENTS` in this process. What would be a traceback fails the test as it is."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        code = done.value.code
+        return Outcome(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return run
+
+
+def paragraph(outcome: Outcome) -> str:
+    """The message of a command that failed as it should: status 1 and one line on stderr."""
+    assert outcome.status == 1, outcome
+    assert outcome.err.startswith("error: ")
+    assert "\n" not in outcome.err.strip(), outcome.err
+    return outcome.err
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_stages_in_order_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pipeline import cli\nsys.argv = ['pipeline', '--help']\n"
+        "try:\n    cli.main()\nfinally:\n    print('LOADED', *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stderr.split("LOADED")[1].split()}
+    assert "click" in loaded
+    assert loaded.isdisjoint(HEAVY)
+    listed = [line.split()[0] for line in done.stdout.split("Commands:\n")[1].splitlines() if line.startswith("  ")]
+    assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
+
+
+def test_every_command_is_known_to_the_tests() -> None:
+    assert tuple(cli.cli.commands) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, command: Command) -> None:
+    outcome = command(name, "--help")
+    assert outcome.status == 0
+    assert outcome.out.startswith(f"Usage: python -m pipeline {name}")
+    assert cli.cli.commands[name].help
+
+
+def test_a_real_process_fails_with_one_paragraph_and_no_traceback(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-m", "pipeline", "export", "tiny"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: configs/models/tiny.yaml: no such file")
+    assert "Traceback" not in done.stderr
+
+
+# --- misspelt names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["qantize"], ["quantise", "tiny", "q4"]])
+def test_a_misspelt_command_is_named_with_its_neighbour(arguments: list[str], command: Command) -> None:
+    outcome = command(*arguments)
+    assert outcome.status == 2
+    assert f"No such command {arguments[0]!r}. Did you mean 'quantize'?" in outcome.err
+
+
+@pytest.mark.parametrize("stage", ["download", "export", "calibrate", "parity", "tiers"])
+def test_a_misspelt_model_is_named_with_its_neighbour(stage: str, project: Path, command: Command) -> None:
+    message = paragraph(command(stage, "tinny"))
+    assert "configs/models/tinny.yaml: no such file. Did you mean 'tiny'?" in message
+
+
+@pytest.mark.parametrize("stage", ["quantize", "validate", "verdict", "bundle", "sign"])
+def test_a_misspelt_variant_is_named_with_its_neighbour(stage: str, project: Path, command: Command) -> None:
+    message = paragraph(command(stage, "tiny", "q4_km"))
+    assert "configs/recipes/q4_km.yaml: no such file. Did you mean 'q4_k_m'?" in message
+    assert "reference" not in message
+
+
+def test_a_misspelt_key_is_named_with_its_neighbour(project: Path, command: Command) -> None:
+    tiny.edit(project / "configs/recipes/q4.yaml", embeding="w8b32s", embedding=None)
+    message = paragraph(command("quantize", "tiny", "q4"))
+    assert "configs/recipes/q4.yaml" in message
+    assert "embeding: unknown key; did you mean 'embedding'?" in message
+
+
+def test_all_configuration_is_read_before_the_first_download(project: Path, command: Command) -> None:
+    shutil.rmtree(project / "artifacts")
+    tiny.edit(project / "configs/signing.yaml", realease=2)
+    assert "realease: unknown key; did you mean 'release'?" in paragraph(command("download", "tiny"))
+    assert not (project / "artifacts").exists()
+
+
+def test_a_branch_name_is_no_revision(project: Path, command: Command) -> None:
+    source = {"kind": "hub", "repo": "some/model", "revision": "main"}
+    tiny.edit(project / "configs/models/tiny.yaml", source=source)
+    message = paragraph(command("download", "tiny"))
+    assert "'main' is a branch or tag name" in message
+    assert "40-hex commit id" in message
+
+
+# --- broken checkpoints ----------------------------------------------------------------------------------------------
+
+
+def _settings(**changes: Any) -> Edit:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def _tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Edit:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return rewrite
+
+
+def _only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": [1.0]}))
+
+
+def _cut_short(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_settings(model_type="mamba"), ("mamba",)),
+        (_settings(num_attention_heads=0), ("num_attention_heads",)),
+        (lambda folder: (folder / "config.json").write_text("{"), ("config.json",)),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer",)),
+        (lambda folder: tiny.make_tokenizer(folder, 400), ("tokenizer", "400", "320")),
+        (_tensors(lambda tensors: tensors.pop(UP)), (UP,)),
+        (_tensors(lambda tensors: tensors.update({UP: np.zeros((320, 64), np.float32)})), (UP, "320", "64", "128")),
+        (_only_a_pickle, ("pytorch_model.bin",)),
+        (_cut_short, ("model.safetensors",)),
+    ],
+    ids=["architecture", "heads", "json", "tokenizer", "other tokenizer", "missing", "shape", "pickle", "truncated"],
+)
+def test_a_broken_checkpoint_is_refused_by_download(
+    damage: Edit, words: tuple[str, ...], project: Path, command: Command
+) -> None:
+    shutil.rmtree(project / "artifacts")
+    damage(_own_checkpoint(project))
+    message = paragraph(command("download", "tiny"))
+    for word in words:
+        assert word in message
+    command("export", "tiny")
+    assert not (project / "artifacts/tiny/export").exists()
+
+
+def _own_checkpoint(project: Path) -> Path:
+    folder = tiny.make_model(project / "checkpoint")
+    tiny.edit(project / "configs/models/tiny.yaml", source={"kind": "local", "path": str(folder)})
+    return folder
+
+
+def test_weights_that_are_not_numbers_reach_no_artifact(project: Path, command: Command) -> None:
+    _tensors(lambda tensors: tensors[UP].__setitem__((3, 5), np.nan))(_own_checkpoint(project))
+    for stage in ("download", "export"):
+        assert command(stage, "tiny").status == 0
+    assert "damaged" in paragraph(command("calibrate", "tiny"))
+    shutil.rmtree(project / "artifacts/tiny/variants")
+    assert UP in paragraph(command("quantize", "tiny", "q4"))  # with the older, sound calibration
+    assert not any((project / "artifacts/tiny/variants").iterdir())
+
+
+def test_a_missing_source_folder(project: Path, command: Command) -> None:
+    tiny.edit(project / "configs/models/tiny.yaml", source={"kind": "local", "path": "no/such/folder"})
+    assert "no/such/folder: no such folder" in paragraph(command("download", "tiny"))
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_three_bits_have_no_kernel(project: Path, command: Command) -> None:
+    tiny.edit(project / "configs/recipes/q4.yaml", body=[{"roles": ["q_proj"], "format": "w3b32s"}])
+    assert "w3b32s" in paragraph(command("quantize", "tiny", "q4"))
+
+
+def test_a_recipe_must_cover_every_matrix(project: Path, command: Command) -> None:
+    tiny.edit(project / "configs/recipes/q4.yaml", body=[{"roles": ["q_proj"], "format": "w4b32a"}])
+    assert "k_proj" in paragraph(command("quantize", "tiny", "q4"))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(project: Path, command: Command) -> None:
+    outcome = command("quantize", "tiny", "q3", "--dry-run")
+    assert outcome.status == 0
+    assert "w4b64a" in outcome.out
+    assert "bits per weight" in outcome.out
+    assert not (project / "artifacts/tiny/variants/q3").exists()
+
+
+# --- stages out of order ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "before"),
+    [
+        ("tiny/source.json", ["export", "tiny"], "download"),
+        ("tiny/export", ["calibrate", "tiny"], "export"),
+        ("tiny/export", ["parity", "tiny"], "export"),
+        ("tiny/export", ["quantize", "tiny", "q4"], "export"),
+        ("tiny/export", ["validate", "tiny", "reference"], "export"),
+        ("tiny/calibration", ["quantize", "tiny", "q4"], "calibrate"),
+        ("tiny/variants", ["validate", "tiny", "q4"], "quantize"),
+        ("tiny/evaluation", ["validate", "tiny", "q4"], "validate"),
+        ("metrics", ["verdict", "tiny", "q4"], "validate"),
+        ("verdicts", ["bundle", "tiny", "q4"], "verdict"),
+        ("bundles", ["sign", "tiny", "q4"], "bundle"),
+        ("metrics", ["tiers", "tiny"], "validate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_stage_before_its_time_says_which_one_to_run(
+    absent: str, arguments: list[str], before: str, project: Path, command: Command
+) -> None:
+    path = project / "artifacts" / absent
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    message = paragraph(command(*arguments))
+    assert before in message
+    assert "Run `" in message or "dvc repro" in message or "again: `" in message
+
+
+@pytest.mark.parametrize("name", ["report", "show"])
+def test_a_report_of_nothing_is_refused(name: str, project: Path, command: Command) -> None:
+    paragraph(command(name))
+    assert not (project / "artifacts/report").exists()
+
+
+def test_damaged_measurements_are_no_verdict(project: Path, command: Command) -> None:
+    metrics = project / "artifacts/metrics/tiny"
+    metrics.mkdir(parents=True)
+    (metrics / "q4.json").write_text("{")
+    message = paragraph(command("verdict", "tiny", "q4"))
+    assert "q4.json is damaged" in message
+
+
+def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command) -> None:
+    for name in ("metrics/tiny/q4", "metrics/tiny/reference", "tiny/parity"):
+        write_json(project / f"artifacts/{name}.json", {})
+    gates = yaml.safe_load((project / "configs/gates.yaml").read_text())
+    del gates["classes"]["random"]["variants"]["q4"]
+    (project / "configs/gates.yaml").write_text(yaml.safe_dump(gates))
+    message = paragraph(command("verdict", "tiny", "q4"))
+    assert "no limits for 'q4' in class 'random'" in message
+    assert "q4_k_m" in message
+
+
+# --- the gate's exit status ------------------------------------------------------------------------------------------
+
+
+def _decide(project: Path, variant: str, verdict: str) -> None:
+    line = GateLine("kl_mean", verdict, n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
+    write_json(project / f"artifacts/verdicts/tiny/{variant}.json", Verdict(verdict, (line,)).to_json())
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status"),
+    [
+        (("PASS", "PASS", "PASS"), 0),
+        (("PASS", "FAIL", "INCONCLUSIVE"), 1),
+        (("PASS", "PASS", "INCONCLUSIVE"), 2),
+        (("FAIL", "ERROR", "PASS"), 3),
+    ],
+)
+def test_gate_returns_the_worst_verdict(
+    verdicts: tuple[str, ...], status: int, project: Path, command: Command
+) -> None:
+    for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
+        _decide(project, variant, verdict)
+    outcome = command("gate")
+    assert outcome.status == status
+    for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
+        assert f"tiny {variant}: {verdict}" in outcome.out
+
+
+def test_gate_judges_only_what_it_is_asked(project: Path, command: Command) -> None:
+    _decide(project, "q4", "PASS")
+    _decide(project, "q3", "FAIL")
+    assert command("gate", "--variant", "q4").status == 0
+    assert command("gate", "--model", "tiny", "--variant", "q4", "--variant", "q3").status == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--variant", "q5"], ["--model", "tinny"], ["--modle", "tiny"], ["superfluous"]]
+)
+def test_gate_never_takes_a_mistake_for_a_verdict(arguments: list[str], project: Path, command: Command) -> None:
+    outcome = command("gate", *arguments)
+    assert outcome.status == 3
+    assert outcome.err
+
+
+def test_an_edited_verdict_is_an_error_that_names_the_file(project: Path, command: Command) -> None:
+    _decide(project, "q4", "FAIL")
+    path = project / "artifacts/verdicts/tiny/q4.json"
+    path.write_text(path.read_text().replace('"verdict": "FAIL"\n}', '"verdict": "PASS"\n}'))
+    outcome = command("gate", "--variant", "q4")
+    assert outcome.status == 3
+    assert str(path.relative_to(project)) in outcome.err
+
+
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signed(project: Path, command: Command) -> tuple[Path, Path]:
+    """A signed bundle of q4 and the public key to trust."""
+    _decide(project, "q4", "PASS")
+    for stage in ("bundle", "sign"):
+        assert command(stage, "tiny", "q4").status == 0
+    (key,) = (project / "artifacts/keys").iterdir()
+    return project / "artifacts/bundles/tiny/q4", key
+
+
+def _verify(command: Command, bundle: Path, key: Path, *options: str) -> Outcome:
+    return command("verify", str(bundle), "--public-key", str(key), *options)
+
+
+def test_a_development_bundle_needs_permission(signed: tuple[Path, Path], command: Command) -> None:
+    assert _verify(command, *signed, "--allow-development").status == 0
+    refused = _verify(command, *signed)
+    assert refused.status == 1
+    assert "development-key" in refused.out
+
+
+def test_verify_names_the_tampered_file(signed: tuple[Path, Path], command: Command) -> None:
+    part = signed[0] / "content/tiny_q4.data.0"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.unlink()
+    part.write_bytes(content)
+    outcome = _verify(command, *signed, "--allow-development")
+    assert outcome.status == 1
+    assert "modified: content/tiny_q4.data.0" in outcome.out
+
+
+def test_verify_names_missing_and_extra_files(signed: tuple[Path, Path], command: Command) -> None:
+    (signed[0] / "content/tokenizer.json").unlink()
+    (signed[0] / "content/more.txt").write_text("x")
+    outcome = _verify(command, *signed, "--allow-development")
+    assert outcome.status == 1
+    assert "content/tokenizer.json" in outcome.out
+    assert "content/more.txt" in outcome.out
+
+
+def test_verify_refuses_another_model_and_a_downgrade(signed: tuple[Path, Path], command: Command) -> None:
+    assert _verify(command, *signed, "--allow-development", "--model", "other").status == 1
+    assert _verify(command, *signed, "--allow-development", "--variant", "q3").status == 1
+    assert _verify(command, *signed, "--allow-development", "--highest-release", "9").status == 1
+
+
+def test_verify_with_another_key(signed: tuple[Path, Path], project: Path, command: Command) -> None:
+    other = _new_key(project / "other")
+    outcome = _verify(command, signed[0], other.with_suffix(".pub"), "--allow-development")
+    assert outcome.status == 1
+    assert "other-key" in outcome.out
+
+
+def test_verify_with_no_key_and_no_bundle(signed: tuple[Path, Path], project: Path, command: Command) -> None:
+    assert "cannot be read" in paragraph(_verify(command, signed[0], project / "absent.pem"))
+    assert _verify(command, project / "absent", signed[1]).status == 1
+
+
+def _new_key(path: Path) -> Path:
+    """Write a P-256 key pair: PATH.pem and PATH.pub."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from pipeline.bundle.keys import public_pem
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path.with_suffix(".pem").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    path.with_suffix(".pub").write_bytes(public_pem(key.public_key()))
+    return path.with_suffix(".pem")
+
+
+def test_a_key_other_than_the_configured_one_does_not_sign(
+    project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _decide(project, "q4", "PASS")
+    assert command("bundle", "tiny", "q4").status == 0
+    monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", str(_new_key(project / "other")))
+    assert "configs/signing.yaml names development" in paragraph(command("sign", "tiny", "q4"))
+    assert not (project / "artifacts/bundles/tiny/q4/model.sig").exists()
+
+
+def test_a_release_key_signs_and_verifies_without_permission(
+    project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _decide(project, "q4", "PASS")
+    key = _new_key(project / "release")
+    printed = command("key-id", str(key.with_suffix(".pub")))
+    assert printed.status == 0
+    tiny.edit(project / "configs/signing.yaml", channel="release", key_id=printed.out.strip())
+    assert command("bundle", "tiny", "q4").status == 0
+    assert "no private key was given" in paragraph(command("sign", "tiny", "q4"))
+    monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", str(key))
+    assert command("sign", "tiny", "q4").status == 0
+    outcome = _verify(command, project / "artifacts/bundles/tiny/q4", key.with_suffix(".pub"))
+    assert (outcome.status, "OK" in outcome.out) == (0, True)
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(project: Path) -> Iterator[Path]:
+    """artifacts/tiny/variants on a disk of 512 KiB."""
+    folder = project / "artifacts/tiny/variants"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_written(small_disk: Path, project: Path, command: Command) -> None:
+    message = paragraph(command("quantize", "tiny", "q4"))
+    assert "disk" in message
+    assert not any(small_disk.iterdir())

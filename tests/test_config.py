@@ -1,0 +1,155 @@
+"""Configuration: what is in configs/ loads, and what a person may get wrong is refused with the way out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline import config
+from pipeline.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def message_of(model: type, text: str, tmp_path: Path) -> str:
+    path = tmp_path / "case.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(model, path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def changed(file: str, **changes: object) -> str:
+    return yaml.safe_dump(yaml.safe_load((CONFIGS / file).read_text()) | changes)
+
+
+def test_everything_in_configs_loads() -> None:
+    config.check_all()
+    for path in (CONFIGS / "models").glob("*.yaml"):
+        assert config.load_model(path.stem).gate_class in config.load_gates().classes
+    for path in (CONFIGS / "recipes").glob("*.yaml"):
+        assert config.load_recipe(path.stem).part_bytes <= 1_400_000_000
+    for path in (CONFIGS / "evaluation").glob("*.yaml"):
+        config.load_suite(path.stem)
+
+
+def test_configuration_is_immutable() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        config.load_recipe("q4").head = "w4b32s"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "parts"),
+    [
+        (config.RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
+        (config.ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
+        (
+            config.PipelineConfig,
+            "{models: [a], variants: [q4], suite: demo, xyzzy: 1}",
+            ["xyzzy", "known keys: models"],
+        ),
+        (
+            config.ModelConfig,
+            changed("models/mimo-8b.yaml", source={"kind": "hub", "repo": "a/b", "revison": "0" * 40}),
+            ["source.hub.revison", "did you mean 'revision'"],
+        ),
+        (
+            config.TiersConfig,
+            changed("tiers.yaml", tiers={"t": {"platform": "ios", "ram_bytez": 1, "usable_fraction": 0.5}}),
+            ["tiers.t.ram_bytez", "did you mean 'ram_bytes'"],
+        ),
+    ],
+)
+def test_unknown_key_names_the_nearest(model: type, text: str, parts: list[str], tmp_path: Path) -> None:
+    message = message_of(model, text, tmp_path)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "323400599af3", "g" * 40, "A" * 40])
+def test_branch_names_are_refused_as_revisions(revision: str, tmp_path: Path) -> None:
+    source = {"kind": "hub", "repo": "XiaomiMiMo/MiMo-7B-RL-0530", "revision": revision}
+    message = message_of(config.ModelConfig, changed("models/mimo-8b.yaml", source=source), tmp_path)
+    assert repr(revision) in message
+    assert "40-hex commit" in message
+
+
+def test_every_problem_is_listed(tmp_path: Path) -> None:
+    message = message_of(config.CalibrationConfig, "{texts: {c4: 0}, window: 1}", tmp_path)
+    assert "texts.c4" in message
+    assert "window" in message
+
+
+def test_a_misspelt_role_is_not_ignored(tmp_path: Path) -> None:
+    rules = [
+        {"roles": ["v_prj"], "layers": "use_more_bits", "format": "w8b32s"},
+        {"roles": ["q_proj"], "format": "w4b32a"},
+    ]
+    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", body=rules), tmp_path)
+    assert "body.0.roles.0" in message
+    assert "did you mean 'v_proj'" in message
+
+
+def test_a_split_gives_more_bits_to_what_matters(tmp_path: Path) -> None:
+    split = {"high": "w2b64a", "low": "w4b64a", "high_fraction": 0.5}
+    body = [{"roles": ["q_proj"], "format": split}]
+    message = message_of(config.RecipeConfig, changed("recipes/q3.yaml", body=body), tmp_path)
+    assert "w2b64a" in message
+    assert "more bits than low" in message
+
+
+def test_parts_never_exceed_what_stores_accept(tmp_path: Path) -> None:
+    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", part_bytes=1_400_000_001), tmp_path)
+    assert "1400000000" in message
+
+
+def test_a_release_refuses_the_development_key(tmp_path: Path) -> None:
+    message = message_of(config.SigningConfig, changed("signing.yaml", channel="release"), tmp_path)
+    assert "key-id" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("models: [a\n", "not valid YAML"),
+        ("", "(top level)"),
+        ("[1, 2]", "(top level)"),
+        ("models: [a]\nmodels: [b]\n", "key 'models' is written twice"),
+        ("models: [a/../b]\nvariants: [q4]\nsuite: demo", "models.0"),
+        ("models: []\nvariants: [q4]\nsuite: demo", "models"),
+    ],
+)
+def test_unreadable_files(text: str, part: str, tmp_path: Path) -> None:
+    assert part in message_of(config.PipelineConfig, text, tmp_path)
+
+
+def test_a_missing_file_suggests_its_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"mimo-8\.yaml: no such file\. Did you mean 'mimo-8b'"):
+        config.load_model("mimo-8")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(config.ModelConfig, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "part"),
+    [
+        ("pipeline.yaml", {"variants": ["q4", "q5"]}, "class 'under-1b' has no limits for q5"),
+        ("models/smollm2-135m.yaml", {"gate_class": "tiny"}, "gate_class 'tiny' is not in"),
+        ("calibration.yaml", {"texts": {"text-c5": 10}}, "no entry for text-c5"),
+    ],
+)
+def test_files_must_fit_together(
+    file: str, changes: dict[str, object], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs" / file).write_text(changed(file, **changes))
+    with pytest.raises(ConfigError) as caught:
+        config.check_all()
+    assert part in str(caught.value)

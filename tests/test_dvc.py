@@ -1,0 +1,310 @@
+"""`dvc repro` of a whole tiny project: all is built once, killed runs continue, and only what changed runs again.
+
+One project per session; the tests run in the order of the file, each from a committed state to a committed state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import yaml
+
+from tests import tiny
+from tests.conftest import ROOT
+
+MODEL_STAGES = {"download", "export", "calibrate", "parity", "reference", "tiers"}
+VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
+PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
+
+
+@dataclass(frozen=True)
+class Project:
+    """The tiny project and how commands run in it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`python -m ARGUMENTS` in the project, as its own process group."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, status: int = 0) -> str:
+        """Output of `python -m ARGUMENTS`, which must exit with `status`."""
+        process = self.start(*arguments)
+        output, _ = process.communicate()
+        assert process.returncode == status, output
+        return output
+
+    def dvc(self, *arguments: str) -> str:
+        """Output of a DVC command that must succeed."""
+        return self.run("dvc", *arguments)
+
+    def status(self) -> set[str]:
+        """Stages whose own dependencies or outputs changed."""
+        return set(json.loads(self.dvc("status", "--json")))
+
+    def artifact(self, name: str) -> Path:
+        """A path below artifacts/."""
+        return self.folder / "artifacts" / name
+
+
+def ran(output: str) -> list[str]:
+    """The stages that `dvc repro` ran, in order."""
+    return re.findall(r"^Running stage '(.+)':$", output, re.MULTILINE)
+
+
+def after(stage: str, *variants: str) -> set[str]:
+    """`stage` of some variants and the stages of those variants that follow it, tiers and report included."""
+    following = VARIANT_STAGES[VARIANT_STAGES.index(stage) :]
+    return {f"{name}@tiny-{variant}" for name in following for variant in variants} | {"tiers@tiny", "report"}
+
+
+def all_of(model: str) -> set[str]:
+    """Every stage of a model."""
+    return {f"{stage}@{model}" for stage in MODEL_STAGES} | {
+        f"{stage}@{model}-{variant}" for stage in VARIANT_STAGES for variant in tiny.VARIANTS
+    }
+
+
+def verdicts() -> set[str]:
+    """The verdict stages of all variants: they read one file of limits."""
+    return {f"verdict@tiny-{variant}" for variant in tiny.VARIANTS}
+
+
+def kill_during(project: Project, unfinished: str) -> None:
+    """Start `dvc repro` and kill its whole process group as soon as `unfinished` (a glob below artifacts/) exists."""
+    process = project.start("dvc", "repro")
+    deadline = time.monotonic() + PATIENCE
+    while not list(project.artifact("").glob(unfinished)):
+        assert process.poll() is None, f"finished before {unfinished} was seen: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"{unfinished} never appeared"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project, nothing built."""
+    root = tmp_path_factory.mktemp("dvc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        tiny.make_store(root / "store")
+        folder = tiny.copy_project(root / "project")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "DVC_", "GIT_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # dvc.yaml says `python`
+    return Project(folder, kept | {"PATH": path, "PIPELINE_STORE": str(root / "store"), "NO_COLOR": "1"})
+
+
+@pytest.fixture(scope="session")
+def interrupted(project: Project) -> list[Path]:
+    """`dvc repro` killed while it wrote an artifact, and again while it measured; what lay there unfinished."""
+    kill_during(project, "tiny/variants/.q4.*")
+    assert not project.artifact("tiny/variants/q4").exists()
+    kill_during(project, "tiny/evaluation/.reference.*")
+    assert not project.artifact("tiny/evaluation/reference").exists()
+    return [*project.artifact("tiny/variants").glob(".*"), *project.artifact("tiny/evaluation").glob(".*")]
+
+
+@pytest.fixture(scope="session")
+def built(project: Project, interrupted: list[Path]) -> str:
+    """What the run that completed the project printed."""
+    output = project.dvc("repro")
+    tiny.commit(project.folder, "built")
+    return output
+
+
+@pytest.fixture
+def undo(project: Project) -> Any:
+    """Put configuration, lock and outputs back to the last commit after the test."""
+    yield
+    subprocess.run(["git", "checkout", "-q", "."], cwd=project.folder, check=True)
+    project.dvc("checkout", "-q")
+
+
+def edit(project: Project, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a YAML file below configs/."""
+    path = project.folder / "configs" / name
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_continues_where_it_was(interrupted: list[Path], built: str, project: Project) -> None:
+    """What had finished is kept, what had not is made again, and no unfinished folder is taken for an output."""
+    stages = ran(built)
+    assert "download@tiny" not in stages
+    assert "calibrate@tiny" not in stages
+    assert "quantize@tiny-q4" not in stages  # the second run finished it
+    assert "reference@tiny" in stages
+    assert len(interrupted) == 2
+    lock = (project.folder / "dvc.lock").read_text()
+    assert not [path.name for path in interrupted if path.name in lock]
+
+
+def test_every_stage_ran_and_every_output_exists(built: str, project: Project) -> None:
+    lock = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]
+    assert set(lock) == all_of("tiny") | {"report"}
+    for stage in lock.values():
+        for out in stage["outs"]:
+            assert (project.folder / out["path"]).exists(), out["path"]
+    for name in ("report.html", "report.txt", "pareto.png", "pareto.json"):
+        assert project.artifact(f"report/{name}").stat().st_size > 100
+
+
+def test_passing_variants_are_bundles_and_the_failing_one_is_a_refusal(built: str, project: Project) -> None:
+    for variant in tiny.VARIANTS:
+        verdict = json.loads(project.artifact(f"verdicts/tiny/{variant}.json").read_text())["verdict"]
+        content = project.artifact(f"bundles/tiny/{variant}/content")
+        names = {file.name for file in content.iterdir()}
+        if variant == "q3":
+            assert (verdict, names) == ("FAIL", {"refusal.json"})
+            continue
+        assert verdict == "PASS"
+        assert {"release.json", "genai_config.json", "tokenizer.json", f"tiny_{variant}.onnx"} <= names
+        assert onnxruntime.InferenceSession(content / f"tiny_{variant}.onnx").get_outputs()[0].name == "logits"
+
+
+def test_bundles_verify_and_refusals_do_not(built: str, project: Project) -> None:
+    (key,) = project.artifact("keys").iterdir()
+    for variant in tiny.VARIANTS:
+        bundle = str(project.artifact(f"bundles/tiny/{variant}"))
+        options = ("--public-key", str(key), "--allow-development", "--model", "tiny", "--variant", variant)
+        output = project.run("pipeline", "verify", bundle, *options, status=int(variant == "q3"))
+        assert ("refusal" if variant == "q3" else "OK") in output
+
+
+def test_tiers_name_only_passing_bundles(built: str, project: Project) -> None:
+    document = json.loads(project.artifact("tiers/tiny/content/tiers.json").read_text())
+    text = json.dumps(document)
+    assert '"q3"' not in json.dumps([tier.get("variant") for tier in document["tiers"].values()])
+    assert '"q4' in text
+    assert project.artifact("tiers/tiny/model.sig").exists()
+
+
+def test_gate_tells_the_failure(built: str, project: Project) -> None:
+    assert "tiny q3: FAIL" in project.run("pipeline", "gate", status=1)
+    project.run("pipeline", "gate", "--variant", "q4", "--variant", "q4_k_m")
+
+
+def test_the_private_key_is_in_no_output(built: str, project: Project) -> None:
+    pem = (project.folder / ".keys/development.pem").read_bytes()
+    lines = [line for line in pem.splitlines() if not line.startswith(b"-----")]
+    tracked = subprocess.run(["git", "ls-files"], cwd=project.folder, capture_output=True, text=True, check=True)
+    assert ".keys" not in tracked.stdout
+    searched = 0
+    for folder in ("artifacts", ".dvc", "configs"):
+        for file in (path for path in (project.folder / folder).rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            assert b"PRIVATE KEY" not in content, file
+            assert not [line for line in lines if line in content], file
+            searched += 1
+    assert searched > 50
+    lock = (project.folder / "dvc.lock").read_bytes()
+    assert b".keys" not in lock
+    assert lines[0] not in lock
+
+
+def test_nothing_runs_twice(built: str, project: Project) -> None:
+    output = project.dvc("repro")
+    assert ran(output) == []
+    assert "Data and pipelines are up to date." in output
+
+
+def test_metrics_and_plots_can_be_shown(built: str, project: Project) -> None:
+    metrics = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
+    assert {Path(path).name for path in metrics} == {"reference.json", "q4.json", "q4_k_m.json", "q3.json"}
+    assert metrics["artifacts/metrics/tiny/q4.json"]["data"]["divergence"]["kl_mean"] > 0
+    project.dvc("plots", "show", "-o", "shown")
+    assert "vega" in (project.folder / "shown/index.html").read_text()
+
+
+# --- what runs again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) -> None:
+    """Also what is shown of it: the parameter that changed and what it did to the measurements."""
+    before = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    output = project.dvc("exp", "run", "-S", "configs/recipes/q4.yaml:head=w4b32s")
+    assert set(ran(output)) == after("quantize", "q4")
+    assert project.status() == set()
+    params = json.loads(project.dvc("params", "diff", "--json"))
+    assert params["configs/recipes/q4.yaml"]["head"] == {"old": "w8b32s", "new": "w4b32s"}
+    diff = json.loads(project.dvc("metrics", "diff", "--json"))
+    assert list(diff) == ["artifacts/metrics/tiny/q4.json"]
+    kl = diff["artifacts/metrics/tiny/q4.json"]["divergence.kl_mean"]
+    assert kl["old"] == before["divergence"]["kl_mean"]
+    assert kl["new"] > kl["old"]  # a tied 4-bit head is the embedding too
+    assert diff["artifacts/metrics/tiny/q4.json"]["size.bytes_on_disk"]["diff"] < 0
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_new_limits_judge_again_and_measure_nothing(project: Project) -> None:
+    edit(project, "gates.yaml", lambda gates: gates["classes"]["random"]["variants"].update(q4_k_m=tiny.IMPOSSIBLE))
+    assert project.status() == verdicts()
+    assert set(ran(project.dvc("repro"))) == verdicts() | after("bundle", "q4_k_m")
+    assert project.artifact("bundles/tiny/q4_k_m/content/refusal.json").exists()
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_another_key_signs_again_and_only_that(project: Project) -> None:
+    """The bundle names its key, so it is assembled again; models are neither built nor measured."""
+    edit(project, "signing.yaml", lambda signing: signing.update(key_id="0" * 64))
+    stale = {f"{stage}@tiny-{variant}" for stage in ("bundle", "sign") for variant in tiny.VARIANTS}
+    assert project.status() == stale | {"tiers@tiny"}
+
+
+@pytest.mark.usefixtures("built", "undo")
+@pytest.mark.parametrize(
+    ("name", "change", "stale"),
+    [
+        ("recipes/q3.yaml", lambda recipe: recipe.update(version=99), {"quantize@tiny-q3"}),
+        ("calibration.yaml", lambda calibration: calibration.update(window=32), {"calibrate@tiny"}),
+        ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"}),
+        ("tiers.yaml", lambda tiers: tiers.update(context=77), {"tiers@tiny"}),
+        (
+            "evaluation/seconds.yaml",
+            lambda suite: suite["mmlu"].update(questions=58),
+            {"reference@tiny", *(f"validate@tiny-{variant}" for variant in tiny.VARIANTS)},
+        ),
+        ("models/other.yaml", lambda model: model.update(title="Not selected"), set()),
+    ],
+    ids=["recipe", "calibration", "parity", "tiers", "suite", "unselected model"],
+)
+def test_a_parameter_makes_only_its_stages_stale(
+    project: Project, name: str, change: Callable[[dict[str, Any]], object], stale: set[str]
+) -> None:
+    edit(project, name, change)
+    assert project.status() == stale
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_another_model_is_a_parameter(project: Project) -> None:
+    edit(project, "pipeline.yaml", lambda pipeline: pipeline.update(models=["tiny", "other"]))
+    assert project.status() == all_of("other") | {"report"}
+    planned = project.dvc("repro", "--dry", "--glob", "download@*")
+    assert ran(planned) == ["download@other"]
