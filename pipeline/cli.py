@@ -44,7 +44,8 @@ def cli() -> None:
     """Release line for language models on phones.
 
     From a pinned checkpoint to signed bundles that onnxruntime-genai runs. `dvc repro` runs these stages in order and
-    repeats only what changed; each also runs by itself. MODEL is an entry of configs/models, VARIANT of configs/recipes.
+    repeats only what changed; each also runs by itself. MODEL is an entry of configs/models, VARIANT
+    one of configs/recipes.
 
     \b
     Try it         make demo

@@ -75,9 +75,7 @@ CASES = {
         "phi3",
     ),
     # 40 prompt tokens + 32 decode steps cross the switch from the short to the long factors at 64.
-    "phi3-longrope": Case(
-        _base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"
-    ),
+    "phi3-longrope": Case(_base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"),
     "phi3-longrope-partial": Case(
         _base(
             "phi3",

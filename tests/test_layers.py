@@ -1,4 +1,4 @@
-"""The architecture's two promises about imports: layers look down only, and core stages need neither torch nor optimum."""
+"""Two promises about imports: layers look down only, and core stages need neither torch nor optimum."""
 
 from __future__ import annotations
 

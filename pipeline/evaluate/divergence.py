@@ -54,7 +54,7 @@ def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", np.exp(reference), reference - other, dtype=np.float64)
 
 
-def _score(logits: Logits, windows: Sequence[np.ndarray], model: str) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _score(logits: Logits, windows: Sequence[np.ndarray], model: str) -> Iterable[tuple[np.ndarray, ...]]:
     """Per window: (log-probabilities [n, vocab], top tokens [n], true tokens' log-probabilities [n])."""
     for ids in track(windows, f"divergence {model}", len(windows)):
         values = logits(ids[:-1])
@@ -90,7 +90,9 @@ def read_reference(folder: Path) -> TokenScores:
         return TokenScores(data["window_id"], data["top"], data["logprob"])
 
 
-def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, model: str) -> tuple[TokenScores, np.ndarray]:
+def compare(
+    logits: Logits, windows: Sequence[np.ndarray], reference: Path, model: str
+) -> tuple[TokenScores, np.ndarray]:
     """Score a variant on the reference's windows: its token scores, and its KL divergence, float64 [tokens].
 
     Raises EvaluationError when the windows or the vocabulary are not those of the recorded reference.
@@ -98,7 +100,7 @@ def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, mode
     codes = np.load(reference / _LOGPROBS, mmap_mode="r", allow_pickle=False)
     window_id = _window_ids(windows)
     if len(codes) != len(window_id):
-        raise EvaluationError(f"{model}: {len(window_id)} tokens to score, the reference has {len(codes)}. Run it again.")
+        raise EvaluationError(f"{model}: {len(window_id)} tokens to score, the reference has {len(codes)}.")
     tops, targets, divergences, done = [], [], [], 0
     for logprobs, top, target in _score(logits, windows, model):
         if logprobs.shape[1] != codes.shape[1]:

@@ -14,7 +14,10 @@ _CHECK_EVERY = 8  # steps between looks at the text: decoding it costs more than
 
 
 def load(folder: Path) -> genai.Model:
-    """Load a folder that holds genai_config.json, for batched prompts. Raises EvaluationError when onnxruntime-genai refuses it."""
+    """Load a folder that holds genai_config.json, for batched prompts.
+
+    Raises EvaluationError when onnxruntime-genai refuses it.
+    """
     try:
         settings = genai.Config(str(folder))
         # Chunked prefill serves one prompt at a time; a batch whose rows differ in length is refused with it.

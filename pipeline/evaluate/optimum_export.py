@@ -30,7 +30,8 @@ def export_reference(weights: Path, layers: int, vocab: int, output: Path) -> Pa
 
     Raises GraphError with the exporter's last line when it fails.
     """
-    command = [sys.executable, "-m", "pipeline.evaluate.optimum_export", str(weights), str(layers), str(vocab), str(output)]
+    arguments = [str(weights), str(layers), str(vocab), str(output)]
+    command = [sys.executable, "-m", "pipeline.evaluate.optimum_export", *arguments]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
     if done.returncode:
@@ -72,7 +73,7 @@ def load_reference(weights: Path, layers: int, vocab: int) -> Any:
     if model.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
     if missing:
-        raise GraphError(f"{weights}: transformers wants {len(missing)} tensors that are absent, such as {min(missing)!r}.")
+        raise GraphError(f"{weights}: {len(missing)} tensors are absent, such as {min(missing)!r}.")
     return model
 
 

@@ -61,8 +61,8 @@ def require_widened(weight_bytes: int, parameters: int, model: str) -> None:
         needed, available = widened_bytes(weight_bytes, parameters), psutil.virtual_memory().available
         raise ResourceError(
             f"{model}: measuring the full-precision reference takes {needed:,} bytes of memory (weights in float32 "
-            f"beside their file) and a third more to spare; {available:,} are available. Run this stage once on a larger "
-            f"machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants need "
+            f"beside their file) and a third more to spare; {available:,} are available. Run this stage once on a "
+            f"larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants need "
             f"them, not the model."
         )
 

@@ -27,9 +27,8 @@ def measure(folder: Path, config: SpeedConfig) -> dict[str, Any]:
     Raises EvaluationError with the last line of the process's errors when it fails.
     """
     numbers = map(str, (config.prompt_tokens, config.new_tokens, config.repeats))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.evaluate.speed", str(folder), *numbers], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pipeline.evaluate.speed", str(folder), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise EvaluationError(f"{folder}: measuring speed failed with status {done.returncode}: {last}")

@@ -31,7 +31,7 @@ def run(model: str) -> None:
     if shared := text_overlap(calibration.texts, suite.divergence.texts, store):
         raise EvaluationError(
             f"calibration text {sorted(calibration.texts)} shares {shared} 13-grams with the evaluation text "
-            f"{sorted(suite.divergence.texts)}: its results would flatter. Choose other text in configs/calibration.yaml."
+            f"{sorted(suite.divergence.texts)}: results would flatter. Choose other text in configs/calibration.yaml."
         )
     moments = _moments(folder, windows, model)
     write_bytes(workspace.moments, save(moments, metadata={"tokens": str(sum(map(len, windows)))}))

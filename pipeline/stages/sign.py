@@ -37,7 +37,7 @@ def run(model: str, variant: str) -> None:
 
 
 def tiers(model: str) -> None:
-    """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with the figures."""
+    """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with figures."""
     workspace, signing, wanted = Workspace(model), config.load_signing(), config.load_tiers()
     variants = config.load_pipeline().variants
     decisions = assign(wanted, [_candidate(workspace, variant, wanted.context) for variant in variants])

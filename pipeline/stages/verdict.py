@@ -43,7 +43,7 @@ def read_verdict(workspace: Workspace, variant: str) -> Verdict:
 
 
 def describe_line(line: GateLine) -> str:
-    """One gate for people, figures to three digits: `kl_mean 0.738 (90 % interval 0.611 to 0.864), limit 0.52: FAIL`."""
+    """One gate for people: `kl_mean 0.738 (90 % interval 0.611 to 0.864), limit 0.39: FAIL`."""
 
     def number(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.3g}"
@@ -58,7 +58,7 @@ def describe_line(line: GateLine) -> str:
 
 
 def gate(models: list[str], variants: list[str]) -> int:
-    """Print each verdict and what decided it; return the worst one's exit code (0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR)."""
+    """Print each verdict and what decided it; return the worst one's exit code (see `gates.exit_code`)."""
     found = []
     for model in models:
         for variant in variants:
