@@ -106,10 +106,13 @@ def read_json(path: Path) -> Any:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success it replaces `path`, on failure it disappears.
 
+    What a killed process left is removed first: gigabytes otherwise stay for ever. So a path has one writer at a time.
     Raises ResourceError when the disk is full or not writable.
     """
     with disk_full(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             os.chmod(temporary, 0o755)
@@ -121,6 +124,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_directory(path.parent)
+
+
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """An empty directory at `path` that is gone afterwards, and cleared of what a killed process left in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace_directory(new: Path, path: Path) -> None:

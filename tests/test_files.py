@@ -163,3 +163,22 @@ def test_progress_yields_every_item_and_reports_now_and_then(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert list(track("abcdef", "work", 6)) == list("abcdef")
     assert "work: 1 of 6, about 100 s left" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / ".q4.abc" / "part", tmp_path / ".q4_k_m.abc" / "part"
+    for file in (left, other):
+        file.parent.mkdir()
+        file.write_bytes(b"half")
+    with files.atomic_directory(tmp_path / "q4") as folder:
+        (folder / "part").write_bytes(b"whole")
+    assert not left.parent.exists()
+    assert other.exists(), "another variant's unfinished work is not this one's to remove"
+
+
+def test_a_scratch_directory_starts_empty_and_goes_away(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "old").write_bytes(b"left by a killed process")
+    with files.scratch_directory(tmp_path / "scratch") as folder:
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()

@@ -62,8 +62,8 @@ def require_widened(weight_bytes: int, parameters: int, model: str) -> None:
         raise ResourceError(
             f"{model}: measuring the full-precision reference takes {needed:,} bytes of memory (weights in float32 "
             f"beside their file) and a third more to spare; {available:,} are available. Run this stage once on a "
-            f"larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants need "
-            f"them, not the model."
+            f"larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants "
+            f"need them, not the model."
         )
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from pipeline import config
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.evaluate.optimum_export import export_reference
 from pipeline.evaluate.parity import compare, cut, cut_model, is_whole
-from pipeline.files import link_or_copy, write_json
+from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
@@ -25,8 +22,7 @@ def run(model: str) -> None:
     reference = workspace.reference(Store())
     architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)
     part = cut(architecture, checkpoint, wanted.memory_bytes)
-    with tempfile.TemporaryDirectory(dir=workspace.root, prefix=".parity.") as name:
-        folder = Path(name)
+    with scratch_directory(workspace.root / ".parity") as folder:
         smaller, tensors = cut_model(architecture, checkpoint, part)
         if is_whole(architecture, part):
             ours = reference / MODEL_FILE  # the very graph that was exported
