@@ -13,11 +13,10 @@ reordering any sum, so the result is the same to the bit on any thread count and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numba
 import numpy as np
 
+from pipeline.compiled import compiled
 from pipeline.quantize.formats import Quantized, TensorFormat
 
 # Ranges to try, as shares of the full one: few bits gain from clipping far, 8 bits hardly. On Gaussian and Student-t
@@ -91,19 +90,7 @@ def _rounded(weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray, fmt: Te
         return Quantized(fmt, codes, scales.astype(np.float16), zeros)
 
 
-def _compiled(**options: bool) -> Callable[[Callable], Callable]:
-    """numba.njit with its on-disk cache, and without where no cache folder is writable (numba refuses to import)."""
-
-    def wrap(function: Callable) -> Callable:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:
-            return numba.njit(**options)(function)
-
-    return wrap
-
-
-@_compiled()
+@compiled()
 def _load_lanes(blocks, shares, start, w, m):
     """Blocks from `start` on as columns of w, their importances as columns of m; lanes past the end hold zeros."""
     w[:] = 0
@@ -112,7 +99,7 @@ def _load_lanes(blocks, shares, start, w, m):
         m[:, lane] = shares[(start + lane) % len(shares)]
 
 
-@_compiled()
+@compiled()
 def _sums(w, m, grid, top, sums):
     """Per lane Σ m r², Σ m r c and Σ m c² for codes c = clip(round(w/scale) + zero, 0, top) − zero, r = w − c·scale.
 
@@ -134,7 +121,7 @@ def _sums(w, m, grid, top, sums):
             sums[2 * _LANES + lane] += m[j, lane] * c * c
 
 
-@_compiled()
+@compiled()
 def _try(w, m, scale, zero, top, refine, best, chosen):
     """Keep one candidate (scale and zero per lane) where it leaves less error than `best`.
 
@@ -159,14 +146,14 @@ def _try(w, m, scale, zero, top, refine, best, chosen):
             chosen[1, lane] = zero[lane]
 
 
-@_compiled()
+@compiled()
 def _store_lanes(start, chosen, scales, zeros):
     for lane in range(min(_LANES, scales.size - start)):
         scales[start + lane] = chosen[0, lane]
         zeros[start + lane] = np.uint8(chosen[1, lane])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _search_asymmetric(blocks, shares, top, ranges, refine, scales, zeros):
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
         w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
@@ -187,7 +174,7 @@ def _search_asymmetric(blocks, shares, top, ranges, refine, scales, zeros):
         _store_lanes(tile * _LANES, chosen, scales, zeros)
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _search_symmetric(blocks, shares, top, ranges, refine, scales, zeros):
     middle = np.float32((top + 1) // 2)
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
@@ -208,12 +195,12 @@ def _search_symmetric(blocks, shares, top, ranges, refine, scales, zeros):
         _store_lanes(tile * _LANES, chosen, scales, zeros)
 
 
-@_compiled()
+@compiled()
 def _code(value, inverse, zero, top):
     return min(max(np.rint(value * inverse) + zero, np.float32(0)), np.float32(top))
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _errors(weights, importance, scales, zeros, top, errors):
     """Σ m (w − ŵ)² of each block under stored scales; not finite where the scale is not."""
     block = weights.shape[1] // scales.shape[1]
@@ -228,7 +215,7 @@ def _errors(weights, importance, scales, zeros, top, errors):
             errors[row, b] = total
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _round(weights, scales, zeros, top, codes):
     block = weights.shape[1] // scales.shape[1]
     for row in numba.prange(weights.shape[0]):

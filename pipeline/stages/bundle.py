@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from datetime import UTC, datetime
-
-import onnxruntime
-import onnxruntime_genai
+from importlib.metadata import version
 
 from pipeline import config
 from pipeline.bundle.keys import announced_key
@@ -46,7 +44,7 @@ def run(model: str, variant: str) -> None:
     release = build_release(
         **common,
         runtime=Runtime(
-            onnxruntime=onnxruntime.__version__, onnxruntime_genai=onnxruntime_genai.__version__, opset=OPSET
+            onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET
         ),
         source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
         licence=lock.licence,

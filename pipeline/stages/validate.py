@@ -27,7 +27,6 @@ from pipeline.stages.texts import dataset, encoder, scored_ids
 from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
 
 ITEMS = "items.json"
-_BATCH = 10  # HumanEval prompts at once: weights are read once for all of them
 
 
 def run(model: str, variant: str) -> None:
@@ -127,9 +126,12 @@ def _humaneval(wanted: config.HumanEvalConfig, export: Path, store: Store, name:
     problems = humaneval.spread(humaneval.load_problems(dataset("humaneval", store)), wanted.problems)
     writer = Writer(export)
     prompts = [humaneval.completion_prompt(problem) for problem in problems]
-    texts: list[str] = []
-    for start in track(range(0, len(prompts), _BATCH), f"HumanEval {name}", -(-len(prompts) // _BATCH)):
-        texts += writer.continuations(prompts[start : start + _BATCH], wanted.max_new_tokens, humaneval.should_stop)
+    texts = [""] * len(prompts)
+    batches = list(writer.batches(prompts))
+    for batch in track(batches, f"HumanEval {name}", len(batches)):
+        written = writer.continuations([prompts[row] for row in batch], wanted.max_new_tokens, humaneval.should_stop)
+        for row, text in zip(batch, written, strict=True):
+            texts[row] = text
     pairs = [
         (problem, humaneval.extract_completion(problem, text)) for problem, text in zip(problems, texts, strict=True)
     ]

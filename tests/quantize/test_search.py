@@ -178,7 +178,7 @@ def test_a_package_that_cannot_be_written_still_works(tmp_path: Path) -> None:
     package = tmp_path / "pipeline"
     source = Path(search.__file__).parent
     (package / "quantize").mkdir(parents=True)
-    for file in (source.parent / "__init__.py", source.parent / "errors.py"):
+    for file in (source.parent / name for name in ("__init__.py", "compiled.py", "errors.py")):
         shutil.copyfile(file, package / file.name)
     for file in source.glob("*.py"):
         shutil.copyfile(file, package / "quantize" / file.name)
