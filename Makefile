@@ -43,5 +43,5 @@ clean:  ## remove the environment; keeps the store, the DVC cache and artifacts/
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
 	touch $@

@@ -92,11 +92,11 @@ def _rounded(weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray, fmt: Te
 
 @compiled()
 def _load_lanes(blocks, shares, start, w, m):
-    """Blocks from `start` on as columns of w, their importances as columns of m; lanes past the end hold zeros."""
-    w[:] = 0
+    """Blocks from `start` on as columns of w, their importances as columns of m; lanes past the end stay zero."""
     for lane in range(min(_LANES, len(blocks) - start)):
-        w[:, lane] = blocks[start + lane]
-        m[:, lane] = shares[(start + lane) % len(shares)]
+        for j in range(len(w)):
+            w[j, lane] = blocks[start + lane, j]
+            m[j, lane] = shares[(start + lane) % len(shares), j]
 
 
 @compiled()
@@ -153,46 +153,56 @@ def _store_lanes(start, chosen, scales, zeros):
         zeros[start + lane] = np.uint8(chosen[1, lane])
 
 
+@compiled()
+def _asymmetric_tile(tile, blocks, shares, top, ranges, refine, scales, zeros):
+    w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
+    full, middle, scale, zero = np.zeros((4, _LANES), np.float32)
+    best, chosen = np.full(_LANES, np.inf, np.float32), np.zeros((2, _LANES), np.float32)
+    chosen[0] = 1  # a block of zeros stays at this scale: its codes are its zero point
+    _load_lanes(blocks, shares, tile * _LANES, w, m)
+    for lane in range(_LANES):
+        low, high = min(w[:, lane].min(), np.float32(0)), max(w[:, lane].max(), np.float32(0))
+        full[lane] = (high - low) / top
+        middle[lane] = np.rint(-low / full[lane]) if full[lane] > 0 else np.float32(0)
+    for k in range(ranges.size):
+        for nudge in range(-1 if refine else 0, 2 if refine else 1):
+            for lane in range(_LANES):
+                scale[lane] = full[lane] * ranges[k]
+                zero[lane] = min(max(middle[lane] + np.float32(nudge), np.float32(0)), top)
+            _try(w, m, scale, zero, top, refine, best, chosen)
+    _store_lanes(tile * _LANES, chosen, scales, zeros)
+
+
+@compiled()
+def _symmetric_tile(tile, blocks, shares, top, ranges, refine, scales, zeros):
+    middle = np.float32((top + 1) // 2)
+    w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
+    extreme, scale, zero = np.zeros((3, _LANES), np.float32)
+    best, chosen = np.full(_LANES, np.inf, np.float32), np.ones((2, _LANES), np.float32)
+    zero[:] = middle
+    chosen[1] = middle
+    _load_lanes(blocks, shares, tile * _LANES, w, m)
+    for lane in range(_LANES):
+        extreme[lane] = w[np.abs(w[:, lane]).argmax(), lane]
+    for k in range(ranges.size):
+        # The codes reach one step further down than up: the extreme takes the lowest code, whatever its sign.
+        for sign in range(2 if refine else 1):
+            for lane in range(_LANES):
+                scale[lane] = extreme[lane] * ranges[k] / (middle if sign else -middle)
+            _try(w, m, scale, zero, top, refine, best, chosen)
+    _store_lanes(tile * _LANES, chosen, scales, zeros)
+
+
 @compiled(parallel=True)
 def _search_asymmetric(blocks, shares, top, ranges, refine, scales, zeros):
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
-        w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
-        full, middle, scale, zero = np.zeros((4, _LANES), np.float32)
-        best, chosen = np.full(_LANES, np.inf, np.float32), np.zeros((2, _LANES), np.float32)
-        chosen[0] = 1  # a block of zeros stays at this scale: its codes are its zero point
-        _load_lanes(blocks, shares, tile * _LANES, w, m)
-        for lane in range(_LANES):
-            low, high = min(w[:, lane].min(), np.float32(0)), max(w[:, lane].max(), np.float32(0))
-            full[lane] = (high - low) / top
-            middle[lane] = np.rint(-low / full[lane]) if full[lane] > 0 else np.float32(0)
-        for k in range(ranges.size):
-            for nudge in range(-1 if refine else 0, 2 if refine else 1):
-                for lane in range(_LANES):
-                    scale[lane] = full[lane] * ranges[k]
-                    zero[lane] = min(max(middle[lane] + np.float32(nudge), np.float32(0)), top)
-                _try(w, m, scale, zero, top, refine, best, chosen)
-        _store_lanes(tile * _LANES, chosen, scales, zeros)
+        _asymmetric_tile(tile, blocks, shares, top, ranges, refine, scales, zeros)
 
 
 @compiled(parallel=True)
 def _search_symmetric(blocks, shares, top, ranges, refine, scales, zeros):
-    middle = np.float32((top + 1) // 2)
     for tile in numba.prange((len(blocks) + _LANES - 1) // _LANES):
-        w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
-        extreme, scale, zero = np.zeros((3, _LANES), np.float32)
-        best, chosen = np.full(_LANES, np.inf, np.float32), np.ones((2, _LANES), np.float32)
-        zero[:] = middle
-        chosen[1] = middle
-        _load_lanes(blocks, shares, tile * _LANES, w, m)
-        for lane in range(_LANES):
-            extreme[lane] = w[np.abs(w[:, lane]).argmax(), lane]
-        for k in range(ranges.size):
-            # The codes reach one step further down than up: the extreme takes the lowest code, whatever its sign.
-            for sign in range(2 if refine else 1):
-                for lane in range(_LANES):
-                    scale[lane] = extreme[lane] * ranges[k] / (middle if sign else -middle)
-                _try(w, m, scale, zero, top, refine, best, chosen)
-        _store_lanes(tile * _LANES, chosen, scales, zeros)
+        _symmetric_tile(tile, blocks, shares, top, ranges, refine, scales, zeros)
 
 
 @compiled()

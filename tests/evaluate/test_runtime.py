@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import EvaluationError, ResourceError
+from pipeline.evaluate import runtime
+from pipeline.graph.decoder import build_decoder, save_decoder
+from tests.families import CASES, make_checkpoint
+
+IDS = np.random.default_rng(0).integers(3, 320, 24).tolist()
+
+
+def export(folder: Path, name: str = "llama-tied", dtype: str = "F32") -> Path:
+    make_checkpoint(folder, CASES[name], dtype=dtype)
+    architecture = read_architecture(folder / "config.json")
+    save_decoder(folder, *build_decoder(architecture, Checkpoint(folder), 64), "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_one_prefix_serves_many_continuations(tmp_path: Path) -> None:
+    decoder = runtime.OnnxDecoder(export(tmp_path))
+    whole, _ = decoder.run(IDS)
+    _, state = decoder.run(IDS[:16])
+    decoder.run([5, 6, 7], state)  # another continuation in between must leave no trace
+    rest, after = decoder.run(IDS[16:], state)
+    np.testing.assert_allclose(rest, whole[16:], rtol=1e-4, atol=1e-5)
+    assert (state.length, after.length) == (16, 24)
+
+
+def test_weights_left_in_half_precision_give_the_same_logits(tmp_path: Path) -> None:
+    path = export(tmp_path, dtype="F16")
+    folded, mapped = (runtime.OnnxDecoder(path, fold).run(IDS)[0] for fold in (True, False))
+    np.testing.assert_allclose(mapped, folded, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_that_is_no_model_is_an_evaluation_error(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(EvaluationError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
+        runtime.OnnxDecoder(tmp_path / "model.onnx")
+
+
+def test_a_reference_larger_than_memory_is_refused_with_both_figures() -> None:
+    runtime.require_widened(1 << 20, 1 << 20, "small")
+    with pytest.raises(ResourceError, match=r"phi-4: .* takes 87,957,043,200 bytes .* are available.*dvc push"):
+        runtime.require_widened(29_319_014_400, 14_659_507_200, "phi-4")
