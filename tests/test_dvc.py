@@ -121,9 +121,10 @@ def interrupted(project: Project) -> list[Path]:
     """`dvc repro` killed while it wrote an artifact, and again while it measured; what lay there unfinished."""
     kill_during(project, "tiny/variants/.q4.*")
     assert not project.artifact("tiny/variants/q4").exists()
+    unfinished = [*project.artifact("tiny/variants").glob(".*")]
     kill_during(project, "tiny/evaluation/.reference.*")
     assert not project.artifact("tiny/evaluation/reference").exists()
-    return [*project.artifact("tiny/variants").glob(".*"), *project.artifact("tiny/evaluation").glob(".*")]
+    return [*unfinished, *project.artifact("tiny/evaluation").glob(".*")]
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +162,7 @@ def test_a_killed_run_continues_where_it_was(interrupted: list[Path], built: str
     assert "quantize@tiny-q4" not in stages  # the second run finished it
     assert "reference@tiny" in stages
     assert len(interrupted) == 2
+    assert not [path for path in interrupted if path.exists()], "gigabytes at full size"
     lock = (project.folder / "dvc.lock").read_text()
     assert not [path.name for path in interrupted if path.name in lock]
 

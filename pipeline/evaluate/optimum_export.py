@@ -74,7 +74,7 @@ def load_reference(weights: Path, layers: int, vocab: int) -> Any:
     if model.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
     if missing:
-        raise GraphError(f"{weights}: {len(missing)} tensors are absent, such as {min(missing)!r}.")
+        raise GraphError(f"{weights}: transformers wants {len(missing)} absent tensors, such as {min(missing)!r}.")
     return model
 
 
