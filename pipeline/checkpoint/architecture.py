@@ -13,15 +13,21 @@ phi3    fused qkv_proj and gate_up_proj, partial rotary, LongRoPE
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.checkpoint.untrusted import read_json, shown
 from pipeline.errors import CheckpointError
+
+# What an untrusted config may claim at most: several times the largest decoders, and small enough that nothing sized
+# by it alone (lists of tensors, rotary tables) can fill the memory.
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1_000
+MAX_HEAD_DIM = 4_096
+MAX_POSITION = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -148,11 +154,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary.
 
     Raises:
-        CheckpointError: missing, or not a JSON object.
+        CheckpointError: missing, no regular file, larger than `untrusted.MAX_JSON`, or not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path, follow=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Run the download stage again.") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Run the download stage again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: not a JSON object. Run the download stage again.")
@@ -169,17 +177,18 @@ def read_architecture(path: Path) -> Architecture:
     config = read_config(path)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
-        near = difflib.get_close_matches(str(family), _FAMILIES, n=1)
+        near = difflib.get_close_matches(shown(family), _FAMILIES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise CheckpointError(
-            f"{path}: model_type {family!r} (architectures {config.get('architectures')}) is not supported.{hint} "
-            f"Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares this decoder."
+            f"{path}: model_type {shown(family)} (architectures {shown(config.get('architectures'))}) is not "
+            f"supported.{hint} Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares "
+            f"this decoder."
         )
     _refuse_variations(config, path)
     heads = _positive(config, "num_attention_heads", path)
     hidden = _positive(config, "hidden_size", path)
     kv_heads = _positive(config, "num_key_value_heads", path, heads)
-    head_dim = _positive(config, "head_dim", path, hidden // heads)
+    head_dim = _positive(config, "head_dim", path, hidden // heads, MAX_HEAD_DIM)
     if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
         raise CheckpointError(
             f"{path}: {heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}. The file is "
@@ -187,37 +196,50 @@ def read_architecture(path: Path) -> Architecture:
         )
     return Architecture(
         family=family,
-        layers=_positive(config, "num_hidden_layers", path),
+        layers=_positive(config, "num_hidden_layers", path, most=MAX_LAYERS),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=_positive(config, "intermediate_size", path),
         vocab=_positive(config, "vocab_size", path),
-        rms_eps=_number(config, "rms_norm_eps", path, 1e-6),
-        max_position=_positive(config, "max_position_embeddings", path),
+        rms_eps=_number(config, "rms_norm_eps", path, 1e-6, 1e-30, 1.0),
+        max_position=_positive(config, "max_position_embeddings", path, most=MAX_POSITION),
         sliding_window=_sliding_window(config, path),
         rope=_read_rope(config, head_dim, path),
-        tied=bool(config.get("tie_word_embeddings")),
+        tied=_flag(config, "tie_word_embeddings", path),
     )
 
 
-def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
+def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None, most: int = MAX_SIZE) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+    if type(value) is not int or not 0 < value <= most:
         raise CheckpointError(
-            f"{path}: {key} is {value!r}; a positive integer is needed. Run the download stage again."
+            f"{path}: {key} is {shown(value)}; an integer from 1 to {most:,} is needed. Run the download stage again."
         )
     return value
 
 
-def _number(config: dict[str, Any], key: str, path: Path, default: float) -> float:
+def _number(config: dict[str, Any], key: str, path: Path, default: float, least: float, most: float) -> float:
+    """A number from `least` to `most`, between which float32 arithmetic with it stays finite."""
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"{path}: {key} is {value!r}; a positive number is needed. Run the download stage again.")
+    if type(value) not in {int, float} or not least <= value <= most:
+        raise CheckpointError(
+            f"{path}: {key} is {shown(value)}; a number from {least:g} to {most:g} is needed. Run the download stage "
+            f"again."
+        )
     return float(value)
+
+
+def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(
+            f"{path}: {key} is {shown(value)}; true or false is needed. Run the download stage again."
+        )
+    return bool(value)
 
 
 def _refuse_variations(config: dict[str, Any], path: Path) -> None:
@@ -231,39 +253,44 @@ def _refuse_variations(config: dict[str, Any], path: Path) -> None:
     for key, bad in wrong.items():
         if bad:
             raise CheckpointError(
-                f"{path}: {key} = {reprlib.repr(config[key])} is not supported for {config['model_type']}: the graph "
+                f"{path}: {key} = {shown(config[key])} is not supported for {config['model_type']}: the graph "
                 f"would compute something else. Use the original checkpoint of a plain {config['model_type']} model."
             )
 
 
 def _sliding_window(config: dict[str, Any], path: Path) -> int | None:
-    unused = config["model_type"] in {"qwen2", "mimo"} and not config.get("use_sliding_window")
+    unused = config["model_type"] in {"qwen2", "mimo"} and not _flag(config, "use_sliding_window", path)
     if unused or config.get("sliding_window") is None:
         return None
-    return _positive(config, "sliding_window", path)
+    return _positive(config, "sliding_window", path, most=MAX_POSITION)
 
 
 def _read_rope(config: dict[str, Any], head_dim: int, path: Path) -> Rope:
     # transformers 5 moved rope_theta, partial_rotary_factor and rope_scaling into rope_parameters.
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
-        raise CheckpointError(f"{path}: rope_scaling is {reprlib.repr(scaling)}; a JSON object is needed.")
+        raise CheckpointError(f"{path}: rope_scaling is {shown(scaling)}; a JSON object is needed.")
     values = scaling | {key: value for key, value in config.items() if value is not None}
-    theta = _number(values, "rope_theta", path, 10000.0)
-    dims = int(head_dim * _number(values, "partial_rotary_factor", path, 1.0))
-    max_position = _positive(config, "max_position_embeddings", path)
+    theta = _number(values, "rope_theta", path, 10000.0, 1.0, 1e15)
+    dims = int(head_dim * _number(values, "partial_rotary_factor", path, 1.0, 1e-3, 1.0))
+    if dims < 2 or dims % 2:
+        raise CheckpointError(
+            f"{path}: {dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs "
+            f"pairs. Run the download stage again."
+        )
+    max_position = _positive(config, "max_position_embeddings", path, most=MAX_POSITION)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return Rope(theta, dims, max_position)
     if kind not in ("longrope", "su"):
         raise CheckpointError(
-            f"{path}: rope_scaling type {kind!r} is not supported; supported: default, longrope. Another kind needs "
-            f"its tables in pipeline/graph/rope.py."
+            f"{path}: rope_scaling type {shown(kind)} is not supported; supported: default, longrope. Another kind "
+            f"needs its tables in pipeline/graph/rope.py."
         )
-    original = _positive(values, "original_max_position_embeddings", path, max_position)
+    original = _positive(values, "original_max_position_embeddings", path, max_position, MAX_POSITION)
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
-    attention_factor = _number(scaling, "attention_factor", path, computed)
+    attention_factor = _number(scaling, "attention_factor", path, computed, 1e-3, 1e3)
     short, long = (_factors(scaling, key, dims // 2, path) for key in ("short_factor", "long_factor"))
     return Rope(theta, dims, original, attention_factor, short, long)
 
@@ -273,9 +300,9 @@ def _factors(scaling: dict[str, Any], key: str, count: int, path: Path) -> tuple
     if not isinstance(values, list) or len(values) != count:
         raise CheckpointError(
             f"{path}: rope_scaling.{key} must list {count} numbers, one per pair of rotated channels, and is "
-            f"{reprlib.repr(values)}. Run the download stage again."
+            f"{shown(values)}. Run the download stage again."
         )
-    return tuple(_number({key: value}, key, path, math.nan) for value in values)
+    return tuple(_number({key: value}, key, path, math.nan, 1e-3, 1e6) for value in values)
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
@@ -317,7 +344,7 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
     if extra:
         raise CheckpointError(
             f"{checkpoint.folder}: {len(extra)} tensors are unknown to family {architecture.family!r}, the first is "
-            f"{extra[0]!r}. Dropping them in silence could change the model. If its forward never reads them, add "
+            f"{shown(extra[0])}. Dropping them in silence could change the model. If its forward never reads them, add "
             f"their prefix to the family's row in {__name__}."
         )
     return notes

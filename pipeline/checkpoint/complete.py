@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.checkpoint.store import checked_name
+from pipeline.checkpoint.tensors import INDEX, SINGLE
+from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
 from pipeline.errors import SourceError
 
-INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _SMALL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -19,27 +19,27 @@ _SMALL = (
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def small_files(names: Collection[str], where: str) -> list[str]:
     """The files beside the weights that the pipeline uses, sorted.
 
     Raises:
-        SourceError: there is no config.json, or no safetensors weights (saying so if there are only pickles).
+        SourceError: there is no config.json, or no safetensors weights (saying so if there are only pickles), or a
+            name is not plain text.
     """
     if "config.json" not in names:
         raise SourceError(f"{where}: no config.json, so this is not a checkpoint. Found: {_some(names)}.")
-    if INDEX not in names and _SINGLE not in names:
+    if INDEX not in names and SINGLE not in names:
         pickles = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in _PICKLES))
         if pickles:
             raise SourceError(
                 f"{where}: the weights exist only as Python pickles ({_some(pickles)}), which can run code when they "
                 f"are loaded. Use a source that offers safetensors, or convert on a machine you can throw away."
             )
-        raise SourceError(f"{where}: neither {_SINGLE} nor {INDEX}. Found: {_some(names)}.")
+        raise SourceError(f"{where}: neither {SINGLE} nor {INDEX}. Found: {_some(names)}.")
     wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _SMALL)]
-    return sorted(checked_name(name) for name in wanted if "/" not in name) + [INDEX] * (INDEX in names)
+    return sorted(_plain(name, where) for name in wanted if "/" not in name) + [INDEX] * (INDEX in names)
 
 
 def shard_names(names: Collection[str], index: bytes | None, where: str) -> list[str]:
@@ -49,12 +49,11 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
         SourceError: the index is not one, names a file outside the folder, or names a shard that is not there.
     """
     if index is None:
-        return [_SINGLE]
+        return [SINGLE]
     _refuse_pointer(index, INDEX, where)
     try:
-        shards = sorted(set(json.loads(index)["weight_map"].values()))
-        named = [checked_name(shard) for shard in shards]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        named = [_plain(shard, where) for shard in sorted(set(parse_json(index)["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{where}: {INDEX} has no usable weight_map ({type(error).__name__}: {error}).") from None
     if not named or any(not shard.endswith(".safetensors") or "/" in shard for shard in named):
         raise SourceError(f"{where}: {INDEX} must name safetensors files beside it; it names {_some(named)}.")
@@ -79,7 +78,7 @@ def check_file(path: Path, name: str, where: str) -> None:
 
 def refuse_pointer(path: Path, name: str, where: str) -> None:
     """Raise `SourceError` if the file is a git-LFS pointer."""
-    with open(path, "rb") as file:
+    with open_regular(path, follow=True) as file:
         _refuse_pointer(file.read(len(_POINTER)), name, where)
 
 
@@ -96,20 +95,22 @@ def check_safetensors_length(path: Path, name: str, where: str) -> None:
 
     Header: 8 bytes little-endian length, then JSON; tensors' data_offsets count from the header's end.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path, follow=True) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if size < 8 or length > min(size - 8, MAX_JSON):
             raise SourceError(
                 f"{where}: {name} is truncated or not safetensors: {size:,} bytes, but its first 8 bytes promise "
-                f"a header of {length:,}. Fetch it again."
+                f"a header of {length:,} (at most {MAX_JSON:,} are read). Fetch it again."
             )
         header = file.read(length)
     try:
-        tensors = json.loads(header)
-        end = max((tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"), default=0)
-        promised = 8 + length + int(end)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        tensors = parse_json(header)
+        ends = [tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"]
+        if not all(type(end) is int and end < 1 << 63 for end in ends):
+            raise TypeError("an offset is not an integer")
+        promised = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SourceError(f"{where}: {name} has a malformed safetensors header ({type(error).__name__}).") from None
     if size != promised:
         kind = "truncated" if size < promised else "longer than its header says"
@@ -118,7 +119,14 @@ def check_safetensors_length(path: Path, name: str, where: str) -> None:
         )
 
 
+def _plain(name: str, where: str) -> str:
+    """`name` if it can stand in a lock file: inside the folder, and text (a folder's names are bytes)."""
+    if not checked_name(name).isprintable():
+        raise SourceError(f"{where}: file name {shown(name)} is not plain text. Rename the file.")
+    return name
+
+
 def _some(names: Collection[str]) -> str:
     """At most eight names for a message."""
-    shown = sorted(names)[:8]
-    return (", ".join(shown) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    listed = [name if name.isprintable() and len(name) <= 200 else shown(name) for name in sorted(names)[:8]]
+    return (", ".join(listed) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")

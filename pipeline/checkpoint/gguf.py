@@ -26,6 +26,8 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from pipeline.checkpoint.architecture import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITION, MAX_SIZE
+from pipeline.checkpoint.untrusted import open_regular, shown
 from pipeline.errors import CheckpointError
 from pipeline.files import write_bytes, write_json
 
@@ -43,6 +45,8 @@ PRE_TOKENIZERS = {
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     ),
 }
+_MAX_READS = 300_000  # values of metadata: SmolLM2, whose vocabulary is the one supported, has 247,312
+_MAX_DIMENSIONS = 4  # of a tensor; GGML's own limit
 _FALSE_ONLY = ("add_bos_token", "add_eos_token", "add_space_prefix")
 
 
@@ -91,6 +95,7 @@ def unpack(gguf: Path, out: Path) -> None:
     tied = "output.weight" not in tensors
     specs = _tensor_specs(model, tied)
     _check_tensors(gguf, tensors, specs)
+    _check_places(gguf, reader)
 
     tokenizer, special = _tokenizer(meta, model.vocab)
     write_json(out / "config.json", _config(model, special.ids, tied))
@@ -106,12 +111,22 @@ def unpack(gguf: Path, out: Path) -> None:
 
 
 class _BoundedReader(GGUFReader):
-    """GGUFReader whose reads past the end of the file fail.
+    """GGUFReader that reads nothing past the end of the file, and no more values than a model has.
 
-    The library returns a short array instead, so a damaged length makes it loop (almost) for ever.
+    The library returns a short array instead, so a damaged length makes it loop (almost) for ever, and it makes an
+    object of every element of an array and follows arrays of arrays as deep as they go.
     """
 
+    _reads = 0
+
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)  # the same mapping; slices of it are three times cheaper
+        self._reads += 1
+        if self._reads > _MAX_READS:
+            raise ValueError(f"its metadata holds more than {_MAX_READS:,} values")
+        if dtype is np.uint64 and int(count) > _MAX_DIMENSIONS:  # the one such read longer than two is a shape
+            raise ValueError(f"a tensor has {int(count):,} dimensions")
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
         if end > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data):,} but promises data up to byte {end:,}")
@@ -120,10 +135,12 @@ class _BoundedReader(GGUFReader):
 
 def _open(path: Path) -> GGUFReader:
     try:
-        reader = _BoundedReader(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
+        with open_regular(path), np.errstate(over="ignore"):  # offsets that wrap around are found by _check_places
+            reader = _BoundedReader(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{path.name} is not a readable GGUF file: {error}. It is probably truncated or damaged: fetch it again."
+            f"{path.name} is not a readable GGUF file: {reason}. It is probably truncated or damaged: fetch it again."
         ) from error
     if reader.byte_order == "S":
         raise CheckpointError(f"{path.name} is a GGUF file of the other byte order; convert it to little-endian first.")
@@ -158,11 +175,13 @@ class _Metadata:
     def has(self, key: str) -> bool:
         return key in self._fields
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        """An integer above zero."""
+    def positive(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+        """An integer above zero, as large as a real model's at most."""
         value = self.get(key, int, default)
-        if value <= 0:
-            raise CheckpointError(f"{self.path.name}: metadata key {key!r} is {value}; it must be positive.")
+        if not 0 < value <= most:
+            raise CheckpointError(
+                f"{self.path.name}: metadata key {key!r} is {value}; it must be positive, and {most:,} at most."
+            )
         return value
 
     def decimal(self, key: str, default: float | None = None) -> float:
@@ -177,7 +196,7 @@ class _Metadata:
         value = self.get(key, str)
         if value != supported:
             raise CheckpointError(
-                f"{self.path.name} has {what} {value!r}; only {supported!r} can be unpacked. "
+                f"{self.path.name} has {what} {shown(value)}; only {supported!r} can be unpacked. "
                 "Use the model's safetensors release instead."
             )
 
@@ -186,7 +205,7 @@ def _hyperparameters(meta: _Metadata) -> _Llama:
     heads = meta.positive("llama.attention.head_count")
     kv_heads = meta.positive("llama.attention.head_count_kv", heads)
     hidden = meta.positive("llama.embedding_length")
-    head_dim = meta.positive("llama.attention.key_length", max(hidden // heads, 1))
+    head_dim = meta.positive("llama.attention.key_length", max(hidden // heads, 1), MAX_HEAD_DIM)
     vocab = len(meta.get("tokenizer.ggml.tokens", list))
     rotary = meta.positive("llama.rope.dimension_count", head_dim)
     value_dim = meta.positive("llama.attention.value_length", head_dim)
@@ -196,7 +215,7 @@ def _hyperparameters(meta: _Metadata) -> _Llama:
         (head_dim % 2 != 0, f"head size {head_dim} is odd"),
         (rotary != head_dim, f"rotary size {rotary} is not the head size {head_dim} (partial rotary)"),
         (value_dim != head_dim, f"value size {value_dim} is not the key size {head_dim}"),
-        (scaling != "none", f"rope scaling {scaling!r} is not supported"),
+        (scaling != "none", f"rope scaling {shown(scaling)} is not supported"),
         (meta.positive("llama.vocab_size", vocab) != vocab, f"llama.vocab_size is not the {vocab} tokens it lists"),
     ]
     for wrong, text in problems:
@@ -206,13 +225,13 @@ def _hyperparameters(meta: _Metadata) -> _Llama:
         vocab=vocab,
         hidden=hidden,
         intermediate=meta.positive("llama.feed_forward_length"),
-        layers=meta.positive("llama.block_count"),
+        layers=meta.positive("llama.block_count", most=MAX_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         eps=meta.decimal("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=meta.decimal("llama.rope.freq_base", 10000.0),
-        context=meta.positive("llama.context_length"),
+        context=meta.positive("llama.context_length", most=MAX_POSITION),
     )
 
 
@@ -247,7 +266,7 @@ def _tensor_specs(model: _Llama, tied: bool) -> dict[str, _TensorSpec]:
 def _check_tensors(path: Path, tensors: dict[str, ReaderTensor], specs: dict[str, _TensorSpec]) -> None:
     for problem, names in (("lacks", specs.keys() - tensors.keys()), ("also holds", tensors.keys() - specs.keys())):
         if names:
-            listed = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            listed = ", ".join(map(shown, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
             raise CheckpointError(
                 f"{path.name} {problem} {len(names)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
                 "Biases, experts and rope factors are not supported; use the model's safetensors release instead."
@@ -258,6 +277,18 @@ def _check_tensors(path: Path, tensors: dict[str, ReaderTensor], specs: dict[str
             raise CheckpointError(
                 f"{path.name}: tensor {name!r} has shape {shape}; its metadata promises {spec.shape}."
             )
+
+
+def _check_places(path: Path, reader: GGUFReader) -> None:
+    """Refuse tensors whose bytes lie in the metadata or are another's too."""
+    previous, position = "the metadata", reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset < position:
+            raise CheckpointError(
+                f"{path.name}: tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}, which "
+                f"ends at {position:,}. The file is damaged: fetch it again."
+            )
+        previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
 
 
 def _dequantized(path: Path, tensor: ReaderTensor, spec: _TensorSpec) -> np.ndarray:
@@ -342,7 +373,7 @@ def _tokenizer(meta: _Metadata, vocab: int) -> tuple[Tokenizer, _SpecialTokens]:
     pre = meta.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{meta.path.name} wants pre-tokenizer {pre!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            f"{meta.path.name} wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
             "A wrong guess would encode text differently from training; use the model's safetensors release instead."
         )
     for flag in _FALSE_ONLY:
@@ -372,7 +403,7 @@ def _bpe(meta: _Metadata, tokens: list[Any]) -> BPE:
     for number, merge in enumerate(merges):
         if len(merge) != 2 or "".join(merge) not in vocab or not all(part in vocab for part in merge):
             raise CheckpointError(
-                f"{meta.path.name}: tokenizer.ggml.merges[{number}] is {' '.join(merge)!r}; "
+                f"{meta.path.name}: tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; "
                 "it must name two tokens of the vocabulary whose concatenation is one too."
             )
     return BPE(vocab=vocab, merges=merges)

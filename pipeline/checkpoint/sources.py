@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config import HubSource, LocalSource, ModelConfig, WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import copy_stream, read_json, require_free_space, sha256_of, write_json
@@ -233,8 +234,31 @@ def _checked_folder(folder: Path, where: str) -> list[str]:
     with disk_errors(f"read {folder}"):
         present = {path.name for path in folder.iterdir() if path.is_file()}
         small = complete.small_files(present, where)
-        index = (folder / complete.INDEX).read_bytes() if complete.INDEX in present else None
+        index = _read_index(folder / complete.INDEX) if complete.INDEX in present else None
         names = small + complete.shard_names(present, index, where)
         for name in names:
+            _refuse_outside(folder, name, where)
             complete.check_file(folder / name, name, where)
     return names
+
+
+def _read_index(path: Path) -> bytes:
+    """As many bytes as `complete.shard_names` can refuse."""
+    with open_regular(path, follow=True) as file:
+        return file.read(MAX_JSON + 1)
+
+
+def _refuse_outside(folder: Path, name: str, where: str) -> None:
+    """Raise unless a link in a checkpoint folder ends inside it.
+
+    A folder from elsewhere may link LICENSE to a private key, which would be copied, bundled and published. The Hub's
+    own cache links from models--x/snapshots/REVISION/ to models--x/blobs/.
+    """
+    inside, real = folder.resolve(), (folder / name).resolve()
+    blobs = inside.parent.parent / "blobs"
+    cached = inside.parent.name == "snapshots" and real.parent == blobs
+    if not (real.is_relative_to(inside) or cached):
+        raise SourceError(
+            f"{where}: {name} is a symbolic link to {real}, outside the folder. Put the file itself there if it "
+            f"belongs to the checkpoint; otherwise do not use this folder."
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.architecture import Architecture, read_config
+from pipeline.checkpoint.untrusted import shown
 from pipeline.config import ModelConfig
 from pipeline.errors import CheckpointError
 
@@ -24,8 +25,24 @@ def stop_ids(folder: Path, extra: tuple[int, ...]) -> list[int]:
         if not (folder / name).exists():
             continue
         value = read_config(folder / name).get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        found += [_token_id(token, "eos_token_id", folder / name) for token in ids]
     return list(dict.fromkeys([*found, *extra]))
+
+
+def _token_id(value: Any, key: str, path: Path) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 24:
+        raise CheckpointError(f"{path}: {key} is {shown(value)}, not a token id. Run the download stage again.")
+    return value
+
+
+def _number(value: Any, key: str, path: Path) -> float:
+    if type(value) not in {int, float} or not 0 <= value <= 1000:
+        raise CheckpointError(
+            f"{path}: {key} is {shown(value)}; a number from 0 to 1,000 is needed. Correct the file, or set {key} in "
+            f"the model's entry."
+        )
+    return value
 
 
 def _chunk_size(architecture: Architecture, context: int) -> int:
@@ -55,9 +72,16 @@ def genai_config(
             f"{folder}: neither generation_config.json nor config.json has an eos_token_id: generation would never "
             f"stop. Set `extra_stop_ids` in the model's entry."
         )
-    bos, pad = (defaults.get(key, config.get(key)) for key in ("bos_token_id", "pad_token_id"))
-    temperature = entry.temperature if entry.temperature is not None else defaults.get("temperature", 1.0)
-    top_p = entry.top_p if entry.top_p is not None else defaults.get("top_p", 1.0)
+    where = folder / "generation_config.json"
+    bos, pad = (
+        stops[0] if found is None else _token_id(found, key, where)
+        for key in ("bos_token_id", "pad_token_id")
+        for found in [defaults.get(key, config.get(key))]
+    )
+    temperature, top_p = (
+        _number(defaults.get(key, 1.0) if chosen is None else chosen, key, where)
+        for key, chosen in (("temperature", entry.temperature), ("top_p", entry.top_p))
+    )
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": model_file,
@@ -79,11 +103,11 @@ def genai_config(
         "num_key_value_heads": architecture.kv_heads,
     }
     model = {
-        "bos_token_id": bos if bos is not None else stops[0],
+        "bos_token_id": bos,
         "context_length": context,
         "decoder": decoder,
         "eos_token_id": stops,
-        "pad_token_id": pad if pad is not None else stops[0],
+        "pad_token_id": pad,
         "type": architecture.traits.genai_type,
         "vocab_size": architecture.vocab,
     }
@@ -93,7 +117,7 @@ def genai_config(
         "max_length": context,
         "past_present_share_buffer": True,
         "temperature": temperature,
-        "top_k": defaults.get("top_k", 50),
+        "top_k": int(_number(defaults.get("top_k", 50), "top_k", where)),
         "top_p": top_p,
     }
     return {"model": model, "search": search}

@@ -80,9 +80,10 @@ def test_local_folder_stays_the_users(folder: Path, store: Store) -> None:
 
 
 def test_symlinked_folder_of_a_cache(folder: Path, store: Store, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in folder.iterdir():
+    cache = tmp_path / "models--acme--tiny"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in folder.rename(cache / "blobs").iterdir():
         (snapshot / file.name).symlink_to(file)
     lock = fetch_model("tiny", local(snapshot), store)
     assert not store.path(lock.file("model.safetensors").sha256).is_symlink()

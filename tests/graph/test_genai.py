@@ -11,6 +11,7 @@ causal mask. Its next tokens differ from those of a forward over the same text.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config import LocalSource, ModelConfig
+from pipeline.errors import CheckpointError
 from pipeline.evaluate.parity import NEAR_TIE
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import PREFILL_CHUNK, dumps, genai_config
@@ -174,3 +176,26 @@ def test_a_switch_elsewhere_than_4096_is_not_noticed(tmp_path: Path) -> None:
     after = LONGROPE.config["original_max_position_embeddings"] - PROMPT + 1
     again = logits_before_each(model, ids, written)[after:]
     assert (again.argmax(axis=1) != written[after:]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("generation_config.json", {"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}, not a token id"),
+        ("generation_config.json", {"eos_token_id": [1, -2]}, "eos_token_id is -2, not a token id"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True, not a token id"),
+        ("generation_config.json", {"eos_token_id": 1, "temperature": "hot"}, "temperature is 'hot'; a number"),
+        ("generation_config.json", {"eos_token_id": 1, "top_p": float("nan")}, "top_p is nan; a number"),
+        ("generation_config.json", {"eos_token_id": 1, "pad_token_id": "x"}, "pad_token_id is 'x', not a token id"),
+    ],
+)
+def test_values_that_are_no_ids_or_numbers_are_refused(
+    tmp_path: Path, name: str, change: dict[str, Any], said: str
+) -> None:
+    make_checkpoint(tmp_path, CASES["qwen2"])
+    entry = ModelConfig(
+        title="t", source=LocalSource(kind="local", path="p"), context=64, mmlu_mode="letter", gate_class="g"
+    )
+    (tmp_path / name).write_text(json.dumps(change))
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        genai_config(read_architecture(tmp_path / "config.json"), tmp_path, "m.onnx", entry, 64)
