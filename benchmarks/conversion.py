@@ -1,0 +1,247 @@
+"""The conversion of full-size models on this machine: time, memory, disk, and what the result does in the runtime.
+
+    python -m benchmarks.conversion
+
+For MiMo-7B and Phi-4 with synthetic weights of exactly their shapes (and the embedded SmolLM2-135M with its own): the
+pipeline's own commands, each in a fresh process with the page cache emptied of the source first, beside the least that
+the disk needs to read the source and write the artifact, measured just before. One variant is on the disk at a time.
+Figures are written to benchmarks/results/ as they are measured; `python -m benchmarks.tables` puts them into README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from benchmarks import machine, runtime, synthetic
+from benchmarks.engines import Task
+from pipeline.errors import PipelineError
+from pipeline.files import read_json, require_free_space, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SMALL = "smollm2-135m"
+MODELS = (SMALL, "mimo-8b", "phi-4")
+# Plain rounding, the control: what the disk and the packing alone cost.
+NEAREST = "q4_nearest"
+VARIANTS = (NEAREST, "q4", "q4_k_m", "q3")
+# The statistics only steer the search, which takes the same time whatever they are: one short window is enough here.
+CALIBRATION = {"texts": {"text-c4": 64}, "window": 64}
+RUN = Task("", "", None, prompt_tokens=128, segment_tokens=16, segments=3)
+
+
+class Project:
+    """A copy of the configuration in a folder of its own, with a store of its own, where the commands run."""
+
+    def __init__(self, work: Path):
+        self.work, self.folder, self.store = work, work / "project", work / "store"
+        shutil.rmtree(self.folder / "configs", ignore_errors=True)
+        shutil.copytree(ROOT / "configs", self.folder / "configs")
+        self._edit("calibration.yaml", **CALIBRATION)
+        plain = yaml.safe_load((ROOT / "configs/recipes/q4.yaml").read_text()) | {"search": "nearest"}
+        self._write(f"recipes/{NEAREST}.yaml", plain)
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        (self.folder / "configs" / name).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def _edit(self, name: str, **changes: Any) -> None:
+        self._write(name, yaml.safe_load((self.folder / "configs" / name).read_text()) | changes)
+
+    def use_source(self, model: str, source: Path) -> None:
+        """Take the model from a folder of synthetic weights."""
+        self._edit(f"models/{model}.yaml", source={"kind": "local", "path": str(source)})
+
+    def seed_store(self) -> None:
+        """Give the store what the repository's own store has, by hard links: datasets are not downloaded again."""
+        if (ROOT / "store").is_dir() and not self.store.exists():
+            shutil.copytree(ROOT / "store", self.store, copy_function=os.link)
+
+    def command(self, *arguments: str, threads: int | None = None) -> list[str]:
+        """`python -m pipeline ARGUMENTS`, on so many cores."""
+        pin = ["taskset", "-c", ",".join(map(str, range(threads)))] if threads else []
+        return [*pin, sys.executable, "-m", "pipeline", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where the package and the store are."""
+        return os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_STORE": str(self.store)}
+
+    def run(self, *arguments: str, threads: int | None = None) -> machine.Usage:
+        """Run a pipeline command to its end, watched. Raises PipelineError if it fails."""
+        used = machine.watch(self.command(*arguments, threads=threads), self.environment, self.folder, self.work)
+        if used.status:
+            raise PipelineError(f"`python -m pipeline {' '.join(arguments)}` ended with status {used.status}.")
+        return used
+
+    def kill(self, *arguments: str, after: float) -> None:
+        """Start a pipeline command and SIGKILL it `after` so many seconds."""
+        process = subprocess.Popen(
+            self.command(*arguments), cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL
+        )
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def artifact(self, model: str, variant: str) -> Path:
+        """Where a variant lies."""
+        return self.folder / "artifacts" / model / "variants" / variant
+
+    def weights(self, model: str) -> Path:
+        """The checkpoint's files as the pipeline reads them: hard links into the store."""
+        return self.folder / "artifacts" / model / "reference"
+
+
+def figures(used: machine.Usage) -> dict[str, Any]:
+    """What a command used, without its output."""
+    return {name: value for name, value in asdict(used).items() if name not in {"status", "output"}}
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of an artifact's graph and parts."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.data.*")) + sorted(folder.glob("*.onnx")):
+        with open(file, "rb") as stream:
+            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def measure_quantize(project: Project, model: str, variant: str, threads: int | None = None) -> dict[str, Any]:
+    """One variant from a cold source, beside the disk's floor measured just before."""
+    dry = subprocess.run(
+        project.command("quantize", model, variant, "--dry-run"),
+        cwd=project.folder, env=project.environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    planned = planned_bytes(dry.stdout)
+    floor = machine.io_floor(project.weights(model), planned, project.work)
+    used = project.run("quantize", model, variant, threads=threads)
+    plan = read_json(project.artifact(model, variant) / "plan.json")
+    if plan["bytes"] != planned:
+        raise PipelineError(f"{model} {variant}: {plan['bytes']:,} bytes in plan.json, {planned:,} in the dry run.")
+    return {
+        "variant": variant,
+        "threads": threads or machine.cores(),
+        "bytes": planned,
+        "weights": sum(plan_weights(project, model).values()),
+        "estimate": dry.stdout.strip().splitlines()[-1].strip(),
+        "floor": asdict(floor) | {"seconds": floor.seconds},
+        "ratio_to_floor": used.wall_seconds / floor.seconds,
+        "disk_growth_over_artifact": used.disk_growth_bytes / planned,
+        "sha256": digest(project.artifact(model, variant)),
+        **figures(used),
+    }
+
+
+def planned_bytes(dry_run: str) -> int:
+    """The exact size in the output of `quantize --dry-run`."""
+    line = next(line for line in dry_run.splitlines() if " bytes in " in line)
+    return int(line.split(" bytes")[0].strip().replace(",", ""))
+
+
+def plan_weights(project: Project, model: str) -> dict[str, int]:
+    """Weights by tensor name, all tensors of the checkpoint that the model uses."""
+    from pipeline.checkpoint.architecture import read_architecture
+
+    architecture = read_architecture(project.weights(model) / "config.json")
+    return {matrix.name: matrix.rows * matrix.columns for matrix in architecture.matrices}
+
+
+def measure_resume(project: Project, model: str, variant: str, whole: dict[str, Any]) -> dict[str, Any]:
+    """Kill the command at a third of its time, run it again: the same bytes, and the rest of the time."""
+    shutil.rmtree(project.artifact(model, variant))
+    machine.evict(project.weights(model))
+    after = whole["wall_seconds"] / 3
+    project.kill("quantize", model, variant, after=after)
+    used = project.run("quantize", model, variant)
+    same = digest(project.artifact(model, variant)) == whole["sha256"]
+    return {"killed_after_seconds": after, "second_run_seconds": used.wall_seconds, "same_bytes": same}
+
+
+@contextmanager
+def prepared(project: Project, model: str) -> Iterator[dict[str, Any]]:
+    """Make the source, download (link and hash), export, calibrate; remove everything of the model afterwards."""
+    record: dict[str, Any] = {}
+    source = project.work / "sources" / model
+    if model != SMALL:
+        start = time.monotonic()
+        made = synthetic.write_checkpoint(source, model)
+        record["source_seconds"] = time.monotonic() - start if made else None
+        project.use_source(model, source)
+    for stage in ("download", "export", "calibrate"):
+        record[stage] = figures(project.run(stage, model))
+    record["source_bytes"] = sum(file.stat().st_size for file in project.weights(model).glob("*.safetensors"))
+    try:
+        yield record
+    finally:
+        if model != SMALL:
+            drop_source(project, model)
+        shutil.rmtree(project.folder / "artifacts" / model, ignore_errors=True)
+
+
+def drop_source(project: Project, model: str) -> None:
+    """Free the disk of a synthetic source: its folder, the links of the pipeline and the store's."""
+    inodes = {file.stat().st_ino for file in project.weights(model).glob("*.safetensors")}
+    shutil.rmtree(project.work / "sources" / model, ignore_errors=True)
+    shutil.rmtree(project.weights(model), ignore_errors=True)
+    for file in (project.store / "sha256").rglob("*"):
+        if file.is_file() and file.stat().st_ino in inodes:
+            file.unlink()
+
+
+def measure_model(project: Project, model: str, variants: tuple[str, ...], load: bool) -> dict[str, Any]:
+    """Every variant of one model, written and removed in turn; q4 last, to be killed, resumed, loaded and run."""
+    with prepared(project, model) as record:
+        record["variants"] = []
+        for variant in sorted(variants, key=lambda name: name == "q4"):
+            click.echo(f"{model} {variant}", err=True)
+            record["variants"].append(measure_quantize(project, model, variant))
+            if load and variant != NEAREST:
+                record["variants"][-1]["runtime"] = runtime.measure(project.artifact(model, variant), None, RUN)
+            if variant == "q4":
+                break
+            shutil.rmtree(project.artifact(model, variant))
+        if "q4" in variants:
+            record["resume"] = measure_resume(project, model, "q4", record["variants"][-1])
+            shutil.rmtree(project.artifact(model, "q4"))
+            record["one_thread"] = measure_quantize(project, model, "q4", threads=1)
+        if load and "q4" in variants:
+            if model != SMALL:
+                drop_source(project, model)
+            record["prepacked"] = runtime.measure(project.artifact(model, "q4"), project.work / "prepacked", RUN)
+    return record
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Scratch folder: 60 GB.")
+@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Repeatable.")
+@click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), default=VARIANTS)
+@click.option("--load/--no-load", default=True, help="Also load each artifact in the runtimes and decode.")
+def main(work: Path, models: tuple[str, ...], variants: tuple[str, ...], load: bool) -> None:
+    """Convert full-size synthetic models; write benchmarks/results/conversion-MODEL.json."""
+    try:
+        work = work.resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        require_free_space(work, 20 << 30 if models == (SMALL,) else 55 << 30, "run this benchmark")
+        project = Project(work)
+        project.seed_store()
+        for model in models:
+            record = {"model": model, "machine": machine.describe(), **measure_model(project, model, variants, load)}
+            write_json(RESULTS / f"conversion-{model}.json", record)
+    except PipelineError as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
