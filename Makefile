@@ -3,6 +3,7 @@ PYTHON  ?= python3.11
 VENV    ?= .venv
 MODELS  ?=
 PIP_ARGS ?=
+BENCH   ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY   := $(VENV)/.ready
@@ -10,7 +11,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help demo repro validate-full show test lint clean
+.PHONY: help demo repro validate-full bench show test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +28,12 @@ repro: $(READY)  ## dvc repro; with MODELS="mimo-8b phi-4" for these models too
 validate-full: $(READY)  ## the release's evidence: 16,000 tokens, 570 MMLU questions, 164 HumanEval problems
 	dvc exp run -S 'configs/pipeline.yaml:suite=full'
 	python -m pipeline show
+
+bench: $(READY)  ## full-size models converted, loaded and run; searches beside their peers: benchmarks/README.md
+	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
+	python -m benchmarks.searches --out benchmarks/results/searches.json
+	python -m benchmarks.conversion $(BENCH)
+	python -m benchmarks.tables
 
 show: $(READY)  ## the table of the last run
 	@python -m pipeline show

@@ -334,7 +334,7 @@ class _DiskGrowth:
     def __init__(self, root: Path | None):
         self.root = root
         self.peak = 0
-        self._start = _allocated(root) if root else 0
+        self._start = allocated(root) if root else 0
         self._next = 0.0
 
     def look(self, last: bool = False) -> None:
@@ -342,12 +342,12 @@ class _DiskGrowth:
         begin = time.perf_counter()
         if self.root is None or (begin < self._next and not last):
             return
-        self.peak = max(self.peak, _allocated(self.root) - self._start)
+        self.peak = max(self.peak, allocated(self.root) - self._start)
         end = time.perf_counter()
         self._next = end + 20 * (end - begin)
 
 
-def _allocated(folder: Path) -> int:
+def allocated(folder: Path) -> int:
     """Allocated bytes of all files below `folder`, each inode once; what disappears meanwhile is left out."""
     found: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):

@@ -80,6 +80,13 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 
 
 @cli.command()
+@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
+def preflight(model: tuple[str, ...]) -> None:
+    """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
+    sys.exit(_stage("preflight")(model))
+
+
+@cli.command()
 @_MODEL
 def download(model: str) -> None:
     """Fetch MODEL's checkpoint and the datasets into the store, check every hash, write the source lock."""

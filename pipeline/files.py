@@ -32,8 +32,13 @@ def disk_full(purpose: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(
-                f"the disk filled up while trying to {purpose}: {error.strerror}. Nothing half-written was kept. Free "
+                f"the disk filled up while trying to {purpose}: {error.strerror}. Nothing half-written took its place. Free "
                 f"space and run the same command again; what was finished before is reused."
+            ) from error
+        if error.errno == errno.EXDEV:
+            raise ResourceError(
+                f"cannot {purpose}: {error.filename} and {error.filename2} lie on different file systems. Keep all of "
+                f"artifacts/ on one."
             ) from error
         if error.errno in _REFUSED:
             raise ResourceError(
@@ -119,7 +124,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             yield temporary
             for file in (entry for entry in temporary.rglob("*") if entry.is_file()):
                 _fsync(file)
-            _replace_directory(temporary, path)
+            replace_directory(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -137,7 +142,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _replace_directory(new: Path, path: Path) -> None:
+def replace_directory(new: Path, path: Path) -> None:
     """Rename `new` to `path`. What was there is moved aside first and comes back if that fails: it is never lost."""
     if not path.exists():
         os.replace(new, path)

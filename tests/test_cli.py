@@ -26,8 +26,8 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "download", "export", "calibrate", "parity", "quantize", "validate", "verdict", "bundle", "sign", "tiers",
-    "report", "show", "gate", "verify", "key-id",
+    "preflight", "download", "export", "calibrate", "parity", "quantize", "validate", "verdict", "bundle", "sign",
+    "tiers", "report", "show", "gate", "verify", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -250,7 +250,7 @@ def test_weights_that_are_not_numbers_reach_no_artifact(project: Path, command: 
     assert "damaged" in paragraph(command("calibrate", "tiny"))
     shutil.rmtree(project / "artifacts/tiny/variants")
     assert UP in paragraph(command("quantize", "tiny", "q4"))  # with the older, sound calibration
-    assert not any((project / "artifacts/tiny/variants").iterdir())
+    assert not (project / "artifacts/tiny/variants").exists()
 
 
 def test_a_missing_source_folder(project: Path, command: Command) -> None:
@@ -498,9 +498,9 @@ def test_a_release_key_signs_and_verifies_without_permission(
 
 @pytest.fixture
 def small_disk(project: Path) -> Iterator[Path]:
-    """artifacts/tiny/variants on a disk of 512 KiB."""
-    folder = project / "artifacts/tiny/variants"
-    shutil.rmtree(folder)
+    """What is being written, artifacts/tiny/partial, on a disk of 512 KiB."""
+    shutil.rmtree(project / "artifacts/tiny/variants")
+    folder = project / "artifacts/tiny/partial"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
@@ -512,4 +512,12 @@ def small_disk(project: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_nothing_half_written(small_disk: Path, project: Path, command: Command) -> None:
     message = paragraph(command("quantize", "tiny", "q4"))
     assert "disk" in message
-    assert not any(small_disk.iterdir())
+    assert not (project / "artifacts/tiny/variants").exists()
+
+
+def test_folders_on_two_file_systems_are_named(
+    small_disk: Path, project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    message = paragraph(command("quantize", "tiny", "q4"))
+    assert "different file systems" in message and "artifacts/tiny/variants/q4" in message

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,14 @@ from tests.conftest import ROOT
 MODEL_STAGES = {"download", "export", "calibrate", "parity", "reference", "tiers"}
 VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
 PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
+SLOW_WRITES = """
+import os, time
+pwrite = os.pwrite
+def slow(*arguments):
+    time.sleep(0.005)
+    return pwrite(*arguments)
+os.pwrite = slow
+"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,18 @@ class Project:
         """A path below artifacts/."""
         return self.folder / "artifacts" / name
 
+    def slow(self) -> Project:
+        """This project with processes that write artifacts slowly: a kill then falls between any two units."""
+        slow = self.folder.parent / "slow"
+        slow.mkdir(exist_ok=True)
+        (slow / "sitecustomize.py").write_text(SLOW_WRITES)
+        return replace(self, environment=self.environment | {"PYTHONPATH": str(slow)})
+
+    def finished_units(self, variant: str) -> list[str]:
+        """What the journal of an unfinished artifact records, in its order."""
+        journal = self.artifact(f"tiny/partial/{variant}.journal")
+        return journal.read_text().splitlines()[1:] if journal.exists() else []
+
 
 def ran(output: str) -> list[str]:
     """The stages that `dvc repro` ran, in order."""
@@ -91,14 +114,14 @@ def verdicts() -> set[str]:
     return {f"verdict@tiny-{variant}" for variant in tiny.VARIANTS}
 
 
-def kill_during(project: Project, unfinished: str) -> None:
-    """Start `dvc repro` and kill its whole process group as soon as `unfinished` (a glob below artifacts/) exists."""
-    process = project.start("dvc", "repro")
+def kill_during(project: Project, unfinished: Callable[[], bool], *, slowly: bool = False) -> None:
+    """Start `dvc repro` and kill its whole process group as soon as `unfinished()`."""
+    process = (project.slow() if slowly else project).start("dvc", "repro")
     deadline = time.monotonic() + PATIENCE
-    while not list(project.artifact("").glob(unfinished)):
-        assert process.poll() is None, f"finished before {unfinished} was seen: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"{unfinished} never appeared"
-        time.sleep(0.005)
+    while not unfinished():
+        assert process.poll() is None, f"finished too early: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "never came so far"
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -116,19 +139,32 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return Project(folder, kept | {"PATH": path, "PIPELINE_STORE": str(root / "store"), "NO_COLOR": "1"})
 
 
+@dataclass
+class Interrupted:
+    """What lay there unfinished after each kill."""
+
+    units: dict[str, list[list[str]]]
+    folders: list[Path]
+
+
 @pytest.fixture(scope="session")
-def interrupted(project: Project) -> list[Path]:
-    """`dvc repro` killed while it wrote an artifact, and again while it measured; what lay there unfinished."""
-    kill_during(project, "tiny/variants/.q4.*")
-    assert not project.artifact("tiny/variants/q4").exists()
-    unfinished = [*project.artifact("tiny/variants").glob(".*")]
-    kill_during(project, "tiny/evaluation/.reference.*")
+def interrupted(project: Project) -> Interrupted:
+    """`dvc repro` killed at random points of writing two artifacts, and again while it measured."""
+    chance = random.Random(0)
+    units: dict[str, list[list[str]]] = {}
+    for variant, kills in (("q4", 3), ("q3", 2)):  # in DVC's order
+        units[variant] = []
+        for count in sorted(chance.sample(range(1, 18), kills)):
+            kill_during(project, lambda: len(project.finished_units(variant)) >= count, slowly=True)  # noqa: B023
+            units[variant].append(project.finished_units(variant))
+            assert not project.artifact(f"tiny/variants/{variant}").exists()
+    kill_during(project, lambda: any(project.artifact("tiny/evaluation").glob(".reference.*")))
     assert not project.artifact("tiny/evaluation/reference").exists()
-    return [*unfinished, *project.artifact("tiny/evaluation").glob(".*")]
+    return Interrupted(units, [*project.artifact("tiny/evaluation").glob(".*")])
 
 
 @pytest.fixture(scope="session")
-def built(project: Project, interrupted: list[Path]) -> str:
+def built(project: Project, interrupted: Interrupted) -> str:
     """What the run that completed the project printed."""
     output = project.dvc("repro")
     tiny.commit(project.folder, "built")
@@ -154,17 +190,35 @@ def edit(project: Project, name: str, change: Callable[[dict[str, Any]], object]
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_continues_where_it_was(interrupted: list[Path], built: str, project: Project) -> None:
+def test_a_killed_run_continues_where_it_was(interrupted: Interrupted, built: str, project: Project) -> None:
     """What had finished is kept, what had not is made again, and no unfinished folder is taken for an output."""
     stages = ran(built)
     assert "download@tiny" not in stages
     assert "calibrate@tiny" not in stages
-    assert "quantize@tiny-q4" not in stages  # the second run finished it
     assert "reference@tiny" in stages
-    assert len(interrupted) == 2
-    assert not [path for path in interrupted if path.exists()], "gigabytes at full size"
+    assert len(interrupted.folders) == 1
+    assert not [path for path in interrupted.folders if path.exists()], "gigabytes at full size"
     lock = (project.folder / "dvc.lock").read_text()
-    assert not [path.name for path in interrupted if path.name in lock]
+    assert not [path.name for path in interrupted.folders if path.name in lock]
+
+
+def test_killed_artifacts_are_those_of_an_undisturbed_run(
+    interrupted: Interrupted, built: str, project: Project, tmp_path: Path
+) -> None:
+    """Each run went on from the journal of the one before, though `dvc repro` deletes outputs, to the same bytes."""
+    for journals in interrupted.units.values():
+        for before, after in pairwise(journals):
+            assert 0 < len(before) < len(after)
+            assert after[: len(before)] == before, "a unit recorded twice, or lost"
+    assert not project.artifact("tiny/partial").exists()
+    undisturbed = Project(tmp_path / "project", project.environment)
+    shutil.copytree(project.folder, undisturbed.folder, ignore=shutil.ignore_patterns(".dvc", ".git", "variants"))
+    for variant in interrupted.units:
+        undisturbed.run("pipeline", "quantize", "tiny", variant)
+        ours, theirs = (here.artifact(f"tiny/variants/{variant}") for here in (project, undisturbed))
+        assert {file.name: file.read_bytes() for file in ours.iterdir()} == {
+            file.name: file.read_bytes() for file in theirs.iterdir()
+        }
 
 
 def test_every_stage_ran_and_every_output_exists(built: str, project: Project) -> None:

@@ -7,14 +7,12 @@ import hashlib
 import io
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline import files
 from pipeline.errors import ResourceError
-from pipeline.progress import track
 
 
 def names(folder: Path) -> list[str]:
@@ -153,16 +151,6 @@ def test_hashes(tmp_path: Path) -> None:
     target = io.BytesIO()
     assert files.copy_stream(io.BytesIO(data), target) == (len(data), expected)
     assert target.getvalue() == data
-
-
-def test_progress_yields_every_item_and_reports_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert list(track("abcdef", "work", 6)) == list("abcdef")
-    assert "work: 1 of 6, about 100 s left" in capsys.readouterr().err
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:

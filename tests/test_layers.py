@@ -11,7 +11,7 @@ import pytest
 
 # Lowest first. A module may import its own layer and those before it.
 LAYERS = [
-    ("compiled", "config", "errors", "files", "progress"),
+    ("compiled", "config", "errors", "files", "machine", "progress"),
     ("checkpoint",),
     ("graph",),
     ("quantize",),

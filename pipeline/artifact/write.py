@@ -1,35 +1,43 @@
 """Writing an artifact: weights streamed once from the checkpoint through the quantizer into the parts.
 
-Every byte's place is fixed before the first weight is read. Memory is bounded by a few hundred rows of one matrix.
+Every byte's place is fixed before the first weight is read. Threads take units of work (some rows of one matrix), so
+memory is bounded by a few units, whatever the model; what a killed run finished is not done again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
 
-from pipeline.artifact.graph import QuantizedGraph, channel_names, piece_names, quantize_graph
+from pipeline.artifact.graph import QuantizedGraph, channel_names, quantize_graph
 from pipeline.artifact.layout import Layout, make_layout
-from pipeline.checkpoint.architecture import Matrix
+from pipeline.artifact.partial import Partial
+from pipeline.artifact.work import Moments, Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.errors import CheckpointError, PlanError
-from pipeline.files import disk_full, require_free_space
+from pipeline.errors import PlanError
+from pipeline.files import disk_full, write_bytes
 from pipeline.graph.decoder import ROPE_FILE
-from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
-from pipeline.progress import track
-from pipeline.quantize.formats import Quantized, pack
-from pipeline.quantize.search import nearest, weighted
-from pipeline.quantize.split import channel_importance, split_channels
+from pipeline.machine import cores
+from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.progress import Progress
+from pipeline.quantize.split import channel_importance, split_channels, squared_norms
 
-_CHUNK_BYTES = 64 << 20  # float32 bytes of a matrix in memory at a time
+# Flushing as it goes keeps the disk busy while the cores are, and the end short.
+_FLUSH_BYTES = 256 << 20
+# Units waiting for a thread: their weights are on the way from the disk already.
+_AHEAD = 16
 
-Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Draft:
         return f"{self.stem}.data.{number}"
 
     @property
+    def files(self) -> list[str]:
+        """Names of the graph and all parts."""
+        return [self.model_file, *map(self.part_file, range(len(self.layout.parts)))]
+
+    @property
     def bytes(self) -> int:
         """Bytes of the graph and all parts."""
         return self.model.ByteSize() + self.layout.bytes
@@ -70,63 +83,77 @@ class PartWriter:
     def __init__(self, folder: Path, drafted: Draft, stack: ExitStack):
         self.layout = drafted.layout
         self.left = {name: place.length for name, place in drafted.layout.places.items()}
-        self.files = []
+        self.fds = []
         for number, size in enumerate(drafted.layout.parts):
-            file = stack.enter_context((folder / drafted.part_file(number)).open("wb"))
-            file.truncate(size)
-            self.files.append(file)
+            fd = os.open(folder / drafted.part_file(number), os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, fd)
+            self.fds.append(fd)
+            _reserve(fd, size)
 
-    def put(self, name: str, offset: int, data: np.ndarray) -> None:
-        """Write `data` at byte `offset` of tensor `name`."""
+    def put(self, name: str, offset: int, data: memoryview) -> None:
+        """Write `data` at byte `offset` of tensor `name`; safe from several threads."""
+        fd, start = self._place(name, offset, len(data))
+        while data:
+            written = os.pwrite(fd, data, start)
+            data, start = data[written:], start + written
+
+    def get(self, name: str, offset: int, length: int) -> bytes:
+        """What lies at byte `offset` of tensor `name`."""
+        fd, start = self._place(name, offset, length)
+        return os.pread(fd, length, start)
+
+    def _place(self, name: str, offset: int, length: int) -> tuple[int, int]:
         place = self.layout.places[name]
-        raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-        if offset + raw.size > place.length:
-            raise PlanError(f"tensor {name!r}: {offset + raw.size:,} bytes to write, {place.length:,} planned.")
-        _write_all(self.files[place.part].fileno(), memoryview(raw), place.offset + offset)
-        self.left[name] -= raw.size
+        if offset + length > place.length:
+            raise PlanError(f"tensor {name!r}: {offset + length:,} bytes to write, {place.length:,} planned.")
+        return self.fds[place.part], place.offset + offset
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        for fd in self.fds:
+            os.fsync(fd)
 
     def finish(self) -> None:
-        """Flush to disk. Raises PlanError if a planned byte was never written."""
+        """Flush. Raises PlanError if a planned byte was never written."""
         if missing := {name: count for name, count in self.left.items() if count}:
             name, count = next(iter(missing.items()))
             raise PlanError(
                 f"{len(missing)} tensors are not fully written, the first is {name!r}: {count:,} bytes left."
             )
-        for file in self.files:
-            os.fsync(file.fileno())
+        self.flush()
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
+def _reserve(fd: int, size: int) -> None:
+    """Give a file its size, and its blocks where the file system can: a full disk is found now, not at hour 3."""
+    os.truncate(fd, size)
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
 
 
-def write_artifact(folder: Path, drafted: Draft, checkpoint: Checkpoint, export: Path, moments: Moments | None) -> None:
-    """Fill `folder` with the artifact: parts first, the graph last.
+def write_artifact(
+    partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, moments: Moments | None,
+    threads: int | None = None,
+) -> None:  # fmt: skip
+    """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `threads`.
 
     Args:
         export: the folder of the full-precision export, which holds the rotary tables.
         moments: second moments by input; None rounds to nearest.
+        threads: how many work at a time; default: the cores that this process may use.
 
     Raises:
         PlanError: moments are missing or not this model's.
         CheckpointError: a weight is not finite, or too large for a float16 scale.
-        ResourceError: the disk is full. The caller removes `folder` (files.atomic_directory does).
+        ResourceError: the disk is full.
     """
     if moments is not None:
         _check_moments(drafted.plan, moments)
-    require_free_space(folder, drafted.bytes, f"write {drafted.model_file}")
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
-        writer = PartWriter(folder, drafted, stack)
-        channels = _write_channels(writer, drafted.plan, checkpoint, moments)
-        tables = drafted.plan.tables
-        for planned in track(tables, f"quantize {drafted.stem}", len(tables)):
-            for start, rows, quantized in quantize_matrix(planned, checkpoint, moments, channels):
-                _write_rows(writer, planned, start, rows, quantized)
+        writer = PartWriter(partial.folder, drafted, stack)
+        _Run(writer, partial, checkpoint, moments, threads or cores(), stack).write(drafted)
         _write_copies(writer, checkpoint, export)
         writer.finish()
-        (folder / drafted.model_file).write_bytes(drafted.model.SerializeToString(deterministic=True))
+        write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
 
 
 def _check_moments(plan: Plan, moments: Moments) -> None:
@@ -141,74 +168,129 @@ def _check_moments(plan: Plan, moments: Moments) -> None:
             )
 
 
-def quantize_matrix(
-    planned: PlannedMatrix, checkpoint: Checkpoint, moments: Moments | None, channels: Mapping[str, np.ndarray]
-) -> Iterator[tuple[int, int, list[Quantized]]]:
-    """(first row, row count, one Quantized per piece) for consecutive chunks of rows of one matrix."""
-    matrix = planned.matrix
-    importance = None
-    if moments is not None:
-        # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
-        alike = np.ones(matrix.columns, np.float32)
-        importance = alike if matrix.role == "embedding" else moments[matrix.input]
-    step = max(1, _CHUNK_BYTES // (4 * matrix.columns))
-    for start in range(0, matrix.rows, step):
-        weights = checkpoint.rows(matrix.name, start, min(start + step, matrix.rows))
-        chosen = []
-        for piece, name in zip(planned.pieces, channel_names(planned), strict=False):
-            columns = channels[name] if planned.split else slice(None)
-            part = np.ascontiguousarray(weights[:, columns])
-            chosen.append(_quantize_piece(part, piece, None if importance is None else importance[columns], matrix))
-        yield start, len(weights), chosen
+class _Run:
+    """The units of one artifact, several under way at a time, recorded in order as they finish."""
 
+    def __init__(
+        self, writer: PartWriter, partial: Partial, checkpoint: Checkpoint, moments: Moments | None, threads: int,
+        stack: ExitStack,
+    ):  # fmt: skip
+        self.writer, self.partial, self.checkpoint, self.moments = writer, partial, checkpoint, moments
+        self.channels: dict[str, np.ndarray] = {}
+        self.ahead = threads + _AHEAD
+        self.pool = stack.enter_context(ThreadPoolExecutor(threads))
+        self.flusher = stack.enter_context(ThreadPoolExecutor(1))
 
-def _quantize_piece(part: np.ndarray, piece: Piece, importance: np.ndarray | None, matrix: Matrix) -> Quantized:
-    quantized = nearest(part, piece.format) if importance is None else weighted(part, importance, piece.format)
-    if not np.isfinite(quantized.scales).all():
-        raise CheckpointError(
-            f"tensor {matrix.name!r}: a block's scale exceeds float16's 65,504 (largest weight "
-            f"{np.abs(part).max():.4g}). The checkpoint is damaged, or needs a format of its own."
-        )
-    return quantized
+    def write(self, drafted: Draft) -> None:
+        """Quantize every matrix of the plan, or find it finished."""
+        tables, unflushed, flushes = drafted.plan.tables, 0, list[Future[None]]()
+        weight_bytes = sum(self.checkpoint[item.matrix.name].length for item in tables)
+        with Progress(f"quantize {drafted.stem}", len(tables), "tensors", weight_bytes) as progress:
+            for unit, digest in self._in_order(self._units(drafted.plan), self._write_unit):
+                written = self._account(unit.name, unit.ranges(), digest)
+                unflushed += written
+                if unflushed > _FLUSH_BYTES:
+                    flushes.append(self.flusher.submit(self.writer.flush))
+                    unflushed = 0
+                last = unit.stop == unit.planned.matrix.rows
+                progress.advance(int(last), unit.weights * self._item_bytes(unit), kept=not written)
+        for flush in flushes:
+            flush.result()  # the system tells a failed write only once, to whoever asks first
 
+    def _units(self, plan: Plan) -> Iterator[Unit]:
+        groups = sharers(plan)
+        for planned in plan.tables:
+            if planned.split and channel_names(planned)[0] not in self.channels:
+                self._choose_channels(groups[planned.matrix.input])
+            for unit in units(planned):
+                if unit.name not in self.partial.digests:
+                    self.checkpoint.prefetch(planned.matrix.name, unit.start, unit.stop)
+                yield unit
 
-def _write_rows(writer: PartWriter, planned: PlannedMatrix, start: int, rows: int, chosen: list[Quantized]) -> None:
-    for piece, prefix, quantized in zip(planned.pieces, piece_names(planned), chosen, strict=True):
-        fmt = piece.format
-        writer.put(f"{prefix}.codes", fmt.code_bytes(start, piece.columns), pack(quantized.codes, fmt.bits))
-        writer.put(f"{prefix}.scales", fmt.scale_bytes(start, piece.columns), quantized.scales)
-        if not fmt.symmetric:
-            writer.put(f"{prefix}.zeros", fmt.zero_bytes(start, piece.columns), pack(quantized.zeros, fmt.bits))
+    def _item_bytes(self, unit: Unit) -> int:
+        ref = self.checkpoint[unit.planned.matrix.name]
+        return ref.length // ref.elements
 
+    def _in_order(self, items: Iterable[Unit], work: Callable[[Unit], T]) -> Iterator[tuple[Unit, T]]:
+        """(unit, result) in the units' order, whichever thread was faster."""
+        pending: deque[tuple[Unit, Future[T]]] = deque()
+        for item in items:
+            pending.append((item, self.pool.submit(work, item)))
+            if len(pending) > self.ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for item, future in pending:
+            yield item, future.result()
 
-def _write_channels(
-    writer: PartWriter, plan: Plan, checkpoint: Checkpoint, moments: Moments | None
-) -> dict[str, np.ndarray]:
-    """Choose and write the channel order of every split input."""
-    consumers: dict[str, list[PlannedMatrix]] = {}
-    for planned in plan.body:
-        if planned.split:
-            consumers.setdefault(planned.matrix.input, []).append(planned)
-    channels: dict[str, np.ndarray] = {}
-    for name, group in consumers.items():
-        if moments is None:
+    def _write_unit(self, unit: Unit) -> str:
+        """Quantize and write a unit, unless its bytes are there; their SHA-256."""
+        ranges = list(unit.ranges())
+        if known := self._finished(unit.name, ranges):
+            return known
+        chosen = quantize_unit(unit, self.checkpoint, self.moments, self.channels)
+        arrays = [array for item in chosen for array in (item.codes, item.scales, item.zeros)]
+        return self._put(ranges, [array for array in arrays if array.size])
+
+    def _put(self, ranges: list[Range], arrays: list[np.ndarray]) -> str:
+        digest = hashlib.sha256()
+        for (name, offset, length), array in zip(ranges, arrays, strict=True):
+            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if len(data) != length:
+                raise PlanError(f"tensor {name!r}: {len(data):,} bytes computed, {length:,} planned. This is a bug.")
+            self.writer.put(name, offset, data)
+            digest.update(data)
+        return digest.hexdigest()
+
+    def _finished(self, unit: str, ranges: Iterable[Range]) -> str | None:
+        """The recorded digest of `unit`, if what lies in the files has it."""
+        if unit not in self.partial.digests:
+            return None
+        digest = hashlib.sha256()
+        for name, offset, length in ranges:
+            digest.update(self.writer.get(name, offset, length))
+        return digest.hexdigest() if digest.hexdigest() == self.partial.digests[unit] else None
+
+    def _account(self, unit: str, ranges: Iterable[Range], digest: str) -> int:
+        """Tick off what a unit wrote; record it and return its bytes if it was not finished before."""
+        length = 0
+        for name, _, count in ranges:
+            self.writer.left[name] -= count
+            length += count
+        if self.partial.digests.get(unit) == digest:
+            return 0
+        self.partial.record(unit, digest)
+        return length
+
+    def _choose_channels(self, group: list[PlannedMatrix]) -> None:
+        """Choose and write the channel order of the input that `group` shares."""
+        names = channel_names(group[0])
+        ranges = [(name, 0, self.writer.layout.places[name].length) for name in names]
+        if digest := self._finished(names[0], ranges):
+            halves = [np.frombuffer(self.writer.get(*item), np.int32) for item in ranges]
+        else:
+            halves = self._split(group)
+            digest = self._put(ranges, halves)
+        self._account(names[0], ranges, digest)
+        self.channels |= zip(names, halves, strict=True)
+
+    def _split(self, group: list[PlannedMatrix]) -> list[np.ndarray]:
+        name = group[0].matrix.input
+        if self.moments is None:
             raise PlanError(f"input {name!r} is split by importance, which needs calibration: use `search: weighted`.")
-        importance = channel_importance(moments[name], (_column_norms(item.matrix, checkpoint) for item in group))
-        halves = split_channels(importance, group[0].pieces[0].columns)
-        for key, indices in zip(channel_names(group[0]), halves, strict=True):
-            channels[key] = indices
-            writer.put(key, 0, indices)
-    return channels
+        importance = channel_importance(self.moments[name], (self._column_norms(item) for item in group))
+        return list(split_channels(importance, group[0].pieces[0].columns))
 
+    def _column_norms(self, planned: PlannedMatrix) -> np.ndarray:
+        """Squared norm of each column, float64 [columns]. These rows are read again at once, from the page cache."""
+        total = np.zeros(planned.matrix.columns)
+        for _, norms in self._in_order(units(planned), self._unit_norms):
+            total += norms
+        return total
 
-def _column_norms(matrix: Matrix, checkpoint: Checkpoint) -> np.ndarray:
-    """Squared norm of each column, float64 [columns]."""
-    step = max(1, _CHUNK_BYTES // (4 * matrix.columns))
-    total = np.zeros(matrix.columns)
-    for start in range(0, matrix.rows, step):
-        rows = checkpoint.rows(matrix.name, start, min(start + step, matrix.rows))
-        total += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-    return total
+    def _unit_norms(self, unit: Unit) -> np.ndarray:
+        norms = np.zeros(unit.planned.matrix.columns)
+        squared_norms(self.checkpoint.rows(unit.planned.matrix.name, unit.start, unit.stop), norms)
+        return norms
 
 
 def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path) -> None:
@@ -216,10 +298,11 @@ def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path) -> N
     rope = _rope_tables(export)
     for name in [name for name, left in writer.left.items() if left]:
         origin = name.removesuffix("/float32")
-        if origin in checkpoint:
-            writer.put(name, 0, checkpoint.rows(origin))
-        elif name in rope:
-            writer.put(name, 0, rope[name])
+        values = checkpoint.rows(origin) if origin in checkpoint else rope.get(name)
+        if values is not None:
+            data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+            writer.put(name, 0, data)
+            writer.left[name] -= len(data)
 
 
 def _rope_tables(export: Path) -> dict[str, np.ndarray]:

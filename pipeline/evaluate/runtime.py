@@ -5,7 +5,6 @@ This is the runtime that ships; nothing here simulates quantization.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 
-from pipeline.errors import EvaluationError, ResourceError
+from pipeline.errors import EvaluationError
+from pipeline.machine import cores
 
 ort.set_default_logger_severity(3)
 
@@ -30,7 +29,7 @@ def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
         EvaluationError: ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
+    options.intra_op_num_threads = cores()
     if not fold_weights:
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -39,32 +38,6 @@ def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no public base class
         raise EvaluationError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
-
-
-def widened_bytes(weight_bytes: int, parameters: int) -> int:
-    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
-    return weight_bytes + 4 * parameters
-
-
-def fits_widened(weight_bytes: int, parameters: int) -> bool:
-    """Whether that fits with a quarter of the available memory to spare."""
-    return widened_bytes(weight_bytes, parameters) < 0.75 * psutil.virtual_memory().available
-
-
-def require_widened(weight_bytes: int, parameters: int, model: str) -> None:
-    """Refuse to measure a full-precision reference that would drive the machine out of memory hours later.
-
-    Raises:
-        ResourceError: with both figures and the way out.
-    """
-    if not fits_widened(weight_bytes, parameters):
-        needed, available = widened_bytes(weight_bytes, parameters), psutil.virtual_memory().available
-        raise ResourceError(
-            f"{model}: measuring the full-precision reference takes {needed:,} bytes of memory (weights in float32 "
-            f"beside their file) and a third more to spare; {available:,} are available. Run this stage once on a "
-            f"larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its results here: the variants "
-            f"need them, not the model."
-        )
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class TensorFormat:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a matrix in a format: codes uint8 [rows, columns]; scales float16, zeros uint8 [rows, columns/block]."""
+    """Rows of a matrix in a format, as stored: packed codes and zero points, uint8 [rows, bytes of a row] (none for a
+    symmetric format), scales float16 [rows, columns/block]."""
 
     format: TensorFormat
     codes: np.ndarray
@@ -94,10 +95,13 @@ class Quantized:
 
     def dequantize(self) -> np.ndarray:
         """The weights that the runtime computes with, float32 [rows, columns]."""
-        rows, columns = self.codes.shape
-        blocks = self.codes.reshape(rows, -1, self.format.block).astype(np.float32)
-        values = (blocks - self.zeros[..., None].astype(np.float32)) * self.scales[..., None].astype(np.float32)
-        return values.reshape(rows, columns)
+        fmt, (rows, blocks) = self.format, self.scales.shape
+        codes = unpack(self.codes, fmt.bits, blocks * fmt.block).reshape(rows, blocks, fmt.block)
+        zeros = np.full((rows, blocks), fmt.middle) if fmt.symmetric else unpack(self.zeros, fmt.bits, blocks)
+        values = (codes.astype(np.float32) - zeros[..., None].astype(np.float32)) * self.scales[..., None].astype(
+            np.float32
+        )
+        return values.reshape(rows, blocks * fmt.block)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pipeline.compiled import compiled
+
 
 def channel_importance(moments: np.ndarray, column_norms: Iterable[np.ndarray]) -> np.ndarray:
     """E[x_j²] · Σ ‖column j‖² over the matrices that share the input: float64 [channels].
@@ -28,3 +30,12 @@ def split_channels(importance: np.ndarray, high: int) -> tuple[np.ndarray, np.nd
     """
     order = np.argsort(-importance, kind="stable")
     return np.sort(order[:high]).astype(np.int32), np.sort(order[high:]).astype(np.int32)
+
+
+@compiled(nogil=True)
+def squared_norms(weights: np.ndarray, total: np.ndarray) -> None:
+    """Add the squares of each column of float32 [rows, columns] to `total`, float64 [columns]."""
+    for row in range(weights.shape[0]):
+        for column in range(weights.shape[1]):
+            value = np.float64(weights[row, column])
+            total[column] += value * value

@@ -10,6 +10,7 @@ from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
+from pipeline.stages.preflight import misfits, require_download
 from pipeline.stages.texts import read_tokenizer
 from pipeline.stages.workspace import Workspace
 
@@ -23,6 +24,7 @@ def run(model: str) -> None:
     config.check_all()
     entry = config.load_model(model)
     store, workspace = Store(), Workspace(model)
+    require_download(model, store)
     for name, source in config.load_datasets().datasets.items():
         fetch_dataset(name, source, store)
     lock = fetch_model(model, entry, store)
@@ -42,3 +44,5 @@ def run(model: str) -> None:
     )
     for note in notes:
         print(f"{model}: {note}", file=sys.stderr)
+    for sentence in misfits(model):
+        print(f"{model}: will not run here: {sentence}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pipeline.evaluate.optimum_export import export_reference
 from pipeline.evaluate.parity import compare, cut, cut_model, is_whole
 from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.stages.preflight import parity_needs, require
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
 DECODE_STEPS = 8
@@ -22,8 +23,9 @@ def run(model: str) -> None:
     reference = workspace.reference(Store())
     architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)
     part = cut(architecture, checkpoint, wanted.memory_bytes)
+    smaller, tensors = cut_model(architecture, checkpoint, part)
+    require(model, parity_needs(tensors.values()))
     with scratch_directory(workspace.root / ".parity") as folder:
-        smaller, tensors = cut_model(architecture, checkpoint, part)
         if is_whole(architecture, part):
             ours = reference / MODEL_FILE  # the very graph that was exported
         else:

@@ -2,54 +2,94 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
 import onnx
 
+import pipeline
 from pipeline import config
+from pipeline.artifact.estimate import estimate
+from pipeline.artifact.partial import open_partial
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
-from pipeline.files import atomic_directory, read_json, write_json
+from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.planning.recipes import make_plan
+from pipeline.stages import needs
 from pipeline.stages.calibrate import read_moments
+from pipeline.stages.preflight import require
 from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 PLAN_FILE = "plan.json"
 
 
 def run(model: str, variant: str, dry_run: bool = False) -> None:
-    """Write artifacts/<model>/variants/<variant>; with `dry_run`, print the plan only."""
+    """Write artifacts/<model>/variants/<variant>, continuing what a killed run began.
+
+    With `dry_run`, print the plan, the exact sizes and an estimate of the time.
+    """
     recipe = config.load_recipe(variant)
     workspace = Workspace(model)
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")
     source = onnx.load(workspace.require(workspace.export / MODEL_FILE, "export"), load_external_data=False)
     drafted = draft(source, make_plan(architecture, recipe), workspace.file_stem(variant), recipe.part_bytes)
+    checkpoint = Checkpoint(weights)
     print(describe(drafted, architecture.parameters))
     if dry_run:
+        print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
         return
     moments = read_moments(workspace) if recipe.search == "weighted" else None
-    with atomic_directory(workspace.artifact(variant)) as folder:
-        write_artifact(folder, drafted, Checkpoint(weights), workspace.export, moments)
-        written = sum(file.stat().st_size for file in folder.iterdir())
+    with open_partial(workspace.partial(variant), _key(workspace, recipe)) as partial:
+        left = max(0, drafted.bytes - partial.bytes)
+        require(model, needs.quantize(variant, left, architecture.parameters, recipe.search))
+        write_artifact(partial, drafted, checkpoint, workspace.export, moments)
+        _make_runnable(partial.folder, workspace, drafted.model_file)
+        write_json(partial.folder / PLAN_FILE, plan_record(drafted, recipe, architecture.parameters))
+        written = sum((partial.folder / name).stat().st_size for name in drafted.files)
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
-        _make_runnable(folder, workspace, drafted.model_file)
-        write_json(folder / PLAN_FILE, plan_record(drafted, recipe, architecture.parameters))
+        partial.finish(workspace.artifact(variant))
     print(f"{model} {variant}: {written:,} bytes written, as planned")
+
+
+def _key(workspace: Workspace, recipe: config.RecipeConfig) -> str:
+    """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
+    inputs = {
+        "source": {file.name: file.sha256 for file in workspace.read_lock().files},
+        "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
+        "moments": sha256_of(workspace.moments) if recipe.search == "weighted" else None,
+        "recipe": recipe.model_dump(mode="json"),
+        "code": [sha256_of(file) for file in _code()],
+        "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> list[Path]:
+    """The code of the package up to the artifact layer, and this stage."""
+    package = Path(pipeline.__file__).parent
+    layers = ("checkpoint", "graph", "quantize", "planning", "artifact")
+    return [
+        Path(__file__),
+        package / "compiled.py",
+        *sorted(f for name in layers for f in (package / name).glob("*.py")),
+    ]
 
 
 def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
     """Complete the artifact with the export's tokenizer and configuration: onnxruntime-genai loads it as it lies."""
     for file in workspace.export.iterdir():
         if file.name not in {MODEL_FILE, ROPE_FILE, GENAI_CONFIG}:
-            shutil.copyfile(file, folder / file.name)
+            write_bytes(folder / file.name, file.read_bytes())
     settings = read_json(workspace.export / GENAI_CONFIG)
     settings["model"]["decoder"]["filename"] = model_file
     write_json(folder / GENAI_CONFIG, settings)

@@ -17,11 +17,13 @@ from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.evaluate import divergence, humaneval, mmlu, statistics
 from pipeline.evaluate.generate import Writer
-from pipeline.evaluate.runtime import OnnxDecoder, require_widened
+from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.evaluate.sandbox import require_isolation
 from pipeline.evaluate.speed import measure
 from pipeline.files import atomic_directory, write_json
 from pipeline.progress import track
+from pipeline.stages import needs
+from pipeline.stages.preflight import require
 from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.texts import dataset, encoder, scored_ids
 from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
@@ -37,10 +39,12 @@ def run(model: str, variant: str) -> None:
     is_reference = variant == REFERENCE
     if is_reference:
         export = workspace.reference(store)
-        parameters = read_architecture(export / "config.json").parameters
-        require_widened(Checkpoint(export).weight_bytes, parameters, model)
+        architecture, weight_bytes = read_architecture(export / "config.json"), Checkpoint(export).weight_bytes
+        require(model, needs.reference(architecture, weight_bytes, suite, mode))
     else:
         export = workspace.require(workspace.artifact(variant), "quantize", variant)
+        size = workspace.read(export / PLAN_FILE, "quantize", variant)["bytes"]
+        require(model, needs.validate(read_architecture(export / "config.json"), variant, size, suite, mode))
     graph = export / (MODEL_FILE if is_reference else f"{workspace.file_stem(variant)}.onnx")
     reference = None if is_reference else workspace.read(workspace.evaluation(REFERENCE) / ITEMS, "validate", REFERENCE)
     with atomic_directory(workspace.evaluation(variant)) as folder:

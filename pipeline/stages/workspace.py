@@ -1,7 +1,8 @@
 """Where each stage writes and reads: one place for all paths under `artifacts/`.
 
 Everything is a DVC output except `reference/`, a folder of hard links (graph, tokenizer and weights side by side, as
-ONNX Runtime wants them) that any stage can make again from the export and the store.
+ONNX Runtime wants them) that any stage can make again from the export and the store, and `partial/`, where artifacts
+grow.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Workspace:
     def artifact(self, variant: str) -> Path:
         """Folder of a variant's quantized graph and data."""
         return self.root / "variants" / variant
+
+    def partial(self, variant: str) -> Path:
+        """A variant's artifact while it is written: no output of a stage, so that `dvc repro` lets it be."""
+        return self.root / "partial" / variant
 
     def evaluation(self, variant: str) -> Path:
         """Folder of a variant's per-item results (`REFERENCE`: the full-precision model's)."""

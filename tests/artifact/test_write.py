@@ -13,9 +13,11 @@ import errno
 import os
 import resource
 import shutil
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,24 +28,18 @@ from safetensors.numpy import save_file
 
 from pipeline.artifact import write
 from pipeline.artifact.graph import channel_names, quantize_graph
-from pipeline.artifact.write import Draft, draft, write_artifact
-from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
+from pipeline.artifact.work import Unit, quantize_unit, units
+from pipeline.artifact.write import Draft, PartWriter
+from pipeline.checkpoint.architecture import Matrix, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config import RecipeConfig, load_recipe
 from pipeline.errors import CheckpointError, GraphError, PlanError, ResourceError
-from pipeline.files import atomic_directory
-from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.planning.recipes import PlannedMatrix, make_plan
+from pipeline.quantize.formats import Quantized
 from pipeline.quantize.search import nearest, weighted
 from pipeline.quantize.split import channel_importance, split_channels
+from tests.artifact.exported import PART_BYTES, Exported, changed, export
 from tests.families import CASES, make_checkpoint
-
-PART_BYTES = 100_000  # several parts even for the tiny models
-
-
-def changed(variant: str, **changes: object) -> RecipeConfig:
-    return RecipeConfig.model_validate(load_recipe(variant).model_dump() | changes)
-
 
 ROLES = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 RECIPES = {
@@ -59,37 +55,6 @@ TABLES = {
     "w8 tables": changed("q4", embedding="w8b128a", head="w8b64a", body=[{"roles": ROLES, "format": "w8b64a"}]),
     "w4s": changed("q4", embedding="w4b16s", head="w4b128a", body=[{"roles": ROLES, "format": "w2b64s"}]),
 }
-
-
-@dataclass
-class Exported:
-    """A tiny checkpoint and its full-precision export, in one folder, with random calibration moments."""
-
-    folder: Path
-    architecture: Architecture
-    checkpoint: Checkpoint
-    model: onnx.ModelProto
-    moments: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def draft(self, recipe: RecipeConfig, part_bytes: int = PART_BYTES) -> Draft:
-        return draft(self.model, make_plan(self.architecture, recipe), "tiny", part_bytes)
-
-    def write(self, recipe: RecipeConfig, folder: Path, part_bytes: int = PART_BYTES) -> Draft:
-        drafted = self.draft(recipe, part_bytes)
-        moments = self.moments if recipe.search == "weighted" else None
-        with atomic_directory(folder) as temporary:
-            write_artifact(temporary, drafted, self.checkpoint, self.folder, moments)
-        return drafted
-
-
-def export(folder: Path, context: int = 96) -> Exported:
-    architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
-    model, rope = build_decoder(architecture, checkpoint, context)
-    save_decoder(folder, model, rope, "model.onnx")
-    rng = np.random.default_rng(7)
-    columns = {matrix.input: matrix.columns for matrix in architecture.matrices}
-    moments = {name: np.exp(rng.standard_normal(count)).astype(np.float32) for name, count in columns.items()}
-    return Exported(folder, architecture, checkpoint, model, moments)
 
 
 @pytest.fixture(scope="module")
@@ -300,15 +265,17 @@ def test_every_format_of_table_and_body(case: str, recipe: str, exports: dict[st
     check_all(exports[case], TABLES[recipe], tmp_path)
 
 
-def test_chunks_of_rows_give_the_same_bytes(
-    exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variant", ["q4_k_m", "q3"])
+def test_threads_and_units_of_rows_give_the_same_bytes(
+    variant: str, exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported = exports["qwen2"]
-    exported.write(RECIPES["q3"], tmp_path / "whole")
-    monkeypatch.setattr(write, "_CHUNK_BYTES", 37 * 4 * 128)  # 37 rows of 128 channels, 14 of 320
-    exported.write(RECIPES["q3"], tmp_path / "chunks")
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "chunks" / file.name).read_bytes()
+    exported, recipe = exports["qwen2"], RECIPES[variant]
+    exported.write(recipe, tmp_path / "whole", threads=1)
+    monkeypatch.setattr(write, "units", partial(units, unit_bytes=37 * 4 * 128))  # 37 rows of 128 channels, 14 of 320
+    for threads in (1, 2, 5, 5, None):
+        exported.write(recipe, tmp_path / "units", threads)
+        for file in (tmp_path / "whole").iterdir():
+            assert file.read_bytes() == (tmp_path / "units" / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "phi3-partial-tied"])
@@ -362,11 +329,11 @@ def test_what_is_not_quantized_is_copied_exactly(case: str, exports: dict[str, E
 
 
 def refusal(error: type[Exception], exported: Exported, recipe: RecipeConfig, folder: Path) -> str:
-    """The message; and nothing half-done is left."""
+    """The message; there is no artifact, and no graph that would make the unfinished one look like one."""
     with pytest.raises(error) as caught:
         exported.write(recipe, folder)
-    assert list(folder.parent.glob(f".{folder.name}*")) == []
     assert not folder.exists()
+    assert not (folder.parent / "partial" / folder.name / "tiny.onnx").exists()
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -438,16 +405,6 @@ def test_a_plan_for_another_model(exports: dict[str, Exported], tmp_path: Path) 
         quantize_graph(exports["llama-untied"].model, plan)
 
 
-def test_too_little_disk_is_found_before_writing(
-    exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exported = exports["llama-tied"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    message = refusal(ResourceError, exported, RECIPES["q4"], tmp_path / "artifact")
-    assert "1,000 free" in message
-    assert f"{exported.draft(RECIPES['q4']).bytes:,} bytes needed" in message
-
-
 def test_the_disk_fills_up_while_writing(
     exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,13 +412,47 @@ def test_the_disk_fills_up_while_writing(
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
         calls.append(fd)
-        if len(calls) > 12:
+        if len(calls) > 40:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data[: len(data) // 2 + 1], offset)  # short writes are completed
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     message = refusal(ResourceError, exports["llama-tied"], RECIPES["q4"], tmp_path / "artifact")
     assert "the disk filled up while trying to write tiny.onnx: No space left" in message
+    assert "what was finished before is reused" in message
+    calls.clear()
+    monkeypatch.setattr(os, "pwrite", real)
+    redone: list[str] = []
+
+    def spy(unit: Unit, *rest: Any) -> list[Quantized]:
+        redone.append(unit.name)
+        return quantize_unit(unit, *rest)
+
+    monkeypatch.setattr(write, "quantize_unit", spy)
+    drafted = exports["llama-tied"].write(RECIPES["q4"], tmp_path / "artifact")
+    assert 0 < len(redone) < len(drafted.plan.tables)
+    exports["llama-tied"].write(RECIPES["q4"], tmp_path / "whole")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "artifact" / file.name).read_bytes()
+
+
+def test_a_write_that_fails_late_is_not_lost(
+    exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up when the system writes its cache back. It says so once: to a flush while work goes on."""
+    real, calls = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    monkeypatch.setattr(write, "_FLUSH_BYTES", 0)
+    monkeypatch.setattr(os, "fsync", fsync)
+    message = refusal(ResourceError, exports["llama-tied"], RECIPES["q4"], tmp_path / "artifact")
+    assert "No space left" in message
+    assert len(calls) > 1
 
 
 def test_the_system_refuses_larger_files(exports: dict[str, Exported], tmp_path: Path) -> None:
@@ -491,7 +482,16 @@ def test_an_old_artifact_survives_a_failed_one(
 def test_bytes_outside_their_place_are_refused(
     exports: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A packing that disagrees with the plan stops; it does not overwrite the neighbour."""
-    monkeypatch.setattr(write, "pack", lambda values, bits: np.zeros((len(values), 129), np.uint8))
+    """A quantizer that disagrees with the plan stops; it does not overwrite the neighbour."""
+
+    def longer(unit: Unit, *rest: Any) -> list[Quantized]:
+        return [replace(item, codes=np.pad(item.codes, ((0, 0), (0, 1)))) for item in quantize_unit(unit, *rest)]
+
+    monkeypatch.setattr(write, "quantize_unit", longer)
     message = refusal(PlanError, exports["llama-tied"], RECIPES["q4"], tmp_path / "artifact")
-    assert "'model.embed_tokens.codes': 41,280 bytes to write, 40,960 planned" in message
+    assert "'model.embed_tokens.codes': 41,280 bytes computed, 40,960 planned" in message
+    drafted = exports["llama-tied"].draft(RECIPES["q4"])
+    with ExitStack() as stack:
+        writer = PartWriter(tmp_path, drafted, stack)
+        with pytest.raises(PlanError, match=r"'model.embed_tokens.codes': 40,961 bytes to write, 40,960 planned"):
+            writer.put("model.embed_tokens.codes", 40_000, memoryview(bytes(961)))

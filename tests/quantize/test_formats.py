@@ -92,8 +92,11 @@ def test_blocks_are_fitted_to_the_matrix() -> None:
 
 def test_dequantize_by_hand() -> None:
     codes = np.array([[0, 1, 2, 3] * 8 + [3] * 32], np.uint8)
-    scales, zeros = np.array([[0.5, -2.0]], np.float16), np.array([[1, 2]], np.uint8)
-    values = Quantized(TensorFormat(2, 32, False), codes, scales, zeros).dequantize()
+    scales, zeros = np.array([[0.5, -2.0]], np.float16), np.array([[0b10_01]], np.uint8)
+    values = Quantized(TensorFormat(2, 32, False), pack(codes, 2), scales, zeros).dequantize()
     assert values.dtype == np.float32
     assert values[0, :4].tolist() == [-0.5, 0.0, 0.5, 1.0]
     assert set(values[0, 32:].tolist()) == {-2.0}
+    unsigned = Quantized(TensorFormat(2, 32, True), pack(codes, 2), scales, np.empty((1, 0), np.uint8)).dequantize()
+    assert unsigned[0, :4].tolist() == [-1.0, -0.5, 0.0, 0.5]
+    assert set(unsigned[0, 32:].tolist()) == {-2.0}

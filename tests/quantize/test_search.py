@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.quantize import search
-from pipeline.quantize.formats import Quantized, TensorFormat
+from pipeline.quantize.formats import Quantized, TensorFormat, unpack
 from pipeline.quantize.search import floored, nearest, weighted
 
 FORMATS = ["w2b32s", "w2b64a", "w4b32s", "w4b32a", "w4b16a", "w8b32s", "w8b64a"]
@@ -51,9 +51,10 @@ def test_blocks_on_the_grid_are_kept_exactly(name: str) -> None:
     weights = np.array([np.tile(block, 2)], np.float32)
     fmt = TensorFormat.parse(name)
     plain = nearest(weights, fmt)
-    assert plain.codes[0].tolist() == list(codes) * 2
+    assert unpack(plain.codes, fmt.bits, 32)[0].tolist() == list(codes) * 2
     assert plain.scales.tolist() == [[scale]]
-    assert plain.zeros.tolist() == [[zero]]
+    assert plain.zeros.tolist() == [[] if fmt.symmetric else [zero]]
+    assert not fmt.symmetric or zero == fmt.middle
     for quantized in (plain, weighted(weights, np.arange(1.0, 33.0), fmt)):
         np.testing.assert_array_equal(quantized.dequantize(), weights)
 
@@ -151,21 +152,68 @@ def test_the_ends_of_float16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_result_does_not_depend_on_threads_or_chunks(name: str) -> None:
+def test_the_result_does_not_depend_on_chunks_or_threads(name: str) -> None:
+    """Any rows at a time, several calls at once, from contiguous memory or not: the same bytes."""
     fmt = TensorFormat.parse(name)
     weights, moments = sample(5, rows=37, columns=576)
-    before = numba.get_num_threads()
-    results = []
-    try:
-        for threads in sorted({1, before}):
-            numba.set_num_threads(threads)
-            results.append(weighted(weights, moments, fmt))
-    finally:
-        numba.set_num_threads(before)
-    assert all(same(results[0], other) for other in results)
-    chunks = [weighted(weights[start : start + 5], moments, fmt) for start in range(0, 37, 5)]
-    np.testing.assert_array_equal(np.concatenate([chunk.codes for chunk in chunks]), results[0].codes)
-    np.testing.assert_array_equal(np.concatenate([chunk.scales for chunk in chunks]), results[0].scales)
+    whole = weighted(weights, moments, fmt)
+    assert same(whole, weighted(np.asfortranarray(weights), moments, fmt))
+    with ThreadPoolExecutor(5) as pool:
+        chunks = list(
+            pool.map(lambda start: weighted(weights[start : start + 5], moments, fmt), [*range(0, 37, 5)] * 3)
+        )
+    for again in range(3):
+        for part in ("codes", "scales", "zeros"):
+            found = np.concatenate([getattr(chunk, part) for chunk in chunks[8 * again : 8 * again + 8]])
+            np.testing.assert_array_equal(found, getattr(whole, part))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_are_those_of_the_format(name: str) -> None:
+    fmt = TensorFormat.parse(name)
+    weights, moments = sample(6, rows=7, columns=320)
+    for quantized in (nearest(weights, fmt), weighted(weights, moments, fmt)):
+        assert quantized.codes.nbytes == fmt.code_bytes(7, 320)
+        assert quantized.scales.nbytes == fmt.scale_bytes(7, 320)
+        assert quantized.zeros.nbytes == fmt.zero_bytes(7, 320)
+        assert quantized.dequantize().shape == (7, 320)
+
+
+def rounded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and values of the compiled rounding to float16; any count."""
+    lanes = search._LANES
+    padded = np.zeros(-(-len(values) // lanes) * lanes, np.float32)
+    padded[: len(values)] = values
+    bits, floats = np.empty(len(padded), np.uint16), np.empty_like(padded)
+    for start in range(0, len(padded), lanes):
+        search._round_scales(padded[start : start + lanes], bits[start : start + lanes], floats[start : start + lanes])
+    return bits[: len(values)], floats[: len(values)]
+
+
+def test_scales_are_rounded_to_float16_as_ieee_754_says() -> None:
+    """Every float16, the middle between it and the next (a tie), and the float32 on each side of both; both signs."""
+    halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    # Beyond the largest float16 numpy's tie is at 65,520: where the next float16 would be 65,536.
+    nexts = np.append(halves[1:-1], np.float32(65536))
+    ties = ((halves[:-1].astype(np.float64) + nexts) / 2).astype(np.float32)
+    centres = np.concatenate([halves, ties, np.float32([1e-45, 1e-38, 7e4, 1e8, 3.4e38])])
+    around = [centres, np.nextafter(centres, np.float32(-np.inf)), np.nextafter(centres, np.float32(np.inf))]
+    positive = np.abs(np.concatenate(around))
+    values = np.concatenate([positive, -positive])
+    bits, floats = rounded(values)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(bits, expected.view(np.uint16))
+    np.testing.assert_array_equal(floats.view(np.uint32), expected.astype(np.float32).view(np.uint32))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_any_float32_is_rounded_to_float16(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << 32, 4096, dtype=np.uint32).view(np.float32)
+    values = values[~np.isnan(values)]
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(rounded(values)[0], values.astype(np.float16).view(np.uint16))
 
 
 def test_columns_must_fill_blocks() -> None:
@@ -185,12 +233,14 @@ def test_a_package_that_cannot_be_written_still_works(tmp_path: Path) -> None:
     (package / "quantize" / "__pycache__").write_text("a file where the cache would be")
     program = (
         "import numpy as np\n"
-        "from pipeline.quantize import search\n"
-        "print(search._code(*np.array([-0.9, 2, 8, 15], np.float32)))\n"  # round(-0.9 * 2) + 8
+        "from pipeline.quantize import search, split\n"
+        "total = np.zeros(2)\n"
+        "split.squared_norms(np.array([[1, 2], [3, 4]], np.float32), total)\n"
+        "print(total.tolist())\n"
     )
     nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=nowhere, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "6.0"
+    assert done.stdout.strip() == "[10.0, 20.0]"

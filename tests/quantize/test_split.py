@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.quantize.split import channel_importance, split_channels
+from pipeline.quantize.split import channel_importance, split_channels, squared_norms
 
 
 def test_importance_by_hand() -> None:
@@ -31,3 +31,12 @@ def test_halves_are_a_partition_by_importance(channels: int, seed: int, data: st
     assert (np.diff(high) > 0).all()
     assert (np.diff(low) > 0).all()
     assert importance[high].min() >= importance[low].max()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_norms_are_added_in_float64(rows: int, columns: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = (rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-20, 15, (rows, columns))).astype(np.float32)
+    total = np.ones(columns)
+    squared_norms(weights, total)
+    np.testing.assert_allclose(total, 1 + (weights.astype(np.float64) ** 2).sum(axis=0), rtol=1e-12)

@@ -1,0 +1,212 @@
+"""Put the figures of benchmarks/results/ into README.md's tables.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversion import MODELS, RESULTS
+from benchmarks.searches import BESIDE, pooled, ratio
+from pipeline.files import read_json, write_bytes
+
+README = Path(__file__).with_name("README.md")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; columns after the first are right-aligned."""
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def the_machine(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """What the figures were measured on."""
+    found = records[0]["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    vectors = ", ".join(found["vector_extensions"])
+    return (
+        f"{found['cpu']}, {found['cores']} cores ({vectors}), {found['cache_bytes'] / 2**20:.0f} MiB of cache, "
+        f"{found['memory_bytes'] / 2**30:.0f} GiB of memory; {found['kernel']}, Python {found['python']}, {packages}."
+    )
+
+
+def conversion(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """Every variant of every model: time beside the floor, memory, disk."""
+    head = (
+        "model, variant", "bytes written", "floor: read + write, s", "quantize, s", "÷ floor", "CPU, s",
+        "weights/s and core", "private, MB", "mapped, MB", "disk ÷ artifact",
+    )  # fmt: skip
+    return table(head, [_conversion_row(record["model"], run) for record in records for run in record["variants"]])
+
+
+def _conversion_row(model: str, run: dict[str, Any]) -> list[str]:
+    floor = run["floor"]
+    return [
+        f"{model} {run['variant']}",
+        f"{run['bytes']:,}",
+        f"{floor['read_seconds']:.0f} + {floor['write_seconds']:.0f}",
+        f"{run['wall_seconds']:.0f}",
+        f"{run['ratio_to_floor']:.2f}",
+        f"{run['cpu_seconds']:.0f}",
+        f"{run['weights'] / run['cpu_seconds'] / 1e6:,.0f} M",
+        f"{run['private_bytes'] / 1e6:,.0f}",
+        f"{run['mapped_bytes'] / 1e6:,.0f}",
+        f"{run['disk_growth_over_artifact']:.3f}",
+    ]
+
+
+def scaling(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """q4 by model size and number of cores, and what a kill costs."""
+    head = (
+        "model",
+        "parameters",
+        "1 core, s",
+        "private, MB",
+        "2 cores, s",
+        "private, MB",
+        "killed after, s",
+        "second run, s",
+        "bytes",
+    )
+    rows = []
+    for record in records:
+        two = next(run for run in record["variants"] if run["variant"] == "q4")
+        one, resume = record.get("one_thread"), record["resume"]
+        same = resume["same_bytes"] and (one is None or one["sha256"] == two["sha256"])
+        alone = (f"{one['wall_seconds']:.0f}", f"{one['private_bytes'] / 1e6:,.0f}") if one else ("not run", "")
+        rows.append([
+            record["model"], f"{two['weights']:,}", *alone, f"{two['wall_seconds']:.0f}",
+            f"{two['private_bytes'] / 1e6:,.0f}", f"{resume['killed_after_seconds']:.0f}",
+            f"{resume['second_run_seconds']:.0f}", "the same" if same else "DIFFERENT",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def stages(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """The stages before quantize."""
+    head = (
+        "model",
+        "source, bytes",
+        "download: link and hash, s",
+        "export, s",
+        "calibrate (64 tokens), s",
+        "private, MB",
+    )
+    return table(head, [_stage_row(record) for record in records])
+
+
+def _stage_row(record: dict[str, Any]) -> list[str]:
+    seconds = [f"{record[stage]['wall_seconds']:.1f}" for stage in ("download", "export", "calibrate")]
+    return [
+        record["model"],
+        f"{record['source_bytes']:,}",
+        *seconds,
+        f"{record['calibrate']['private_bytes'] / 1e6:,.0f}",
+    ]
+
+
+def run_time(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """Loading and decoding, beside the roofline."""
+    head = (
+        "artifact", "runtime, threads", "load, s", "private + mapped after load, MB", "first token, s",
+        "prefill, tokens/s", "decode, tokens/s (low–high)", "roofline", "share",
+    )  # fmt: skip
+    return table(head, [row for record in records for row in _run_rows(record)])
+
+
+def _run_rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    for variant in record["variants"]:
+        if "decode" in variant:
+            yield _run_row(f"{record['model']} {variant['variant']}", variant["decode"])
+    for run in record.get("runtime", {}).get("runs", []):
+        yield _run_row(f"{record['model']} q4{', prepacked file' * (run['form'] == 'prepacked')}", run)
+
+
+def _run_row(name: str, run: dict[str, Any]) -> list[str]:
+    memory = f"{run['loaded_private_bytes'] / 1e6:,.0f} + {run['loaded_mapped_bytes'] / 1e6:,.0f}"
+    row = [f"{name}{', cold' * run['cold']}", f"{run['engine']}, {run['threads'] or 'default'}"]
+    row += [f"{run['load_seconds']:.1f}", memory, f"{run['first_token_seconds']:.2f}"]
+    if run["rate"] is None:
+        return [*row, "", "", "", ""]
+    row += [f"{run['prefill_rate']:.1f}", f"{run['rate']:.2f} ({run['rate_low']:.2f}–{run['rate_high']:.2f})"]
+    ceiling = run.get("ceiling")
+    return [*row, *([f"{ceiling:.1f}", f"{run['rate'] / ceiling:.0%}"] if ceiling else ["", ""])]
+
+
+def prepacked(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """The prepacked files and the bandwidth under the rooflines."""
+    head = (
+        "model",
+        "artifact, bytes",
+        "read per token, GB",
+        "memory, GB/s (1 · 2 threads)",
+        "prepacked file, bytes",
+        "saved in, s",
+    )
+    rows = []
+    for record in (record for record in records if "runtime" in record):
+        found = record["runtime"]
+        rates = " · ".join(f"{rate / 1e9:.1f}" for rate in found["bandwidth"]["bytes_per_second"].values())
+        read, saved = found["reads"]["bytes_per_token"], found["prepacked"]
+        rows.append([
+            record["model"], f"{found['artifact_bytes']:,}", f"{read / 1e9:.2f}", rates,
+            f"{saved['bytes']:,} ({saved['ratio']:.2f} ×)", f"{saved['save_seconds']:.0f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def quantizers(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
+    """Our searches beside the peers' on the same weights."""
+    pools = pooled(searches["records"])
+    head = (
+        "tool, format",
+        "threads",
+        "bits/weight",
+        "M weights/s and core",
+        "relative error",
+        "weighted error",
+        "our nearest ÷ it",
+        "our weighted ÷ it",
+    )
+    rows = []
+    for key, row in pools.items():
+        ours = key[0].startswith("ours")
+        beside = ["", ""] if ours else [f"{ratio(pools, what, key):.1f}" for what in BESIDE]
+        rows.append([
+            f"{key[0]}, {key[1]}", key[2] or "any", f"{row['bits']:.2f}", f"{row['per_core'] / 1e6:.1f}",
+            f"{row['rel_error']:.4f}", f"{row['weighted_error']:.4f}", *beside,
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+TABLES = {
+    "machine": the_machine, "conversion": conversion, "scaling": scaling, "stages": stages, "runtime": run_time,
+    "prepacked": prepacked, "quantizers": quantizers,
+}  # fmt: skip
+
+
+def _fill(found: re.Match[str], new: str) -> str:
+    return f"{found[1]}{new}\n{found[2]}"
+
+
+def main() -> None:
+    """Rewrite every marked table of README.md."""
+    records = [read_json(file) for name in MODELS if (file := RESULTS / f"conversion-{name}.json").exists()]
+    searches = read_json(RESULTS / "searches.json")
+    text = README.read_text(encoding="utf-8")
+    for name, render in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not marked.search(text):
+            raise SystemExit(f"{README}: no place for the table {name!r}.")
+        text = marked.sub(partial(_fill, new=render(records, searches)), text)
+    write_bytes(README, text.encode())
+
+
+if __name__ == "__main__":
+    main()

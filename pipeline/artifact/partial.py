@@ -1,0 +1,114 @@
+"""An unfinished artifact, kept where a killed run left it, so that the next run continues.
+
+`dvc repro` deletes a stage's outputs before it runs, so the work in progress lies beside them: `<name>/`, the artifact
+itself as it grows, and `<name>.journal`: a first line that says what makes these files (source, recipe, code), then
+one line for every finished unit of work with the SHA-256 of its bytes. A unit counts as finished when the bytes in the
+files still have that digest: neither a power cut nor an edit can bring a wrong byte into an artifact.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import ResourceError
+from pipeline.files import disk_full, fsync_directory, replace_directory
+
+
+class Partial:
+    """The folder to write into, and the journal of what is finished in it."""
+
+    def __init__(self, folder: Path, journal: Path):
+        self.folder = folder
+        self._journal = journal
+        lines = journal.read_bytes().split(b"\n")[1:-1]  # a line without its end was cut by a kill
+        entries = [line.decode("ascii", "replace").rpartition(" ") for line in lines]
+        self.digests = {name: digest for name, _, digest in entries if name}
+        self.begun = bool(self.digests)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of disk that the unfinished files hold already."""
+        return sum(512 * file.stat().st_blocks for file in self.folder.iterdir())
+
+    def record(self, unit: str, digest: str) -> None:
+        """Note that `unit` is written. One append: a kill leaves the line whole or cut, never in another's place."""
+        self.begun = True
+        with open(self._journal, "ab") as file:
+            file.write(f"{unit} {digest}\n".encode())
+
+    def finish(self, target: Path) -> None:
+        """Everything is written and on the disk: make the folder `target`, replacing what was there."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*"):  # an old artifact that a kill left moved aside
+            shutil.rmtree(leftover, ignore_errors=True)
+        replace_directory(self.folder, target)
+        fsync_directory(target.parent)
+        self._journal.unlink()
+        with suppress(OSError):  # another variant is at work there
+            self._journal.parent.rmdir()
+
+
+@contextmanager
+def open_partial(folder: Path, key: str) -> Iterator[Partial]:
+    """The work in progress at `folder` made by `key`; empty when there is none, or when another key made it.
+
+    Raises ResourceError when another process is at work there, or the disk is full. On any error the finished units
+    stay; without one, nothing does: space reserved on a full disk helps nobody.
+    """
+    journal = folder.with_name(f"{folder.name}.journal")
+    with disk_full(f"write {folder}"), _lock(journal):
+        _start(folder, journal, key)
+        partial = Partial(folder, journal)
+        try:
+            yield partial
+        except BaseException:
+            if not partial.begun:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _lock(journal: Path) -> BinaryIO:
+    """The journal, opened and locked until it is closed."""
+    while True:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # a process that finished in this moment removed file or folder: once more
+            lock = open(journal, "ab")  # noqa: SIM115 (the caller closes it)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), journal.stat()):
+                    return lock
+            except BlockingIOError:
+                lock.close()
+                raise ResourceError(
+                    f"another process is writing {journal.with_suffix('')}. Wait for it, or stop it: what it finished "
+                    f"is kept."
+                ) from None
+            lock.close()
+
+
+def _start(folder: Path, journal: Path, key: str) -> None:
+    """Keep what `key` began; drop the rest."""
+    content = journal.read_bytes()
+    head = f"{key}\n".encode()
+    if content.startswith(head) and folder.is_dir():
+        os.truncate(journal, content.rfind(b"\n") + 1)
+        for leftover in folder.glob(".*"):  # a file that a kill left half-written under a temporary name
+            leftover.unlink()
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        print(
+            f"{folder.name}: what an earlier run left belongs to another source, recipe or code: dropped",
+            file=sys.stderr,
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    os.truncate(journal, 0)  # the same file: the lock is on it
+    with open(journal, "ab") as file:
+        file.write(head)

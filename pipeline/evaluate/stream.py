@@ -1,0 +1,181 @@
+"""A text run through a full-precision model layer by layer: memory is one layer's weights, whatever the model.
+
+All windows pass one layer before the next is loaded. Between layers their hidden states lie in a file, float32
+[tokens, hidden], the windows one after another; so work goes on at any layer whose file is there. What is wanted on
+the way are statistics of the products' inputs x: E[x²] of every channel (calibration), and Σ x·xᵀ (GPTQ), which for
+wide layers is too large to keep and is therefore made for one input at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+
+from pipeline.errors import EvaluationError
+from pipeline.evaluate.runtime import open_session
+from pipeline.graph.slices import DecoderSlices, Slice
+
+_PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
+
+
+class LayerStream:
+    """Windows of tokens on their way through a model.
+
+    Attributes:
+        layer: the current one, whose inputs can be measured; the number of layers stands for the head.
+        digest: SHA-256 of the file of hidden states before `layer`, 64 hex digits; "" if an earlier stream wrote it.
+    """
+
+    def __init__(
+        self,
+        slices: DecoderSlices,
+        weights: Path,
+        windows: Sequence[np.ndarray],
+        states: Path,
+        layer: int | None = None,
+    ):
+        """Start at the embedding, or go on at `layer` with the file that an earlier stream over `windows` left.
+
+        Args:
+            weights: the folder where the whole graph runs; the slice in use is written there for ONNX Runtime.
+            windows: token ids, int64 [tokens] each.
+            states: an existing folder for the hidden states, this stream's own.
+
+        Raises:
+            EvaluationError: the file of an earlier stream is missing, or of other windows or another model.
+        """
+        self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
+        self.layer, self.digest = layer or 0, ""
+        if layer is not None:
+            self._check_states()
+        else:
+            for _ in self._run(slices.embedding(), 0):
+                pass
+
+    @staticmethod
+    def states_file(layer: int) -> str:
+        """Name of the file of hidden states before `layer`, in the folder of states."""
+        return f"hidden.{layer}"
+
+    def advance(self) -> dict[str, np.ndarray]:
+        """Pass the current layer: E[x²] over all tokens of each of its products' inputs, float32 [channels].
+
+        The states before that layer stay until the next call, so that a killed run can go on from them. The head is
+        the last to pass.
+
+        Raises:
+            EvaluationError: ONNX Runtime refuses the layer.
+            OSError: the disk is full (wrap the work in `files.disk_full`).
+        """
+        for old in range(self.layer):
+            (self._states / self.states_file(old)).unlink(missing_ok=True)
+        slices = self._slices
+        is_head = self.layer == slices.architecture.layers
+        part = slices.up_to("head") if is_head else slices.layer(self.layer)
+        sums = {name: np.zeros(slices.columns[name]) for name in part.taps}
+        for values in self._run(part, self.layer + 1):
+            for name, value in part.taps.items():
+                sums[name] += np.einsum("tc,tc->c", values[value], values[value])
+        self.layer += 1
+        tokens = sum(map(len, self._windows))
+        return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
+
+    def hessian(self, name: str) -> np.ndarray:
+        """Σ x·xᵀ over all tokens of one input of the current layer's products, float32 [channels, channels].
+
+        Symmetric to the bit. The windows run up to that input and no further, and the current layer stays current.
+        Memory: the matrix, and the weights before that input. Raises EvaluationError as `advance` does, and
+        for an input of another layer.
+        """
+        if name not in (own := self._slices.inputs(self.layer)):
+            raise EvaluationError(
+                f"input {name!r} is not one of {', '.join(own)}: the hidden states at hand are those before layer "
+                f"{self.layer}. Ask for it when the stream is at its layer."
+            )
+        part = self._slices.up_to(name)
+        total = np.zeros((self._slices.columns[name],) * 2, np.float32)
+        for values in self._run(part):
+            _add_products(total, values[part.taps[name]])
+        _mirror(total)
+        return total
+
+    def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """A slice's outputs of each window, float32 [tokens, channels] by name.
+
+        What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
+        """
+        session = self._load(part)
+        names = [value.name for value in session.get_outputs()]
+        digest = hashlib.sha256()
+        with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
+            for feeds in self._feeds(session, part):
+                values = dict(zip(names, (value[0] for value in session.run(names, feeds)), strict=True))
+                if file and part.target:
+                    hidden = np.ascontiguousarray(values[part.target])
+                    file.write(hidden)
+                    digest.update(hidden)
+                yield values
+        if part.target:
+            self.digest = digest.hexdigest()
+
+    def _check_states(self) -> None:
+        path = self._states / self.states_file(self.layer)
+        size = path.stat().st_size if path.is_file() else 0
+        needed = 4 * self._slices.architecture.hidden * sum(map(len, self._windows))
+        if size != needed:
+            raise EvaluationError(
+                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(self._windows)} windows. "
+                f"Remove {self._states} and run the stage again."
+            )
+
+    def _load(self, part: Slice) -> InferenceSession:
+        path = self._weights / f"{self._states.name}.slice.onnx"
+        path.write_bytes(part.model.SerializeToString())
+        try:
+            return open_session(path)
+        finally:
+            path.unlink()
+
+    def _feeds(self, session: InferenceSession, part: Slice) -> Iterator[dict[str, np.ndarray]]:
+        """What a slice takes of each window."""
+        arch = self._slices.architecture
+        empty = np.zeros((1, arch.kv_heads, 0, arch.head_dim), np.float32)
+        wanted = [value.name for value in session.get_inputs()]
+        past = {name: empty for name in wanted if name.startswith("past_key_values.")}
+        states = ({part.source: hidden} for hidden in self._hidden()) if part.source else repeat({})
+        for ids, source in zip(self._windows, states, strict=False):
+            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past, **source}
+            yield {name: feeds[name] for name in wanted}
+
+    def _hidden(self) -> Iterator[np.ndarray]:
+        """The hidden states before the current layer, float32 [1, tokens, hidden] of each window."""
+        width = self._slices.architecture.hidden
+        with open(self._states / self.states_file(self.layer), "rb") as file:
+            for ids in self._windows:
+                yield np.fromfile(file, np.float32, len(ids) * width).reshape(1, len(ids), width)
+
+
+def _add_products(total: np.ndarray, x: np.ndarray) -> None:
+    """Add xᵀ·x to the upper triangle of `total`, x float32 [tokens, channels], in panels: no second matrix is made."""
+    for start, stop in _panels(total):
+        total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+
+def _mirror(total: np.ndarray) -> None:
+    """Copy the upper triangle to the lower one."""
+    for start, stop in _panels(total):
+        block = total[start:stop, start:stop]
+        block[:] = np.triu(block) + np.triu(block, 1).T
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
+def _panels(total: np.ndarray) -> Iterator[tuple[int, int]]:
+    channels = len(total)
+    step = max(1, _PANEL_BYTES // (4 * channels))
+    return ((start, min(start + step, channels)) for start in range(0, channels, step))

@@ -1,0 +1,149 @@
+"""A decoder graph in slices: embedding, one layer, what precedes the head. Pure surgery; no weight is read or moved.
+
+The hidden states between two layers are one value. In the decoder graph the norm that opens a layer also adds the
+block before it to the residual; here that node becomes an Add, whose output is the hidden states, and a norm. A slice
+is everything that its outputs need, back to the hidden states that it takes: rotary tables, LongRoPE's choice of them
+and attention lengths come along where they are reached. Initializers keep their references, so a slice runs in the
+folder where the whole graph does, and holds that layer's weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto, helper
+
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.errors import GraphError
+from pipeline.graph.nodes import value_info
+from pipeline.graph.taps import product_inputs
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A model and the names of its values.
+
+    Attributes:
+        source: the hidden states that it takes, float32 [batch, sequence, hidden]; None for the embedding. It also
+            takes what else it reads of the decoder's inputs: input_ids, attention_mask, the layer's (empty) past.
+        target: the hidden states that it gives; None if it ends at a product's input.
+        taps: input of the matrices → output that holds it, float32 [batch, sequence, columns].
+    """
+
+    model: onnx.ModelProto
+    source: str | None
+    target: str | None
+    taps: Mapping[str, str]
+
+
+class DecoderSlices:
+    """The slices of a full-precision decoder graph of `pipeline.graph.decoder`.
+
+    `model` is not changed. `columns` are the channels of each input. Raises GraphError when a layer's norms or products
+    are not where that module puts them.
+    """
+
+    def __init__(self, model: onnx.ModelProto, architecture: Architecture):
+        self.architecture = architecture
+        self._model = model
+        self._taps = product_inputs(model, architecture)
+        self.columns = {matrix.input: matrix.columns for matrix in architecture.matrices}
+        norms = [f"model.layers.{layer}.input_layernorm" for layer in range(architecture.layers)] + ["model.norm"]
+        nodes = {node.name: node for node in model.graph.node}
+        if missing := [name for name in norms if name not in nodes] + sorted(self.columns.keys() - self._taps.keys()):
+            raise GraphError(
+                f"graph {model.graph.name!r}: {missing[0]!r} and {len(missing) - 1} more are not in it, so it cannot "
+                f"be cut into {architecture.layers} layers. Run the export stage again."
+            )
+        opened = {name: _open_norm(nodes[name]) for name in norms}
+        self._hidden = [opened[name][-1].input[0] for name in norms]
+        split = (part for node in model.graph.node for part in opened.get(node.name, [node]))
+        self._producers = {output: node for node in split for output in node.output if output}
+
+    def inputs(self, layer: int) -> list[str]:
+        """The inputs of the matrices of a layer, in the order of execution; `["head"]` after the last layer."""
+        head = self.architecture.head
+        matrices = self.architecture.body(layer) if layer < self.architecture.layers else [head]
+        return list(dict.fromkeys(matrix.input for matrix in matrices))
+
+    def embedding(self) -> Slice:
+        """input_ids → the hidden states before the first layer."""
+        return self._slice(None, self._hidden[0], [])
+
+    def layer(self, layer: int) -> Slice:
+        """The hidden states before `layer` → those after it, and every product's input."""
+        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer))
+
+    def up_to(self, name: str) -> Slice:
+        """The hidden states before a layer → one of its products' inputs, and nothing that comes later.
+
+        `up_to("head")` is what remains after the last layer: the head's product itself, a model's largest, is left out.
+        """
+        layers = range(self.architecture.layers + 1)
+        layer = next(layer for layer in layers if name in self.inputs(layer))
+        return self._slice(self._hidden[layer], None, [name])
+
+    def _slice(self, source: str | None, target: str | None, names: list[str]) -> Slice:
+        taps = {name: self._taps[name] for name in names}
+        outputs = {value: self.columns[name] for name, value in taps.items()}
+        if target:
+            outputs[target] = self.architecture.hidden
+        nodes, read = self._reach(outputs, source)
+        graph = self._model.graph
+        inputs = [value for value in graph.input if value.name in read]
+        if source:
+            inputs.insert(0, _activations(source, self.architecture.hidden))
+        cut = helper.make_graph(
+            nodes,
+            f"{graph.name} slice",
+            inputs,
+            [_activations(name, columns) for name, columns in outputs.items()],
+            [tensor for tensor in graph.initializer if tensor.name in read],
+        )
+        opsets, version = self._model.opset_import, self._model.ir_version
+        model = helper.make_model(cut, opset_imports=opsets, producer_name="pipeline", ir_version=version)
+        return Slice(model, source, target, taps)
+
+    def _reach(self, outputs: Iterable[str], source: str | None) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that compute `outputs` from `source`, in order of execution, and every name that they read."""
+        wanted, found, read = list(outputs), set[int](), set[str]()
+        while wanted:
+            node = self._producers.get(wanted.pop())
+            if node is None or id(node) in found:
+                continue
+            found.add(id(node))
+            names = set(_reads(node))
+            read |= names
+            wanted += names - {source}
+        order = {id(node): node for node in self._producers.values()}
+        return [node for key, node in order.items() if key in found], read
+
+
+def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
+    return value_info(name, TensorProto.FLOAT, ["batch", "sequence", channels])
+
+
+def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A norm as (the sum, if it computes one, and) a norm of the hidden states, which are its first input."""
+    if node.op_type == "SimplifiedLayerNormalization":
+        return [node]
+    residual, block, gamma = node.input
+    normed, total = node.output[0], node.output[-1]
+    epsilon = helper.get_node_attr_value(node, "epsilon")
+    return [
+        helper.make_node("Add", [residual, block], [total], name=total),
+        helper.make_node(
+            "SimplifiedLayerNormalization", [total, gamma], [normed], name=node.name, axis=-1, epsilon=epsilon
+        ),
+    ]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, those of the outer graph that its branches read included."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            inner = {output for part in attribute.g.node for output in part.output}
+            yield from (name for part in attribute.g.node for name in _reads(part) if name not in inner)

@@ -1,0 +1,122 @@
+"""What this machine has for us: cores, memory, disk, and how fast it multiplies.
+
+A container's limits count as the machine's: memory and CPU quotas of cgroups v1 and v2. `root` is where /proc and /sys
+hang; tests put files of their own there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/")
+
+
+def cores(root: Path = _ROOT) -> int:
+    """CPU cores that this process may use: its affinity, or its cgroup's quota (rounded up) where that is lower."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes of memory that can be taken without swapping: what the system has, or what the cgroup's limit leaves.
+
+    File cache inside the limit counts as free: the kernel drops it before it kills.
+    """
+    import psutil
+
+    return max(0, min([psutil.virtual_memory().available, *_memory_left(root)]))
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free for this user on the file system of `path`, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def file_system(path: Path) -> int:
+    """Number of the file system (device) of `path`, which need not exist yet: equal numbers share their free space."""
+    return _existing(path).stat().st_dev
+
+
+def private_memory(root: Path = _ROOT) -> int:
+    """Bytes of this process's resident memory that no file backs (RssAnon): the kernel cannot drop them."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", (root / "proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def product_rate(seconds: float = 0.25) -> float:
+    """Floating-point operations per second in float32 matrix products on all cores, measured for about `seconds`."""
+    import numpy as np
+
+    size = 1024
+    left = np.ones((size, size), np.float32)
+    left @ left  # wakes the threads
+    products, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds or not products:
+        left @ left
+        products += 1
+    return products * 2 * size**3 / spent
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Cores that each enclosing cgroup grants."""
+    for group in _groups(root, "cpu"):
+        limit = _read(group / "cpu.max").split()
+        if not limit:
+            limit = [_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        if len(limit) == 2 and all(value.isdigit() for value in limit) and int(limit[1]):
+            yield int(limit[0]) / int(limit[1])
+
+
+def _memory_left(root: Path) -> Iterator[int]:
+    """Bytes under the limit of each enclosing cgroup, reclaimable file cache not counted as used."""
+    for group in _groups(root, "memory"):
+        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
+        used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            yield int(limit) - max(0, int(used) - _file_cache(_read(group / "memory.stat")))
+
+
+def _file_cache(statistics: str) -> int:
+    """Bytes of file pages on the reclaim lists; `total_` is v1's name for "with all groups inside"."""
+    values = dict(line.split(" ", 1) for line in statistics.splitlines() if " " in line)
+    names = ("inactive_file", "active_file")
+    return sum(int(values.get(f"total_{name}") or values.get(name) or 0) for name in names)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's cgroup and of those around it. A limit may be set on any of them.
+
+    Inside a container the listed path may not be visible; the mount's own folder then stands for the container.
+    """
+    mount = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = mount  # v2; beside v1 it holds no memory or CPU files, and reading those finds nothing
+        elif controller in controllers.split(","):
+            top = mount / controller
+        else:
+            continue
+        folder = top / path.strip("/")
+        yield from (group for group in (folder, *folder.parents) if group.is_relative_to(top) and group.is_dir())
+
+
+def _read(path: Path) -> str:
+    """Content of a small file without its last newline; "" where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

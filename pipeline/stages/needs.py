@@ -1,0 +1,203 @@
+"""What a stage takes in memory, disk and time, from shapes alone: arithmetic that knows no machine and reads no file.
+
+Memory is private memory (bytes that no file backs). Mapped weights come on top where the kernel has room for them and
+cost only speed where it has not. Times are estimates from one measured rate; constants say where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.config import CalibrationConfig, EvaluationConfig
+
+PROCESS_BYTES = 200_000_000
+"""A stage before any model: 70 MB of interpreter and libraries, measured; compiled kernels, the allocator's slack."""
+QUANTIZE_BYTES = 300_000_000
+"""The whole quantize stage, measured at MiMo's and Phi-4's shapes (462 MB): chunks of rows, so no shape matters."""
+WEIGHTS_PER_CORE_SECOND = {"nearest": 400e6, "weighted": 100e6}
+"""Weights that a search takes a second on one core, measured at 4 bits, 2,048 × 4,096; the disk comes on top."""
+EXPORTER_BYTES = 16
+"""Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
+PREPACKED = 1.18
+"""Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
+HEADROOM = 4 / 3
+"""On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
+WIDENED_PER_SECOND = 0.3e9
+"""Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
+ACTIVATION_COPIES = 4.5
+"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
+DECODE_COST = 1.5
+"""A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
+MMLU_TOKENS = {"letter": 111, "cloze": 99}
+"""Mean tokens of a question: prompt, and in cloze mode the four answers (SmolLM2's tokenizer, 570 questions)."""
+MMLU_LONGEST = 688
+"""Tokens of the longest prompt among them."""
+HUMANEVAL_TOKENS = 138
+"""Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
+GENERATION_LOGIT_BYTES = 1 << 29
+"""What the logits of one batch of prompts may take: `pipeline.evaluate.generate` fills batches up to this."""
+SMALL_FILES_BYTES = 32 << 20
+"""Graph, tokenizer, configuration, JSON."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one stage takes.
+
+    Attributes:
+        variant: None for a stage that runs once per model.
+        memory: bytes of private memory at its peak, all its processes together.
+        disk: bytes it writes on the file system of `artifacts/`.
+        seconds: estimated duration; None where only the network, or nothing measured, could tell.
+        why: what the figures are made of, for people.
+        store_disk: bytes it writes on the file system of the store.
+        scratch: whether what it writes is gone when it ends.
+    """
+
+    stage: str
+    variant: str | None
+    memory: int
+    disk: int
+    seconds: float | None
+    why: str
+    store_disk: int = 0
+    scratch: bool = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What times are estimated from: float32 operations per second in products on all cores, and the cores."""
+
+    flops: float
+    cores: int
+
+
+def download(missing_bytes: int, copied_bytes: int) -> Needs:
+    """Fetch `missing_bytes` into the store; `copied_bytes`: the weights again where no hard link reaches, else 0."""
+    why = "what the store lacks of the checkpoint" + ", and a copy: store and artifacts lie apart" * bool(copied_bytes)
+    return Needs("download", None, PROCESS_BYTES, copied_bytes + SMALL_FILES_BYTES, None, why, missing_bytes)
+
+
+def export(architecture: Architecture, context: int) -> Needs:
+    """The graph and its rotary tables (cos and sin, twice for LongRoPE); no weight is read."""
+    tables = 2 if architecture.rope.long_factor else 1
+    rope = tables * 2 * context * (architecture.rope.dims // 2) * 4
+    return Needs(
+        "export", None, PROCESS_BYTES + rope, rope + SMALL_FILES_BYTES, None, "graph, rotary tables, tokenizer"
+    )
+
+
+def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates | None = None) -> Needs:
+    """The text run through the model layer by layer (`pipeline.evaluate.stream`): one layer's weights in float32.
+
+    On top of them either the widest matrix once more, while it is widened, or a window's activations.
+    """
+    sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * calibration.window
+    tokens = sum(calibration.texts.values())
+    seconds = None
+    if rates:
+        seconds = _product_seconds(architecture, tokens, rates) + architecture.parameters / WIDENED_PER_SECOND
+    return Needs(
+        "calibrate",
+        None,
+        PROCESS_BYTES + 4 * sum(sizes) + round(4 * max(*sizes, floats)),
+        2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
+        seconds,
+        f"one layer in float32 and {calibration.window:,} tokens of activations; hidden states of {tokens:,} tokens",
+        scratch=True,
+    )
+
+
+def parity(parameters: int, weight_bytes: int) -> Needs:
+    """Optimum's export of the part that is compared: `parameters`, `weight_bytes` of float32 or half precision.
+
+    Its export lies on the disk twice while the exporter gathers it into one file.
+    """
+    return Needs(
+        "parity",
+        None,
+        PROCESS_BYTES + max(EXPORTER_BYTES * parameters, widened_bytes(weight_bytes, parameters)),
+        2 * 4 * parameters + SMALL_FILES_BYTES,
+        None,
+        f"Optimum's float32 export of {parameters:,} parameters, {EXPORTER_BYTES} bytes each at its peak",
+        scratch=True,
+    )
+
+
+def quantize(variant: str, artifact_bytes: int, parameters: int, search: str, rates: Rates | None = None) -> Needs:
+    """A recipe applied: `artifact_bytes` is the plan's exact size."""
+    seconds = parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
+    why = "the plan's exact bytes, the tokenizer; memory does not grow with the model"
+    return Needs("quantize", variant, QUANTIZE_BYTES, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
+
+
+def reference(
+    architecture: Architecture, weight_bytes: int, suite: EvaluationConfig, mode: str, rates: Rates | None = None
+) -> Needs:
+    """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
+    codes = 2 * architecture.vocab * sum(suite.divergence.texts.values())
+    return Needs(
+        "reference",
+        None,
+        round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
+        codes + SMALL_FILES_BYTES,
+        _suite_seconds(architecture, suite, mode, rates),
+        "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
+    )
+
+
+def validate(
+    architecture: Architecture,
+    variant: str,
+    artifact_bytes: int,
+    suite: EvaluationConfig,
+    mode: str,
+    rates: Rates | None = None,
+) -> Needs:
+    """A variant measured: prepacked weights, and the larger of a window's logits and a batch in generation."""
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # the runtime's and numpy's
+    rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
+    length = HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens
+    cache = 2 * 4 * architecture.layers * architecture.kv_heads * architecture.head_dim
+    generation = GENERATION_LOGIT_BYTES + min(rows, suite.humaneval.problems) * length * cache
+    return Needs(
+        "validate",
+        variant,
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
+        SMALL_FILES_BYTES,
+        _suite_seconds(architecture, suite, mode, rates),
+        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, mode):,} tokens read",
+    )
+
+
+def bundle(variant: str) -> Needs:
+    """Hard links of the artifact and a JSON file: no second copy of the weights."""
+    return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
+
+
+def widened_bytes(weight_bytes: int, parameters: int) -> int:
+    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
+    return weight_bytes + 4 * parameters
+
+
+def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
+    """Two operations per weight and token; an embedding is looked up, not multiplied."""
+    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    return 2 * multiplied * tokens / rates.flops
+
+
+def _suite_tokens(suite: EvaluationConfig, mode: str) -> int:
+    """Tokens that a suite reads: held-out text, MMLU questions, HumanEval prompts, the prompts of the speed test."""
+    speed = suite.speed.prompt_tokens * (suite.speed.repeats + 1)
+    questions = suite.mmlu.questions * MMLU_TOKENS[mode]
+    return sum(suite.divergence.texts.values()) + questions + suite.humaneval.problems * HUMANEVAL_TOKENS + speed
+
+
+def _suite_seconds(architecture: Architecture, suite: EvaluationConfig, mode: str, rates: Rates | None) -> float | None:
+    """Tokens read, and tokens written: at most `max_new_tokens` a problem, which is how long the slowest row takes."""
+    if not rates:
+        return None
+    written = suite.humaneval.problems * suite.humaneval.max_new_tokens + suite.speed.new_tokens * suite.speed.repeats
+    return _product_seconds(architecture, _suite_tokens(suite, mode) + DECODE_COST * written, rates)

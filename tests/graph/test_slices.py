@@ -1,0 +1,102 @@
+"""Slices of decoder graphs: chained, they compute what the whole graph computes; alone, each holds its layer only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.errors import GraphError
+from pipeline.graph.slices import DecoderSlices, Slice
+from tests.activations import make_decoder, run, run_whole
+from tests.families import CASES
+
+WEIGHTS = ("model.", "lm_head")
+
+
+def run_slice(folder: Path, part: Slice, value: np.ndarray) -> dict[str, np.ndarray]:
+    """A slice's outputs, [1, tokens, …] by name, for its hidden states or the token ids."""
+    (folder / "slice.onnx").write_bytes(part.model.SerializeToString())
+    session = ort.InferenceSession(folder / "slice.onnx", providers=["CPUExecutionProvider"])
+    values = run(session, {part.source or "input_ids": value})
+    return dict(zip((output.name for output in session.get_outputs()), values, strict=True))
+
+
+def assert_close(got: np.ndarray, want: np.ndarray) -> None:
+    """Equal up to float32 rounding, relative to the largest value."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("tokens", [40, 80])  # on both sides of LongRoPE's switch at 64
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_chained_slices_are_the_whole_graph(name: str, dtype: str, tokens: int, tmp_path: Path) -> None:
+    model, architecture = make_decoder(tmp_path, name, dtype)
+    slices = DecoderSlices(model, architecture)
+    ids = np.random.default_rng(1).integers(3, 320, tokens)
+    parts = [*map(slices.layer, range(architecture.layers)), slices.up_to("head")]
+    taps = {key: value for part in parts for key, value in part.taps.items()}
+    want = run_whole(tmp_path, model, dict.fromkeys(["logits", *taps.values()]), ids)
+
+    first = slices.embedding()
+    hidden, target = run_slice(tmp_path, first, ids[None])[first.target], first.target
+    got: dict[str, np.ndarray] = {}
+    for part in parts:
+        assert part.source == target
+        values = run_slice(tmp_path, part, hidden)
+        got |= {key: values[value][0] for key, value in part.taps.items()}
+        if target := part.target:
+            hidden = values[target]
+    assert list(got) == list(dict.fromkeys(matrix.input for matrix in architecture.matrices))
+    for key, value in got.items():
+        assert_close(value, want[taps[key]])
+    assert_close(got["head"] @ Checkpoint(tmp_path).rows(architecture.head.name).T, want["logits"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_slice_holds_its_own_weights_only(name: str, tmp_path: Path) -> None:
+    model, architecture = make_decoder(tmp_path, name)
+    before = model.SerializeToString(deterministic=True)
+    slices = DecoderSlices(model, architecture)
+
+    def weights(part: Slice) -> set[str]:
+        return {tensor.name for tensor in part.model.graph.initializer if tensor.name.startswith(WEIGHTS)}
+
+    expected = set(architecture.expected_tensors())
+    assert weights(slices.embedding()) == {"model.embed_tokens.weight"}
+    assert weights(slices.up_to("head")) == {"model.norm.weight"}
+    for layer in range(architecture.layers):
+        prefix = f"model.layers.{layer}."
+        assert weights(slices.layer(layer)) == {tensor for tensor in expected if tensor.startswith(prefix)}
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_only_what_an_input_needs_runs(tmp_path: Path) -> None:
+    """A product's input costs the products before it, none after."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "phi3-longrope"))
+    products = {
+        part: sum(node.op_type == "FusedMatMul" for node in slices.up_to(f"layers.1.{part}").model.graph.node)
+        for part in ("attention", "output", "mlp", "down")
+    }
+    assert products == {"attention": 0, "output": 1, "mlp": 2, "down": 3}
+    inputs = [value.name for value in slices.up_to("layers.1.attention").model.graph.input]
+    assert inputs == ["model.layers.1.input_layernorm/sum"]
+
+
+def test_longrope_chooses_its_tables_in_every_layer(tmp_path: Path) -> None:
+    slices = DecoderSlices(*make_decoder(tmp_path, "phi3-longrope"))
+    for layer in range(3):
+        graph = slices.layer(layer).model.graph
+        assert sum(node.op_type == "If" for node in graph.node) == 1
+        tables = {tensor.name for tensor in graph.initializer if tensor.name.endswith("_cache")}
+        assert tables == {f"{kind}_{part}_cache" for kind in ("short", "long") for part in ("cos", "sin")}
+
+
+def test_a_graph_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model, architecture = make_decoder(tmp_path, "qwen2")
+    norm = next(node for node in model.graph.node if node.name == "model.layers.1.input_layernorm")
+    norm.name = "renamed"
+    with pytest.raises(GraphError, match=r"model\.layers\.1\.input_layernorm.*export stage"):
+        DecoderSlices(model, architecture)

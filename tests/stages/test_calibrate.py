@@ -1,0 +1,127 @@
+"""The calibrate stage: its file, and that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pipeline.evaluate.stream import LayerStream
+from pipeline.stages import calibrate, download, export
+from pipeline.stages.workspace import Workspace
+from tests import tiny
+from tests.conftest import ROOT
+
+# The process dies in the middle of layer 2: its states are half written.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pipeline.evaluate.stream import LayerStream
+from pipeline.stages import calibrate
+feeds = LayerStream._feeds
+def die(self, session, part):
+    for number, values in enumerate(feeds(self, session, part)):
+        if self.layer == 2 and number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield values
+LayerStream._feeds = die
+calibrate.run({model!r})
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The tiny model's (3 layers, 4 windows of 64 tokens), exported."""
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    download.run(tiny.MODEL)
+    export.run(tiny.MODEL)
+    return Workspace(tiny.MODEL)
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that are measured from now on."""
+    layers: list[int] = []
+    advance = LayerStream.advance
+    monkeypatch.setattr(LayerStream, "advance", lambda self: (layers.append(self.layer), advance(self))[1])
+    return layers
+
+
+@pytest.fixture
+def disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take for granted that the texts share nothing: counting takes longer than calibrating."""
+    monkeypatch.setattr(calibrate, "text_overlap", lambda *_: 0)
+
+
+def _calibrate(workspace: Workspace) -> bytes:
+    calibrate.run(tiny.MODEL)
+    return workspace.moments.read_bytes()
+
+
+def _stop(workspace: Workspace) -> Path:
+    """Stop the stage before layer 2; the folder it leaves."""
+    advance = LayerStream.advance
+
+    def stopping(self: LayerStream) -> dict[str, np.ndarray]:
+        if self.layer == 2:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerStream, "advance", stopping)
+        calibrate.run(tiny.MODEL)
+    return workspace.partial("calibration")
+
+
+def test_every_input_is_measured_and_nothing_else_is_left(workspace: Workspace, passed: list[int]) -> None:
+    _calibrate(workspace)
+    assert passed == [0, 1, 2, 3]
+    with safe_open(workspace.moments, "numpy") as file:
+        assert file.metadata() == {"tokens": "256"}
+        body = [f"layers.{layer}.{part}" for layer in range(3) for part in ("attention", "output", "mlp", "down")]
+        assert sorted(file.keys()) == sorted([*body, "head"])
+    assert [file.name for file in workspace.moments.parent.iterdir()] == ["moments.safetensors"]
+    assert not workspace.partial("calibration").parent.exists()
+
+
+@pytest.mark.usefixtures("disjoint")
+def test_a_killed_run_goes_on_at_its_layer(workspace: Workspace, passed: list[int]) -> None:
+    want = _calibrate(workspace)
+    code = KILLED.format(root=str(ROOT), model=tiny.MODEL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    partial = workspace.partial("calibration")
+    assert workspace.moments.read_bytes() == want  # what was there stays until the new one is whole
+    assert {file.name for file in partial.iterdir()} == {"hidden.2", "hidden.3", "moments.2.safetensors"}
+    passed.clear()
+    assert _calibrate(workspace) == want
+    assert passed == [2, 3]
+    assert not partial.exists()
+
+
+@pytest.mark.usefixtures("disjoint")
+def test_damaged_states_are_not_believed(workspace: Workspace, passed: list[int]) -> None:
+    states = _stop(workspace) / "hidden.2"
+    data = bytearray(states.read_bytes())
+    data[1000] ^= 1
+    states.write_bytes(data)
+    passed.clear()
+    _calibrate(workspace)
+    assert passed == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("disjoint")
+def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    _stop(workspace)
+    tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 192})
+    passed.clear()
+    _calibrate(workspace)
+    assert passed == [0, 1, 2, 3]
+    assert "dropped" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.stages import needs
+from pipeline.stages.needs import Rates
+from tests.real_configs import architecture_of
+
+PHI_4_BYTES = 29_319_014_400
+RATES = Rates(flops=130e9, cores=2)
+
+
+@pytest.fixture
+def suite() -> config.EvaluationConfig:
+    return config.load_suite("demo")
+
+
+def test_download_writes_to_the_store_and_copies_only_where_links_do_not_reach() -> None:
+    linked, copied = needs.download(1000, 0), needs.download(1000, 3000)
+    assert (linked.store_disk, copied.store_disk) == (1000, 1000)
+    assert copied.disk - linked.disk == 3000
+
+
+def test_export_is_its_rotary_tables_and_longrope_has_two(tmp_path: Path) -> None:
+    plain = needs.export(architecture_of("phi-4", tmp_path), 4096)
+    long = needs.export(architecture_of("phi-4-mini", tmp_path), 4096)
+    assert plain.disk - needs.SMALL_FILES_BYTES == 2 * 4096 * 64 * 4
+    assert long.disk - needs.SMALL_FILES_BYTES == 2 * 2 * 4096 * 48 * 4
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "vocab", "window", "measured_mib"),
+    [
+        # Private MiB at the peak of a layer of a bf16 model with these shapes, run by itself (ONNX Runtime 1.31).
+        (1024, 3584, 4096, 64, 144),
+        (1024, 3584, 4096, 1024, 280),
+        (2048, 7168, 4096, 512, 459),
+        (2048, 7168, 4096, 1024, 652),
+        (5120, 17920, 4096, 64, 2039),
+        (5120, 17920, 4096, 1024, 2262),
+    ],
+)
+def test_calibration_takes_what_was_measured(
+    tmp_path: Path, hidden: int, intermediate: int, vocab: int, window: int, measured_mib: int
+) -> None:
+    shape = {"hidden": hidden, "intermediate": intermediate, "vocab": vocab}
+    shape |= {"heads": hidden // 128, "kv_heads": hidden // 512}
+    architecture = replace(architecture_of("phi-4", tmp_path), **shape)
+    wanted = needs.calibrate(architecture, config.CalibrationConfig(texts={"text-c4": 512}, window=window))
+    measured = measured_mib << 20
+    assert measured <= wanted.memory <= 1.1 * measured + needs.PROCESS_BYTES
+
+
+def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_path: Path) -> None:
+    architecture, calibration = architecture_of("phi-4", tmp_path), config.load_calibration()
+    few, many = (needs.calibrate(replace(architecture, layers=layers), calibration, RATES) for layers in (1, 40))
+    assert few.memory == many.memory
+    assert few.seconds is not None
+    assert many.seconds is not None
+    assert many.seconds > 10 * few.seconds
+    assert many.scratch
+    assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * sum(calibration.texts.values()) * 5120
+
+
+def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
+    wanted = needs.parity(500_000_000, 1_000_000_000)
+    assert wanted.memory == needs.PROCESS_BYTES + 16 * 500_000_000
+    assert wanted.disk >= 2 * 4 * 500_000_000
+    assert wanted.scratch
+
+
+def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan() -> None:
+    small, large = (needs.quantize("q4", size, 2 * size, "weighted", RATES) for size in (10**6, 10**10))
+    assert small.memory == large.memory
+    assert large.disk - small.disk == 10**10 - 10**6
+    assert small.seconds is not None
+    nearest = needs.quantize("q4", 10**6, 2 * 10**6, "nearest", RATES).seconds
+    assert nearest is not None
+    assert nearest < small.seconds
+
+
+def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
+    tmp_path: Path, suite: config.EvaluationConfig
+) -> None:
+    wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, "letter")
+    assert wanted.memory == round(4 / 3 * 87_957_043_200)
+    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 3000
+    assert wanted.seconds is None
+
+
+def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: config.EvaluationConfig) -> None:
+    architecture = architecture_of("mimo-8b", tmp_path)
+    small, large = (needs.validate(architecture, "q4", size, suite, "letter", RATES) for size in (0, 5_000_000_000))
+    assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
+    assert small.memory - needs.PROCESS_BYTES > needs.GENERATION_LOGIT_BYTES
+    assert large.seconds == small.seconds
+
+
+def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: config.EvaluationConfig) -> None:
+    architecture = architecture_of("phi-4", tmp_path)
+
+    def seconds(wanted: config.EvaluationConfig, flops: float) -> float:
+        result = needs.validate(architecture, "q4", 9 * 10**9, wanted, "letter", Rates(flops, 2)).seconds
+        assert result is not None
+        return result
+
+    assert seconds(suite, 130e9) == pytest.approx(2 * seconds(suite, 260e9))
+    assert seconds(config.load_suite("full"), 130e9) > 4 * seconds(suite, 130e9)
+    # Prefill alone: 14.1 billion multiplied weights, two operations each; 18,926 tokens of the demo suite.
+    silent = suite.model_copy(
+        update={
+            "humaneval": suite.humaneval.model_copy(update={"max_new_tokens": 0}),
+            "speed": suite.speed.model_copy(update={"new_tokens": 0}),
+        }
+    )
+    multiplied = architecture.parameters - 100_352 * 5120 - (2 * 40 + 1) * 5120
+    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 18_926 / 130e9)
+
+
+def test_a_bundle_is_no_second_copy() -> None:
+    assert needs.bundle("q4").disk == needs.SMALL_FILES_BYTES

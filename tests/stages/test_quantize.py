@@ -1,0 +1,325 @@
+"""The quantize stage: killed anywhere it continues, with anything changed it starts anew, it asks before it writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pipeline.artifact import work, write
+from pipeline.artifact.partial import open_partial
+from pipeline.checkpoint.architecture import read_architecture
+from pipeline.errors import ResourceError
+from pipeline.files import read_json
+from pipeline.stages import download, export, quantize
+from pipeline.stages.workspace import Workspace
+from tests import tiny
+from tests.artifact.exported import PATIENCE, child, contents, finish, lines
+from tests.conftest import ROOT
+from tests.families import make_checkpoint
+from tests.stages import crashing
+
+POINTS = 40  # calls to the system at which a run is killed, of about 200
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model exported and, with made-up moments, calibrated; its store is beside it."""
+    root = tmp_path_factory.mktemp("quantize")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        tiny.make_store(root / "store")
+        (root / "project").mkdir()
+        tiny.copy_configs(root / "project")
+        patch.chdir(root / "project")
+        patch.setenv("PIPELINE_STORE", str(root / "store"))
+        download.run(tiny.MODEL)
+        export.run(tiny.MODEL)
+        write_moments(Workspace(tiny.MODEL), seed=0)
+    return root
+
+
+def write_moments(workspace: Workspace, seed: int) -> None:
+    """Log-normal second moments of every input."""
+    rng = np.random.default_rng(seed)
+    matrices = read_architecture(workspace.root / "reference" / "config.json").matrices
+    sizes = {matrix.input: matrix.columns for matrix in matrices}
+    workspace.moments.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: np.exp(rng.standard_normal(size)).astype(np.float32) for name, size in sizes.items()}, workspace.moments
+    )
+
+
+@pytest.fixture
+def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A copy of the template, as the working directory."""
+    shutil.copytree(template / "project", tmp_path / "project", copy_function=os.link)
+    monkeypatch.setenv("PIPELINE_STORE", str(template / "store"))
+    monkeypatch.chdir(tmp_path / "project")
+    return Workspace(tiny.MODEL)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the units that are computed from now on."""
+    names: list[str] = []
+
+    def unit(item: work.Unit, *rest: Any) -> Any:
+        names.append(item.name)
+        return work.quantize_unit(item, *rest)
+
+    monkeypatch.setattr(write, "quantize_unit", unit)
+    return names
+
+
+def begin(variant: str = "q4") -> None:
+    """Interrupt the stage when all units are done, before the rest is."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "_write_copies", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.run(tiny.MODEL, variant)
+
+
+def whole(workspace: Workspace, variant: str = "q4") -> dict[str, bytes]:
+    """The artifact of a run that nothing came before."""
+    shutil.rmtree(workspace.root / "partial", ignore_errors=True)
+    quantize.run(tiny.MODEL, variant)
+    return contents(workspace.artifact(variant))
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def journal(workspace: Workspace, variant: str) -> set[str]:
+    """The units that are finished."""
+    return {line.split()[0] for line in lines(workspace.root / "partial" / f"{variant}.journal")[1:]}
+
+
+def test_killed_at_any_call_to_the_system(template: Path, workspace: Workspace) -> None:
+    """Also between the last unit and the end: configuration, plan, renames. The next run leaves nothing but the
+    artifact, which is the same, and computes nothing that was finished."""
+    expected = whole(workspace, "q3")
+    folder = Path.cwd()
+    assert finish(child(crashing.run, folder, template / "store", "q3", None)) == 0
+    calls = lines(folder / "calls")
+    assert set(calls) >= {"truncate", "pwrite", "fsync", "replace", "rmdir"}
+    chance = random.Random(0)
+    ends = range(len(calls) - 20, len(calls) + 1)  # an old artifact is replaced: every step of that
+    points = sorted({*ends, *chance.sample(range(1, len(calls)), POINTS - len(ends))})
+    for point in points:
+        (folder / "computed").unlink(missing_ok=True)
+        process = child(crashing.run, folder, template / "store", "q3", point)
+        assert finish(process) == -signal.SIGKILL, point
+        before = journal(workspace, "q3") if (workspace.partial("q3")).exists() else set()
+        (folder / "computed").unlink(missing_ok=True)
+        assert finish(child(crashing.run, folder, template / "store", "q3", None)) == 0
+        assert not before & set(lines(folder / "computed")), point
+        assert contents(workspace.artifact("q3")) == expected, point
+        assert [path.name for path in workspace.artifact("q3").parent.iterdir()] == ["q3"], point
+        assert not (workspace.root / "partial").exists(), point
+
+
+SLOW = """
+import os, time
+pwrite = os.pwrite
+def slow(*arguments):
+    time.sleep(0.02)
+    return pwrite(*arguments)
+os.pwrite = slow
+"""
+
+
+def test_control_c_on_the_command_line(workspace: Workspace, computed: list[str], tmp_path: Path) -> None:
+    """One line, status 1, and the work stays."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL, "q3"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE
+    while len(journal(workspace, "q3")) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert error.strip() == "Aborted!"
+    assert not workspace.artifact("q3").exists()
+    before = journal(workspace, "q3")
+    quantize.run(tiny.MODEL, "q3")
+    assert len(before) >= 5
+    assert not before & {*computed}
+    assert contents(workspace.artifact("q3")) == whole(workspace, "q3")
+
+
+# --- changed ---------------------------------------------------------------------------------------------------------
+
+
+def other_source(workspace: Workspace) -> None:
+    """Other weights, downloaded; without DVC nobody exports again."""
+    shutil.copytree("checkpoint", "other")
+    make_checkpoint(Path("other"), tiny.CASE, seed=1)
+    tiny.edit(Path("configs/models/tiny.yaml"), source={"kind": "local", "path": "other"})
+    download.run(tiny.MODEL)
+
+
+def other_export(workspace: Workspace) -> None:
+    tokenizer = workspace.export / "tokenizer_config.json"
+    text = tokenizer.read_text()
+    tokenizer.unlink()  # a hard link of the template's
+    tokenizer.write_text(text.replace("}", " }", 1))
+
+
+def other_moments(workspace: Workspace) -> None:
+    workspace.moments.unlink()
+    write_moments(workspace, seed=1)
+
+
+def other_recipe(workspace: Workspace) -> None:
+    recipe = Path("configs/recipes/q4.yaml")
+    text = recipe.read_text()
+    recipe.unlink()
+    recipe.write_text(text.replace("w4b32a", "w4b64a"))
+
+
+@pytest.mark.parametrize("change", [other_source, other_export, other_moments, other_recipe])
+def test_what_decides_the_bytes_starts_anew(
+    change: Callable[[Workspace], None],
+    workspace: Workspace,
+    computed: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begin()
+    units = len(computed)
+    change(workspace)
+    computed.clear()
+    capsys.readouterr()
+    quantize.run(tiny.MODEL, "q4")
+    assert "q4: what an earlier run left belongs to another source, recipe or code: dropped" in capsys.readouterr().err
+    assert len(computed) == units == len(set(computed))
+    assert contents(workspace.artifact("q4")) == whole(workspace)
+
+
+def test_other_code_starts_anew(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin()
+    edited = tmp_path / "search.py"
+    code = quantize._code()
+    original = next(path for path in code if path.name == "search.py")
+    edited.write_text(original.read_text() + "\n")
+    monkeypatch.setattr(quantize, "_code", lambda: [edited if path == original else path for path in code])
+    quantize.run(tiny.MODEL, "q4")
+    assert "another source, recipe or code" in capsys.readouterr().err
+
+
+def test_other_libraries_start_anew(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin()
+    monkeypatch.setattr(quantize.numba, "__version__", "0.1")
+    quantize.run(tiny.MODEL, "q4")
+    assert "another source, recipe or code" in capsys.readouterr().err
+
+
+def test_the_code_that_counts_is_what_computes_and_lays_out() -> None:
+    """All modules that writing an artifact imports, but for those that decide no byte."""
+    program = (
+        "import sys, pipeline.artifact.write\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('pipeline')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    package = ROOT / "pipeline"
+    loaded = {Path(file).relative_to(package).as_posix() for file in done.stdout.split()}
+    counted = {path.relative_to(package).as_posix() for path in quantize._code()}
+    plumbing = {"__init__.py", "config.py", "errors.py", "files.py", "machine.py", "progress.py"}
+    assert loaded - counted <= plumbing
+    assert {"quantize/search.py", "artifact/write.py", "planning/recipes.py", "stages/quantize.py"} <= counted
+
+
+def test_the_same_goes_on(workspace: Workspace, computed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is computed again; another variant's unfinished work is left alone; whoever wrote the files last."""
+    begin("q4_k_m")
+    begin()
+    computed.clear()
+    os.utime("configs/recipes/q4.yaml")
+    quantize.run(tiny.MODEL, "q4")
+    assert computed == []
+    assert "dropped" not in capsys.readouterr().err
+    assert workspace.partial("q4_k_m").exists()
+    quantize.run(tiny.MODEL, "q4_k_m")
+    assert computed == []
+
+
+# --- before it writes ------------------------------------------------------------------------------------------------
+
+
+def test_the_written_size_is_the_planned_one(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    for variant in tiny.VARIANTS:
+        quantize.run(tiny.MODEL, variant)
+        folder = workspace.artifact(variant)
+        planned = read_json(folder / quantize.PLAN_FILE)["bytes"]
+        stem = f"tiny_{variant}"
+        assert sum(file.stat().st_size for file in folder.glob(f"{stem}.*")) == planned
+        assert f"tiny {variant}: {planned:,} bytes written, as planned" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_the_size_and_writes_nothing(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path("artifacts").rglob("*"))
+    quantize.run(tiny.MODEL, "q4", dry_run=True)
+    told = capsys.readouterr().out
+    assert sorted(Path("artifacts").rglob("*")) == before
+    assert "estimate: about" in told
+    quantize.run(tiny.MODEL, "q4")
+    size = read_json(workspace.artifact("q4") / quantize.PLAN_FILE)["bytes"]
+    assert f"  {size:,} bytes in 1 part(s) and the graph" in told
+
+
+def bytes_needed(patch: pytest.MonkeyPatch) -> int:
+    """What the stage asks for on a disk with 1,000 bytes left."""
+    with patch.context() as full, pytest.raises(ResourceError, match="1,000 free") as caught:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        quantize.run(tiny.MODEL, "q4")
+    return int(re.search(r"([\d,]+) bytes needed", str(caught.value))[1].replace(",", ""))
+
+
+def test_too_little_disk_is_found_before_writing(
+    workspace: Workspace, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that unfinished work holds already are not asked for again."""
+    fresh = bytes_needed(monkeypatch)
+    assert computed == []
+    assert not workspace.artifact("q4").exists()
+    begin()
+    computed.clear()
+    size = (workspace.partial("q4") / "tiny_q4.data.0").stat().st_size
+    assert fresh - bytes_needed(monkeypatch) >= size
+    quantize.run(tiny.MODEL, "q4")
+    assert computed == []
+
+
+def test_one_process_at_a_time(workspace: Workspace, computed: list[str]) -> None:
+    with open_partial(workspace.partial("q4"), "theirs") as theirs:
+        (theirs.folder / "data").write_bytes(b"theirs")
+        with pytest.raises(ResourceError, match=r"another process is writing artifacts/tiny/partial/q4\. Wait for it"):
+            quantize.run(tiny.MODEL, "q4")
+        assert contents(theirs.folder) == {"data": b"theirs"}
+    assert computed == []
+    assert not workspace.artifact("q4").exists()
