@@ -125,7 +125,7 @@ def digest(folder: Path) -> str:
 def measure_quantize(project: Project, model: str, variant: str, threads: int | None = None) -> dict[str, Any]:
     """One variant from a cold source, beside the disk's floor measured just before."""
     dry = subprocess.run(
-        project.command("quantize", model, variant, "--dry-run"),
+        project.command("quantize", model, variant, "--dry-run", threads=threads),
         cwd=project.folder, env=project.environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     planned = planned_bytes(dry.stdout)
@@ -232,6 +232,15 @@ def measure_model(project: Project, model: str, variants: tuple[str, ...], load:
     return record
 
 
+def save(record: dict[str, Any]) -> None:
+    """Write a model's record; what a partial run did not measure stays from the run before, on the same machine."""
+    path = RESULTS / f"conversion-{record['model']}.json"
+    if path.exists() and (old := read_json(path))["machine"] == record["machine"]:
+        measured = {run["variant"]: run for run in (*old["variants"], *record["variants"])}
+        record = old | record | {"variants": [measured[name] for name in VARIANTS if name in measured]}
+    write_json(path, record)
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Scratch folder: 60 GB.")
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Repeatable.")
@@ -248,7 +257,7 @@ def main(work: Path, models: tuple[str, ...], variants: tuple[str, ...], load: b
         project.seed_store()
         for model in models:
             record = {"model": model, "machine": machine.describe(), **measure_model(project, model, variants, load)}
-            write_json(RESULTS / f"conversion-{model}.json", record)
+            save(record)
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
 

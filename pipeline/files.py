@@ -32,8 +32,8 @@ def disk_full(purpose: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(
-                f"the disk filled up while trying to {purpose}: {error.strerror}. Nothing half-written took its place. Free "
-                f"space and run the same command again; what was finished before is reused."
+                f"the disk filled up while trying to {purpose}: {error.strerror}. Nothing half-written took its place. "
+                f"Free space and run the same command again; what was finished before is reused."
             ) from error
         if error.errno == errno.EXDEV:
             raise ResourceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,26 +44,29 @@ def estimate(plan: Plan, checkpoint: Checkpoint, folder: Path, search: str, writ
     for planned in plan.tables:
         kinds.setdefault("+".join(str(piece.format) for piece in planned.pieces), []).append(planned)
     compute = sum(
-        _seconds_per_weight(group[0], checkpoint, search)
+        _seconds_per_weight(group[0], checkpoint, search, cores())
         * sum(item.matrix.rows * item.matrix.columns for item in group)
         for group in kinds.values()
     )
     weights = max((checkpoint[item.matrix.name] for item in plan.tables), key=lambda ref: ref.length)
     read = _read_rate(checkpoint.folder / weights.file, weights.offset)
     disk = sum(checkpoint[item.matrix.name].length for item in plan.tables) / read + written / _write_rate(folder)
-    return Estimate(compute / cores(), disk, cores())
+    return Estimate(compute, disk, cores())
 
 
-def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: str) -> float:
+def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: str, threads: int) -> float:
+    """Wall seconds per weight with all cores at work: they share caches and memory, and may share arithmetic units."""
     matrix = planned.matrix
     unit = Unit(planned, 0, min(matrix.rows, max(1, _SAMPLE_WEIGHTS // matrix.columns)))
     moments = {matrix.input: np.ones(matrix.columns, np.float32)} if search == "weighted" else None
+    channels = _first_channels(planned)
     seconds = []
-    for _ in range(4):  # the first one compiles; others may have been interrupted
-        start = time.perf_counter()
-        quantize_unit(unit, checkpoint, moments, _first_channels(planned))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / unit.weights
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(4):  # the first one compiles; others may have been interrupted
+            start = time.perf_counter()
+            list(pool.map(lambda _: quantize_unit(unit, checkpoint, moments, channels), range(4 * threads)))
+            seconds.append(time.perf_counter() - start)
+    return min(seconds) / (4 * threads * unit.weights)
 
 
 def _first_channels(planned: PlannedMatrix) -> dict[str, np.ndarray]:
