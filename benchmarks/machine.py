@@ -68,7 +68,7 @@ def describe() -> dict[str, Any]:
         "vector_extensions": [name for name in _VECTORS if name in flags],
         "cache_bytes": largest_cache(),
         "memory_bytes": psutil.virtual_memory().total,
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
