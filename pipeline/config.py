@@ -135,7 +135,7 @@ class RecipeConfig(Frozen):
     embedding: FormatName
     head: FormatName
     body: tuple[RecipeRule, ...] = Field(min_length=1)
-    search: Literal["nearest", "weighted"] = "weighted"
+    search: Literal["nearest", "weighted", "gptq"] = "weighted"
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifact.graph import channel_names
+from pipeline.artifact.quantizers import Nearest, Weighted
 from pipeline.artifact.work import Unit, quantize_unit
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.machine import cores
@@ -58,13 +59,13 @@ def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: 
     """Wall seconds per weight with all cores at work: they share caches and memory, and may share arithmetic units."""
     matrix = planned.matrix
     unit = Unit(planned, 0, min(matrix.rows, max(1, _SAMPLE_WEIGHTS // matrix.columns)))
-    moments = {matrix.input: np.ones(matrix.columns, np.float32)} if search == "weighted" else None
-    channels = _first_channels(planned)
+    moments = {matrix.input: np.ones(matrix.columns, np.float32)}
+    quantizer = (Nearest() if search == "nearest" else Weighted(moments)).of(planned, _first_channels(planned))
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(4):  # the first one compiles; others may have been interrupted
             start = time.perf_counter()
-            list(pool.map(lambda _: quantize_unit(unit, checkpoint, moments, channels), range(4 * threads)))
+            list(pool.map(lambda _: quantize_unit(unit, checkpoint, quantizer), range(4 * threads)))
             seconds.append(time.perf_counter() - start)
     return min(seconds) / (4 * threads * unit.weights)
 

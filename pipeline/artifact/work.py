@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.artifact.graph import channel_names, piece_names
-from pipeline.checkpoint.architecture import Matrix
+from pipeline.artifact.graph import piece_names
+from pipeline.artifact.quantizers import Quantizer
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
+from pipeline.planning.recipes import Plan, PlannedMatrix
 from pipeline.quantize.formats import Quantized
-from pipeline.quantize.search import nearest, weighted
 
 # float32 bytes of the rows of one unit: small enough that the allocator keeps its blocks, and a fair share of a core's
 # cache. At 32 MiB the system spends three times as long mapping fresh pages.
 _UNIT_BYTES = 8 << 20
 
-Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
 Range = tuple[str, int, int]  # a stored tensor's name, and offset and length in bytes inside it
 
 
@@ -52,44 +50,27 @@ class Unit:
                 yield f"{prefix}.zeros", fmt.zero_bytes(start, columns), fmt.zero_bytes(rows, columns)
 
 
-def units(planned: PlannedMatrix, unit_bytes: int = _UNIT_BYTES) -> list[Unit]:
-    """The rows of a matrix in units of at most `unit_bytes` in float32 (one row at least)."""
-    rows, step = planned.matrix.rows, max(1, unit_bytes // (4 * planned.matrix.columns))
+def units(planned: PlannedMatrix, unit_bytes: int = _UNIT_BYTES, tile: int = 1) -> list[Unit]:
+    """The rows of a matrix in units of about `unit_bytes` in float32, a multiple of `tile` rows (one at least)."""
+    rows, step = planned.matrix.rows, unit_bytes // (4 * planned.matrix.columns)
+    step = max(tile, step // tile * tile)
     return [Unit(planned, start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def quantize_unit(
-    unit: Unit, checkpoint: Checkpoint, moments: Moments | None, channels: Mapping[str, np.ndarray]
-) -> list[Quantized]:
+def quantize_unit(unit: Unit, checkpoint: Checkpoint, quantizer: Quantizer) -> list[Quantized]:
     """One Quantized per piece of the matrix.
 
     Raises CheckpointError when a weight is not finite, or too large for a float16 scale.
     """
-    planned, matrix = unit.planned, unit.planned.matrix
+    matrix = unit.planned.matrix
     weights = checkpoint.rows(matrix.name, unit.start, unit.stop)
-    importance = None if moments is None else _importance(matrix, moments)
-    if not planned.split:
-        return [_quantize_piece(weights, planned.pieces[0], importance, matrix)]
-    parts = [channels[name] for name in channel_names(planned)]
-    return [
-        _quantize_piece(np.take(weights, part, axis=1), piece, None if importance is None else importance[part], matrix)
-        for piece, part in zip(planned.pieces, parts, strict=True)
-    ]
-
-
-def _importance(matrix: Matrix, moments: Moments) -> np.ndarray:
-    # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
-    return np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else moments[matrix.input]
-
-
-def _quantize_piece(part: np.ndarray, piece: Piece, importance: np.ndarray | None, matrix: Matrix) -> Quantized:
-    quantized = nearest(part, piece.format) if importance is None else weighted(part, importance, piece.format)
-    if not np.isfinite(quantized.scales).all():
+    chosen = quantizer(weights)
+    if not all(np.isfinite(item.scales).all() for item in chosen):
         raise CheckpointError(
             f"tensor {matrix.name!r}: a block's scale exceeds float16's 65,504 (largest weight "
-            f"{np.abs(part).max():.4g}). The checkpoint is damaged, or needs a format of its own."
+            f"{np.abs(weights).max():.4g}). The checkpoint is damaged, or needs a format of its own."
         )
-    return quantized
+    return chosen
 
 
 def sharers(plan: Plan) -> dict[str, list[PlannedMatrix]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,8 @@ import onnx
 from pipeline.artifact.graph import QuantizedGraph, channel_names, quantize_graph
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.partial import Partial
-from pipeline.artifact.work import Moments, Range, Unit, quantize_unit, sharers, units
+from pipeline.artifact.quantizers import Quantizer, Search, check_moments
+from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
 from pipeline.files import disk_full, write_bytes
@@ -37,7 +39,8 @@ _FLUSH_BYTES = 256 << 20
 # Units waiting for a thread: their weights are on the way from the disk already.
 _AHEAD = 16
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
+Task = tuple[Unit, Callable[[], Quantizer]]
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,14 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def write_artifact(
-    partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, moments: Moments | None,
+    partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, search: Search,
     threads: int | None = None,
 ) -> None:  # fmt: skip
     """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `threads`.
 
     Args:
         export: the folder of the full-precision export, which holds the rotary tables.
-        moments: second moments by input; None rounds to nearest.
+        search: what turns rows into codes.
         threads: how many work at a time; default: the cores that this process may use.
 
     Raises:
@@ -146,36 +149,24 @@ def write_artifact(
         CheckpointError: a weight is not finite, or too large for a float16 scale.
         ResourceError: the disk is full.
     """
-    if moments is not None:
-        _check_moments(drafted.plan, moments)
+    if search.moments is not None:
+        check_moments(drafted.plan, search.moments)
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
         writer = PartWriter(partial.folder, drafted, stack)
-        _Run(writer, partial, checkpoint, moments, threads or cores(), stack).write(drafted)
+        _Run(writer, partial, checkpoint, search, threads or cores(), stack).write(drafted)
         _write_copies(writer, checkpoint, export)
         writer.finish()
         write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
-
-
-def _check_moments(plan: Plan, moments: Moments) -> None:
-    """Raise PlanError unless every product has usable statistics: a missing one would be searched blindly."""
-    for matrix in (item.matrix for item in (*plan.body, plan.head)):
-        found = moments.get(matrix.input)
-        if found is None or found.shape != (matrix.columns,) or not (np.isfinite(found) & (found >= 0)).all():
-            state = "there are none" if found is None else f"they are {list(found.shape)}, or not all ≥ 0"
-            raise PlanError(
-                f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments of input "
-                f"{matrix.input!r}, and {state}. Run the calibrate stage for this model again."
-            )
 
 
 class _Run:
     """The units of one artifact, several under way at a time, recorded in order as they finish."""
 
     def __init__(
-        self, writer: PartWriter, partial: Partial, checkpoint: Checkpoint, moments: Moments | None, threads: int,
+        self, writer: PartWriter, partial: Partial, checkpoint: Checkpoint, search: Search, threads: int,
         stack: ExitStack,
     ):  # fmt: skip
-        self.writer, self.partial, self.checkpoint, self.moments = writer, partial, checkpoint, moments
+        self.writer, self.partial, self.checkpoint, self.search = writer, partial, checkpoint, search
         self.channels: dict[str, np.ndarray] = {}
         self.ahead = threads + _AHEAD
         self.pool = stack.enter_context(ThreadPoolExecutor(threads))
@@ -186,7 +177,7 @@ class _Run:
         tables, unflushed, flushes = drafted.plan.tables, 0, list[Future[None]]()
         weight_bytes = sum(self.checkpoint[item.matrix.name].length for item in tables)
         with Progress(f"quantize {drafted.stem}", len(tables), "tensors", weight_bytes) as progress:
-            for unit, digest in self._in_order(self._units(drafted.plan), self._write_unit):
+            for (unit, _), digest in self._in_order(self._tasks(drafted.plan), self._write_unit):
                 written = self._account(unit.name, unit.ranges(), digest)
                 unflushed += written
                 if unflushed > _FLUSH_BYTES:
@@ -197,23 +188,27 @@ class _Run:
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
-    def _units(self, plan: Plan) -> Iterator[Unit]:
+    def _tasks(self, plan: Plan) -> Iterator[Task]:
+        """The units of all matrices in order. A matrix's quantizer is prepared when its first unfinished unit is due,
+        on this thread: what it needs of the model (a Hessian) is made in the order of execution, and once."""
         groups = sharers(plan)
         for planned in plan.tables:
             if planned.split and channel_names(planned)[0] not in self.channels:
                 self._choose_channels(groups[planned.matrix.input])
-            for unit in units(planned):
+            quantizer = cache(partial(self.search.of, planned, self.channels))
+            for unit in units(planned, tile=self.search.tile):
                 if unit.name not in self.partial.digests:
                     self.checkpoint.prefetch(planned.matrix.name, unit.start, unit.stop)
-                yield unit
+                    quantizer()
+                yield unit, quantizer
 
     def _item_bytes(self, unit: Unit) -> int:
         ref = self.checkpoint[unit.planned.matrix.name]
         return ref.length // ref.elements
 
-    def _in_order(self, items: Iterable[Unit], work: Callable[[Unit], T]) -> Iterator[tuple[Unit, T]]:
-        """(unit, result) in the units' order, whichever thread was faster."""
-        pending: deque[tuple[Unit, Future[T]]] = deque()
+    def _in_order(self, items: Iterable[S], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+        """(item, result) in the items' order, whichever thread was faster."""
+        pending: deque[tuple[S, Future[T]]] = deque()
         for item in items:
             pending.append((item, self.pool.submit(work, item)))
             if len(pending) > self.ahead:
@@ -222,12 +217,13 @@ class _Run:
         for item, future in pending:
             yield item, future.result()
 
-    def _write_unit(self, unit: Unit) -> str:
+    def _write_unit(self, task: Task) -> str:
         """Quantize and write a unit, unless its bytes are there; their SHA-256."""
+        unit, quantizer = task
         ranges = list(unit.ranges())
         if known := self._finished(unit.name, ranges):
             return known
-        chosen = quantize_unit(unit, self.checkpoint, self.moments, self.channels)
+        chosen = quantize_unit(unit, self.checkpoint, quantizer())
         arrays = [array for item in chosen for array in (item.codes, item.scales, item.zeros)]
         return self._put(ranges, [array for array in arrays if array.size])
 
@@ -275,9 +271,9 @@ class _Run:
 
     def _split(self, group: list[PlannedMatrix]) -> list[np.ndarray]:
         name = group[0].matrix.input
-        if self.moments is None:
+        if self.search.moments is None:
             raise PlanError(f"input {name!r} is split by importance, which needs calibration: use `search: weighted`.")
-        importance = channel_importance(self.moments[name], (self._column_norms(item) for item in group))
+        importance = channel_importance(self.search.moments[name], (self._column_norms(item) for item in group))
         return list(split_channels(importance, group[0].pieces[0].columns))
 
     def _column_norms(self, planned: PlannedMatrix) -> np.ndarray:

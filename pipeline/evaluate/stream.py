@@ -2,8 +2,8 @@
 
 All windows pass one layer before the next is loaded. Between layers their hidden states lie in a file, float32
 [tokens, hidden], the windows one after another; so work goes on at any layer whose file is there. What is wanted on
-the way are statistics of the products' inputs x: E[x²] of every channel (calibration), and Σ x·xᵀ (GPTQ), which for
-wide layers is too large to keep and is therefore made for one input at a time.
+the way are statistics of the products' inputs x: E[x²] of every channel (calibration), and Σ x·xᵀ (GPTQ), which is too
+large to keep for more than a layer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -63,11 +64,11 @@ class LayerStream:
         """Name of the file of hidden states before `layer`, in the folder of states."""
         return f"hidden.{layer}"
 
-    def advance(self) -> dict[str, np.ndarray]:
-        """Pass the current layer: E[x²] over all tokens of each of its products' inputs, float32 [channels].
+    def advance(self, full: bool = False) -> dict[str, np.ndarray]:
+        """Pass the current layer: of each of its products' inputs, E[x²] over all tokens, float32 [channels].
 
-        The states before that layer stay until the next call, so that a killed run can go on from them. The head is
-        the last to pass.
+        With `full`, Σ x·xᵀ in its place, float32 [channels, channels], symmetric to the bit: 1.6 GB for Phi-4. The
+        states before the layer stay until the next call: a killed run can go on from them. The head is the last.
 
         Raises:
             EvaluationError: ONNX Runtime refuses the layer.
@@ -78,32 +79,13 @@ class LayerStream:
         slices = self._slices
         is_head = self.layer == slices.architecture.layers
         part = slices.up_to("head") if is_head else slices.layer(self.layer)
-        sums = {name: np.zeros(slices.columns[name]) for name in part.taps}
+        sums = {name: _empty_sum(slices.columns[name], full) for name in part.taps}
         for values in self._run(part, self.layer + 1):
             for name, value in part.taps.items():
-                sums[name] += np.einsum("tc,tc->c", values[value], values[value])
+                _add(sums[name], values[value])
         self.layer += 1
         tokens = sum(map(len, self._windows))
-        return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
-
-    def hessian(self, name: str) -> np.ndarray:
-        """Σ x·xᵀ over all tokens of one input of the current layer's products, float32 [channels, channels].
-
-        Symmetric to the bit. The windows run up to that input and no further, and the current layer stays current.
-        Memory: the matrix, and the weights before that input. Raises EvaluationError as `advance` does, and
-        for an input of another layer.
-        """
-        if name not in (own := self._slices.inputs(self.layer)):
-            raise EvaluationError(
-                f"input {name!r} is not one of {', '.join(own)}: the hidden states at hand are those before layer "
-                f"{self.layer}. Ask for it when the stream is at its layer."
-            )
-        part = self._slices.up_to(name)
-        total = np.zeros((self._slices.columns[name],) * 2, np.float32)
-        for values in self._run(part):
-            _add_products(total, values[part.taps[name]])
-        _mirror(total)
-        return total
+        return {name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()}
 
     def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """A slice's outputs of each window, float32 [tokens, channels] by name.
@@ -161,18 +143,52 @@ class LayerStream:
                 yield np.fromfile(file, np.float32, len(ids) * width).reshape(1, len(ids), width)
 
 
-def _add_products(total: np.ndarray, x: np.ndarray) -> None:
-    """Add xᵀ·x to the upper triangle of `total`, x float32 [tokens, channels], in panels: no second matrix is made."""
-    for start, stop in _panels(total):
+class Hessians:
+    """Σ x·xᵀ by input name, as GPTQ asks for them: a stream that advances to each input's layer.
+
+    Asked for once each and in the order of execution, every layer passes once; anything else starts the stream again.
+    """
+
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Sequence[np.ndarray], states: Path):
+        """As `LayerStream`. No weight is read before the first call."""
+        self._start = partial(LayerStream, slices, weights, windows, states)
+        self._layers = {name: layer for layer in range(slices.architecture.layers) for name in slices.inputs(layer)}
+        self._stream: LayerStream | None = None
+        self._ready: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str) -> np.ndarray:
+        """float32 [channels, channels]. Raises EvaluationError as `LayerStream` does."""
+        if name not in self._ready:
+            layer = self._layers[name]
+            self._ready.clear()
+            if self._stream is None or self._stream.layer > layer:
+                self._stream = self._start()
+            while self._stream.layer < layer:
+                self._stream.advance()
+            self._ready = self._stream.advance(full=True)
+        return self._ready.pop(name)
+
+
+def _empty_sum(channels: int, full: bool) -> np.ndarray:
+    return np.zeros((channels, channels), np.float32) if full else np.zeros(channels)
+
+
+def _add(total: np.ndarray, x: np.ndarray) -> None:
+    """Add Σ x² to [channels], or xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]."""
+    if total.ndim == 1:
+        total += np.einsum("tc,tc->c", x, x)
+        return
+    for start, stop in _panels(total):  # no second matrix is made
         total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
 
-def _mirror(total: np.ndarray) -> None:
-    """Copy the upper triangle to the lower one."""
+def _mirrored(total: np.ndarray) -> np.ndarray:
+    """`total` with its upper triangle copied to the lower one."""
     for start, stop in _panels(total):
         block = total[start:stop, start:stop]
         block[:] = np.triu(block) + np.triu(block, 1).T
         total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def _panels(total: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -29,7 +29,7 @@ from pipeline.errors import PlanError
 from pipeline.quantize.formats import Quantized, TensorFormat, pack, unpack
 from pipeline.quantize.search import _round_scales, weighted
 
-_TILE = 512  # rows of a product
+TILE = 512  # rows of a product
 _PANEL = 128  # columns of a product
 _LANES = 32
 _FACTOR_PANEL = 256
@@ -42,10 +42,10 @@ _REFITS = 2
 
 @dataclass(frozen=True)
 class Factor:
-    """H + λ·1 = N D Nᵀ, channels in the order in which they are quantized.
+    """H + λ·diag(H) = N D Nᵀ, channels in the order in which they are quantized.
 
     `unit`: N, float32 [columns, columns], zero below its diagonal of ones. `pivots`: D, float64 [columns]. `moments`:
-    the diagonal of H, float32 [columns]. `damping`: the λ that was used, as a share of the mean diagonal.
+    the diagonal of H, float32 [columns]. `damping`: the λ that was used.
     """
 
     unit: np.ndarray
@@ -54,12 +54,17 @@ class Factor:
     damping: float
 
 
-def factor(hessian: np.ndarray, order: np.ndarray | None = None, damping: float = 0.01) -> Factor:
+def factor(hessian: np.ndarray, order: np.ndarray | None = None, damping: float = 0.3) -> Factor:
     """Factor Σ x xᵀ of a matrix's inputs, float32 [columns, columns], symmetric; it is left as it is.
 
-    `order`, int [columns], is the channels' order of quantization. `damping` (> 0, share of the mean diagonal) is
-    raised tenfold, up to 1, until the sum is positive definite. Channels that were never excited are uncorrelated with
-    all others and weigh the damping. Memory: one more matrix of the same size and 6 KiB a column.
+    `order`, int [columns], is the channels' order of quantization. `damping` (> 0) is the
+    share of each channel's own moment that is added to it: the mean's, as in the paper, is that of a few outlier
+    channels and drowns all others. A third keeps what thousands of tokens say of the correlations between a thousand
+    channels from being believed to the letter: on SmolLM2, 6,144 tokens, .01 halved the output error on the calibration
+    text and left 26 % less on held-out text, .3 left 33 % less there. It is raised to 1 if the sum is not positive
+    definite. Channels that were never excited are uncorrelated with all others.
+
+    Memory: one more matrix of the same size and 6 KiB a column.
 
     Raises PlanError when the matrix is not finite, or not positive definite under the largest damping.
     """
@@ -71,7 +76,7 @@ def factor(hessian: np.ndarray, order: np.ndarray | None = None, damping: float 
     alive = moments[moments > 0].astype(np.float64)
     mean = float(alive.mean()) if len(alive) else 1.0
     unit = np.empty((columns, columns), np.float32)
-    shares = [damping, *(share for share in (0.1, 1.0) if share > damping)]
+    shares = [damping, 1.0]
     for share in shares if np.isfinite(mean) else ():
         for row, channel in zip(unit, order, strict=True):
             np.take(hessian[channel], order, out=row, mode="clip")
@@ -81,7 +86,7 @@ def factor(hessian: np.ndarray, order: np.ndarray | None = None, damping: float 
             return Factor(unit, pivots, np.maximum(moments, np.float32(0)), share)
     raise PlanError(
         f"the second moments of {columns} input channels (mean {mean:.4g}) are not finite or not positive definite, "
-        f"even with {shares[-1]:g} of their mean added to the diagonal: the calibration is damaged. Calibrate again."
+        f"even with their diagonal doubled: the calibration is damaged. Calibrate again."
     )
 
 
@@ -91,7 +96,8 @@ def _factor_in_place(matrix: np.ndarray, moments: np.ndarray, mean: float, share
     matrix *= np.float32(1 / mean)
     matrix[moments == 0, :] = 0
     matrix[:, moments == 0] = 0
-    matrix[np.diag_indices(len(matrix))] += np.float32(share)
+    own = np.where(moments == 0, 1, moments / mean).astype(np.float32)
+    matrix[np.diag_indices(len(matrix))] += np.float32(share) * own
     pivots = np.empty(len(matrix), np.float64)
     for stop in range(len(matrix), 0, -_FACTOR_PANEL):
         start = max(0, stop - _FACTOR_PANEL)
@@ -146,7 +152,7 @@ def compensated(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[Ten
     thread, apart from BLAS's own, and most of it without Python's lock. One row at least.
     """
     _check(weights, factor, formats)
-    tiles = [weights[start : start + _TILE] for start in range(0, len(weights), _TILE)]
+    tiles = [weights[start : start + TILE] for start in range(0, len(weights), TILE)]
     parts = [_tile(tile, factor, formats) for tile in tiles]
     return [_joined(pieces) for pieces in zip(*parts, strict=True)]
 
@@ -171,7 +177,7 @@ def _joined(pieces: Sequence[Quantized]) -> Quantized:
 
 def _tile(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]) -> list[Quantized]:
     rows, columns = weights.shape
-    original = np.zeros((columns, _TILE), np.float32)
+    original = np.zeros((columns, TILE), np.float32)
     original[:, :rows] = weights.T
     control = _control(weights, factor, formats)
     with np.errstate(invalid="ignore", over="ignore"):  # an infinite scale: its row is NaN from there on
@@ -234,9 +240,8 @@ def _rounded(
     return [_stored(fmt, kept) for (fmt, _), kept in zip(formats, blocks, strict=True)], cost
 
 
-_Block = tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]  # codes uint8 [block, rows], scales float16 and zeros uint8 [rows, 1]
+# Of one block: codes uint8 [block, rows], scales float16 and zeros uint8 [rows, 1].
+_Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _round_block(

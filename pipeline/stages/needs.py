@@ -15,7 +15,7 @@ PROCESS_BYTES = 200_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; compiled kernels, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage, measured at MiMo's and Phi-4's shapes (462 MB): chunks of rows, so no shape matters."""
-WEIGHTS_PER_CORE_SECOND = {"nearest": 400e6, "weighted": 100e6}
+WEIGHTS_PER_CORE_SECOND = {"nearest": 400e6, "weighted": 100e6, "gptq": 4e6}
 """Weights that a search takes a second on one core, measured at 4 bits, 2,048 × 4,096; the disk comes on top."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
@@ -126,11 +126,18 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
     )
 
 
-def quantize(variant: str, artifact_bytes: int, parameters: int, search: str, rates: Rates | None = None) -> Needs:
-    """A recipe applied: `artifact_bytes` is the plan's exact size."""
-    seconds = parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
-    why = "the plan's exact bytes, the tokenizer; memory does not grow with the model"
-    return Needs("quantize", variant, QUANTIZE_BYTES, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
+def quantize(
+    variant: str, artifact_bytes: int, architecture: Architecture, search: str, rates: Rates | None = None
+) -> Needs:
+    """A recipe applied: `artifact_bytes` is the plan's exact size. GPTQ holds a Hessian and its factor, or a layer."""
+    seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
+    memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
+    if search == "gptq":
+        sizes = [(matrix.rows * matrix.columns, matrix.columns) for matrix in architecture.body(0)]
+        layer = 4 * sum(size for size, _ in sizes) + 4 * max(size for size, _ in sizes)
+        memory += layer + 2 * 4 * max(columns for _, columns in sizes) ** 2
+        why = "a layer in float32, the widest input's second moments and their factor; the plan's exact bytes"
+    return Needs("quantize", variant, memory, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
 
 
 def reference(

@@ -171,7 +171,7 @@ def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Ra
     sizes = _artifact_bytes(model, variants, architecture, refs, entry.context)
     for variant, size in sizes.items():
         search = config.load_recipe(variant).search
-        yield needs.quantize(variant, size, architecture.parameters, search, rates)
+        yield needs.quantize(variant, size, architecture, search, rates)
     yield needs.reference(architecture, source.weight_bytes, suite, entry.mmlu_mode, rates)
     for variant, size in sizes.items():
         yield needs.validate(architecture, variant, size, suite, entry.mmlu_mode, rates)

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 import pipeline
 from pipeline import config
 from pipeline.artifact.estimate import estimate
-from pipeline.artifact.partial import open_partial
+from pipeline.artifact.partial import Partial, open_partial
+from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
 from pipeline.artifact.write import Draft, draft, write_artifact
-from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
-from pipeline.files import read_json, sha256_of, write_bytes, write_json
+from pipeline.evaluate.stream import Hessians
+from pipeline.files import read_json, scratch_directory, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
+from pipeline.graph.slices import DecoderSlices
 from pipeline.planning.recipes import make_plan
 from pipeline.stages import needs
 from pipeline.stages.calibrate import read_moments
 from pipeline.stages.preflight import require
+from pipeline.stages.texts import input_ids
 from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 PLAN_FILE = "plan.json"
@@ -47,11 +53,11 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     if dry_run:
         print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
         return
-    moments = read_moments(workspace) if recipe.search == "weighted" else None
-    with open_partial(workspace.partial(variant), _key(workspace, recipe)) as partial:
+    with open_partial(workspace.partial(variant), _key(workspace, recipe)) as partial, ExitStack() as stack:
         left = max(0, drafted.bytes - partial.bytes)
-        require(model, needs.quantize(variant, left, architecture.parameters, recipe.search))
-        write_artifact(partial, drafted, checkpoint, workspace.export, moments)
+        require(model, needs.quantize(variant, left, architecture, recipe.search))
+        search = _search(recipe, workspace, architecture, partial, stack)
+        write_artifact(partial, drafted, checkpoint, workspace.export, search)
         _make_runnable(partial.folder, workspace, drafted.model_file)
         write_json(partial.folder / PLAN_FILE, plan_record(drafted, recipe, architecture.parameters))
         written = sum((partial.folder / name).stat().st_size for name in drafted.files)
@@ -61,12 +67,33 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     print(f"{model} {variant}: {written:,} bytes written, as planned")
 
 
+def _search(
+    recipe: config.RecipeConfig, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
+) -> Search:
+    """What `search` of a recipe names. Error compensation streams the calibration text through the model again."""
+    if recipe.search == "nearest":
+        return Nearest()
+    moments = read_moments(workspace)
+    if recipe.search == "weighted":
+        return Weighted(moments)
+    store = Store()
+    folder = workspace.reference(store)
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    windows = input_ids(config.load_calibration(), folder, store)
+    states = stack.enter_context(scratch_directory(partial.folder.with_name(f"{partial.folder.name}.states")))
+    # Units of rows keep all cores busy; a product that took them all too would only get in their way.
+    stack.enter_context(threadpool_limits(1, "blas"))
+    return Compensated(moments, Hessians(DecoderSlices(graph, architecture), folder, windows, states))
+
+
 def _key(workspace: Workspace, recipe: config.RecipeConfig) -> str:
     """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
     inputs = {
         "source": {file.name: file.sha256 for file in workspace.read_lock().files},
         "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
-        "moments": sha256_of(workspace.moments) if recipe.search == "weighted" else None,
+        "moments": (
+            None if recipe.search == "nearest" else sha256_of(workspace.require(workspace.moments, "calibrate"))
+        ),
         "recipe": recipe.model_dump(mode="json"),
         "code": [sha256_of(file) for file in _code()],
         "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
@@ -75,12 +102,14 @@ def _key(workspace: Workspace, recipe: config.RecipeConfig) -> str:
 
 
 def _code() -> list[Path]:
-    """The code of the package up to the artifact layer, and this stage."""
+    """The code of the package up to the artifact layer, what streams text through a model, and this stage."""
     package = Path(pipeline.__file__).parent
     layers = ("checkpoint", "graph", "quantize", "planning", "artifact")
     return [
         Path(__file__),
         package / "compiled.py",
+        package / "evaluate" / "runtime.py",
+        package / "evaluate" / "stream.py",
         *sorted(f for name in layers for f in (package / name).glob("*.py")),
     ]
 

@@ -21,6 +21,7 @@ import onnx
 
 from pipeline.artifact import work, write
 from pipeline.artifact.partial import open_partial
+from pipeline.artifact.quantizers import Nearest, Weighted
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -56,9 +57,9 @@ class Exported:
     ) -> Draft:
         """The artifact in `folder`, grown in `folder`.parent/partial."""
         drafted = self.draft(recipe, part_bytes)
-        moments = self.moments if recipe.search == "weighted" else None
+        search = Weighted(self.moments) if recipe.search == "weighted" else Nearest()
         with open_partial(folder.parent / "partial" / folder.name, repr(recipe)) as growing:
-            write_artifact(growing, drafted, self.checkpoint, self.folder, moments, threads)
+            write_artifact(growing, drafted, self.checkpoint, self.folder, search, threads)
             growing.finish(folder)
         return drafted
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import stream as module
-from pipeline.evaluate.stream import LayerStream
+from pipeline.evaluate.stream import Hessians, LayerStream
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices
 from pipeline.graph.taps import product_inputs
@@ -30,9 +30,9 @@ def whole(folder: Path, name: str, dtype: str = "F32") -> tuple[DecoderSlices, d
     }
 
 
-def start(slices: DecoderSlices, folder: Path, layer: int | None = None) -> LayerStream:
-    (folder / "states").mkdir(exist_ok=True)
-    return LayerStream(slices, folder, WINDOWS, folder / "states", layer)
+def start(slices: DecoderSlices, folder: Path, layer: int | None = None, states: str = "states") -> LayerStream:
+    (folder / states).mkdir(exist_ok=True)
+    return LayerStream(slices, folder, WINDOWS, folder / states, layer)
 
 
 def finish(stream: LayerStream) -> dict[str, np.ndarray]:
@@ -59,23 +59,28 @@ def test_hessians_are_those_of_the_whole_graph(
 ) -> None:
     monkeypatch.setattr(module, "_PANEL_BYTES", panel_bytes)
     slices, inputs = whole(tmp_path, "qwen2")
-    stream = start(slices, tmp_path)
-    for layer in range(4):
-        for name in slices.inputs(layer):
-            got, x = stream.hessian(name), inputs[name].astype(np.float64)
+    stream, plain = start(slices, tmp_path), start(slices, tmp_path, states="plain")
+    for _ in range(4):
+        moments = plain.advance()
+        for name, got in stream.advance(full=True).items():
+            x = inputs[name].astype(np.float64)
             assert got.dtype == np.float32
             assert (got == got.T).all()
             want = x.T @ x
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * want.max())
-        moments = stream.advance()
-        assert np.allclose(got.diagonal() / TOKENS, moments[name], rtol=1e-5)
+            assert np.allclose(got.diagonal() / TOKENS, moments[name], rtol=1e-5)
 
 
-def test_an_input_of_another_layer_is_refused(tmp_path: Path) -> None:
-    """The states at hand are not what it is computed from: it would be wrong in silence."""
-    stream = start(DecoderSlices(*make_decoder(tmp_path, "llama-tied")), tmp_path)
-    with pytest.raises(EvaluationError, match=r"layers\.1\.mlp.*before layer 0"):
-        stream.hessian("layers.1.mlp")
+def test_hessians_are_asked_for_by_name(tmp_path: Path) -> None:
+    """In the order of execution and in any other: the same matrices, the model passed once or again."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "llama-tied"))
+    stream, want = start(slices, tmp_path), dict[str, np.ndarray]()
+    while stream.layer < 3:
+        want |= stream.advance(full=True)
+    (tmp_path / "again").mkdir()
+    ask = Hessians(slices, tmp_path, WINDOWS, tmp_path / "again")
+    for name in [*want, *reversed(want), "layers.1.mlp"]:
+        np.testing.assert_array_equal(ask(name), want[name])
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])

@@ -16,15 +16,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
+from pipeline import config
 from pipeline.artifact import work, write
 from pipeline.artifact.partial import open_partial
+from pipeline.artifact.quantizers import Compensated
 from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import ResourceError
+from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json
-from pipeline.stages import download, export, quantize
+from pipeline.graph.slices import DecoderSlices
+from pipeline.planning.recipes import make_plan
+from pipeline.quantize.search import weighted
+from pipeline.stages import calibrate, download, export, quantize
+from pipeline.stages.calibrate import read_moments
+from pipeline.stages.texts import input_ids
 from pipeline.stages.workspace import Workspace
 from tests import tiny
 from tests.artifact.exported import PATIENCE, child, contents, finish, lines
@@ -323,3 +334,62 @@ def test_one_process_at_a_time(workspace: Workspace, computed: list[str]) -> Non
         assert contents(theirs.folder) == {"data": b"theirs"}
     assert computed == []
     assert not workspace.artifact("q4").exists()
+
+
+# --- error compensation ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compensating(workspace: Workspace) -> Workspace:
+    """The tiny model really calibrated, and recipes that compensate errors."""
+    tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 256}, window=64)
+    calibrate.run(tiny.MODEL)
+    for variant in ("q4", "q3"):
+        tiny.edit(Path(f"configs/recipes/{variant}.yaml"), search="gptq")
+    return workspace
+
+
+@pytest.mark.parametrize("variant", ["q4", "q3"])
+def test_compensation_goes_on(variant: str, compensating: Workspace, computed: list[str]) -> None:
+    """Interrupted half-way, the layers that are finished are passed again but not quantized again: the same bytes."""
+    expected = whole(compensating, variant)
+    stop = computed[len(computed) // 2]
+
+    def interrupted(item: work.Unit, *rest: Any) -> Any:
+        if item.name == stop:
+            raise KeyboardInterrupt
+        return work.quantize_unit(item, *rest)
+
+    shutil.rmtree(compensating.artifact(variant))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "quantize_unit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.run(tiny.MODEL, variant)
+    done = journal(compensating, variant)
+    computed.clear()
+    quantize.run(tiny.MODEL, variant)
+    assert done and not done & set(computed)
+    assert contents(compensating.artifact(variant)) == expected
+
+
+def test_the_body_is_compensated_and_the_head_is_searched(compensating: Workspace) -> None:
+    """On the calibration text every product of the body loses less than the search leaves."""
+    store = Store()
+    folder = compensating.reference(store)
+    architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
+    slices = DecoderSlices(onnx.load(folder / "model.onnx", load_external_data=False), architecture)
+    Path("states").mkdir()
+    hessians = Hessians(slices, folder, input_ids(config.load_calibration(), folder, store), Path("states"))
+    asked: dict[str, np.ndarray] = {}
+    search = Compensated(read_moments(compensating), lambda name: asked.setdefault(name, hessians(name)))
+    plan = make_plan(architecture, config.load_recipe("q4"))
+    for item in plan.body:
+        weights, fmt = checkpoint.rows(item.matrix.name), item.pieces[0].format
+        losses = []
+        for (found,) in (search.of(item, {})(weights), [weighted(weights, search.moments[item.matrix.input], fmt)]):
+            error = weights - found.dequantize()
+            losses.append(np.einsum("ri,ij,rj->", error, asked[item.matrix.input], error, optimize=True))
+        assert losses[0] < losses[1], item.matrix.name
+    (head,) = search.of(plan.head, {})(checkpoint.rows(plan.head.matrix.name))
+    plain = weighted(checkpoint.rows(plan.head.matrix.name), search.moments["head"], plan.head.pieces[0].format)
+    np.testing.assert_array_equal(head.codes, plain.codes)

@@ -1,0 +1,130 @@
+"""How rows of a planned matrix become stored bytes: one class per `search` of a recipe.
+
+`of(planned, channels)` gives the function for one matrix: float32 [rows, columns] to one Quantized per piece. Rows are
+independent, so many threads may call it; `tile` is the number of rows that it works on at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.artifact.graph import channel_names
+from pipeline.checkpoint.architecture import Matrix
+from pipeline.errors import PlanError
+from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.quantize.formats import Quantized, TensorFormat
+from pipeline.quantize.gptq import TILE, Factor, compensated, factor
+from pipeline.quantize.search import nearest, weighted
+
+Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
+Channels = Mapping[str, np.ndarray]  # name of a piece's channel indices → int32 [columns of the piece]
+Quantizer = Callable[[np.ndarray], list[Quantized]]
+
+
+class Search(Protocol):
+    """What the classes below have in common. `moments` is None for a search that needs no calibration."""
+
+    tile: int
+    moments: Moments | None
+
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """The function for one matrix; whatever it costs to prepare is spent here."""
+
+
+class Nearest:
+    """Round to nearest: the control."""
+
+    tile = 1
+    moments = None
+
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """Without calibration."""
+        return lambda weights: _by_piece(weights, planned, channels, lambda part, _, fmt: nearest(part, fmt))
+
+
+class Weighted:
+    """Scales and zero points searched under the second moments of the inputs."""
+
+    tile = 1
+
+    def __init__(self, moments: Moments):
+        self.moments = moments
+
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """Under the moments of the matrix's input."""
+        importance = _importance(planned.matrix, self.moments)
+        return lambda weights: _by_piece(
+            weights, planned, channels, lambda part, which, fmt: weighted(part, importance[which], fmt)
+        )
+
+
+class Compensated(Weighted):
+    """GPTQ for the body, whose errors accumulate; the embedding and the head are searched as in `Weighted`.
+
+    Args:
+        hessian: Σ x·xᵀ of an input by its name, float32 [channels, channels]; asked for in the order of execution.
+    """
+
+    tile = TILE
+
+    def __init__(self, moments: Moments, hessian: Callable[[str], np.ndarray]):
+        super().__init__(moments)
+        self._hessian = hessian
+        self._lock = Lock()
+        self._input = ""
+        self._factor: Factor | None = None
+
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """Under the whole second moment matrix of the matrix's input, for a matrix of the body."""
+        if planned.matrix.role in {"embedding", "head"}:
+            return super().of(planned, channels)
+        order = np.concatenate([channels[name] for name in channel_names(planned)]) if planned.split else None
+        found = self._factor_of(planned.matrix.input, order)
+        formats = [(piece.format, piece.columns) for piece in planned.pieces]
+        return lambda weights: compensated(
+            weights if order is None else np.take(weights, order, axis=1), found, formats
+        )
+
+    def _factor_of(self, name: str, order: np.ndarray | None) -> Factor:
+        """The factor of the input asked for last is kept: matrices that share it follow one another."""
+        with self._lock:
+            if self._factor is None or self._input != name:
+                self._factor = None  # two of them at a time would be the peak of memory
+                self._factor, self._input = factor(self._hessian(name), order), name
+            return self._factor
+
+
+def _by_piece(
+    weights: np.ndarray,
+    planned: PlannedMatrix,
+    channels: Channels,
+    quantize: Callable[[np.ndarray, slice | np.ndarray, TensorFormat], Quantized],
+) -> list[Quantized]:
+    if not planned.split:
+        return [quantize(weights, slice(None), planned.pieces[0].format)]
+    parts = [channels[name] for name in channel_names(planned)]
+    return [
+        quantize(np.take(weights, part, axis=1), part, piece.format)
+        for piece, part in zip(planned.pieces, parts, strict=True)
+    ]
+
+
+def _importance(matrix: Matrix, moments: Moments) -> np.ndarray:
+    # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
+    return np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else moments[matrix.input]
+
+
+def check_moments(plan: Plan, moments: Moments) -> None:
+    """Raise PlanError unless every product has usable statistics: a missing one would be searched blindly."""
+    for matrix in (item.matrix for item in (*plan.body, plan.head)):
+        found = moments.get(matrix.input)
+        if found is None or found.shape != (matrix.columns,) or not (np.isfinite(found) & (found >= 0)).all():
+            state = "there are none" if found is None else f"they are {list(found.shape)}, or not all ≥ 0"
+            raise PlanError(
+                f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments of input "
+                f"{matrix.input!r}, and {state}. Run the calibrate stage for this model again."
+            )
