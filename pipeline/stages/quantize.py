@@ -27,6 +27,7 @@ from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json, scratch_directory, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
+from pipeline.machine import cores
 from pipeline.planning.recipes import make_plan
 from pipeline.stages import needs
 from pipeline.stages.calibrate import read_moments
@@ -52,6 +53,9 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     print(describe(drafted, architecture.parameters))
     if dry_run:
         print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
+        if recipe.search == "gptq":
+            seconds = architecture.parameters / (needs.WEIGHTS_PER_CORE_SECOND["gptq"] * cores())
+            print(f"  and error compensation: about {seconds:,.0f} s (computed), and one pass of the calibration text")
         return
     with open_partial(workspace.partial(variant), _key(workspace, recipe)) as partial, ExitStack() as stack:
         left = max(0, drafted.bytes - partial.bytes)
