@@ -93,7 +93,7 @@ def stages(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
     head = (
         "model",
         "source, bytes",
-        "download: link and hash, s",
+        "download: copy and hash, s",
         "export, s",
         "calibrate (64 tokens), s",
         "private, MB",

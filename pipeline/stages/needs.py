@@ -14,9 +14,10 @@ from pipeline.config import CalibrationConfig, EvaluationConfig
 PROCESS_BYTES = 200_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; compiled kernels, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
-"""The whole quantize stage, measured at MiMo's and Phi-4's shapes (462 MB): chunks of rows, so no shape matters."""
-WEIGHTS_PER_CORE_SECOND = {"nearest": 400e6, "weighted": 100e6, "gptq": 4e6}
-"""Weights that a search takes a second on one core, measured at 4 bits, 2,048 × 4,096; the disk comes on top."""
+"""The whole quantize stage: twice its peak of 147 MB, measured at MiMo's and Phi-4's shapes, whatever the recipe."""
+WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 4e6}
+"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
+shapes (benchmarks/README.md). GPTQ: the compensation alone, 2,048 and 4,096 rows of 4,096 columns."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
