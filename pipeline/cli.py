@@ -109,6 +109,13 @@ def calibrate(model: str) -> None:
 
 @cli.command()
 @_MODEL
+def sensitivity(model: str) -> None:
+    """Measure what each matrix loses in each format, for recipes with a budget."""
+    _stage("sensitivity")(model)
+
+
+@cli.command()
+@_MODEL
 def parity(model: str) -> None:
     """Compare the graph's logits with Optimum's export of the same checkpoint."""
     _stage("parity")(model)

@@ -127,16 +127,61 @@ class RecipeRule(Frozen):
     format: FormatName | SplitFormat
 
 
-class RecipeConfig(Frozen):
-    """A recipe: a rule from tensor roles and layer numbers to tensor formats."""
+class Pin(Frozen):
+    """Tensors whose format an engineer decides, whatever the budget: a shell pattern on their names."""
+
+    tensors: str = Field(description="such as model.layers.0.*, *.v_proj.weight or lm_head.weight")
+    format: FormatName | SplitFormat
+
+
+class Budget(Frozen):
+    """What an artifact may take, one limit at least, and the formats that may be chosen to stay within it.
+
+    `memory` and `tier` count the peak in use: weights as loaded, the KV cache at `context`, activations, loading; and,
+    for a tier, `runtime_bytes` of configs/tiers.yaml.
+    """
+
+    bytes: int | None = Field(default=None, gt=0, description="graph and parts on disk, exactly as written")
+    body_bits: float | None = Field(default=None, gt=0, description="bits per weight of the body, scales included")
+    memory: int | None = Field(default=None, gt=0, description="peak private bytes in use")
+    tier: Name | None = Field(default=None, description="row of configs/tiers.yaml: its memory is the limit")
+    context: int | None = Field(default=None, gt=0, description="tokens of KV cache; configs/tiers.yaml's by default")
+    formats: tuple[FormatName, ...] = Field(default=("w2b64a", "w4b64a", "w4b32a", "w8b32s"), min_length=1)
+    tables: tuple[FormatName, ...] = Field(default=("w4b32a", "w8b32s"), min_length=1)
+    splits: bool = Field(default=True, description="may split matrices along their input channels")
+    pin: tuple[Pin, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_limited(self) -> Budget:
+        if all(limit is None for limit in (self.bytes, self.body_bits, self.memory, self.tier)):
+            raise ValueError("no limit is given; name one or more of bytes, body_bits, memory, tier")
+        return self
+
+
+class RecipeBase(Frozen):
+    """What every recipe has."""
 
     version: int = Field(gt=0)
     title: str
+    search: Literal["nearest", "weighted", "gptq"] = "weighted"
+    part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
+
+
+class RecipeConfig(RecipeBase):
+    """A recipe: a rule from tensor roles and layer numbers to tensor formats."""
+
     embedding: FormatName
     head: FormatName
     body: tuple[RecipeRule, ...] = Field(min_length=1)
-    search: Literal["nearest", "weighted", "gptq"] = "weighted"
-    part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
+
+
+class BudgetRecipe(RecipeBase):
+    """A recipe that is solved for: the formats that lose least within a budget."""
+
+    budget: Budget
+
+
+Recipe = RecipeConfig | BudgetRecipe
 
 
 # --- configs/calibration.yaml, configs/datasets.yaml, configs/evaluation/<suite>.yaml ---------------------------------
@@ -147,6 +192,14 @@ class CalibrationConfig(Frozen):
 
     texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     window: int = Field(gt=1, description="tokens per sequence")
+
+
+class SensitivityConfig(CalibrationConfig):
+    """What is measured of each matrix for budgets: the error of every format, and the damage of one of them."""
+
+    formats: tuple[FormatName, ...] = Field(min_length=1)
+    damage: FormatName = Field(description="the format in which each matrix's KL divergence is measured")
+    rows: int = Field(gt=0, description="rows of each matrix that errors are measured on, evenly spaced")
 
 
 class DatasetsConfig(Frozen):
@@ -327,7 +380,15 @@ def load(model: type[T], path: Path) -> T:
         ConfigError: the file is missing, is not YAML, or does not validate; every problem is listed.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return model.model_validate(_read(path))
+    except ValidationError as error:
+        problems = "; ".join(_explain(model, item) for item in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         others = sorted(file.stem for file in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.stem, others, n=1)
@@ -337,11 +398,6 @@ def load(model: type[T], path: Path) -> T:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(_explain(model, item) for item in error.errors())
-        raise ConfigError(f"{path}: {problems}") from None
 
 
 def load_pipeline() -> PipelineConfig:
@@ -354,9 +410,10 @@ def load_model(name: str) -> ModelConfig:
     return load(ModelConfig, CONFIGS / "models" / f"{name}.yaml")
 
 
-def load_recipe(variant: str) -> RecipeConfig:
+def load_recipe(variant: str) -> Recipe:
     """configs/recipes/<variant>.yaml"""
-    return load(RecipeConfig, CONFIGS / "recipes" / f"{variant}.yaml")
+    path = CONFIGS / "recipes" / f"{variant}.yaml"
+    return load(BudgetRecipe if "budget" in _read(path) else RecipeConfig, path)
 
 
 def load_suite(name: str) -> EvaluationConfig:
@@ -372,6 +429,11 @@ def load_datasets() -> DatasetsConfig:
 def load_calibration() -> CalibrationConfig:
     """configs/calibration.yaml"""
     return load(CalibrationConfig, CONFIGS / "calibration.yaml")
+
+
+def load_sensitivity() -> SensitivityConfig:
+    """configs/sensitivity.yaml"""
+    return load(SensitivityConfig, CONFIGS / "sensitivity.yaml")
 
 
 def load_gates() -> GatesConfig:
@@ -416,7 +478,7 @@ def check_all() -> None:
     suite = load_suite(pipeline.suite)
     calibration = load_calibration()
     datasets = load_datasets().datasets
-    needed = {"mmlu", "humaneval", *suite.divergence.texts, *calibration.texts}
+    needed = {"mmlu", "humaneval", *suite.divergence.texts, *calibration.texts, *load_sensitivity().texts}
     if unknown := sorted(needed - set(datasets)):
         raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
     load_tiers()

@@ -126,6 +126,16 @@ class Architecture:
         return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head")
 
     @property
+    def embedding(self) -> Matrix:
+        """The table of token vectors, which are looked up, not multiplied."""
+        return Matrix("model.embed_tokens.weight", "embedding", -1, self.vocab, self.hidden, "tokens")
+
+    @property
+    def tables(self) -> list[Matrix]:
+        """The embedding and the head; the head alone when they are one table."""
+        return [self.head] if self.tied else [self.embedding, self.head]
+
+    @property
     def matrices(self) -> list[Matrix]:
         """All matrices that multiply activations: the body's in order, then the head."""
         return [matrix for layer in range(self.layers) for matrix in self.body(layer)] + [self.head]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import value_info
 from pipeline.graph.taps import product_inputs
@@ -76,6 +76,13 @@ class DecoderSlices:
         """The hidden states before `layer` → those after it, and every product's input."""
         return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer))
 
+    def open_layer(self, layer: int) -> Slice:
+        """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
+        columns] by their names: what runs may change from one run to the next."""
+        part = self._slice(self._hidden[layer], self._hidden[layer + 1], [])
+        _open_products(part.model.graph, self.architecture.body(layer))
+        return part
+
     def up_to(self, name: str) -> Slice:
         """The hidden states before a layer → one of its products' inputs, and nothing that comes later.
 
@@ -123,6 +130,21 @@ class DecoderSlices:
 
 def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
     return value_info(name, TensorProto.FLOAT, ["batch", "sequence", channels])
+
+
+def _open_products(graph: onnx.GraphProto, matrices: Iterable[Matrix]) -> None:
+    """Make the matrices of a graph's products its inputs, in place of references to the checkpoint."""
+    shapes = {matrix.name: [matrix.rows, matrix.columns] for matrix in matrices}
+    stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    for node in graph.node:
+        if node.op_type == "FusedMatMul":
+            node.input[1] = stored.get(node.input[1], node.input[1])
+    kept = [node for node in graph.node if node.op_type != "Cast" or node.input[0] not in shapes]
+    weights = [tensor for tensor in graph.initializer if tensor.name not in shapes]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(weights)
+    graph.input.extend(value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
 
 
 def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -89,14 +89,13 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
             differently.
     """
     body = tuple(
-        _apply(_rule(recipe, matrix, architecture.layers), matrix)
+        apply_format(_rule(recipe, matrix, architecture.layers), matrix)
         for layer in range(architecture.layers)
         for matrix in architecture.body(layer)
     )
     _check_shared_inputs(body)
-    head = _apply(recipe.head, architecture.head)
-    table = Matrix("model.embed_tokens.weight", "embedding", -1, architecture.vocab, architecture.hidden, "tokens")
-    embedding = _apply(recipe.head if architecture.tied else recipe.embedding, table)
+    head = apply_format(recipe.head, architecture.head)
+    embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
     return Plan(embedding, body, head, architecture.tied)
 
 
@@ -113,7 +112,11 @@ def _rule(recipe: RecipeConfig, matrix: Matrix, layers: int) -> str | SplitForma
     return found.format
 
 
-def _apply(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
+def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
+    """A matrix in a format, with the largest block that divides its columns, or split in whole blocks.
+
+    Raises PlanError when neither is possible.
+    """
     try:
         if isinstance(chosen, str):
             return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import CalibrationConfig, EvaluationConfig
+from pipeline.config import CalibrationConfig, EvaluationConfig, SensitivityConfig
+from pipeline.planning.memory import ACTIVATION_COPIES
 
 PROCESS_BYTES = 200_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; compiled kernels, the allocator's slack."""
@@ -26,8 +27,6 @@ HEADROOM = 4 / 3
 """On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
-ACTIVATION_COPIES = 4.5
-"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
 MMLU_TOKENS = {"letter": 111, "cloze": 99}
@@ -107,6 +106,25 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
         2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
         seconds,
         f"one layer in float32 and {calibration.window:,} tokens of activations; hidden states of {tokens:,} tokens",
+        scratch=True,
+    )
+
+
+def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates | None = None) -> Needs:
+    """One layer in float32, and the hidden states of a copy of the text for every matrix, before a layer and after."""
+    body = architecture.body(0)
+    sizes = [matrix.rows * matrix.columns for matrix in body]
+    tokens = sum(wanted.texts.values())
+    copies = 2 + architecture.layers * len(body)
+    states = 4 * copies * tokens * architecture.hidden
+    seconds = _product_seconds(architecture, tokens * copies / 2, rates) if rates else None
+    return Needs(
+        "sensitivity",
+        None,
+        PROCESS_BYTES + 4 * sum(sizes) + 2 * 4 * max(sizes) + 2 * states + GENERATION_LOGIT_BYTES,
+        2 * states + SMALL_FILES_BYTES,
+        seconds,
+        f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
         scratch=True,
     )
 

@@ -27,6 +27,7 @@ _CONFIG = "config.json"
 _WEIGHTS = ".safetensors"
 _MORE_MEMORY = {
     "calibrate": "Shorten `window` in configs/calibration.yaml, or run the stage on a larger machine.",
+    "sensitivity": "Lower the tokens of `texts` in configs/sensitivity.yaml, or run the stage on a larger machine.",
     "parity": "Lower memory_bytes in configs/parity.yaml: a smaller part of the model is compared then.",
     "reference": (
         "Run this stage once on a larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its "
@@ -167,6 +168,7 @@ def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Ra
     refs = _references(architecture, source.weight_bytes)
     yield needs.export(architecture, entry.context)
     yield needs.calibrate(architecture, config.load_calibration(), rates)
+    yield needs.sensitivity(architecture, config.load_sensitivity(), rates)
     yield _parity(architecture, refs)
     sizes = _artifact_bytes(model, variants, architecture, refs, entry.context)
     for variant, size in sizes.items():
@@ -214,9 +216,8 @@ def _artifact_bytes(
     """Exact bytes of each variant's graph and parts. Before the export is there, its graph is built in memory."""
     import onnx
 
-    from pipeline.artifact.write import draft
     from pipeline.graph.decoder import build_decoder
-    from pipeline.planning.recipes import make_plan
+    from pipeline.stages.plans import bytes_bound, plan_recipe
 
     workspace = Workspace(model)
     exported = workspace.export / MODEL_FILE
@@ -227,8 +228,10 @@ def _artifact_bytes(
     sizes = {}
     for variant in variants:
         recipe = config.load_recipe(variant)
-        plan = make_plan(architecture, recipe)
-        sizes[variant] = draft(graph, plan, workspace.file_stem(variant), recipe.part_bytes).bytes
+        if isinstance(recipe, config.BudgetRecipe) and not workspace.sensitivity.exists():
+            sizes[variant] = bytes_bound(recipe.budget, architecture)
+        else:
+            sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes
     return sizes
 
 
@@ -300,6 +303,7 @@ def _output(model: str, wanted: Needs) -> Path:
         "download": workspace.lock,
         "export": workspace.export,
         "calibrate": workspace.moments,
+        "sensitivity": workspace.sensitivity,
         "parity": workspace.parity,
         "quantize": workspace.artifact(variant),
         "reference": workspace.evaluation(variant),

@@ -18,7 +18,7 @@ from pipeline import config
 from pipeline.artifact.estimate import estimate
 from pipeline.artifact.partial import Partial, open_partial
 from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
-from pipeline.artifact.write import Draft, draft, write_artifact
+from pipeline.artifact.write import write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
@@ -28,9 +28,9 @@ from pipeline.files import read_json, scratch_directory, sha256_of, write_bytes,
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
-from pipeline.planning.recipes import make_plan
 from pipeline.stages import needs
 from pipeline.stages.calibrate import read_moments
+from pipeline.stages.plans import Planned, plan_recipe
 from pipeline.stages.preflight import require
 from pipeline.stages.texts import input_ids
 from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
@@ -48,9 +48,10 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")
     source = onnx.load(workspace.require(workspace.export / MODEL_FILE, "export"), load_external_data=False)
-    drafted = draft(source, make_plan(architecture, recipe), workspace.file_stem(variant), recipe.part_bytes)
+    planned = plan_recipe(recipe, architecture, source, variant, model)
+    drafted = planned.draft
     checkpoint = Checkpoint(weights)
-    print(describe(drafted, architecture.parameters))
+    print(describe(planned, architecture.parameters))
     if dry_run:
         print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
         if recipe.search == "gptq":
@@ -63,7 +64,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         search = _search(recipe, workspace, architecture, partial, stack)
         write_artifact(partial, drafted, checkpoint, workspace.export, search)
         _make_runnable(partial.folder, workspace, drafted.model_file)
-        write_json(partial.folder / PLAN_FILE, plan_record(drafted, recipe, architecture.parameters))
+        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters))
         written = sum((partial.folder / name).stat().st_size for name in drafted.files)
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
@@ -72,7 +73,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
 
 
 def _search(
-    recipe: config.RecipeConfig, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
+    recipe: config.Recipe, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
 ) -> Search:
     """What `search` of a recipe names. Error compensation streams the calibration text through the model again."""
     if recipe.search == "nearest":
@@ -90,7 +91,7 @@ def _search(
     return Compensated(moments, Hessians(DecoderSlices(graph, architecture), folder, windows, states))
 
 
-def _key(workspace: Workspace, recipe: config.RecipeConfig) -> str:
+def _key(workspace: Workspace, recipe: config.Recipe) -> str:
     """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
     inputs = {
         "source": {file.name: file.sha256 for file in workspace.read_lock().files},
@@ -99,10 +100,17 @@ def _key(workspace: Workspace, recipe: config.RecipeConfig) -> str:
             None if recipe.search == "nearest" else sha256_of(workspace.require(workspace.moments, "calibrate"))
         ),
         "recipe": recipe.model_dump(mode="json"),
+        "sensitivity": _sensitivity(workspace, recipe),
         "code": [sha256_of(file) for file in _code()],
         "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _sensitivity(workspace: Workspace, recipe: config.Recipe) -> list[str] | None:
+    if not isinstance(recipe, config.BudgetRecipe):
+        return None
+    return [sha256_of(file) for file in sorted(workspace.sensitivity.iterdir())]
 
 
 def _code() -> list[Path]:
@@ -111,6 +119,7 @@ def _code() -> list[Path]:
     layers = ("checkpoint", "graph", "quantize", "planning", "artifact")
     return [
         Path(__file__),
+        Path(__file__).with_name("plans.py"),
         package / "compiled.py",
         package / "evaluate" / "runtime.py",
         package / "evaluate" / "stream.py",
@@ -128,8 +137,9 @@ def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
     write_json(folder / GENAI_CONFIG, settings)
 
 
-def describe(drafted: Draft, parameters: int) -> str:
-    """The plan for people: formats by role with their bytes, the parts and the exact total."""
+def describe(planned: Planned, parameters: int) -> str:
+    """The plan for people: formats by role with their bytes, the parts and the exact total, memory, the budget."""
+    drafted, memory = planned.draft, planned.memory
     rows: dict[tuple[str, str], list[int]] = {}
     for item in drafted.plan.tables:
         role = "embedding and head" if drafted.plan.tied and item is drafted.plan.head else item.matrix.role
@@ -141,11 +151,22 @@ def describe(drafted: Draft, parameters: int) -> str:
         f"  {drafted.bytes:,} bytes in {len(drafted.layout.parts)} part(s) and the graph: "
         f"{8 * drafted.bytes / parameters:.2f} bits per weight, body {drafted.plan.body_bits:.2f}"
     )
+    lines.append(
+        f"  in use at {planned.context:,} tokens about {memory.peak:,} bytes of memory: weights {memory.weights:,}, "
+        f"cache {memory.cache:,}, activations {memory.activations:,}"
+    )
+    if planned.solution:
+        lines.append(
+            f"  predicted divergence {planned.solution.cost:.4f} nats; no plan within the budget is predicted to lose "
+            f"more than {planned.solution.gap:.2%} less"
+        )
     return "\n".join(lines)
 
 
-def plan_record(drafted: Draft, recipe: config.RecipeConfig, parameters: int) -> dict[str, Any]:
+def plan_record(planned: Planned, recipe: config.Recipe, parameters: int) -> dict[str, Any]:
     """The plan for machines."""
+    drafted, solution = planned.draft, planned.solution
+    solved = {"predicted_nats": solution.cost, "least_possible_nats": solution.bound} if solution else {}
     return {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
         "bytes": drafted.bytes,
@@ -153,6 +174,8 @@ def plan_record(drafted: Draft, recipe: config.RecipeConfig, parameters: int) ->
         "parameters": parameters,
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
+        "memory": planned.memory.record() | {"context": planned.context},
+        **solved,
         "tensors": {
             item.matrix.name: {"role": item.matrix.role, "format": item.formats, "bytes": item.bytes}
             for item in drafted.plan.tables

@@ -49,6 +49,11 @@ class Workspace:
         return self.root / "calibration" / "moments.safetensors"
 
     @property
+    def sensitivity(self) -> Path:
+        """Errors of every format and damage of every matrix."""
+        return self.root / "sensitivity"
+
+    @property
     def parity(self) -> Path:
         """The comparison with Optimum's export."""
         return self.root / "parity.json"

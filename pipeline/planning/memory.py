@@ -1,0 +1,68 @@
+"""What a model takes in a phone's memory, from shapes alone: the figures that a memory budget is checked against.
+
+Private bytes, which no file backs and which count against an app: weights as the kernels keep them, the KV cache,
+activations. Mapped files come on top only where there is room for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.quantize.formats import TensorFormat
+
+PREFILL_CHUNK = 256
+"""Tokens that onnxruntime-genai is configured to read at a time."""
+ACTIVATION_COPIES = 4.5
+"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
+# Bits of memory per weight once a kernel has packed it, code plus (bits ÷ block) for scales, zero points and sums: the
+# larger of what was measured on x86-64 and on arm64 (ONNX Runtime 1.31).
+_PACKED = {2: (2.0, 64), 4: (4.0, 64), 8: (8.0, 96)}
+
+
+def _packed_bytes(fmt: TensorFormat, weights: int) -> int:
+    bits, per_block = _PACKED[fmt.bits]
+    return int(weights * (bits + per_block / fmt.block) / 8)
+
+
+def weight_memory(planned: PlannedMatrix) -> int:
+    """Private bytes of a matrix after loading: packed for its product; a table is looked up as it is stored."""
+    rows, is_table = planned.matrix.rows, "embed_tokens" in planned.matrix.name
+    lookup = planned.bytes if is_table else 0
+    if planned.matrix.role == "embedding":
+        return lookup
+    return lookup + sum(_packed_bytes(piece.format, rows * piece.columns) for piece in planned.pieces)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Private bytes at the peak of use: `weights` as loaded, `cache` of keys and values at the context, `activations`
+    of a chunk of prefill with its logits, `loading` what packing holds twice for a moment."""
+
+    weights: int
+    cache: int
+    activations: int
+    loading: int
+
+    @property
+    def peak(self) -> int:
+        """The larger of loading and of use."""
+        return self.weights + max(self.cache + self.activations, self.loading)
+
+    def record(self) -> dict[str, int]:
+        """For the plan file."""
+        return asdict(self) | {"peak": self.peak}
+
+
+def plan_memory(plan: Plan, architecture: Architecture, context: int, cache_bytes: int = 4) -> Memory:
+    """`context` in tokens, `cache_bytes` per element of the KV cache."""
+    weights = sum(map(weight_memory, plan.tables))
+    return Memory(weights, *use_memory(architecture, context, cache_bytes), max(item.bytes for item in plan.tables))
+
+
+def use_memory(architecture: Architecture, context: int, cache_bytes: int = 4) -> tuple[int, int]:
+    """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill."""
+    cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * context * cache_bytes
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + architecture.vocab
+    return cache, int(4 * floats * min(PREFILL_CHUNK, context))

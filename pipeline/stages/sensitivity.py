@@ -1,0 +1,167 @@
+"""sensitivity: what each matrix costs in each format, and what its damage does to the model. Budgets are solved by it.
+
+Two measurements. Errors: every format's calibrated error per input channel, on some rows of each matrix, seconds a
+gigabyte. Damage: the divergence that each matrix alone causes in one format (`pipeline.evaluate.sensitivity`); this one
+takes as long as a calibration and goes on where a killed run was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from safetensors.numpy import load_file, save
+
+import pipeline
+from pipeline import config
+from pipeline.artifact.partial import open_partial
+from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
+from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config import SensitivityConfig
+from pipeline.evaluate.sensitivity import Damage, sensitivities
+from pipeline.files import read_json, sha256_of, write_bytes, write_json
+from pipeline.graph.slices import DecoderSlices
+from pipeline.machine import cores
+from pipeline.planning.budget import Sensitivity
+from pipeline.quantize.formats import TensorFormat
+from pipeline.quantize.search import weighted
+from pipeline.quantize.split import channel_importance, squared_norms
+from pipeline.stages import needs
+from pipeline.stages.calibrate import read_moments
+from pipeline.stages.preflight import require
+from pipeline.stages.texts import input_ids
+from pipeline.stages.workspace import MODEL_FILE, Workspace
+
+_ERRORS, _NATS = "errors.safetensors", "nats.json"
+_ORDER = "order"  # beside the formats in a key of the errors' file: channels of an input by importance
+
+
+def run(model: str) -> None:
+    """Write artifacts/<model>/sensitivity: errors of every matrix and format, and nats of every matrix."""
+    wanted, store, workspace = config.load_sensitivity(), Store(), Workspace(model)
+    folder = workspace.reference(store)
+    architecture = read_architecture(folder / "config.json")
+    require(model, needs.sensitivity(architecture, wanted))
+    moments = read_moments(workspace)
+    checkpoint = Checkpoint(workspace.weights(store))
+    windows = input_ids(wanted, folder, store)
+    ids = np.stack([window for window in windows if len(window) == wanted.window])
+    slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
+    with open_partial(workspace.partial("sensitivity"), _key(workspace, wanted, ids)) as partial:
+        damage = _damage(moments, wanted)
+        nats = sensitivities(slices, folder, checkpoint, ids, damage, partial, model)
+        errors = measure_errors(architecture, checkpoint, moments, wanted)
+        for leftover in partial.folder.iterdir():
+            leftover.unlink()
+        write_bytes(partial.folder / _ERRORS, save(errors))
+        formats = {
+            matrix.name: str(TensorFormat.parse(wanted.damage).fitted(matrix.columns))
+            for matrix in _matrices(architecture)
+        }
+        rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
+        write_json(partial.folder / _NATS, {"tokens": ids.size, "tensors": rows})
+        partial.finish(workspace.sensitivity)
+    worst = sorted(nats, key=nats.__getitem__, reverse=True)[:3]
+    print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
+    for name in worst:
+        print(f"  {name:<44} {nats[name]:.5f} nats")
+
+
+def read_sensitivity(workspace: Workspace) -> Sensitivity:
+    """What `run` wrote. Raises PipelineError when it is missing."""
+    stored = load_file(workspace.require(workspace.sensitivity / _ERRORS, "sensitivity"))
+    rows = read_json(workspace.sensitivity / _NATS)["tensors"]
+    errors: dict[str, dict[str, np.ndarray]] = {}
+    order: dict[str, np.ndarray] = {}
+    for key, values in stored.items():
+        name, _, kind = key.rpartition("/")
+        if kind == _ORDER:
+            order[name] = values
+        else:
+            errors.setdefault(name, {})[kind] = values
+    return Sensitivity(
+        errors,
+        order,
+        {name: row["nats"] for name, row in rows.items()},
+        {name: row["format"] for name, row in rows.items()},
+    )
+
+
+def measure_errors(
+    architecture: Architecture, checkpoint: Checkpoint, moments: dict[str, np.ndarray], wanted: SensitivityConfig
+) -> dict[str, np.ndarray]:
+    """`<matrix>/<format>` → E[x²]·Σ(w − ŵ)² of each channel over the sampled rows, float32 [columns]; `<input>/order` →
+    its channels by importance, int32."""
+    found: dict[str, np.ndarray] = {}
+
+    def one(matrix: Matrix) -> np.ndarray:
+        weights = _sample(checkpoint, matrix, wanted.rows)
+        importance = _importance(matrix, moments)
+        for name in wanted.formats:
+            fmt = TensorFormat.parse(name).fitted(matrix.columns)
+            if f"{matrix.name}/{fmt}" not in found:
+                gap = weights - weighted(weights, importance, fmt).dequantize()
+                found[f"{matrix.name}/{fmt}"] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
+        norms = np.zeros(matrix.columns)
+        squared_norms(weights, norms)
+        return norms * (matrix.rows / len(weights))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        matrices = _matrices(architecture)
+        norms = zip(matrices, pool.map(one, matrices), strict=True)
+        for name, sharing in groupby(norms, key=lambda item: item[0].input):
+            if name in moments:
+                importance = channel_importance(moments[name], (item[1] for item in sharing))
+                found[f"{name}/{_ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
+    return found
+
+
+def _sample(checkpoint: Checkpoint, matrix: Matrix, rows: int) -> np.ndarray:
+    """At most `rows` rows, in 8 runs spread evenly over the matrix."""
+    if matrix.rows <= rows:
+        return checkpoint.rows(matrix.name)
+    run = max(1, rows // 8)
+    starts = np.linspace(0, matrix.rows - run, 8).astype(int)
+    return np.concatenate([checkpoint.rows(matrix.name, start, start + run) for start in starts])
+
+
+def _matrices(architecture: Architecture) -> list[Matrix]:
+    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
+    return [*architecture.tables, *body]
+
+
+def _importance(matrix: Matrix, moments: dict[str, np.ndarray]) -> np.ndarray:
+    return np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else moments[matrix.input]
+
+
+def _damage(moments: dict[str, np.ndarray], wanted: SensitivityConfig) -> Damage:
+    def quantized(matrix: Matrix, rows: np.ndarray) -> np.ndarray:
+        fmt = TensorFormat.parse(wanted.damage).fitted(matrix.columns)
+        with ThreadPoolExecutor(cores()) as pool:
+            parts = np.array_split(rows, cores())
+            done = pool.map(lambda part: weighted(part, _importance(matrix, moments), fmt).dequantize(), parts)
+            return np.concatenate(list(done))
+
+    return quantized
+
+
+def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:
+    """What decides the measurement: SHA-256, 64 hex digits."""
+    package = Path(pipeline.__file__).parent
+    code = ("evaluate/sensitivity.py", "graph/slices.py", "quantize/search.py", "stages/sensitivity.py")
+    inputs = {
+        "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
+        "moments": sha256_of(workspace.moments),
+        "config": wanted.model_dump(mode="json"),
+        "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "code": [sha256_of(package / name) for name in code],
+        "libraries": [(module.__name__, module.__version__) for module in (np, onnx, onnxruntime)],
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
