@@ -58,17 +58,23 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
             seconds = architecture.parameters / (needs.WEIGHTS_PER_CORE_SECOND["gptq"] * cores())
             print(f"  and error compensation: about {seconds:,.0f} s (computed), and one pass of the calibration text")
         return
-    with open_partial(workspace.partial(variant), _key(workspace, recipe)) as partial, ExitStack() as stack:
+    key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
+    if digests := _intact(folder, key):
+        write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
+        print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
+        return
+    with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
         left = max(0, drafted.bytes - partial.bytes)
         require(model, needs.quantize(variant, left, architecture, recipe.search))
         search = _search(recipe, workspace, architecture, partial, stack)
         write_artifact(partial, drafted, checkpoint, workspace.export, search)
         _make_runnable(partial.folder, workspace, drafted.model_file)
-        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters))
+        digests = _digests(partial.folder)
+        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
         written = sum((partial.folder / name).stat().st_size for name in drafted.files)
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
-        partial.finish(workspace.artifact(variant))
+        partial.finish(folder)
     print(f"{model} {variant}: {written:,} bytes written, as planned")
 
 
@@ -91,7 +97,24 @@ def _search(
     return Compensated(moments, Hessians(DecoderSlices(graph, architecture), folder, windows, states))
 
 
-def _key(workspace: Workspace, recipe: config.Recipe) -> str:
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an artifact but the plan."""
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != PLAN_FILE}
+
+
+def _intact(folder: Path, key: str) -> dict[str, str] | None:
+    """The digests of the artifact in `folder` if `key` decides its bytes and they are all there, else None.
+
+    A tier or a title that was edited changes no byte, and a run killed after its last byte need not begin again.
+    """
+    try:
+        record = read_json(folder / PLAN_FILE)
+    except (OSError, ValueError):
+        return None
+    return record["sha256"] if record.get("key") == key and record["sha256"] == _digests(folder) else None
+
+
+def _key(workspace: Workspace, recipe: config.Recipe, planned: Planned) -> str:
     """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
     inputs = {
         "source": {file.name: file.sha256 for file in workspace.read_lock().files},
@@ -99,18 +122,14 @@ def _key(workspace: Workspace, recipe: config.Recipe) -> str:
         "moments": (
             None if recipe.search == "nearest" else sha256_of(workspace.require(workspace.moments, "calibrate"))
         ),
-        "recipe": recipe.model_dump(mode="json"),
-        "sensitivity": _sensitivity(workspace, recipe),
+        "search": recipe.search,
+        "parts": planned.draft.layout.parts,
+        "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
+        "calibration": config.load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
         "code": [sha256_of(file) for file in _code()],
         "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _sensitivity(workspace: Workspace, recipe: config.Recipe) -> list[str] | None:
-    if not isinstance(recipe, config.BudgetRecipe):
-        return None
-    return [sha256_of(file) for file in sorted(workspace.sensitivity.iterdir())]
 
 
 def _code() -> list[Path]:
@@ -163,12 +182,16 @@ def describe(planned: Planned, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def plan_record(planned: Planned, recipe: config.Recipe, parameters: int) -> dict[str, Any]:
-    """The plan for machines."""
+def plan_record(
+    planned: Planned, recipe: config.Recipe, parameters: int, key: str, digests: dict[str, str]
+) -> dict[str, Any]:
+    """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file."""
     drafted, solution = planned.draft, planned.solution
     solved = {"predicted_nats": solution.cost, "least_possible_nats": solution.bound} if solution else {}
     return {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
+        "key": key,
+        "sha256": digests,
         "bytes": drafted.bytes,
         "parts": list(drafted.layout.parts),
         "parameters": parameters,
