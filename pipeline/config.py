@@ -22,6 +22,7 @@ CONFIGS = Path("configs")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
+KvCache = Literal["float32", "int8"]
 Role = Literal[
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
 ]  # fmt: skip
@@ -164,6 +165,7 @@ class RecipeBase(Frozen):
     version: int = Field(gt=0)
     title: str
     search: Literal["nearest", "weighted", "gptq"] = "weighted"
+    kv_cache: KvCache = "float32"
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
 
 

@@ -104,6 +104,12 @@ def test_a_split_gives_more_bits_to_what_matters(tmp_path: Path) -> None:
     assert "more bits than low" in message
 
 
+def test_a_kv_cache_that_no_kernel_decodes_well_is_refused(tmp_path: Path) -> None:
+    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", kv_cache="int4"), tmp_path)
+    assert "kv_cache" in message
+    assert "'float32' or 'int8'" in message
+
+
 def test_parts_never_exceed_what_stores_accept(tmp_path: Path) -> None:
     message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", part_bytes=1_400_000_001), tmp_path)
     assert "1400000000" in message

@@ -6,19 +6,21 @@ Pure rewriting: no weight is read. `quantize_graph` says which tensors the artif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from pipeline.artifact.layout import Layout
 from pipeline.errors import GraphError
-from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor
+from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
 
 # int8 activations: what the fast kernels of x86-64 and arm64 compute with.
 ACCURACY_LEVEL = 4
+# Of GroupQueryAttention, whose inputs are positional (ContribOperators.md of ONNX Runtime 1.31).
+_KEY_SCALE = 12
 _BYTES = {TensorProto.UINT8: 1, TensorProto.FLOAT16: 2, TensorProto.FLOAT: 4, TensorProto.INT32: 4}
 
 
@@ -50,6 +52,11 @@ def channel_names(planned: PlannedMatrix) -> tuple[str, str]:
     return f"{planned.matrix.input}.high.channels", f"{planned.matrix.input}.low.channels"
 
 
+def cache_scales(name: str) -> str:
+    """Stored name of the int8 scales of a layer's keys or values, `layers.0.key`."""
+    return f"{name}.scales"
+
+
 class _Rewriter(GraphWriter):
     def __init__(self, source: onnx.ModelProto, plan: Plan):
         super().__init__()
@@ -72,9 +79,11 @@ class _Rewriter(GraphWriter):
                 continue  # the quantized embedding is float32 already, under this node's name
             elif node.op_type == "FusedMatMul":
                 self.product(node)
+            elif node.op_type == "GroupQueryAttention" and self.plan.cache.type == "int8":
+                self.attention(node)
             else:
                 self.keep(node)
-        self.inputs, self.outputs = list(self.source.graph.input), list(self.source.graph.output)
+        self.inputs, self.outputs = map(self.typed, (self.source.graph.input, self.source.graph.output))
 
     def keep(self, node: onnx.NodeProto) -> None:
         for name in node.input:
@@ -93,6 +102,29 @@ class _Rewriter(GraphWriter):
         for name in node.input:
             if name in self.references:
                 self.declare(Stored(name, TensorProto.FLOAT, tuple(self.references[name].dims)))
+
+    def typed(self, values: Iterable[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
+        """Inputs or outputs, with the cache's in the plan's type."""
+        return [
+            value_info(value.name, TensorProto.INT8, _shape(value))
+            if self.plan.cache.type == "int8" and value.name.startswith(("past_key_values.", "present."))
+            else value
+            for value in values
+        ]
+
+    def attention(self, node: onnx.NodeProto) -> None:
+        """Keys and values are cached as int8; new ones are rounded inside, under a scale per channel."""
+        quantized = onnx.NodeProto()
+        quantized.CopyFrom(node)
+        quantized.input.extend([""] * (_KEY_SCALE - len(node.input)))
+        shapes = {value.name: _shape(value) for value in self.source.graph.input}
+        for past, kind in zip(node.input[3:5], ("k", "v"), strict=True):
+            _, heads, _, channels = shapes[past]
+            name = cache_scales(past.replace("past_key_values", "layers"))
+            quantized.input.append(self.declare(Stored(name, TensorProto.FLOAT, (1, int(heads), 1, int(channels)))))
+            quantized.attribute.append(helper.make_attribute(f"{kind}_quant_type", "PER_CHANNEL"))
+        quantized.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
+        self.keep(quantized)
 
     def declare(self, stored: Stored, shape: tuple[int, ...] | None = None, name: str | None = None) -> str:
         """Store a tensor once; make it an initializer, under another name and shape if asked."""
@@ -161,6 +193,10 @@ class _Rewriter(GraphWriter):
 
 def _zero_shape(rows: int, piece: Piece) -> tuple[int, int]:
     return rows, piece.format.zero_bytes(1, piece.columns)
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
 def _inline(tensor: onnx.TensorProto) -> bool:

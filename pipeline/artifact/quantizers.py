@@ -21,6 +21,7 @@ from pipeline.quantize.gptq import TILE, Factor, compensated, factor
 from pipeline.quantize.search import nearest, weighted
 
 Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
+Ranges = Mapping[str, np.ndarray]  # `layers.0.key`, `layers.0.value` → float32 [kv_heads · head_dim]
 Channels = Mapping[str, np.ndarray]  # name of a piece's channel indices → int32 [columns of the piece]
 Quantizer = Callable[[np.ndarray], list[Quantized]]
 
@@ -128,3 +129,20 @@ def check_moments(plan: Plan, moments: Moments) -> None:
                 f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments of input "
                 f"{matrix.input!r}, and {state}. Run the calibrate stage for this model again."
             )
+
+
+def check_ranges(plan: Plan, ranges: Ranges) -> None:
+    """Raise PlanError unless all keys and values have usable ranges: other scales would spoil every answer."""
+    for name in plan.cache.names:
+        found = ranges.get(name)
+        if found is None or found.shape != (plan.cache.channels,):
+            state = "there are none" if found is None else f"they are {list(found.shape)}"
+        elif not (np.isfinite(found) & (found >= 0)).all() or not found.any():
+            bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
+            state = f"channel {bad[0]} has {found[bad[0]]}" if bad.size else "all are 0"
+        else:
+            continue
+        raise PlanError(
+            f"{name!r}: an int8 KV cache needs {plan.cache.channels:,} finite ranges ≥ 0, not all 0, and {state}. Run "
+            f"the calibrate stage for this model again, or use `kv_cache: float32`."
+        )

@@ -20,10 +20,10 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from pipeline.artifact.graph import QuantizedGraph, channel_names, quantize_graph
+from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names, quantize_graph
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.partial import Partial
-from pipeline.artifact.quantizers import Quantizer, Search, check_moments
+from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
@@ -32,6 +32,7 @@ from pipeline.graph.decoder import ROPE_FILE
 from pipeline.machine import cores
 from pipeline.planning.recipes import Plan, PlannedMatrix
 from pipeline.progress import Progress
+from pipeline.quantize.cache import scales
 from pipeline.quantize.split import channel_importance, split_channels, squared_norms
 
 # Flushing as it goes keeps the disk busy while the cores are, and the end short.
@@ -135,7 +136,7 @@ def _reserve(fd: int, size: int) -> None:
 
 def write_artifact(
     partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, search: Search,
-    threads: int | None = None,
+    threads: int | None = None, ranges: Ranges | None = None,
 ) -> None:  # fmt: skip
     """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `threads`.
 
@@ -143,18 +144,21 @@ def write_artifact(
         export: the folder of the full-precision export, which holds the rotary tables.
         search: what turns rows into codes.
         threads: how many work at a time; default: the cores that this process may use.
+        ranges: of cached keys and values, for a plan with an int8 KV cache.
 
     Raises:
-        PlanError: moments are missing or not this model's.
+        PlanError: moments or ranges are missing or not this model's.
         CheckpointError: a weight is not finite, or too large for a float16 scale.
         ResourceError: the disk is full.
     """
     if search.moments is not None:
         check_moments(drafted.plan, search.moments)
+    if drafted.plan.cache.type == "int8":
+        check_ranges(drafted.plan, ranges or {})
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
         writer = PartWriter(partial.folder, drafted, stack)
         _Run(writer, partial, checkpoint, search, threads or cores(), stack).write(drafted)
-        _write_copies(writer, checkpoint, export)
+        _write_copies(writer, checkpoint, export, ranges or {})
         writer.finish()
         write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
 
@@ -289,12 +293,12 @@ class _Run:
         return norms
 
 
-def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path) -> None:
-    """Tensors kept in float32: norms and biases from the checkpoint, rotary tables from the export."""
-    rope = _rope_tables(export)
+def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, ranges: Ranges) -> None:
+    """Tensors in float32: norms and biases from the checkpoint, rotary tables from the export, scales of the cache."""
+    computed = _rope_tables(export) | {cache_scales(name): scales(values) for name, values in ranges.items()}
     for name in [name for name, left in writer.left.items() if left]:
         origin = name.removesuffix("/float32")
-        values = checkpoint.rows(origin) if origin in checkpoint else rope.get(name)
+        values = checkpoint.rows(origin) if origin in checkpoint else computed.get(name)
         if values is not None:
             data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
             writer.put(name, 0, data)

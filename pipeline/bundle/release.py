@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from pipeline import files as file_tools
-from pipeline.config import Name, Sha256, SigningConfig
+from pipeline.config import KvCache, Name, Sha256, SigningConfig
 from pipeline.errors import BundleError
 
 CONTENT = "content"
@@ -103,7 +103,11 @@ class Stamp(Record):
 
 
 class Release(Stamp):
-    """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file."""
+    """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file.
+
+    `kv_cache` is the type of the graph's keys and values, which an app without onnxruntime-genai must feed; releases
+    from before it was a choice have float32.
+    """
 
     file_name: ClassVar[str] = "release.json"
 
@@ -114,6 +118,7 @@ class Release(Stamp):
     source: SourceRecord
     licence: str
     context: int = Field(gt=0)
+    kv_cache: KvCache = "float32"
     verdict: dict[str, JsonValue]
     files: dict[FileName, FileEntry] = Field(min_length=1)
     telemetry: str
@@ -229,6 +234,7 @@ def build_release(
     source: Mapping[str, Any],
     licence: str,
     context: int,
+    kv_cache: KvCache,
     verdict: Mapping[str, Any],
     files: Mapping[str, FileEntry],
 ) -> Release:
@@ -247,6 +253,7 @@ def build_release(
         "source": dict(source),
         "licence": licence,
         "context": context,
+        "kv_cache": kv_cache,
         "verdict": dict(verdict),
         "files": dict(files),
         "telemetry": TELEMETRY,

@@ -98,6 +98,11 @@ class Architecture:
         """The family's row."""
         return _FAMILIES[self.family]
 
+    @property
+    def cache_channels(self) -> int:
+        """Channels of the keys of one token in one layer; values have as many."""
+        return self.kv_heads * self.head_dim
+
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
         prefix = f"model.layers.{layer}."

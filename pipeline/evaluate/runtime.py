@@ -17,6 +17,7 @@ from pipeline.errors import EvaluationError
 from pipeline.machine import cores
 
 ort.set_default_logger_severity(3)
+_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
@@ -56,7 +57,7 @@ class OnnxDecoder:
         cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self._names = [value.name for value in cache]
         self._outputs = [value.name for value in self.session.get_outputs()]
-        empty = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in cache]
+        empty = [np.zeros((1, value.shape[1], 0, value.shape[3]), _DTYPES[value.type]) for value in cache]
         self._empty = State(0, tuple(ort.OrtValue.ortvalue_from_numpy(value) for value in empty))
 
     def run(self, ids: Sequence[int], past: State | None = None) -> tuple[np.ndarray, State]:

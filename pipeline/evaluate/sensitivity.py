@@ -149,20 +149,21 @@ def _divergences(
     if not arch.tied:  # the last copy: clean states, damaged head
         states, names = np.concatenate([states, states[:1]]), [*names, arch.head.name]
     clean = states[0]
-    sums = _LogSums(1, len(clean))
+    reference = _log_sum(clean @ rows.T for rows in _head_rows(arch, checkpoint))
+    sums = [_LogSum(len(clean)) for _ in names]
+    cross = np.zeros((len(names), len(clean)))
     for rows in _head_rows(arch, checkpoint):
-        sums.add(0, clean @ rows.T)
-    reference = sums.log()[0]
-    sums, cross = _LogSums(len(names), len(clean)), np.zeros((len(names), len(clean)))
-    for rows in _head_rows(arch, checkpoint):
-        hurt = damage(arch.head, rows)
-        logits = clean @ rows.T
-        shares = np.exp(logits - reference[:, None])
-        for index, name in enumerate(names):
-            other = states[index + 1] @ (hurt if name == arch.head.name else rows).T
-            sums.add(index, other)
-            cross[index] += np.einsum("tv,tv->t", shares, logits - other, dtype=np.float64)
-    divergence = (cross + sums.log() - reference).mean(axis=1)
+        logits, hurt = clean @ rows.T, damage(arch.head, rows)
+        shares = np.exp(logits - reference[:, None].astype(np.float32))
+        own = np.einsum("tv,tv->t", shares, logits)
+
+        def add(index: int) -> None:
+            other = states[index + 1] @ (hurt if names[index] == arch.head.name else rows).T
+            cross[index] += own - np.einsum("tv,tv->t", shares, other)
+            sums[index].add(other)
+
+        list(pool.map(add, range(len(names))))
+    divergence = (cross + [total.log() for total in sums] - reference).mean(axis=1)
     return dict(zip(names, divergence.tolist(), strict=True))
 
 
@@ -172,19 +173,20 @@ def _head_rows(architecture: Architecture, checkpoint: Checkpoint) -> Iterator[n
         yield checkpoint.rows(head.name, start, min(start + _HEAD_ROWS, head.rows))
 
 
-class _LogSums:
-    """log Σ exp over logits that come in chunks, float64 [copies, tokens]."""
+class _LogSum:
+    """log Σ exp over logits that come in chunks, float64 [tokens]."""
 
-    def __init__(self, copies: int, tokens: int):
-        self._top = np.full((copies, tokens), -np.inf)
-        self._sum = np.zeros((copies, tokens))
+    def __init__(self, tokens: int):
+        self._top = np.full(tokens, -np.inf)
+        self._sum = np.zeros(tokens)
 
-    def add(self, copy: int, logits: np.ndarray) -> None:
-        """Of one copy, float32 [tokens, chunk]."""
-        top = np.maximum(self._top[copy], logits.max(axis=1))
-        part = np.exp(logits - top[:, None].astype(np.float32)).sum(axis=1, dtype=np.float64)
-        self._sum[copy] = self._sum[copy] * np.exp(self._top[copy] - top) + part
-        self._top[copy] = top
+    def add(self, logits: np.ndarray) -> None:
+        """float32 [tokens, chunk]; they are overwritten."""
+        top = np.maximum(self._top, logits.max(axis=1))
+        logits -= top[:, None].astype(np.float32)
+        part = np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)
+        self._sum = self._sum * np.exp(self._top - top) + part
+        self._top = top
 
     def log(self) -> np.ndarray:
         return self._top + np.log(self._sum)

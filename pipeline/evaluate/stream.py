@@ -21,6 +21,7 @@ from onnxruntime import InferenceSession
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.runtime import open_session
 from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.quantize.cache import magnitudes
 
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
 
@@ -67,7 +68,8 @@ class LayerStream:
     def advance(self, full: bool = False) -> dict[str, np.ndarray]:
         """Pass the current layer: of each of its products' inputs, E[x²] over all tokens, float32 [channels].
 
-        With `full`, Σ x·xᵀ in its place, float32 [channels, channels], symmetric to the bit: 1.6 GB for Phi-4. The
+        With `full`, Σ x·xᵀ in its place, float32 [channels, channels], symmetric to the bit: 1.6 GB for Phi-4. Slices
+        that give keys and values add their ranges (`quantize.cache.magnitudes`) over all tokens as `layers.0.key`. The
         states before the layer stay until the next call: a killed run can go on from them. The head is the last.
 
         Raises:
@@ -80,15 +82,23 @@ class LayerStream:
         is_head = self.layer == slices.architecture.layers
         part = slices.up_to("head") if is_head else slices.layer(self.layer)
         sums = {name: _empty_sum(slices.columns[name], full) for name in part.taps}
+        ranges = {name: np.zeros(slices.architecture.cache_channels, np.float32) for name in part.cached}
         for values in self._run(part, self.layer + 1):
             for name, value in part.taps.items():
                 _add(sums[name], values[value])
+            for name, value in part.cached.items():
+                np.maximum(ranges[name], self._magnitudes(name, values[value]), out=ranges[name])
         self.layer += 1
         tokens = sum(map(len, self._windows))
-        return {name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()}
+        return ranges | {
+            name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()
+        }
+
+    def _magnitudes(self, name: str, values: np.ndarray) -> np.ndarray:
+        return magnitudes(values, self._slices.architecture.rope.dims if name.endswith(".key") else 0)
 
     def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """A slice's outputs of each window, float32 [tokens, channels] by name.
+        """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
 
         What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
         """

@@ -30,23 +30,27 @@ class Slice:
             takes what else it reads of the decoder's inputs: input_ids, attention_mask, the layer's (empty) past.
         target: the hidden states that it gives; None if it ends at a product's input.
         taps: input of the matrices → output that holds it, float32 [batch, sequence, columns].
+        cached: `layers.0.key`, `layers.0.value` → output that holds the layer's, float32 [batch, kv_heads, sequence,
+            head_dim], keys after the rotary embedding; empty unless the slices were asked for it.
     """
 
     model: onnx.ModelProto
     source: str | None
     target: str | None
     taps: Mapping[str, str]
+    cached: Mapping[str, str]
 
 
 class DecoderSlices:
     """The slices of a full-precision decoder graph of `pipeline.graph.decoder`.
 
-    `model` is not changed. `columns` are the channels of each input. Raises GraphError when a layer's norms or products
-    are not where that module puts them.
+    `model` is not changed. `columns` are the channels of each input. With `cache`, layers also give the keys and values
+    that they cache. Raises GraphError when a layer's norms or products are not where that module puts them.
     """
 
-    def __init__(self, model: onnx.ModelProto, architecture: Architecture):
+    def __init__(self, model: onnx.ModelProto, architecture: Architecture, cache: bool = False):
         self.architecture = architecture
+        self._cache = {value.name: value for value in model.graph.output if cache and value.name.startswith("present.")}
         self._model = model
         self._taps = product_inputs(model, architecture)
         self.columns = {matrix.input: matrix.columns for matrix in architecture.matrices}
@@ -74,7 +78,8 @@ class DecoderSlices:
 
     def layer(self, layer: int) -> Slice:
         """The hidden states before `layer` → those after it, and every product's input."""
-        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer))
+        parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value") if self._cache}
+        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer), parts)
 
     def open_layer(self, layer: int) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
@@ -92,12 +97,15 @@ class DecoderSlices:
         layer = next(layer for layer in layers if name in self.inputs(layer))
         return self._slice(self._hidden[layer], None, [name])
 
-    def _slice(self, source: str | None, target: str | None, names: list[str]) -> Slice:
+    def _slice(
+        self, source: str | None, target: str | None, names: list[str], cached: Mapping[str, str] | None = None
+    ) -> Slice:
+        cached = cached or {}
         taps = {name: self._taps[name] for name in names}
         outputs = {value: self.columns[name] for name, value in taps.items()}
         if target:
             outputs[target] = self.architecture.hidden
-        nodes, read = self._reach(outputs, source)
+        nodes, read = self._reach([*outputs, *cached.values()], source)
         graph = self._model.graph
         inputs = [value for value in graph.input if value.name in read]
         if source:
@@ -106,12 +114,13 @@ class DecoderSlices:
             nodes,
             f"{graph.name} slice",
             inputs,
-            [_activations(name, columns) for name, columns in outputs.items()],
+            [_activations(name, columns) for name, columns in outputs.items()]
+            + [self._cache[name] for name in cached.values()],
             [tensor for tensor in graph.initializer if tensor.name in read],
         )
         opsets, version = self._model.opset_import, self._model.ir_version
         model = helper.make_model(cut, opset_imports=opsets, producer_name="pipeline", ir_version=version)
-        return Slice(model, source, target, taps)
+        return Slice(model, source, target, taps, cached)
 
     def _reach(self, outputs: Iterable[str], source: str | None) -> tuple[list[onnx.NodeProto], set[str]]:
         """The nodes that compute `outputs` from `source`, in order of execution, and every name that they read."""

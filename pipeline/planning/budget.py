@@ -17,10 +17,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import Budget, Pin
+from pipeline.config import Budget, KvCache, Pin
 from pipeline.errors import PlanError
 from pipeline.planning.memory import weight_memory
-from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format
+from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format, cache_of
 from pipeline.quantize.formats import TensorFormat
 
 _SPLIT_STEPS = 8  # shares of an input's channels at more bits: eighths
@@ -176,7 +176,10 @@ def _front(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def solve(architecture: Architecture, choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) -> Solution:
+def solve(
+    architecture: Architecture, choices: Sequence[Sequence[Option]], limits: Mapping[str, int],
+    kv_cache: KvCache = "float32",
+) -> Solution:  # fmt: skip
     """The plan of least cost among `groups` whose options together stay within `limits`: bytes by the name of an
     option's figure, `bytes`, `body` or `memory`.
 
@@ -194,7 +197,13 @@ def solve(architecture: Architecture, choices: Sequence[Sequence[Option]], limit
     planned = [item for option in chosen for item in option.planned]
     tables = len(architecture.tables)
     first, head, body = planned[0], planned[tables - 1], tuple(planned[tables:])
-    plan = Plan(PlannedMatrix(architecture.embedding, first.pieces), body, head, architecture.tied)
+    plan = Plan(
+        PlannedMatrix(architecture.embedding, first.pieces),
+        body,
+        head,
+        architecture.tied,
+        cache_of(architecture, kv_cache),
+    )
     return Solution(plan, cost, bound)
 
 

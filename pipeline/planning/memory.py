@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.config import KvCache
+from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 from pipeline.quantize.formats import TensorFormat
 
 PREFILL_CHUNK = 256
@@ -55,14 +56,14 @@ class Memory:
         return asdict(self) | {"peak": self.peak}
 
 
-def plan_memory(plan: Plan, architecture: Architecture, context: int, cache_bytes: int = 4) -> Memory:
-    """`context` in tokens, `cache_bytes` per element of the KV cache."""
+def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
+    """`context` in tokens."""
     weights = sum(map(weight_memory, plan.tables))
-    return Memory(weights, *use_memory(architecture, context, cache_bytes), max(item.bytes for item in plan.tables))
+    return Memory(weights, *use_memory(architecture, context, plan.cache.type), max(item.bytes for item in plan.tables))
 
 
-def use_memory(architecture: Architecture, context: int, cache_bytes: int = 4) -> tuple[int, int]:
+def use_memory(architecture: Architecture, context: int, kv_cache: KvCache = "float32") -> tuple[int, int]:
     """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill."""
-    cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * context * cache_bytes
+    cache = cache_of(architecture, kv_cache).bytes * context
     floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + architecture.vocab
     return cache, int(4 * floats * min(PREFILL_CHUNK, context))

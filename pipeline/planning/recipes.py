@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import RecipeConfig, RecipeRule, SplitFormat
+from pipeline.config import KvCache, RecipeConfig, RecipeRule, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
+
+_CACHE_BYTES: dict[KvCache, int] = {"float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,25 @@ class PlannedMatrix:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Keys and values of earlier tokens: `channels` each, in every layer."""
+
+    type: KvCache
+    layers: int
+    channels: int
+
+    @property
+    def names(self) -> list[str]:
+        """`layers.0.key`, `layers.0.value`, `layers.1.key`, …"""
+        return [f"layers.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one token."""
+        return len(self.names) * self.channels * _CACHE_BYTES[self.type]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Formats of all matrices in order of execution: the embedding, the body, the head.
 
@@ -60,6 +81,7 @@ class Plan:
     body: tuple[PlannedMatrix, ...]
     head: PlannedMatrix
     tied: bool
+    cache: Cache
 
     @property
     def tables(self) -> tuple[PlannedMatrix, ...]:
@@ -96,7 +118,12 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
     _check_shared_inputs(body)
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
-    return Plan(embedding, body, head, architecture.tied)
+    return Plan(embedding, body, head, architecture.tied, cache_of(architecture, recipe.kv_cache))
+
+
+def cache_of(architecture: Architecture, kv_cache: KvCache) -> Cache:
+    """The KV cache of a recipe's type."""
+    return Cache(kv_cache, architecture.layers, architecture.cache_channels)
 
 
 def _rule(recipe: RecipeConfig, matrix: Matrix, layers: int) -> str | SplitFormat:

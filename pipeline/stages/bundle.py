@@ -11,6 +11,7 @@ from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
 from pipeline.evaluate.gates import PASS, Verdict
 from pipeline.graph.nodes import OPSET
+from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.verdict import describe_line, read_verdict
 from pipeline.stages.workspace import Workspace
 
@@ -49,6 +50,7 @@ def run(model: str, variant: str) -> None:
         source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
         licence=lock.licence,
         context=entry.context,
+        kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
         files=describe_files(files),
     )
     assemble(content, files, release)

@@ -1,6 +1,6 @@
-"""calibrate: second moments of every product's input over the calibration text, layer by layer.
+"""calibrate: statistics of every product's input and of the KV cache over the calibration text, layer by layer.
 
-A killed run goes on at the layer where it was: hidden states and moments so far lie in artifacts/<model>/partial.
+A killed run goes on at the layer where it was: hidden states and statistics so far lie in artifacts/<model>/partial.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from pipeline.stages.preflight import require
 from pipeline.stages.texts import input_ids, text_overlap
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
-Moments = dict[str, np.ndarray]
+Statistics = dict[str, np.ndarray]
 
 
 def run(model: str) -> None:
     """Write artifacts/<model>/calibration/moments.safetensors: E[x²] by input, float32 [channels].
+
+    Beside it ranges.safetensors: what int8 scales of the KV cache need, `layers.0.key` and `layers.0.value` of every
+    layer, float32 [kv_heads · head_dim] (`quantize.cache.magnitudes`).
 
     Raises EvaluationError when the calibration text shares 13-grams with the evaluation text.
     """
@@ -48,21 +51,26 @@ def run(model: str) -> None:
             f"calibration text {sorted(calibration.texts)} shares {shared} 13-grams with the evaluation text "
             f"{sorted(suite.divergence.texts)}: results would flatter. Choose other text in configs/calibration.yaml."
         )
-    slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
+    slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture, cache=True)
     tokens = sum(map(len, windows))
     with open_partial(workspace.partial("calibration"), _key(workspace, windows)) as partial:
-        moments = _moments(slices, folder, windows, partial, model)
+        found = _measure(slices, folder, windows, partial, model)
+        moments = {name: found.pop(name) for name in slices.columns}
         for leftover in partial.folder.iterdir():
             leftover.unlink()
-        write_bytes(partial.folder / workspace.moments.name, save(moments, metadata={"tokens": str(tokens)}))
+        for path, values in ((workspace.moments, moments), (workspace.ranges, found)):
+            write_bytes(partial.folder / path.name, save(values, metadata={"tokens": str(tokens)}))
         partial.finish(workspace.moments.parent)
     print(f"{model}: second moments of {len(moments)} inputs over {tokens:,} tokens")
 
 
 def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
-    """What decides the moments: SHA-256, 64 hex digits. The export stands for the weights, as in quantize."""
+    """What decides the statistics: SHA-256, 64 hex digits. The export stands for the weights, as in quantize."""
     package = Path(pipeline.__file__).parent
-    code = ("evaluate/runtime.py", "evaluate/stream.py", "graph/slices.py", "graph/taps.py", "stages/calibrate.py")
+    code = (
+        "evaluate/runtime.py", "evaluate/stream.py", "graph/slices.py", "graph/taps.py", "quantize/cache.py",
+        "stages/calibrate.py",
+    )  # fmt: skip
     inputs = {
         "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
         "windows": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in windows],
@@ -72,10 +80,12 @@ def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _moments(slices: DecoderSlices, folder: Path, windows: list[np.ndarray], partial: Partial, model: str) -> Moments:
+def _measure(
+    slices: DecoderSlices, folder: Path, windows: list[np.ndarray], partial: Partial, model: str
+) -> Statistics:
     """Of all layers and the head, those that an earlier run finished included."""
     layers = slices.architecture.layers
-    done, moments = _resume(partial, layers)
+    done, found = _resume(partial, layers)
     with Progress(f"calibrate {model}", layers + 1, "layers") as progress:
         stream = LayerStream(slices, folder, windows, partial.folder, done)
         progress.advance(stream.layer, kept=True)
@@ -85,36 +95,41 @@ def _moments(slices: DecoderSlices, folder: Path, windows: list[np.ndarray], par
                 raise EvaluationError(
                     f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
                 )
-            moments |= measured
+            found |= measured
             if stream.layer <= layers:
-                _record(partial, stream, moments)
+                _record(partial, stream, found)
             progress.advance()
-    return moments
+    return found
 
 
-def _moments_file(layer: int) -> str:
-    return f"moments.{layer}.safetensors"
+def _statistics_file(layer: int) -> str:
+    return f"statistics.{layer}.safetensors"
 
 
-def _record(partial: Partial, stream: LayerStream, moments: Moments) -> None:
+def _record(partial: Partial, stream: LayerStream, found: Statistics) -> None:
     """Note that everything before the stream's layer is finished. Not flushed: digests tell what a power cut lost."""
-    data = save(moments)
-    (partial.folder / _moments_file(stream.layer)).write_bytes(data)
-    partial.record(_moments_file(stream.layer), hashlib.sha256(data).hexdigest())
+    data = save(found)
+    (partial.folder / _statistics_file(stream.layer)).write_bytes(data)
+    partial.record(_statistics_file(stream.layer), hashlib.sha256(data).hexdigest())
     partial.record(stream.states_file(stream.layer), stream.digest)
-    (partial.folder / _moments_file(stream.layer - 1)).unlink(missing_ok=True)
+    (partial.folder / _statistics_file(stream.layer - 1)).unlink(missing_ok=True)
 
 
-def _resume(partial: Partial, layers: int) -> tuple[int | None, Moments]:
-    """The layer to go on at, None for the start, and the moments before it: the last that is whole on the disk."""
+def _resume(partial: Partial, layers: int) -> tuple[int | None, Statistics]:
+    """The layer to go on at, None for the start, and the statistics before it: the last that is whole on the disk."""
     for layer in range(layers, 0, -1):
-        names = LayerStream.states_file(layer), _moments_file(layer)
+        names = LayerStream.states_file(layer), _statistics_file(layer)
         files = {name: partial.folder / name for name in names}
         if all(file.is_file() and sha256_of(file) == partial.digests.get(name) for name, file in files.items()):
-            return layer, load_file(files[_moments_file(layer)])
+            return layer, load_file(files[_statistics_file(layer)])
     return None, {}
 
 
 def read_moments(workspace: Workspace) -> dict[str, np.ndarray]:
     """What `run` wrote: input name → float32 [channels]."""
     return load_file(workspace.require(workspace.moments, "calibrate"))
+
+
+def read_ranges(workspace: Workspace) -> dict[str, np.ndarray]:
+    """What `run` wrote: `layers.0.key`, `layers.0.value`, … → float32 [kv_heads · head_dim]."""
+    return load_file(workspace.require(workspace.ranges, "calibrate"))

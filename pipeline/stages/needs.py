@@ -178,16 +178,19 @@ def validate(
     architecture: Architecture,
     variant: str,
     artifact_bytes: int,
+    cache_bytes: int,
     suite: EvaluationConfig,
     mode: str,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of a window's logits and a batch in generation."""
+    """A variant measured: prepacked weights, and the larger of a window's logits and a batch in generation.
+
+    `cache_bytes` are those of one token's keys and values in all layers.
+    """
     logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # the runtime's and numpy's
     rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
     length = HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens
-    cache = 2 * 4 * architecture.layers * architecture.kv_heads * architecture.head_dim
-    generation = GENERATION_LOGIT_BYTES + min(rows, suite.humaneval.problems) * length * cache
+    generation = GENERATION_LOGIT_BYTES + min(rows, suite.humaneval.problems) * length * cache_bytes
     return Needs(
         "validate",
         variant,

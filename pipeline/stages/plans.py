@@ -10,7 +10,7 @@ from pipeline import config
 from pipeline.artifact.write import Draft, draft
 from pipeline.bundle.tiers import budget_bytes
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import Budget, BudgetRecipe, Recipe
+from pipeline.config import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
 from pipeline.planning.budget import Solution, groups, solve
 from pipeline.planning.memory import Memory, plan_memory, use_memory
@@ -47,11 +47,11 @@ def plan_recipe(
     budget = recipe.budget
     context = budget.context or config.load_tiers().context
     choices = groups(architecture, budget, read_sensitivity(workspace))
-    limits = _limits(budget, architecture, context)
+    limits = _limits(recipe, architecture, context)
     wanted = limits.pop("bytes", None)
     spare = wanted
     for _ in range(_ATTEMPTS):  # the graph's own bytes depend on the plan: a split adds nodes
-        solution = solve(architecture, choices, limits | ({"bytes": spare} if spare else {}))
+        solution = solve(architecture, choices, limits | ({"bytes": spare} if spare else {}), recipe.kv_cache)
         drafted = draft(source, solution.plan, stem, recipe.part_bytes)
         if wanted is None or spare is None or drafted.bytes <= wanted:
             return Planned(drafted, plan_memory(solution.plan, architecture, context), context, solution)
@@ -59,9 +59,9 @@ def plan_recipe(
     raise PlanError(f"{model} {variant}: no plan of at most {wanted:,} bytes was found. Raise `bytes` by 1 %.")
 
 
-def _limits(budget: Budget, architecture: Architecture, context: int) -> dict[str, int]:
+def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> dict[str, int]:
     """What the matrices together may take, by the name of an option's figure."""
-    limits: dict[str, int] = {}
+    budget, limits = recipe.budget, dict[str, int]()
     if budget.bytes is not None:
         limits["bytes"] = budget.bytes
     if budget.body_bits is not None:
@@ -74,17 +74,18 @@ def _limits(budget: Budget, architecture: Architecture, context: int) -> dict[st
             raise PlanError(f"tier {budget.tier!r} is not in configs/tiers.yaml (there: {', '.join(tiers.tiers)}).")
         memory.append(budget_bytes(tiers.tiers[budget.tier]) - tiers.runtime_bytes)
     if memory:
-        limits["memory"] = min(memory) - sum(use_memory(architecture, context))
+        used = sum(use_memory(architecture, context, recipe.kv_cache))
+        limits["memory"] = min(memory) - used
         if limits["memory"] <= 0:
             raise PlanError(
                 f"{min(memory):,} bytes of memory are less than the KV cache and activations at {context:,} tokens "
-                f"({sum(use_memory(architecture, context)):,} bytes). Lower `context`."
+                f"({used:,} bytes). Lower `context`."
             )
     return limits
 
 
-def bytes_bound(budget: Budget, architecture: Architecture) -> int:
+def bytes_bound(recipe: BudgetRecipe, architecture: Architecture) -> int:
     """What the artifact of a budget takes at most on the disk, before anything is measured of the model."""
-    limits = _limits(budget, architecture, budget.context or config.load_tiers().context)
+    limits = _limits(recipe, architecture, recipe.budget.context or config.load_tiers().context)
     tables = sum(2 * matrix.rows * matrix.columns for matrix in architecture.tables)
     return min(limits.get("bytes", limits.get("memory", 1 << 62)), limits.get("body", 1 << 62) + tables)

@@ -170,13 +170,13 @@ def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Ra
     yield needs.calibrate(architecture, config.load_calibration(), rates)
     yield needs.sensitivity(architecture, config.load_sensitivity(), rates)
     yield _parity(architecture, refs)
-    sizes = _artifact_bytes(model, variants, architecture, refs, entry.context)
-    for variant, size in sizes.items():
+    sizes = _sizes(model, variants, architecture, refs, entry.context)
+    for variant, (size, _) in sizes.items():
         search = config.load_recipe(variant).search
         yield needs.quantize(variant, size, architecture, search, rates)
     yield needs.reference(architecture, source.weight_bytes, suite, entry.mmlu_mode, rates)
-    for variant, size in sizes.items():
-        yield needs.validate(architecture, variant, size, suite, entry.mmlu_mode, rates)
+    for variant, (size, cache) in sizes.items():
+        yield needs.validate(architecture, variant, size, cache, suite, entry.mmlu_mode, rates)
     for variant in variants:
         yield needs.bundle(variant)
 
@@ -210,13 +210,17 @@ def parity_needs(compared: Iterable[TensorRef]) -> Needs:
     return needs.parity(sum(ref.elements for ref in tensors), sum(ref.length for ref in tensors))
 
 
-def _artifact_bytes(
+def _sizes(
     model: str, variants: tuple[str, ...], architecture: Architecture, refs: dict[str, TensorRef], context: int
-) -> dict[str, int]:
-    """Exact bytes of each variant's graph and parts. Before the export is there, its graph is built in memory."""
+) -> dict[str, tuple[int, int]]:
+    """Exact bytes of each variant's graph and parts, and of a token in its KV cache.
+
+    Before the export is there, its graph is built in memory.
+    """
     import onnx
 
     from pipeline.graph.decoder import build_decoder
+    from pipeline.planning.recipes import cache_of
     from pipeline.stages.plans import bytes_bound, plan_recipe
 
     workspace = Workspace(model)
@@ -228,10 +232,11 @@ def _artifact_bytes(
     sizes = {}
     for variant in variants:
         recipe = config.load_recipe(variant)
+        cache = cache_of(architecture, recipe.kv_cache).bytes
         if isinstance(recipe, config.BudgetRecipe) and not workspace.sensitivity.exists():
-            sizes[variant] = bytes_bound(recipe.budget, architecture)
+            sizes[variant] = bytes_bound(recipe, architecture), cache
         else:
-            sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes
+            sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache
     return sizes
 
 

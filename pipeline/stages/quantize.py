@@ -29,7 +29,7 @@ from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.stages import needs
-from pipeline.stages.calibrate import read_moments
+from pipeline.stages.calibrate import read_moments, read_ranges
 from pipeline.stages.plans import Planned, plan_recipe
 from pipeline.stages.preflight import require
 from pipeline.stages.texts import input_ids
@@ -67,7 +67,8 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         left = max(0, drafted.bytes - partial.bytes)
         require(model, needs.quantize(variant, left, architecture, recipe.search))
         search = _search(recipe, workspace, architecture, partial, stack)
-        write_artifact(partial, drafted, checkpoint, workspace.export, search)
+        ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
+        write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)
         _make_runnable(partial.folder, workspace, drafted.model_file)
         digests = _digests(partial.folder)
         write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
@@ -126,6 +127,7 @@ def _key(workspace: Workspace, recipe: config.Recipe, planned: Planned) -> str:
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
         "calibration": config.load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
+        "ranges": sha256_of(workspace.require(workspace.ranges, "calibrate")) if recipe.kv_cache == "int8" else None,
         "code": [sha256_of(file) for file in _code()],
         "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
     }
@@ -170,6 +172,8 @@ def describe(planned: Planned, parameters: int) -> str:
         f"  {drafted.bytes:,} bytes in {len(drafted.layout.parts)} part(s) and the graph: "
         f"{8 * drafted.bytes / parameters:.2f} bits per weight, body {drafted.plan.body_bits:.2f}"
     )
+    if drafted.plan.cache.type != "float32":
+        lines.append(f"  KV cache in {drafted.plan.cache.type}: {drafted.plan.cache.bytes:,} bytes per token")
     lines.append(
         f"  in use at {planned.context:,} tokens about {memory.peak:,} bytes of memory: weights {memory.weights:,}, "
         f"cache {memory.cache:,}, activations {memory.activations:,}"
@@ -197,6 +201,7 @@ def plan_record(
         "parameters": parameters,
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
+        "kv_cache": {"type": drafted.plan.cache.type, "bytes_per_token": drafted.plan.cache.bytes},
         "memory": planned.memory.record() | {"context": planned.context},
         **solved,
         "tensors": {

@@ -10,7 +10,6 @@ from pipeline.bundle.release import CONTENT, SIGNATURE, assemble, build_time
 from pipeline.bundle.signing import sign
 from pipeline.bundle.tiers import Candidate, assign, build_tiers
 from pipeline.bundle.verify import Report, verify, verify_tiers
-from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
 from pipeline.stages.bundle import commit_time
@@ -70,8 +69,7 @@ def _candidate(workspace: Workspace, variant: str, context: int) -> Candidate:
     The measurement already holds an interpreter and a short cache; that errs on the safe side.
     """
     metrics = workspace.read(workspace.metrics(variant), "validate", variant)
-    architecture = read_architecture(workspace.require(workspace.export, "export") / "config.json")
-    cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * context * 4
+    cache = metrics["size"]["kv_cache"]["bytes_per_token"] * context
     return Candidate(
         variant=variant,
         bundle_bytes=metrics["size"]["bytes_on_disk"],

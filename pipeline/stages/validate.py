@@ -43,8 +43,9 @@ def run(model: str, variant: str) -> None:
         require(model, needs.reference(architecture, weight_bytes, suite, mode))
     else:
         export = workspace.require(workspace.artifact(variant), "quantize", variant)
-        size = workspace.read(export / PLAN_FILE, "quantize", variant)["bytes"]
-        require(model, needs.validate(read_architecture(export / "config.json"), variant, size, suite, mode))
+        plan = workspace.read(export / PLAN_FILE, "quantize", variant)
+        architecture, cache = read_architecture(export / "config.json"), plan["kv_cache"]["bytes_per_token"]
+        require(model, needs.validate(architecture, variant, plan["bytes"], cache, suite, mode))
     graph = export / (MODEL_FILE if is_reference else f"{workspace.file_stem(variant)}.onnx")
     reference = None if is_reference else workspace.read(workspace.evaluation(REFERENCE) / ITEMS, "validate", REFERENCE)
     with atomic_directory(workspace.evaluation(variant)) as folder:
@@ -73,7 +74,8 @@ def _correct(items: dict[str, Any] | None, task: str) -> np.ndarray | None:
 def _size(workspace: Workspace, variant: str, graph: Path, store: Store) -> dict[str, Any]:
     if variant != REFERENCE:
         plan = workspace.read(graph.parent / PLAN_FILE, "quantize", variant)
-        return {"bytes_on_disk": plan["bytes"], **{key: plan[key] for key in ("bits_per_weight", "parameters")}}
+        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
+        return {"bytes_on_disk": plan["bytes"], **copied}
     weights = workspace.weights(store)
     parameters = read_architecture(weights / "config.json").parameters
     total = graph.stat().st_size + Checkpoint(weights).weight_bytes

@@ -49,6 +49,11 @@ class Workspace:
         return self.root / "calibration" / "moments.safetensors"
 
     @property
+    def ranges(self) -> Path:
+        """Ranges of cached keys and values."""
+        return self.root / "calibration" / "ranges.safetensors"
+
+    @property
     def sensitivity(self) -> Path:
         """Errors of every format and damage of every matrix."""
         return self.root / "sensitivity"

@@ -21,7 +21,7 @@ import onnx
 
 from pipeline.artifact import work, write
 from pipeline.artifact.partial import open_partial
-from pipeline.artifact.quantizers import Nearest, Weighted
+from pipeline.artifact.quantizers import Nearest, Ranges, Weighted
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -53,13 +53,14 @@ class Exported:
         return draft(self.model, make_plan(self.architecture, recipe), "tiny", part_bytes)
 
     def write(
-        self, recipe: RecipeConfig, folder: Path, threads: int | None = None, part_bytes: int = PART_BYTES
-    ) -> Draft:
+        self, recipe: RecipeConfig, folder: Path, threads: int | None = None, part_bytes: int = PART_BYTES,
+        ranges: Ranges | None = None,
+    ) -> Draft:  # fmt: skip
         """The artifact in `folder`, grown in `folder`.parent/partial."""
         drafted = self.draft(recipe, part_bytes)
         search = Weighted(self.moments) if recipe.search == "weighted" else Nearest()
         with open_partial(folder.parent / "partial" / folder.name, repr(recipe)) as growing:
-            write_artifact(growing, drafted, self.checkpoint, self.folder, search, threads)
+            write_artifact(growing, drafted, self.checkpoint, self.folder, search, threads, ranges)
             growing.finish(folder)
         return drafted
 

@@ -68,6 +68,7 @@ class Maker:
             "source": {"revision": "a" * 40, "files": {"model.safetensors": "b" * 64}},
             "licence": "MIT",
             "context": 2048,
+            "kv_cache": "float32",
             "verdict": {"verdict": "PASS", "kl_mean": 0.05},
             "files": release.describe_files({name: sources / name for name in FILES}),
         }

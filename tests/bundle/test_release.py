@@ -55,6 +55,15 @@ def test_the_written_document_reads_back_equal(good_bundle: Path) -> None:
     assert "ORT_DISABLE_TELEMETRY=1" in read.telemetry
 
 
+def test_the_type_of_the_kv_cache_is_signed(maker: Any, tmp_path: Path) -> None:
+    made = document(maker, tmp_path, kv_cache="int8")
+    fields = made.model_dump(mode="json")
+    assert fields.pop("kv_cache") == "int8"
+    assert release.Release.model_validate(fields).kv_cache == "float32"  # a release from before it was a choice
+    with pytest.raises(BundleError, match="kv_cache"):
+        document(maker, tmp_path, kv_cache="int4")
+
+
 def test_files_are_linked_not_copied(maker: Any, tmp_path: Path) -> None:
     bundle = maker.bundle(tmp_path / "bundle")
     assert (bundle / "content/LICENSE").samefile(tmp_path / "bundle-sources/LICENSE")

@@ -53,6 +53,28 @@ def test_second_moments_are_those_of_the_whole_graph(name: str, dtype: str, tmp_
         np.testing.assert_allclose(moments[key], want, rtol=1e-4, atol=1e-6 * want.max())
 
 
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_ranges_are_those_of_the_whole_graphs_cache(name: str, dtype: str, tmp_path: Path) -> None:
+    """Over all windows; of a rotated pair of key channels, its greatest length."""
+    model, architecture = make_decoder(tmp_path, name, dtype)
+    found = finish(start(DecoderSlices(model, architecture, cache=True), tmp_path))
+    names = {f"layers.{n}.{part}": f"present.{n}.{part}" for n in range(3) for part in ("key", "value")}
+    plain = finish(start(DecoderSlices(model, architecture), tmp_path, states="plain"))
+    assert found.keys() == plain.keys() | names.keys()
+    assert all((found[key] == values).all() for key, values in plain.items())  # moments do not notice
+    runs = [run_whole(tmp_path, model, names.values(), ids) for ids in WINDOWS]
+    half = architecture.rope.dims // 2
+    for key, value in names.items():
+        tokens = np.concatenate([values[value] for values in runs], axis=1).astype(np.float64)  # [heads, tokens, dim]
+        squares = tokens**2
+        if key.endswith("key"):
+            partner = np.arange(architecture.head_dim)
+            partner[:half], partner[half : 2 * half] = partner[half : 2 * half].copy(), partner[:half].copy()
+            squares += np.where(np.arange(architecture.head_dim) < 2 * half, squares[..., partner], 0)
+        assert found[key].dtype == np.float32
+        np.testing.assert_allclose(found[key], np.sqrt(squares.max(axis=1)).reshape(-1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("panel_bytes", [module._PANEL_BYTES, 7 * 4 * 128])  # in one panel; in many, the last shorter
 def test_hessians_are_those_of_the_whole_graph(
     panel_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -146,6 +146,22 @@ def test_exact_size_of_full_size_models(name: str, variant: str, tmp_path: Path)
     print(f"{name} {variant}: {drafted.bytes:,} bytes, {len(drafted.layout.parts)} parts")
 
 
+@pytest.mark.parametrize(
+    ("name", "floats"),
+    [("mimo-8b", 2 * 36 * 8 * 128), ("phi-4", 2 * 40 * 10 * 128), ("phi-4-mini", 2 * 32 * 8 * 128)],
+)
+def test_an_int8_cache_takes_a_quarter_and_its_scales(name: str, floats: int, tmp_path: Path) -> None:
+    architecture = architecture_of(name, tmp_path)
+    source, _ = build_decoder(architecture, references(architecture), 4096)
+    plans = [make_plan(architecture, load_recipe(variant)) for variant in ("q4", "q4_kv8")]
+    assert [plan.cache.bytes for plan in plans] == [4 * floats, floats]
+    stored = [
+        sum(place.length for place in draft(source, plan, "stem", 1_400_000_000).layout.places.values())
+        for plan in plans
+    ]
+    assert stored[1] - stored[0] == 4 * floats  # a float32 scale per channel
+
+
 def test_q4_size_is_in_the_known_range(tmp_path: Path) -> None:
     """MiMo at 4.625 bits with 8-bit tables lies just above llama.cpp's Q4_K_M (4.68 GB)."""
     plan = make_plan(architecture_of("mimo-8b", tmp_path), load_recipe("q4"))

@@ -15,6 +15,7 @@ from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate, download, export
 from pipeline.stages.workspace import Workspace
 from tests import tiny
+from tests.artifact.exported import contents
 from tests.conftest import ROOT
 
 # The process dies in the middle of layer 2: its states are half written.
@@ -60,9 +61,9 @@ def disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "text_overlap", lambda *_: 0)
 
 
-def _calibrate(workspace: Workspace) -> bytes:
+def _calibrate(workspace: Workspace) -> dict[str, bytes]:
     calibrate.run(tiny.MODEL)
-    return workspace.moments.read_bytes()
+    return contents(workspace.moments.parent)
 
 
 def _stop(workspace: Workspace) -> Path:
@@ -87,7 +88,10 @@ def test_every_input_is_measured_and_nothing_else_is_left(workspace: Workspace, 
         assert file.metadata() == {"tokens": "256"}
         body = [f"layers.{layer}.{part}" for layer in range(3) for part in ("attention", "output", "mlp", "down")]
         assert sorted(file.keys()) == sorted([*body, "head"])
-    assert [file.name for file in workspace.moments.parent.iterdir()] == ["moments.safetensors"]
+    ranges = calibrate.read_ranges(workspace)
+    assert sorted(ranges) == [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
+    assert all(found.shape == (64,) and (found > 0).all() for found in ranges.values())
+    assert {file.name for file in workspace.moments.parent.iterdir()} == {"moments.safetensors", "ranges.safetensors"}
     assert not workspace.partial("calibration").parent.exists()
 
 
@@ -98,8 +102,8 @@ def test_a_killed_run_goes_on_at_its_layer(workspace: Workspace, passed: list[in
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     partial = workspace.partial("calibration")
-    assert workspace.moments.read_bytes() == want  # what was there stays until the new one is whole
-    assert {file.name for file in partial.iterdir()} == {"hidden.2", "hidden.3", "moments.2.safetensors"}
+    assert contents(workspace.moments.parent) == want  # what was there stays until the new one is whole
+    assert {file.name for file in partial.iterdir()} == {"hidden.2", "hidden.3", "statistics.2.safetensors"}
     passed.clear()
     assert _calibrate(workspace) == want
     assert passed == [2, 3]

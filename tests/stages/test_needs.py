@@ -98,17 +98,22 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
 
 def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: config.EvaluationConfig) -> None:
     architecture = architecture_of("mimo-8b", tmp_path)
-    small, large = (needs.validate(architecture, "q4", size, suite, "letter", RATES) for size in (0, 5_000_000_000))
+    small, large = (needs.validate(architecture, "q4", size, 0, suite, "letter", RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
     assert small.memory - needs.PROCESS_BYTES > needs.GENERATION_LOGIT_BYTES
     assert large.seconds == small.seconds
+    token = 2 * 4 * 36 * 8 * 128
+    short, long = (needs.validate(architecture, "q4", 0, n * token, suite, "letter", RATES).memory for n in (1, 2))
+    batch, rest = divmod(long - short, token)
+    assert rest == 0  # a batch of prompts and what is written after them
+    assert batch % (needs.HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens) == 0 < batch
 
 
 def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: config.EvaluationConfig) -> None:
     architecture = architecture_of("phi-4", tmp_path)
 
     def seconds(wanted: config.EvaluationConfig, flops: float) -> float:
-        result = needs.validate(architecture, "q4", 9 * 10**9, wanted, "letter", Rates(flops, 2)).seconds
+        result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, "letter", Rates(flops, 2)).seconds
         assert result is not None
         return result
 

@@ -27,7 +27,8 @@ from pipeline.artifact.quantizers import Compensated
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.errors import ResourceError
+from pipeline.errors import PipelineError, ResourceError
+from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json
 from pipeline.graph.slices import DecoderSlices
@@ -41,8 +42,10 @@ from tests import tiny
 from tests.artifact.exported import PATIENCE, child, contents, finish, lines
 from tests.conftest import ROOT
 from tests.families import make_checkpoint
+from tests.graph.test_genai import assert_greedy, greedy, prompt
 from tests.stages import crashing
 
+CACHE = [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
 POINTS = 40  # calls to the system at which a run is killed, of about 200
 
 
@@ -72,6 +75,7 @@ def write_moments(workspace: Workspace, seed: int) -> None:
     save_file(
         {name: np.exp(rng.standard_normal(size)).astype(np.float32) for name, size in sizes.items()}, workspace.moments
     )
+    save_file({name: (3 + rng.random(64)).astype(np.float32) for name in CACHE}, workspace.ranges)
 
 
 @pytest.fixture
@@ -393,3 +397,43 @@ def test_the_body_is_compensated_and_the_head_is_searched(compensating: Workspac
     (head,) = search.of(plan.head, {})(checkpoint.rows(plan.head.matrix.name))
     plain = weighted(checkpoint.rows(plan.head.matrix.name), search.moments["head"], plan.head.pieces[0].format)
     np.testing.assert_array_equal(head.codes, plain.codes)
+
+
+# --- int8 KV cache ---------------------------------------------------------------------------------------------------
+
+
+def test_an_int8_cache_is_said_everywhere_and_decoded_by_genai(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.run(tiny.MODEL)
+    quantize.run(tiny.MODEL, "q4")
+    assert "KV cache" not in capsys.readouterr().out
+    quantize.run(tiny.MODEL, "q4_kv8")
+    assert "KV cache in int8: 384 bytes per token" in capsys.readouterr().out  # 3 layers, keys and values of 64
+    plans = [read_json(workspace.artifact(variant) / quantize.PLAN_FILE) for variant in ("q4", "q4_kv8")]
+    assert [plan["kv_cache"] for plan in plans] == [
+        {"type": "float32", "bytes_per_token": 1536},
+        {"type": "int8", "bytes_per_token": 384},
+    ]
+    ids = prompt(40)
+    artifact = workspace.artifact("q4_kv8")
+    written = greedy(artifact, ids, 24)
+    logits, _ = OnnxDecoder(artifact / "tiny_q4_kv8.onnx").run(ids + written[:-1])
+    assert len(written) > 4
+    assert_greedy(written, logits[len(ids) - 1 :])
+
+
+def test_an_int8_cache_needs_ranges(workspace: Workspace) -> None:
+    workspace.ranges.unlink()
+    with pytest.raises(PipelineError, match=r"ranges\.safetensors is not there.*python -m pipeline calibrate tiny"):
+        quantize.run(tiny.MODEL, "q4_kv8")
+    assert not workspace.artifact("q4_kv8").exists()
+    quantize.run(tiny.MODEL, "q4")  # which needs none
+
+
+def test_other_ranges_start_an_int8_cache_anew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    begin("q4_kv8")
+    workspace.ranges.unlink()
+    save_file(dict.fromkeys(CACHE, np.ones(64, np.float32)), workspace.ranges)
+    quantize.run(tiny.MODEL, "q4_kv8")
+    assert "dropped" in capsys.readouterr().err
