@@ -203,6 +203,12 @@ class SensitivityConfig(CalibrationConfig):
     damage: FormatName = Field(description="the format in which each matrix's KL divergence is measured")
     rows: int = Field(gt=0, description="rows of each matrix that errors are measured on, evenly spaced")
 
+    @model_validator(mode="after")
+    def _has_whole_windows(self) -> SensitivityConfig:
+        if all(tokens < self.window for tokens in self.texts.values()):
+            raise ValueError(f"no text has {self.window} tokens, a whole window: raise `texts` or lower `window`")
+        return self
+
 
 class DatasetsConfig(Frozen):
     """Pinned evaluation and calibration data by name."""
@@ -415,7 +421,8 @@ def load_model(name: str) -> ModelConfig:
 def load_recipe(variant: str) -> Recipe:
     """configs/recipes/<variant>.yaml"""
     path = CONFIGS / "recipes" / f"{variant}.yaml"
-    return load(BudgetRecipe if "budget" in _read(path) else RecipeConfig, path)
+    data = _read(path)
+    return load(BudgetRecipe if isinstance(data, dict) and "budget" in data else RecipeConfig, path)
 
 
 def load_suite(name: str) -> EvaluationConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from pipeline.checkpoint.architecture import read_architecture
@@ -106,7 +107,7 @@ def make_checkpoint(folder: Path, case: Case, seed: int = 0, dtype: str = "F32")
             values *= 1.2 / np.sqrt(shape[1]) if "embed" not in name else 1.0
         else:
             values *= 0.3
-        tensors[name] = values.astype(np.float16) if dtype == "F16" else values
+        tensors[name] = values.astype({"F32": np.float32, "F16": np.float16, "BF16": bfloat16}[dtype])
     save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -9,9 +9,11 @@ layer as there are matrices; memory is one layer and the copies' hidden states (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pipeline.artifact.partial import Partial
 from pipeline.checkpoint.architecture import Architecture, Matrix
@@ -20,6 +22,7 @@ from pipeline.errors import EvaluationError
 from pipeline.evaluate.runtime import open_session
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.machine import cores
 from pipeline.progress import Progress
 
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
@@ -149,21 +152,25 @@ def _divergences(
     if not arch.tied:  # the last copy: clean states, damaged head
         states, names = np.concatenate([states, states[:1]]), [*names, arch.head.name]
     clean = states[0]
-    reference = _log_sum(clean @ rows.T for rows in _head_rows(arch, checkpoint))
-    sums = [_LogSum(len(clean)) for _ in names]
-    cross = np.zeros((len(names), len(clean)))
+    own, others = _LogSum(len(clean)), [_LogSum(len(clean)) for _ in names]
     for rows in _head_rows(arch, checkpoint):
-        logits, hurt = clean @ rows.T, damage(arch.head, rows)
-        shares = np.exp(logits - reference[:, None].astype(np.float32))
-        own = np.einsum("tv,tv->t", shares, logits)
+        own.add(clean @ rows.T)
+    reference, cross = own.log(), np.zeros((len(names), len(clean)))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+        for rows in _head_rows(arch, checkpoint):
+            logits, hurt = clean @ rows.T, damage(arch.head, rows)
+            tables = [hurt if name == arch.head.name else rows for name in names]
+            shares = np.exp(logits - reference[:, None].astype(np.float32))
 
-        def add(index: int) -> None:
-            other = states[index + 1] @ (hurt if names[index] == arch.head.name else rows).T
-            cross[index] += own - np.einsum("tv,tv->t", shares, other)
-            sums[index].add(other)
+            def add(item: tuple[np.ndarray, np.ndarray, np.ndarray, _LogSum]) -> None:
+                hidden, table, total, sums = item
+                other = hidden @ table.T
+                # Differences first: in float32, two sums of thousands of logits would not be told apart.
+                total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
+                sums.add(other)
 
-        list(pool.map(add, range(len(names))))
-    divergence = (cross + [total.log() for total in sums] - reference).mean(axis=1)
+            list(pool.map(add, zip(states[1:], tables, cross, others, strict=True)))
+    divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
     return dict(zip(names, divergence.tolist(), strict=True))
 
 

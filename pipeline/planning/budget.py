@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import Budget, KvCache, Pin
+from pipeline.config import Budget, KvCache, Pin, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.planning.memory import weight_memory
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format, cache_of
@@ -49,17 +49,34 @@ class Sensitivity:
     def cost(self, planned: PlannedMatrix) -> float:
         """Predicted KL divergence of one planned matrix, nats per token. Raises PlanError for a format not measured."""
         matrix = planned.matrix
-        kinds = [self._columns(matrix, piece.format) for piece in planned.pieces]
+        kinds = [self._columns(matrix, str(piece.format)) for piece in planned.pieces]
         if planned.split:
             order, high = self.order[matrix.input], planned.pieces[0].columns
             error = kinds[0][order[:high]].sum() + kinds[1][order[high:]].sum()
         else:
             error = kinds[0].sum()
-        measured = float(self.errors[matrix.name][self.damage[matrix.name]].sum(dtype=np.float64))
+        measured = float(self._columns(matrix, self.damage[matrix.name]).sum(dtype=np.float64))
         return max(self.nats[matrix.name], 0.0) * float(error) / measured if measured else 0.0
 
-    def _columns(self, matrix: Matrix, fmt: TensorFormat) -> np.ndarray:
-        found = self.errors[matrix.name].get(str(fmt))
+    def check(self, matrices: Sequence[Matrix]) -> None:
+        """Raise PlanError unless these matrices were measured, with the columns that they have."""
+        for matrix in matrices:
+            sizes = {len(found) for found in self.errors.get(matrix.name, {}).values()}
+            order = self.order.get(matrix.input)
+            ordered = matrix.role == "embedding" or (order is not None and len(order) == matrix.columns)
+            if (
+                matrix.name not in self.nats
+                or matrix.name not in self.damage
+                or sizes != {matrix.columns}
+                or not ordered
+            ):
+                raise PlanError(
+                    f"tensor {matrix.name} [{matrix.rows}, {matrix.columns}] is not what the sensitivity stage "
+                    f"measured (channels: {', '.join(map(str, sorted(sizes))) or 'none'}). Run it for this model again."
+                )
+
+    def _columns(self, matrix: Matrix, fmt: str) -> np.ndarray:
+        found = self.errors[matrix.name].get(fmt)
         if found is None:
             raise PlanError(
                 f"tensor {matrix.name}: no error was measured for {fmt} (measured: "
@@ -104,17 +121,25 @@ def groups(architecture: Architecture, budget: Budget, sensitivity: Sensitivity)
     """
     tables = architecture.tables
     body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
-    _check_pins(budget.pin, [matrix.name for matrix in (*tables, *body)])
+    _check_pins(budget.pin, tables, body)
+    sensitivity.check([*tables, *body])
     found = [_options([table], budget.tables, False, budget, sensitivity) for table in tables]
     for _, sharing in groupby(body, key=lambda matrix: matrix.input):
         found.append(_options(list(sharing), budget.formats, budget.splits, budget, sensitivity))
     return found
 
 
-def _check_pins(pins: Sequence[Pin], names: Sequence[str]) -> None:
+def _check_pins(pins: Sequence[Pin], tables: Sequence[Matrix], body: Sequence[Matrix]) -> None:
     for pin in pins:
-        if not any(fnmatchcase(name, pin.tensors) for name in names):
-            raise PlanError(f"pin {pin.tensors!r} matches no tensor of this model; one is called {names[-1]!r}.")
+        if not any(fnmatchcase(matrix.name, pin.tensors) for matrix in (*tables, *body)):
+            raise PlanError(f"pin {pin.tensors!r} matches no tensor of this model; one is called {body[-1].name!r}.")
+    for table in tables:
+        pin = _pin_of(table, pins)
+        if pin and isinstance(pin.format, SplitFormat):
+            raise PlanError(
+                f"pin {pin.tensors!r} splits {table.name}: embedding and head are stored whole. Pin them to one format "
+                f"before this pin: the first that matches counts."
+            )
 
 
 def _options(
@@ -167,19 +192,37 @@ def _option(planned: tuple[PlannedMatrix, ...], sensitivity: Sensitivity) -> Opt
 
 
 def _front(options: Sequence[Option]) -> list[Option]:
-    """Options that no other one beats in bytes, memory and cost at once, the smallest first."""
-    ordered = sorted(options, key=lambda option: (option.bytes, option.memory, option.cost))
+    """Options that no other one beats in every figure at once, the smallest first."""
+
+    def figures(option: Option) -> tuple[float, ...]:
+        return option.bytes, option.body, option.memory, option.cost
+
     kept: list[Option] = []
-    for option in ordered:
-        if not any(other.memory <= option.memory and other.cost <= option.cost for other in kept):
+    for option in sorted(options, key=figures):
+        if not any(all(a <= b for a, b in zip(figures(other), figures(option), strict=True)) for other in kept):
             kept.append(option)
     return kept
 
 
+def smallest(architecture: Architecture, choices: Sequence[Sequence[Option]], kv_cache: KvCache = "float32") -> Plan:
+    """The plan of fewest bytes among `groups`."""
+    return _plan(architecture, [min(options, key=lambda option: option.bytes) for options in choices], kv_cache)
+
+
+def _plan(architecture: Architecture, chosen: Sequence[Option], kv_cache: KvCache) -> Plan:
+    planned = [item for option in chosen for item in option.planned]
+    tables = len(architecture.tables)
+    first, head, body = planned[0], planned[tables - 1], tuple(planned[tables:])
+    embedding = PlannedMatrix(architecture.embedding, first.pieces)
+    return Plan(embedding, body, head, architecture.tied, cache_of(architecture, kv_cache))
+
+
 def solve(
-    architecture: Architecture, choices: Sequence[Sequence[Option]], limits: Mapping[str, int],
+    architecture: Architecture,
+    choices: Sequence[Sequence[Option]],
+    limits: Mapping[str, int],
     kv_cache: KvCache = "float32",
-) -> Solution:  # fmt: skip
+) -> Solution:
     """The plan of least cost among `groups` whose options together stay within `limits`: bytes by the name of an
     option's figure, `bytes`, `body` or `memory`.
 
@@ -190,24 +233,25 @@ def solve(
         if least > limit:
             raise PlanError(
                 f"no plan fits: with these formats the matrices take at least {least:,} bytes"
-                f"{_OF[name]}, {least - limit:,} more than the {limit:,} left for them. Raise "
+                f"{_OF[name]}, {least - limit:,} more than the {max(limit, 0):,} left for them. Raise "
                 f"the budget, or allow fewer bits or larger blocks in `formats` and `tables`."
             )
-    chosen, cost, bound = _knapsack(choices, limits)
-    planned = [item for option in chosen for item in option.planned]
-    tables = len(architecture.tables)
-    first, head, body = planned[0], planned[tables - 1], tuple(planned[tables:])
-    plan = Plan(
-        PlannedMatrix(architecture.embedding, first.pieces),
-        body,
-        head,
-        architecture.tied,
-        cache_of(architecture, kv_cache),
-    )
-    return Solution(plan, cost, bound)
+    chosen, bound = _knapsack(choices, limits)
+    room = dict(limits)
+    while over := _over(chosen, limits):  # by the solver's tolerance, a millionth: kilobytes of gigabytes
+        room = {name: most - over.get(name, 0) for name, most in room.items()}
+        chosen, _ = _knapsack(choices, room)
+    return Solution(_plan(architecture, chosen, kv_cache), sum(option.cost for option in chosen), bound)
 
 
-def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) -> tuple[list[Option], float, float]:
+def _over(chosen: Sequence[Option], limits: Mapping[str, int]) -> dict[str, int]:
+    """The limits that are exceeded, and by how many bytes."""
+    sums = {name: sum(getattr(option, name) for option in chosen) for name in limits}
+    return {name: sums[name] - limit for name, limit in limits.items() if sums[name] > limit}
+
+
+def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) -> tuple[list[Option], float]:
+    """One option of each group, and the least cost that any choice could have."""
     flat = [option for options in choices for option in options]
     owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     costs = np.array([option.cost for option in flat])
@@ -225,7 +269,9 @@ def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) ->
         constraints=[one_each, *within],
         options=options,
     )
+    if result.status == 2:  # infeasible
+        raise PlanError(f"no plan fits {' and '.join(limits)} at once, though one fits each alone: raise one of them.")
     if result.x is None:
         raise PlanError(f"the budget could not be solved ({result.message}). Allow fewer formats, or raise the budget.")
     taken = [flat[index] for index in np.flatnonzero(result.x > 0.5)]
-    return taken, sum(option.cost for option in taken), float(result.mip_dual_bound) * unit / len(flat)
+    return taken, float(result.mip_dual_bound) * unit / len(flat)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import onnx
 
@@ -12,9 +14,9 @@ from pipeline.bundle.tiers import budget_bytes
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
-from pipeline.planning.budget import Solution, groups, solve
+from pipeline.planning.budget import Sensitivity, Solution, groups, smallest, solve
 from pipeline.planning.memory import Memory, plan_memory, use_memory
-from pipeline.planning.recipes import make_plan
+from pipeline.planning.recipes import Plan, make_plan
 from pipeline.stages.sensitivity import read_sensitivity
 from pipeline.stages.workspace import Workspace
 
@@ -44,19 +46,42 @@ def plan_recipe(
         context = config.load_tiers().context
         drafted = draft(source, make_plan(architecture, recipe), stem, recipe.part_bytes)
         return Planned(drafted, plan_memory(drafted.plan, architecture, context), context, None)
-    budget = recipe.budget
-    context = budget.context or config.load_tiers().context
-    choices = groups(architecture, budget, read_sensitivity(workspace))
-    limits = _limits(recipe, architecture, context)
-    wanted = limits.pop("bytes", None)
-    spare = wanted
-    for _ in range(_ATTEMPTS):  # the graph's own bytes depend on the plan: a split adds nodes
-        solution = solve(architecture, choices, limits | ({"bytes": spare} if spare else {}), recipe.kv_cache)
-        drafted = draft(source, solution.plan, stem, recipe.part_bytes)
-        if wanted is None or spare is None or drafted.bytes <= wanted:
-            return Planned(drafted, plan_memory(solution.plan, architecture, context), context, solution)
-        spare -= drafted.bytes - wanted
-    raise PlanError(f"{model} {variant}: no plan of at most {wanted:,} bytes was found. Raise `bytes` by 1 %.")
+    context = recipe.budget.context or config.load_tiers().context
+    drafts = partial(draft, source, stem=stem, part_bytes=recipe.part_bytes)
+    try:
+        return _solve(recipe, architecture, context, read_sensitivity(workspace), drafts)
+    except PlanError as error:
+        raise PlanError(f"{model} {variant}: {error}") from None
+
+
+def _solve(
+    recipe: BudgetRecipe,
+    architecture: Architecture,
+    context: int,
+    measured: Sensitivity,
+    drafts: Callable[[Plan], Draft],
+) -> Planned:
+    choices, limits = groups(architecture, recipe.budget, measured), _limits(recipe, architecture, context)
+    room = dict(limits)
+    if "bytes" in limits:
+        least = smallest(architecture, choices, recipe.kv_cache)
+        room["bytes"] -= drafts(least).bytes - sum(item.bytes for item in least.tables)
+    first: Solution | None = None
+    for _ in range(_ATTEMPTS):
+        solution = solve(architecture, choices, room, recipe.kv_cache)
+        first = first or solution
+        drafted, memory = drafts(solution.plan), plan_memory(solution.plan, architecture, context)
+        # What sums over matrices do not tell: a split adds nodes to the graph, loading holds the largest matrix twice.
+        sizes = {
+            "bytes": drafted.bytes,
+            "memory": memory.peak - sum(use_memory(architecture, context, recipe.kv_cache)),
+        }
+        over = {name: size - limits[name] for name, size in sizes.items() if size > limits.get(name, size)}
+        if not over:  # later attempts have less room than the budget gives: the bound is the first's
+            return Planned(drafted, memory, context, replace(solution, bound=first.bound))
+        room = {name: most - over.get(name, 0) for name, most in room.items()}
+    excess = ", ".join(f"{name} by {size:,} bytes" for name, size in over.items())
+    raise PlanError(f"after {_ATTEMPTS} attempts the plan still exceeds {excess}. Raise the budget by 1 %.")
 
 
 def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> dict[str, int]:

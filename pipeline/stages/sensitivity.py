@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 import pipeline
@@ -25,8 +26,9 @@ from pipeline.checkpoint.architecture import Architecture, Matrix, read_architec
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config import SensitivityConfig
+from pipeline.errors import PipelineError
 from pipeline.evaluate.sensitivity import Damage, sensitivities
-from pipeline.files import read_json, sha256_of, write_bytes, write_json
+from pipeline.files import sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.planning.budget import Sensitivity
@@ -75,9 +77,13 @@ def run(model: str) -> None:
 
 
 def read_sensitivity(workspace: Workspace) -> Sensitivity:
-    """What `run` wrote. Raises PipelineError when it is missing."""
-    stored = load_file(workspace.require(workspace.sensitivity / _ERRORS, "sensitivity"))
-    rows = read_json(workspace.sensitivity / _NATS)["tensors"]
+    """What `run` wrote. Raises PipelineError when it is missing or damaged."""
+    path = workspace.require(workspace.sensitivity / _ERRORS, "sensitivity")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
+    rows = workspace.read(workspace.sensitivity / _NATS, "sensitivity")["tensors"]
     errors: dict[str, dict[str, np.ndarray]] = {}
     order: dict[str, np.ndarray] = {}
     for key, values in stored.items():
@@ -104,7 +110,7 @@ def measure_errors(
     def one(matrix: Matrix) -> np.ndarray:
         weights = _sample(checkpoint, matrix, wanted.rows)
         importance = _importance(matrix, moments)
-        for name in wanted.formats:
+        for name in (*wanted.formats, wanted.damage):
             fmt = TensorFormat.parse(name).fitted(matrix.columns)
             if f"{matrix.name}/{fmt}" not in found:
                 gap = weights - weighted(weights, importance, fmt).dequantize()
@@ -155,8 +161,12 @@ def _damage(moments: dict[str, np.ndarray], wanted: SensitivityConfig) -> Damage
 def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:
     """What decides the measurement: SHA-256, 64 hex digits."""
     package = Path(pipeline.__file__).parent
-    code = ("evaluate/sensitivity.py", "graph/slices.py", "quantize/search.py", "stages/sensitivity.py")
+    code = (
+        *("evaluate/runtime.py", "evaluate/sensitivity.py", "graph/slices.py", "graph/taps.py", "quantize/formats.py"),
+        *("quantize/search.py", "quantize/split.py", "stages/sensitivity.py"),
+    )
     inputs = {
+        "source": {file.name: file.sha256 for file in workspace.read_lock().files},
         "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
         "moments": sha256_of(workspace.moments),
         "config": wanted.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from tests.families import CASES
 WEIGHTS = ("model.", "lm_head")
 
 
-def run_slice(folder: Path, part: Slice, value: np.ndarray) -> dict[str, np.ndarray]:
-    """A slice's outputs, [1, tokens, …] by name, for its hidden states or the token ids."""
+def run_slice(
+    folder: Path, part: Slice, value: np.ndarray, weights: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """A slice's outputs, [1, tokens, …] by name, for its hidden states or the token ids, and open weights."""
     (folder / "slice.onnx").write_bytes(part.model.SerializeToString())
     session = ort.InferenceSession(folder / "slice.onnx", providers=["CPUExecutionProvider"])
-    values = run(session, {part.source or "input_ids": value})
+    values = run(session, {part.source or "input_ids": value, **(weights or {})})
     return dict(zip((output.name for output in session.get_outputs()), values, strict=True))
 
 
@@ -71,6 +74,31 @@ def test_a_slice_holds_its_own_weights_only(name: str, tmp_path: Path) -> None:
         prefix = f"model.layers.{layer}."
         assert weights(slices.layer(layer)) == {tensor for tensor in expected if tensor.startswith(prefix)}
     assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "F32") for name in CASES), *((name, dtype) for name in ("qwen2", "phi3") for dtype in ("F16", "BF16"))],
+)
+def test_an_open_layer_with_its_own_weights_is_the_layer(name: str, dtype: str, tmp_path: Path) -> None:
+    """Whatever the checkpoint's type; with one matrix replaced it is another function, and holds no matrix itself."""
+    model, architecture = make_decoder(tmp_path, name, dtype)
+    slices, checkpoint = DecoderSlices(model, architecture), Checkpoint(tmp_path)
+    hidden = np.random.default_rng(2).standard_normal((1, 80, architecture.hidden)).astype(np.float32)
+    for layer in (0, 2):
+        closed, opened = slices.layer(layer), slices.open_layer(layer)
+        weights = {matrix.name: checkpoint.rows(matrix.name) for matrix in architecture.body(layer)}
+        assert opened.target is not None
+        assert (opened.source, opened.target) == (closed.source, closed.target)
+        assert {value.name for value in opened.model.graph.input} >= weights.keys()
+        assert not weights.keys() & {tensor.name for tensor in opened.model.graph.initializer}
+        want = run_slice(tmp_path, closed, hidden)[opened.target]
+        assert_close(run_slice(tmp_path, opened, hidden, weights)[opened.target], want)
+        if layer == 0:
+            for matrix in architecture.body(layer):
+                other = weights | {matrix.name: 0 * weights[matrix.name]}
+                got = run_slice(tmp_path, opened, hidden, other)[opened.target]
+                assert np.abs(got - want).max() > 1e-2
 
 
 def test_only_what_an_input_needs_runs(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Memory in use, from shapes alone: held against figures that others published or that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_recipe
+from pipeline.planning.memory import plan_memory, use_memory, weight_memory
+from pipeline.planning.recipes import Piece, PlannedMatrix, make_plan
+from pipeline.quantize.formats import TensorFormat
+from tests.real_configs import architecture_of
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "mib"), [("mimo-8b", 2048, 288), ("mimo-8b", 4096, 576), ("phi-4", 2048, 400)]
+)
+def test_the_cache_in_half_precision_is_the_known_one_and_twice_that_in_full(
+    name: str, context: int, mib: int, tmp_path: Path
+) -> None:
+    architecture = architecture_of(name, tmp_path)
+    assert use_memory(architecture, context, cache_bytes=2)[0] == mib * MIB
+    assert use_memory(architecture, context)[0] == 2 * mib * MIB
+
+
+def test_activations_are_those_of_a_chunk(tmp_path: Path) -> None:
+    """Longer text is read in chunks: it takes cache, not activations. A chunk holds logits of the whole vocabulary."""
+    architecture = architecture_of("phi-4", tmp_path)
+    short, chunk, long = (use_memory(architecture, context)[1] for context in (64, 256, 4096))
+    assert 4 * short == chunk == long
+    wider = use_memory(replace(architecture, vocab=architecture.vocab + 1000), 256)[1]
+    assert wider - chunk == 4 * 1000 * 256
+
+
+def bits_per_weight(name: str, tmp_path: Path, role: str = "q_proj") -> float:
+    architecture = architecture_of("mimo-8b", tmp_path)
+    matrix = next(matrix for matrix in architecture.body(0) if matrix.role == role)
+    planned = PlannedMatrix(matrix, (Piece(TensorFormat.parse(name), matrix.columns),))
+    return 8 * weight_memory(planned) / (matrix.rows * matrix.columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("w2b32a", 4.0), ("w2b64a", 3.0), ("w4b32a", 6.0), ("w4b64s", 5.0), ("w8b32s", 11.0)]
+)
+def test_packed_weights_take_what_was_measured(name: str, bits: float, tmp_path: Path) -> None:
+    """The larger of x86-64 and arm64; 2 bits in blocks of 32 take as much as 4 would without scales."""
+    assert bits_per_weight(name, tmp_path) == pytest.approx(bits)
+
+
+def test_a_split_is_the_sum_of_its_pieces(tmp_path: Path) -> None:
+    matrix = architecture_of("mimo-8b", tmp_path).body(0)[0]
+    high, low = TensorFormat.parse("w4b64a"), TensorFormat.parse("w2b64a")
+    split = PlannedMatrix(matrix, (Piece(high, 1024), Piece(low, 3072)))
+    assert 8 * weight_memory(split) == matrix.rows * (1024 * 5 + 3072 * 3)
+
+
+def test_a_table_is_looked_up_as_stored_and_packed_for_its_product_besides(tmp_path: Path) -> None:
+    """Tied: both. Untied: the embedding is only looked up, the head only multiplied."""
+    recipe = load_recipe("q4")
+    for name in ("phi-4-mini", "phi-4"):
+        architecture = architecture_of(name, tmp_path)
+        plan = make_plan(architecture, recipe)
+        stored, packed = plan.head.bytes, architecture.vocab * architecture.hidden * 11 // 8
+        body = sum(map(weight_memory, plan.body))
+        assert plan_memory(plan, architecture, 2048).weights == body + stored + packed
+
+
+def test_the_peak_is_in_loading_or_in_use(tmp_path: Path) -> None:
+    """A long context weighs more than packing the largest matrix; a short one of a model with a large table less."""
+    architecture = architecture_of("phi-4-mini", tmp_path)
+    plan = make_plan(architecture, load_recipe("q4"))
+    long, short = plan_memory(plan, architecture, 4096), plan_memory(plan, architecture, 16)
+    assert long.loading == short.loading == max(item.bytes for item in plan.tables) == plan.head.bytes
+    assert long.peak == long.weights + long.cache + long.activations
+    assert short.cache + short.activations < short.loading
+    assert short.peak == short.weights + short.loading
+    assert long.record() == {
+        "weights": long.weights, "cache": long.cache, "activations": long.activations, "loading": long.loading,
+        "peak": long.peak,
+    }  # fmt: skip
+
+
+def test_q4_of_mimo_takes_what_was_measured(tmp_path: Path) -> None:
+    """6.6 GB of private memory on x86-64 with a short context; the table rounds up to what arm64 packs."""
+    architecture = architecture_of("mimo-8b", tmp_path)
+    memory = plan_memory(make_plan(architecture, load_recipe("q4")), architecture, 16)
+    assert 6.6e9 <= memory.peak <= 1.15 * 6.6e9
