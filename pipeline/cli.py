@@ -109,9 +109,10 @@ def calibrate(model: str) -> None:
 
 @cli.command()
 @_MODEL
-def sensitivity(model: str) -> None:
+@click.option("--if-needed", is_flag=True, help="Only if a variant of configs/pipeline.yaml has a budget.")
+def sensitivity(model: str, if_needed: bool) -> None:
     """Measure what each matrix loses in each format, for recipes with a budget."""
-    _stage("sensitivity")(model)
+    _stage("sensitivity")(model, if_needed)
 
 
 @cli.command()
