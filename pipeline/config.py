@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -423,6 +424,11 @@ def load_recipe(variant: str) -> Recipe:
     path = CONFIGS / "recipes" / f"{variant}.yaml"
     data = _read(path)
     return load(BudgetRecipe if isinstance(data, dict) and "budget" in data else RecipeConfig, path)
+
+
+def has_budget(variants: Iterable[str]) -> bool:
+    """Whether any of these recipes is solved for, from what the sensitivity stage measures."""
+    return any(isinstance(load_recipe(variant), BudgetRecipe) for variant in variants)
 
 
 def load_suite(name: str) -> EvaluationConfig:

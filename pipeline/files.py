@@ -116,8 +116,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     with disk_full(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             os.chmod(temporary, 0o755)
@@ -129,6 +128,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_directory(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left beside `path`: a directory half-written, or the old one moved aside."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

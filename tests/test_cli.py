@@ -26,8 +26,8 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "preflight", "download", "export", "calibrate", "parity", "quantize", "validate", "verdict", "bundle", "sign",
-    "tiers", "report", "show", "gate", "verify", "key-id",
+    "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
+    "bundle", "sign", "tiers", "report", "show", "gate", "verify", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]

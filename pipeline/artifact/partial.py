@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import ResourceError
-from pipeline.files import disk_full, fsync_directory, replace_directory
+from pipeline.files import disk_full, fsync_directory, remove_leftovers, replace_directory
 
 
 class Partial:
@@ -46,13 +46,10 @@ class Partial:
     def finish(self, target: Path) -> None:
         """Everything is written and on the disk: make the folder `target`, replacing what was there."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*"):  # an old artifact that a kill left moved aside
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(target)
         replace_directory(self.folder, target)
         fsync_directory(target.parent)
-        self._journal.unlink()
-        with suppress(OSError):  # another variant is at work there
-            self._journal.parent.rmdir()
+        _remove(self._journal)
 
 
 @contextmanager
@@ -72,6 +69,24 @@ def open_partial(folder: Path, key: str) -> Iterator[Partial]:
             if not partial.begun:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def discard(folder: Path) -> None:
+    """Remove what a killed run left at `folder`, of whatever key: what it was for is whole.
+
+    Raises ResourceError when another process is at work there.
+    """
+    journal = folder.with_name(f"{folder.name}.journal")
+    if journal.exists():
+        with _lock(journal):
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove(journal)
+
+
+def _remove(journal: Path) -> None:
+    journal.unlink()
+    with suppress(OSError):  # another variant is at work there
+        journal.parent.rmdir()
 
 
 def _lock(journal: Path) -> BinaryIO:

@@ -168,7 +168,8 @@ def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Ra
     refs = _references(architecture, source.weight_bytes)
     yield needs.export(architecture, entry.context)
     yield needs.calibrate(architecture, config.load_calibration(), rates)
-    yield needs.sensitivity(architecture, config.load_sensitivity(), rates)
+    if config.has_budget(variants):
+        yield needs.sensitivity(architecture, config.load_sensitivity(), rates)
     yield _parity(architecture, refs)
     sizes = _sizes(model, variants, architecture, refs, entry.context)
     for variant, (size, _) in sizes.items():
@@ -233,7 +234,7 @@ def _sizes(
     for variant in variants:
         recipe = config.load_recipe(variant)
         cache = cache_of(architecture, recipe.kv_cache).bytes
-        if isinstance(recipe, config.BudgetRecipe) and not workspace.sensitivity.exists():
+        if isinstance(recipe, config.BudgetRecipe) and not workspace.nats.exists():
             sizes[variant] = bytes_bound(recipe, architecture), cache
         else:
             sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache
@@ -308,7 +309,7 @@ def _output(model: str, wanted: Needs) -> Path:
         "download": workspace.lock,
         "export": workspace.export,
         "calibrate": workspace.moments,
-        "sensitivity": workspace.sensitivity,
+        "sensitivity": workspace.nats,
         "parity": workspace.parity,
         "quantize": workspace.artifact(variant),
         "reference": workspace.evaluation(variant),

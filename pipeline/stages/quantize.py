@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 import pipeline
 from pipeline import config
 from pipeline.artifact.estimate import estimate
-from pipeline.artifact.partial import Partial, open_partial
+from pipeline.artifact.partial import Partial, discard, open_partial
 from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
 from pipeline.artifact.write import write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
@@ -24,7 +24,7 @@ from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PlanError
 from pipeline.evaluate.stream import Hessians
-from pipeline.files import read_json, scratch_directory, sha256_of, write_bytes, write_json
+from pipeline.files import read_json, remove_leftovers, scratch_directory, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
@@ -59,7 +59,9 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
             print(f"  and error compensation: about {seconds:,.0f} s (computed), and one pass of the calibration text")
         return
     key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
+    remove_leftovers(folder)
     if digests := _intact(folder, key):
+        discard(workspace.partial(variant))
         write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
         print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
         return
@@ -191,7 +193,13 @@ def plan_record(
 ) -> dict[str, Any]:
     """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file."""
     drafted, solution = planned.draft, planned.solution
-    solved = {"predicted_nats": solution.cost, "least_possible_nats": solution.bound} if solution else {}
+    solved: dict[str, Any] = {}
+    if solution:  # rules do not depend on the context, so an edited one must not change their plan
+        solved = {
+            "predicted_nats": solution.cost,
+            "least_possible_nats": solution.bound,
+            "memory": planned.memory.record() | {"context": planned.context},
+        }
     return {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
         "key": key,
@@ -202,7 +210,6 @@ def plan_record(
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
         "kv_cache": {"type": drafted.plan.cache.type, "bytes_per_token": drafted.plan.cache.bytes},
-        "memory": planned.memory.record() | {"context": planned.context},
         **solved,
         "tensors": {
             item.matrix.name: {"role": item.matrix.role, "format": item.formats, "bytes": item.bytes}

@@ -28,7 +28,7 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config import SensitivityConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate.sensitivity import Damage, sensitivities
-from pipeline.files import sha256_of, write_bytes, write_json
+from pipeline.files import atomic_directory, read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.planning.budget import Sensitivity
@@ -41,22 +41,34 @@ from pipeline.stages.preflight import require
 from pipeline.stages.texts import input_ids
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
-_ERRORS, _NATS = "errors.safetensors", "nats.json"
+_ERRORS = "errors.safetensors"
 _ORDER = "order"  # beside the formats in a key of the errors' file: channels of an input by importance
 
 
-def run(model: str) -> None:
-    """Write artifacts/<model>/sensitivity: errors of every matrix and format, and nats of every matrix."""
+def run(model: str, if_needed: bool = False) -> None:
+    """Write artifacts/<model>/sensitivity: errors of every matrix and format, and nats of every matrix.
+
+    With `if_needed`, an empty folder unless a variant of configs/pipeline.yaml has a budget. What the same inputs and
+    code gave before is kept either way.
+    """
     wanted, store, workspace = config.load_sensitivity(), Store(), Workspace(model)
     folder = workspace.reference(store)
+    windows = input_ids(wanted, folder, store)
+    ids = np.stack([window for window in windows if len(window) == wanted.window])
+    key = _key(workspace, wanted, ids)
+    if _measured_by(workspace, key):
+        print(f"{model}: damage of matrices measured before from the same inputs and code; kept")
+        return
+    if if_needed and not config.has_budget(config.load_pipeline().variants):
+        with atomic_directory(workspace.sensitivity):
+            print(f"{model}: no variant has a budget, so nothing was measured")
+        return
     architecture = read_architecture(folder / "config.json")
     require(model, needs.sensitivity(architecture, wanted))
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
-    windows = input_ids(wanted, folder, store)
-    ids = np.stack([window for window in windows if len(window) == wanted.window])
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
-    with open_partial(workspace.partial("sensitivity"), _key(workspace, wanted, ids)) as partial:
+    with open_partial(workspace.partial("sensitivity"), key) as partial:
         damage = _damage(moments, wanted)
         nats = sensitivities(slices, folder, checkpoint, ids, damage, partial, model)
         errors = measure_errors(architecture, checkpoint, moments, wanted)
@@ -68,12 +80,19 @@ def run(model: str) -> None:
             for matrix in _matrices(architecture)
         }
         rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
-        write_json(partial.folder / _NATS, {"tokens": ids.size, "tensors": rows})
+        write_json(partial.folder / workspace.nats.name, {"key": key, "tokens": ids.size, "tensors": rows})
         partial.finish(workspace.sensitivity)
     worst = sorted(nats, key=nats.__getitem__, reverse=True)[:3]
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in worst:
         print(f"  {name:<44} {nats[name]:.5f} nats")
+
+
+def _measured_by(workspace: Workspace, key: str) -> bool:
+    try:
+        return read_json(workspace.nats)["key"] == key and (workspace.sensitivity / _ERRORS).is_file()
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_sensitivity(workspace: Workspace) -> Sensitivity:
@@ -83,7 +102,7 @@ def read_sensitivity(workspace: Workspace) -> Sensitivity:
         stored = load_file(path)
     except SafetensorError as error:
         raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
-    rows = workspace.read(workspace.sensitivity / _NATS, "sensitivity")["tensors"]
+    rows = workspace.read(workspace.nats, "sensitivity")["tensors"]
     errors: dict[str, dict[str, np.ndarray]] = {}
     order: dict[str, np.ndarray] = {}
     for key, values in stored.items():

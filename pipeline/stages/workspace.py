@@ -55,8 +55,13 @@ class Workspace:
 
     @property
     def sensitivity(self) -> Path:
-        """Errors of every format and damage of every matrix."""
+        """Errors of every format and damage of every matrix; an empty folder while no recipe needs them."""
         return self.root / "sensitivity"
+
+    @property
+    def nats(self) -> Path:
+        """Damage of every matrix."""
+        return self.sensitivity / "nats.json"
 
     @property
     def parity(self) -> Path:

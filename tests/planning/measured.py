@@ -20,7 +20,7 @@ def stored(architecture: Architecture) -> list[Matrix]:
 
 
 def measured(architecture: Architecture, seed: int = 0, formats: Sequence[str] = FORMATS) -> Sensitivity:
-    """Log-normal nats and errors: a bit more leaves a quarter of an error, a larger block more of it, each by chance."""
+    """Log-normal nats and errors: a bit more leaves a quarter of an error, a larger block more, each by chance."""
     rng = np.random.default_rng(seed)
     errors, order = {}, {}
     for matrix in stored(architecture):

@@ -19,12 +19,12 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("name", "context", "mib"), [("mimo-8b", 2048, 288), ("mimo-8b", 4096, 576), ("phi-4", 2048, 400)]
 )
-def test_the_cache_in_half_precision_is_the_known_one_and_twice_that_in_full(
+def test_the_cache_is_twice_the_known_one_of_half_precision_and_half_of_it_in_int8(
     name: str, context: int, mib: int, tmp_path: Path
 ) -> None:
     architecture = architecture_of(name, tmp_path)
-    assert use_memory(architecture, context, cache_bytes=2)[0] == mib * MIB
     assert use_memory(architecture, context)[0] == 2 * mib * MIB
+    assert 2 * use_memory(architecture, context, "int8")[0] == mib * MIB
 
 
 def test_activations_are_those_of_a_chunk(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.evaluate.stream import Hessians
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.planning.recipes import make_plan
 from pipeline.quantize.search import weighted
@@ -112,6 +112,12 @@ def begin(variant: str = "q4") -> None:
             quantize.run(tiny.MODEL, variant)
 
 
+def age(workspace: Workspace, variant: str) -> None:
+    """Make the artifact one that another key wrote, which a run replaces."""
+    path = workspace.artifact(variant) / quantize.PLAN_FILE
+    write_json(path, read_json(path) | {"key": "another"})
+
+
 def whole(workspace: Workspace, variant: str = "q4") -> dict[str, bytes]:
     """The artifact of a run that nothing came before."""
     shutil.rmtree(workspace.root / "partial", ignore_errors=True)
@@ -131,6 +137,7 @@ def test_killed_at_any_call_to_the_system(template: Path, workspace: Workspace) 
     """Also between the last unit and the end: configuration, plan, renames. The next run leaves nothing but the
     artifact, which is the same, and computes nothing that was finished."""
     expected = whole(workspace, "q3")
+    age(workspace, "q3")
     folder = Path.cwd()
     assert finish(child(crashing.run, folder, template / "store", "q3", None)) == 0
     calls = lines(folder / "calls")
@@ -140,6 +147,7 @@ def test_killed_at_any_call_to_the_system(template: Path, workspace: Workspace) 
     points = sorted({*ends, *chance.sample(range(1, len(calls)), POINTS - len(ends))})
     for point in points:
         (folder / "computed").unlink(missing_ok=True)
+        age(workspace, "q3")
         process = child(crashing.run, folder, template / "store", "q3", point)
         assert finish(process) == -signal.SIGKILL, point
         before = journal(workspace, "q3") if (workspace.partial("q3")).exists() else set()

@@ -1,0 +1,43 @@
+"""MMLU: log-likelihoods of the four answers of every question of the subset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluate import mmlu
+from pipeline.evaluate.journal import Journal
+from pipeline.evaluate.statistics import summarise_mmlu
+from pipeline.progress import Progress
+from pipeline.stages.texts import dataset, encoder
+from pipeline.stages.validation.subject import Subject
+
+ITEMS = "mmlu.jsonl"
+
+
+def measure(subject: Subject, folder: Path) -> dict[str, Any]:
+    """`mmlu` metrics. Items (subject, answer, scores [4], correct) by the question's number lie in `folder`."""
+    wanted, mode = subject.suite.mmlu, subject.entry.mmlu_mode
+    questions = mmlu.subset(mmlu.load_questions(dataset("mmlu", subject.store)), wanted.questions, wanted.seed)
+    encode, journal = encoder(subject.folder), Journal(folder / ITEMS)
+    with Progress(f"MMLU {subject.name}", len(questions), "questions") as progress:
+        for index, question in enumerate(questions):
+            kept = str(index) in journal.items
+            if not kept:
+                result = mmlu.score([question], mode, encode, subject.decoder)
+                item = {
+                    "subject": question.subject,
+                    "scores": result.choice_scores[0].tolist(),
+                    "answer": question.answer,
+                    "correct": bool(result.correct[0]),
+                }
+                journal.record(str(index), item)
+            progress.advance(kept=kept)
+    reference = subject.reference and _correct(Journal(subject.reference / ITEMS))
+    return summarise_mmlu(_correct(journal), reference, mode)
+
+
+def _correct(journal: Journal) -> np.ndarray:
+    return np.array([item["correct"] for item in journal.items.values()], np.bool_)

@@ -1,0 +1,42 @@
+"""Items of an interrupted measurement: what is whole is kept, what is cut is measured again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluate.journal import Journal
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A journal of three items."""
+    journal = Journal(tmp_path / "items.jsonl")
+    for name, item in (("a", {"score": [0.1, -1e-300]}), ("b", "é\n"), ("c", None)):
+        journal.record(name, item)
+    return tmp_path / "items.jsonl"
+
+
+def test_items_come_back_in_their_order(path: Path) -> None:
+    assert list(Journal(path).items.items()) == [("a", {"score": [0.1, -1e-300]}), ("b", "é\n"), ("c", None)]
+
+
+def test_no_cut_loses_more_than_the_items_it_hits(path: Path) -> None:
+    whole = path.read_bytes()
+    ends = [index for index in range(len(whole)) if whole[index : index + 1] == b"\n"]
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        journal = Journal(path)
+        assert len(journal.items) == sum(end < size for end in ends)
+        journal.record("d", 4)
+        assert list(Journal(path).items) == ["abc"[i] for i in range(len(journal.items) - 1)] + ["d"]
+
+
+@pytest.mark.parametrize(
+    "blank", [b"\0" * 40, b"\0\0\n", b"null\n", b'["a"]\n', b"[1, 2]\n", b"{}\n", b'["c", 1, 2]\n']
+)
+def test_blocks_that_a_power_cut_left_blank_end_the_journal(path: Path, blank: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(blank)
+    assert list(Journal(path).items) == ["a", "b", "c"]
