@@ -77,7 +77,7 @@ def discard(folder: Path) -> None:
     Raises ResourceError when another process is at work there.
     """
     journal = folder.with_name(f"{folder.name}.journal")
-    if journal.exists():
+    if journal.parent.exists():
         with _lock(journal):
             shutil.rmtree(folder, ignore_errors=True)
             _remove(journal)
