@@ -150,6 +150,7 @@ class Budget(Frozen):
     context: int | None = Field(default=None, gt=0, description="tokens of KV cache; configs/tiers.yaml's by default")
     formats: tuple[FormatName, ...] = Field(default=("w2b64a", "w4b64a", "w4b32a", "w8b32s"), min_length=1)
     tables: tuple[FormatName, ...] = Field(default=("w4b32a", "w8b32s"), min_length=1)
+    embedding: FormatName | None = Field(default=None, description="of an embedding that is not the head's table too")
     splits: bool = Field(default=True, description="may split matrices along their input channels")
     pin: tuple[Pin, ...] = ()
 

@@ -123,10 +123,14 @@ def groups(architecture: Architecture, budget: Budget, sensitivity: Sensitivity)
     body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
     _check_pins(budget.pin, tables, body)
     sensitivity.check([*tables, *body])
-    found = [_options([table], budget.tables, False, budget, sensitivity) for table in tables]
+    found = [_options([table], _table_formats(table, budget), False, budget, sensitivity) for table in tables]
     for _, sharing in groupby(body, key=lambda matrix: matrix.input):
         found.append(_options(list(sharing), budget.formats, budget.splits, budget, sensitivity))
     return found
+
+
+def _table_formats(table: Matrix, budget: Budget) -> Sequence[str]:
+    return (budget.embedding,) if table.role == "embedding" and budget.embedding else budget.tables
 
 
 def _check_pins(pins: Sequence[Pin], tables: Sequence[Matrix], body: Sequence[Matrix]) -> None:
@@ -261,7 +265,8 @@ def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) ->
         LinearConstraint(np.array([[getattr(option, name) / limit for option in flat]]), -np.inf, 1)
         for name, limit in limits.items()
     ]
-    options = {"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SOLVER_SECONDS}
+    # HiGHS's presolve prints to the process's stdout when it transforms a solution back, whatever it is told.
+    options = {"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SOLVER_SECONDS, "presolve": False}
     result = milp(
         costs / unit * len(flat),
         integrality=np.ones(len(flat)),

@@ -67,7 +67,7 @@ def _solve(
         least = smallest(architecture, choices, recipe.kv_cache)
         room["bytes"] -= drafts(least).bytes - sum(item.bytes for item in least.tables)
     first: Solution | None = None
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         solution = solve(architecture, choices, room, recipe.kv_cache)
         first = first or solution
         drafted, memory = drafts(solution.plan), plan_memory(solution.plan, architecture, context)
@@ -79,7 +79,8 @@ def _solve(
         over = {name: size - limits[name] for name, size in sizes.items() if size > limits.get(name, size)}
         if not over:  # later attempts have less room than the budget gives: the bound is the first's
             return Planned(drafted, memory, context, replace(solution, bound=first.bound))
-        room = {name: most - over.get(name, 0) for name, most in room.items()}
+        # Another plan has another graph: what it lacks is taken away twice over at every further attempt.
+        room = {name: most - (over.get(name, 0) << attempt) for name, most in room.items()}
     excess = ", ".join(f"{name} by {size:,} bytes" for name, size in over.items())
     raise PlanError(f"after {_ATTEMPTS} attempts the plan still exceeds {excess}. Raise the budget by 1 %.")
 
