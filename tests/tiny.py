@@ -19,6 +19,7 @@ from pipeline.config import load_datasets
 from pipeline.files import link_or_copy
 from tests.conftest import ROOT, dataset
 from tests.families import CASES, Case, make_checkpoint
+from tests.recipes import FOLDER
 
 MODEL = "tiny"
 VARIANTS = ("q4", "q4_k_m", "q3")
@@ -106,6 +107,8 @@ def model_entry(folder: Path) -> dict[str, Any]:
 
 def configure(configs: Path, checkpoint: Path) -> None:
     """Point a copy of configs/ at the tiny model, with a suite that takes seconds."""
+    for recipe in FOLDER.glob("*.yaml"):
+        shutil.copy2(recipe, configs / "recipes")
     for name in (MODEL, "other"):
         (configs / "models" / f"{name}.yaml").write_text(yaml.safe_dump(model_entry(checkpoint)))
     edit(configs / "pipeline.yaml", models=[MODEL], suite="seconds", variants=list(VARIANTS))

@@ -11,10 +11,10 @@ import pytest
 from pipeline.artifact import estimate as module
 from pipeline.artifact.estimate import Estimate, estimate
 from pipeline.artifact.work import Unit, quantize_unit
-from pipeline.config import load_recipe
 from pipeline.planning.recipes import PlannedMatrix
 from tests.artifact.exported import Exported, changed, export
 from tests.families import CASES, make_checkpoint
+from tests.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")

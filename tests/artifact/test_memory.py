@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import work
-from pipeline.config import load_recipe
 from tests.artifact.exported import Exported, child, export, finish, grow, make_bfloat16
 from tests.families import CASES
+from tests.recipes import load_recipe
 
 WIDTHS = {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4}
 SLACK = 32 << 20  # what the allocator keeps differs between runs by a few MB; six layers more are 280 MB in bfloat16

@@ -16,10 +16,10 @@ import pytest
 
 from pipeline.artifact import write
 from pipeline.artifact.work import quantize_unit
-from pipeline.config import load_recipe
 from pipeline.errors import ResourceError
 from tests.artifact.exported import PATIENCE, Exported, child, contents, export, finish, grow, lines, make_bfloat16
 from tests.families import CASES, make_checkpoint
+from tests.recipes import load_recipe
 
 # 72 million weights: 300 units of 256 thousand, computed in one to two seconds.
 MIDDLE = CASES["llama-untied"].config | {

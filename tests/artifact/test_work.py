@@ -11,11 +11,11 @@ from pipeline.artifact.graph import channel_names
 from pipeline.artifact.quantizers import Weighted
 from pipeline.artifact.work import Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.architecture import Matrix
-from pipeline.config import load_recipe
 from pipeline.planning.recipes import Piece, PlannedMatrix
 from pipeline.quantize.formats import FAST_BLOCKS, TensorFormat
 from tests.artifact.exported import Exported, export
 from tests.families import CASES, make_checkpoint
+from tests.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")

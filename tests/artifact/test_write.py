@@ -32,7 +32,7 @@ from pipeline.artifact.work import Unit, quantize_unit, units
 from pipeline.artifact.write import Draft, PartWriter
 from pipeline.checkpoint.architecture import Matrix, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import RecipeConfig, load_recipe
+from pipeline.config import RecipeConfig
 from pipeline.errors import CheckpointError, GraphError, PlanError, ResourceError
 from pipeline.planning.recipes import PlannedMatrix, make_plan
 from pipeline.quantize.formats import Quantized
@@ -40,6 +40,7 @@ from pipeline.quantize.search import nearest, weighted
 from pipeline.quantize.split import channel_importance, split_channels
 from tests.artifact.exported import PART_BYTES, Exported, changed, export
 from tests.families import CASES, make_checkpoint
+from tests.recipes import load_recipe
 
 ROLES = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 RECIPES = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_recipe
 from pipeline.planning.memory import plan_memory, use_memory, weight_memory
 from pipeline.planning.recipes import Piece, PlannedMatrix, make_plan
 from pipeline.quantize.formats import TensorFormat
 from tests.real_configs import architecture_of
+from tests.recipes import load_recipe
 
 MIB = 1 << 20
 

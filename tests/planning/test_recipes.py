@@ -8,11 +8,12 @@ import pytest
 
 from pipeline.artifact.write import draft
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import RecipeConfig, load_recipe
+from pipeline.config import RecipeConfig
 from pipeline.errors import PlanError
 from pipeline.graph.decoder import build_decoder
 from pipeline.planning.recipes import Plan, make_plan, use_more_bits
 from tests.real_configs import architecture_of, references
+from tests.recipes import load_recipe
 
 
 def changed(variant: str, **changes: object) -> RecipeConfig:

@@ -43,6 +43,7 @@ from tests.artifact.exported import PATIENCE, child, contents, finish, lines
 from tests.conftest import ROOT
 from tests.families import make_checkpoint
 from tests.graph.test_genai import assert_greedy, greedy, prompt
+from tests.recipes import load_recipe
 from tests.stages import crashing
 
 CACHE = [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
@@ -394,7 +395,7 @@ def test_the_body_is_compensated_and_the_head_is_searched(compensating: Workspac
     hessians = Hessians(slices, folder, input_ids(config.load_calibration(), folder, store), Path("states"))
     asked: dict[str, np.ndarray] = {}
     search = Compensated(read_moments(compensating), lambda name: asked.setdefault(name, hessians(name)))
-    plan = make_plan(architecture, config.load_recipe("q4"))
+    plan = make_plan(architecture, load_recipe("q4"))
     for item in plan.body:
         weights, fmt = checkpoint.rows(item.matrix.name), item.pieces[0].format
         losses = []
