@@ -1,4 +1,4 @@
-"""Recipes that stay as they are while those of configs/recipes are tuned: rules alone, searched without calibration text.
+"""Recipes that stay as they are while those of configs/recipes are tuned: rules alone, no calibration text.
 
 q4 is one format, q4_k_m follows a layer rule, q3 splits every matrix, q4_kv8 has an int8 cache.
 """
