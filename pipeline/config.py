@@ -255,7 +255,6 @@ class EvaluationConfig(Frozen):
         default="auto",
         description="whole in memory; layer by layer, without HumanEval and speed; auto: in memory where it fits",
     )
-
     divergence: DivergenceConfig
     mmlu: MmluConfig
     humaneval: HumanEvalConfig

@@ -30,8 +30,8 @@ _MORE_MEMORY = {
     "sensitivity": "Lower the tokens of `texts` in configs/sensitivity.yaml, or run the stage on a larger machine.",
     "parity": "Lower memory_bytes in configs/parity.yaml: a smaller part of the model is compared then.",
     "reference": (
-        "Run this stage once on a larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its "
-        "results here: the variants need them, not the model."
+        "Let it run layer by layer (`reference: auto` in the suite), or run this stage once on a larger machine (dvc "
+        "repro reference@{model} && dvc push), then `dvc pull` its results here: variants need them, not the model."
     ),
 }
 _ANY_MEMORY = "Close other programs, raise the container's limit, or run the stage on a larger machine."
