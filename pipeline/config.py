@@ -249,8 +249,12 @@ class SpeedConfig(Frozen):
 
 
 class EvaluationConfig(Frozen):
-    """One evaluation suite."""
+    """One evaluation suite, and how a machine runs the full-precision reference through it."""
 
+    reference: Literal["auto", "memory", "layers"] = Field(
+        default="auto",
+        description="whole in memory; layer by layer, without HumanEval and speed; auto: in memory where it fits",
+    )
     divergence: DivergenceConfig
     mmlu: MmluConfig
     humaneval: HumanEvalConfig

@@ -22,9 +22,9 @@ class Journal:
     def __init__(self, path: Path):
         self._path = path
         self.items: dict[str, Any] = {}
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        content = path.read_bytes() if path.exists() else b""
         kept = 0
-        for line in lines:
+        for line in content.split(b"\n")[:-1]:
             try:
                 match json.loads(line):
                     case [str(name), item]:
@@ -34,7 +34,7 @@ class Journal:
             except ValueError:
                 break
             kept += len(line) + 1
-        if path.exists():
+        if kept < len(content):  # a whole journal is only read: DVC makes those in its cache read-only
             os.truncate(path, kept)
 
     def record(self, name: str, item: Any) -> None:

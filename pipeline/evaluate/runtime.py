@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from pipeline.errors import EvaluationError
@@ -20,25 +21,24 @@ ort.set_default_logger_severity(3)
 _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
-def open_session(path: Path, fold_weights: bool = True) -> ort.InferenceSession:
-    """Load a model on the CPU with all cores.
+def open_session(path: Path) -> ort.InferenceSession:
+    """Load a model on the CPU with all cores. Raises EvaluationError when ONNX Runtime refuses the file."""
+    return _open(path, path, ort.SessionOptions())
 
-    `fold_weights=False` keeps half-precision weights mapped and widens each when its product runs, instead of holding
-    the whole model in float32: slower, but a reference larger than memory still runs.
 
-    Raises:
-        EvaluationError: ONNX Runtime refuses the file.
-    """
+def open_slice(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
+    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return _open(model.SerializeToString(), folder, options)
+
+
+def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     options.intra_op_num_threads = cores()
-    if not fold_weights:
-        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1048576")
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no public base class
-        raise EvaluationError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
+        raise EvaluationError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class State:
 class OnnxDecoder:
     """A decoder graph as a function from tokens to logits."""
 
-    def __init__(self, path: Path, fold_weights: bool = True):
-        self.session = open_session(path, fold_weights)
+    def __init__(self, path: Path):
+        self.session = open_session(path)
         cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self._names = [value.name for value in cache]
         self._outputs = [value.name for value in self.session.get_outputs()]

@@ -19,7 +19,7 @@ from pipeline.artifact.partial import Partial
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.runtime import open_session
+from pipeline.evaluate.runtime import open_slice
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
@@ -115,12 +115,7 @@ class _LayerRun:
     """A slice as a function of hidden states and weights."""
 
     def __init__(self, part: Slice, architecture: Architecture, folder: Path):
-        path = folder / f"sensitivity.{id(self)}.slice.onnx"
-        path.write_bytes(part.model.SerializeToString())
-        try:
-            self._session = open_session(path)
-        finally:
-            path.unlink()
+        self._session = open_slice(part.model, folder)
         self._part, self._arch = part, architecture
         self._inputs = [value.name for value in self._session.get_inputs()]
 

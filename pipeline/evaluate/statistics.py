@@ -187,21 +187,29 @@ def _check_tokens(windows: Ints, **arrays: NDArray[Any]) -> None:
         _require(bad == 0, f"divergence: {bad} of {tokens} values of {name} are NaN or infinite")
 
 
-def summarise_reference_divergence(logprob: Floats, window_id: Ints) -> dict[str, Any]:
-    """The reference's own `divergence` metrics: tokens, windows and perplexity. It has no divergence from itself.
+def summarise_reference_divergence(
+    logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints
+) -> dict[str, Any]:
+    """The reference's own `divergence` metrics: tokens, windows, perplexity, and what its kept log-probabilities lose.
 
     Args:
         logprob: [tokens] float64, natural log-probability of the true next token.
+        codes_kl: [tokens] float64, KL divergence of the kept distribution from the model's own, nats.
+        clipped: [tokens] float64, probability of the tokens whose log-probability was clipped.
         window_id: [tokens] integer.
 
     Raises:
         EvaluationError: shapes differ, a value is not finite, or there are fewer than two windows.
     """
-    _check_tokens(window_id, logprob=logprob)
+    _check_tokens(window_id, logprob=logprob, codes_kl=codes_kl, clipped=clipped)
     return {
         "tokens": len(logprob),
         "windows": len(np.unique(window_id)),
         "perplexity": math.exp(-float(logprob.mean())),
+        "codes_kl_mean": float(codes_kl.mean()),
+        "codes_kl_max": float(codes_kl.max()),
+        "clipped_mean": float(clipped.mean()),
+        "clipped_max": float(clipped.max()),
     }
 
 
@@ -209,6 +217,8 @@ def summarise_divergence(
     kl: Floats, top1_equal: Bools, logprob: Floats, logprob_reference: Floats, window_id: Ints
 ) -> dict[str, Any]:
     """The `divergence` metrics of a variant, paired with the reference by token.
+
+    `probability_change` is the mean change in the true token's probability: unlike KL it says which way.
 
     Args:
         kl: [tokens] float64, KL divergence of the variant from the reference, nats.
@@ -241,6 +251,7 @@ def summarise_divergence(
         "perplexity": math.exp(-float(logprob.mean())),
         "perplexity_reference": math.exp(-float(logprob_reference.mean())),
         **ratio.named("perplexity_ratio"),
+        **mean_interval(np.exp(logprob) - np.exp(logprob_reference), window_id).named("probability_change"),
     }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from onnxruntime import InferenceSession
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.runtime import open_session
+from pipeline.evaluate.runtime import open_slice
 from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.quantize.cache import magnitudes
 
@@ -45,7 +45,7 @@ class LayerStream:
         """Start at the embedding, or go on at `layer` with the file that an earlier stream over `windows` left.
 
         Args:
-            weights: the folder where the whole graph runs; the slice in use is written there for ONNX Runtime.
+            weights: the folder where the whole graph runs.
             windows: token ids, int64 [tokens] each.
             states: an existing folder for the hidden states, this stream's own.
 
@@ -102,7 +102,7 @@ class LayerStream:
 
         What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
         """
-        session = self._load(part)
+        session = open_slice(part.model, self._weights)
         names = [value.name for value in session.get_outputs()]
         digest = hashlib.sha256()
         with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
@@ -125,14 +125,6 @@ class LayerStream:
                 f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(self._windows)} windows. "
                 f"Remove {self._states} and run the stage again."
             )
-
-    def _load(self, part: Slice) -> InferenceSession:
-        path = self._weights / f"{self._states.name}.slice.onnx"
-        path.write_bytes(part.model.SerializeToString())
-        try:
-            return open_session(path)
-        finally:
-            path.unlink()
 
     def _feeds(self, session: InferenceSession, part: Slice) -> Iterator[dict[str, np.ndarray]]:
         """What a slice takes of each window."""

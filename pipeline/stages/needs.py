@@ -163,14 +163,45 @@ def reference(
     architecture: Architecture, weight_bytes: int, suite: EvaluationConfig, mode: str, rates: Rates | None = None
 ) -> Needs:
     """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
-    codes = 2 * architecture.vocab * sum(suite.divergence.texts.values())
     return Needs(
         "reference",
         None,
         round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
-        codes + SMALL_FILES_BYTES,
+        _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
         _suite_seconds(architecture, suite, mode, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
+    )
+
+
+def layered_reference(
+    architecture: Architecture, suite: EvaluationConfig, mode: str, rates: Rates | None = None
+) -> Needs:
+    """The same layer by layer (`pipeline.evaluate.layered`), without generation: a layer in float32 or the head.
+
+    On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
+    """
+    sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * suite.divergence.window
+    layer = 4 * sum(sizes) + round(4 * max(*sizes, floats))
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # with their codes and a mask
+    head = architecture.vocab * architecture.hidden
+    tokens = {
+        "mmlu": suite.mmlu.questions * MMLU_TOKENS[mode],
+        "divergence": sum(suite.divergence.texts.values()),
+    }
+    seconds = None
+    if rates:
+        passes = len(tokens) * architecture.parameters / WIDENED_PER_SECOND
+        seconds = _product_seconds(architecture, sum(tokens.values()), rates) + passes
+    states = 2 * 4 * architecture.hidden * max(tokens.values())
+    return Needs(
+        "reference",
+        None,
+        PROCESS_BYTES + max(layer, 4 * head + max(2 * head, logits)),
+        states + _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
+        seconds,
+        f"one layer or the head in float32; hidden states of {max(tokens.values()):,} tokens; 2 bytes per token and "
+        f"vocabulary entry kept; without HumanEval and speed",
     )
 
 
@@ -209,6 +240,11 @@ def bundle(variant: str) -> Needs:
 def widened_bytes(weight_bytes: int, parameters: int) -> int:
     """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
     return weight_bytes + 4 * parameters
+
+
+def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:
+    """The reference's kept log-probabilities."""
+    return 2 * architecture.vocab * sum(suite.divergence.texts.values())
 
 
 def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:

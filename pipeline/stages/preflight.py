@@ -30,8 +30,8 @@ _MORE_MEMORY = {
     "sensitivity": "Lower the tokens of `texts` in configs/sensitivity.yaml, or run the stage on a larger machine.",
     "parity": "Lower memory_bytes in configs/parity.yaml: a smaller part of the model is compared then.",
     "reference": (
-        "Run this stage once on a larger machine (dvc repro reference@{model} && dvc push), then `dvc pull` its "
-        "results here: the variants need them, not the model."
+        "Let it run layer by layer (`reference: auto` in the suite), or run this stage once on a larger machine (dvc "
+        "repro reference@{model} && dvc push), then `dvc pull` its results here: variants need them, not the model."
     ),
 }
 _ANY_MEMORY = "Close other programs, raise the container's limit, or run the stage on a larger machine."
@@ -161,8 +161,28 @@ def require_download(model: str, store: Store) -> None:
     require(model, replace(download_needs(find_source(model, store), room()), store_disk=0))
 
 
-def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Rates | None) -> Iterator[Needs]:
-    """Every stage after download, in the order of the pipeline. Raises PipelineError for what cannot be planned."""
+def reference_needs(
+    architecture: Architecture,
+    weight_bytes: int,
+    suite: config.EvaluationConfig,
+    mode: str,
+    memory: int,
+    rates: Rates | None = None,
+) -> tuple[Needs, bool]:
+    """What the reference stage takes where `memory` bytes are available, and whether it runs layer by layer there."""
+    whole = needs.reference(architecture, weight_bytes, suite, mode, rates)
+    if suite.reference == "layers" or (suite.reference == "auto" and whole.memory > memory):
+        return needs.layered_reference(architecture, suite, mode, rates), True
+    return whole, False
+
+
+def stage_needs(
+    model: str, source: Source, variants: tuple[str, ...], memory: int, rates: Rates | None
+) -> Iterator[Needs]:
+    """Every stage after download, in the order of the pipeline, where `memory` bytes are available.
+
+    Raises PipelineError for what cannot be planned.
+    """
     entry, suite = config.load_model(model), config.load_suite(config.load_pipeline().suite)
     architecture = read_architecture(source.config)
     refs = _references(architecture, source.weight_bytes)
@@ -175,7 +195,7 @@ def stage_needs(model: str, source: Source, variants: tuple[str, ...], rates: Ra
     for variant, (size, _) in sizes.items():
         search = config.load_recipe(variant).search
         yield needs.quantize(variant, size, architecture, search, rates)
-    yield needs.reference(architecture, source.weight_bytes, suite, entry.mmlu_mode, rates)
+    yield reference_needs(architecture, source.weight_bytes, suite, entry.mmlu_mode, memory, rates)[0]
     for variant, (size, cache) in sizes.items():
         yield needs.validate(architecture, variant, size, cache, suite, entry.mmlu_mode, rates)
     for variant in variants:
@@ -293,7 +313,7 @@ def _rows(model: str, variants: tuple[str, ...], rates: Rates | None, has: Room)
     row = _row(model, download_needs(source, has), has)
     yield row
     if source:
-        for wanted in stage_needs(model, source, variants, rates):
+        for wanted in stage_needs(model, source, variants, has.memory, rates):
             row = _row(model, wanted, row.left)
             yield row
 

@@ -1,109 +1,106 @@
 """validate: measure the written files of a variant, or of the full-precision reference, in the runtimes that ship.
 
-Per-item results are kept, so that gates and reports never run a model again, and a killed run goes on at its item.
-Gates are the verdict stage's.
+Per-item results are kept, so that gates and reports never run a model again, a killed run goes on at its item, and
+what did not change is not measured twice: each section's results are valid under that section's own key
+(`stages.validation.keys`). Gates are the verdict stage's.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-import onnxruntime_genai
-
-import pipeline
-from pipeline import config
+from pipeline import config, machine
 from pipeline.artifact.partial import open_partial
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.evaluate.sandbox import require_isolation
-from pipeline.files import sha256_of, write_json
+from pipeline.files import write_json
 from pipeline.stages import needs
-from pipeline.stages.preflight import require
+from pipeline.stages.preflight import reference_needs, require
 from pipeline.stages.quantize import PLAN_FILE
-from pipeline.stages.validation import divergence, humaneval, mmlu, speed
+from pipeline.stages.validation import divergence, humaneval, kept, mmlu, speed
+from pipeline.stages.validation.keys import Section, key_of, measured_files
 from pipeline.stages.validation.subject import Subject
 from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
+
+SECTIONS = (
+    Section("mmlu", mmlu.measure, counted="questions", runs_graph=True),
+    Section("divergence", divergence.measure, runs_graph=True, against_reference=True),
+    Section("humaneval", humaneval.measure, counted="problems"),
+    Section("speed", speed.measure),
+)
+_LAYOUT = "one folder per section"  # of unfinished work; another one is not continued
 
 
 def run(model: str, variant: str) -> None:
     """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
     isolation = require_isolation()  # before an hour of measuring, not after it
     subject = _subject(model, variant, isolation)
-    _require_resources(subject)
-    workspace = subject.workspace
-    with open_partial(workspace.partial(f"evaluation.{variant}"), _key(subject)) as partial:
+    workspace, files = subject.workspace, measured_files(subject)
+    metrics: dict[str, Any] = {"size": _size(subject)}
+    with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
-        metrics = {
-            "size": _size(subject),
-            "mmlu": mmlu.measure(subject, partial.folder),
-            "divergence": divergence.measure(subject, partial.folder),
-        }
-        subject.unload()
-        metrics["humaneval"] = humaneval.measure(subject, partial.folder)
-        metrics["speed"] = speed.measure(subject, partial.folder)
+        for section in SECTIONS:
+            found = _measured(section, subject, files, partial.folder)
+            if found is not None:
+                metrics[section.name] = found
         partial.finish(workspace.evaluation(variant))
     write_json(workspace.metrics(variant), metrics)
     print(f"{subject.name}: measured; metrics in {workspace.metrics(variant)}")
 
 
+def _measured(section: Section, subject: Subject, files: dict[str, str], partial: Path) -> dict[str, Any] | None:
+    """A section's metrics, kept or measured; None for what a model that runs layer by layer cannot do."""
+    workspace, folder, states = subject.workspace, partial / section.name, partial / f"{section.name}.states"
+    reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / section.name)
+    asked = subject.of(section.name, reference, states)
+    key = key_of(section, asked, files)
+    said = kept.adopt(folder, workspace.evaluation(subject.variant) / section.name, key)
+    if subject.layered and not section.runs_graph and kept.metrics_of(folder, key) is None:
+        print(
+            f"  {section.name}: not measured: the model runs layer by layer here, and decoding reads all weights for "
+            f"every token. Run the same stage on a machine that holds the model: it keeps the rest."
+        )
+        return None
+    print(f"  {section.name}: {said}")
+    metrics = kept.measured(folder, key, lambda items: section.measure(asked, items))
+    shutil.rmtree(states, ignore_errors=True)
+    return metrics
+
+
 def _subject(model: str, variant: str, isolation: str) -> Subject:
+    """What is validated, once this machine is known to have the room."""
     suite, store, workspace = config.load_suite(config.load_pipeline().suite), Store(), Workspace(model)
+    entry = config.load_model(model)
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE
+        architecture = read_architecture(folder / "config.json")
+        weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
+        need, layered = reference_needs(architecture, weight_bytes, suite, entry.mmlu_mode, memory)
     else:
         folder = workspace.require(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
-        workspace.require(workspace.evaluation(REFERENCE), "validate", REFERENCE)
-    architecture = read_architecture(folder / "config.json")
-    return Subject(workspace, variant, folder, graph, architecture, config.load_model(model), suite, store, isolation)
-
-
-def _require_resources(subject: Subject) -> None:
-    architecture, suite, mode = subject.architecture, subject.suite, subject.entry.mmlu_mode
-    if subject.variant == REFERENCE:
-        need = needs.reference(architecture, Checkpoint(subject.folder).weight_bytes, suite, mode)
-    else:
-        plan = _plan(subject)
+        architecture = read_architecture(folder / "config.json")
+        for section in SECTIONS:
+            if section.runs_graph:
+                workspace.require(workspace.evaluation(REFERENCE) / section.name, "validate", REFERENCE)
+        plan = workspace.read(folder / PLAN_FILE, "quantize", variant)
         cache = plan["kv_cache"]["bytes_per_token"]
-        need = needs.validate(architecture, subject.variant, plan["bytes"], cache, suite, mode)
-    require(subject.workspace.model, need)
-
-
-def _plan(subject: Subject) -> dict[str, Any]:
-    return subject.workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
+        need = needs.validate(architecture, variant, plan["bytes"], cache, suite, entry.mmlu_mode)
+        layered = False
+    require(model, need)
+    return Subject(workspace, variant, folder, graph, architecture, entry, suite, store, isolation, layered)
 
 
 def _size(subject: Subject) -> dict[str, Any]:
     if subject.variant != REFERENCE:
-        plan = _plan(subject)
+        plan = subject.workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
         copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
         return {"bytes_on_disk": plan["bytes"], **copied}
     parameters = subject.architecture.parameters
     total = subject.graph.stat().st_size + Checkpoint(subject.folder).weight_bytes
     return {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
-
-
-def _key(subject: Subject) -> str:
-    """What decides the items: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
-    reference = subject.reference
-    files = subject.workspace.export if reference is None else subject.folder
-    package = Path(pipeline.__file__).parent
-    code = [file for name in ("evaluate", "stages/validation") for file in (package / name).glob("*.py")]
-    inputs = {
-        "source": {file.name: file.sha256 for file in subject.workspace.read_lock().files},
-        "files": {file.name: sha256_of(file) for file in sorted(files.iterdir())},
-        "reference": reference and {file.name: sha256_of(file) for file in sorted(reference.iterdir())},
-        "suite": subject.suite.model_dump(mode="json"),
-        "datasets": config.load_datasets().model_dump(mode="json"),
-        "model": subject.entry.model_dump(mode="json"),
-        "code": [sha256_of(file) for file in sorted(code)],
-        "libraries": [(module.__name__, module.__version__) for module in (np, onnxruntime, onnxruntime_genai)],
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def test_no_cut_loses_more_than_the_items_it_hits(path: Path) -> None:
         assert len(journal.items) == sum(end < size for end in ends)
         journal.record("d", 4)
         assert list(Journal(path).items) == ["abc"[i] for i in range(len(journal.items) - 1)] + ["d"]
+
+
+def test_a_whole_journal_is_only_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in DVC's cache is read-only."""
+    monkeypatch.setattr(os, "truncate", lambda *_: pytest.fail("written to"))
+    assert len(Journal(path).items) == 3
 
 
 @pytest.mark.parametrize(

@@ -153,13 +153,20 @@ def test_divergence_summary() -> None:
     assert found["perplexity_ratio"] == pytest.approx(math.exp(0.1))
     assert found["perplexity_ratio"] == pytest.approx(found["perplexity"] / found["perplexity_reference"])
     assert found["perplexity_ratio_high"] - found["perplexity_ratio_low"] < 1e-9  # paired: a constant loss is certain
+    change = np.exp(tokens["logprob"]) - np.exp(tokens["logprob_reference"])
+    assert found["probability_change"] == change.mean() < 0
+    assert found["probability_change_low"] < change.mean() < found["probability_change_high"] < 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_reference_summary_pairs_with_the_variants() -> None:
     tokens = _tokens()
-    own = s.summarise_reference_divergence(tokens["logprob_reference"], tokens["window_id"])
+    lost, clipped = np.linspace(0, 2e-6, 600), np.linspace(0, 4e-8, 600)
+    own = s.summarise_reference_divergence(tokens["logprob_reference"], lost, clipped, tokens["window_id"])
     assert own["perplexity"] == s.summarise_divergence(**tokens)["perplexity_reference"]
+    assert own["codes_kl_mean"] == pytest.approx(1e-6)
+    assert own["clipped_mean"] == pytest.approx(2e-8)
+    assert (own["codes_kl_max"], own["clipped_max"]) == (2e-6, 4e-8)
     assert "kl_mean" not in own
 
 

@@ -128,11 +128,32 @@ def test_the_table_refuses_what_does_not_fit_and_only_that(
     assert text.count("NO: validate tiny") == 3
 
 
+@pytest.mark.parametrize(("way", "layered"), [("auto", True), ("memory", False), ("layers", True)])
+def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suite_forbids_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, way: str, layered: bool
+) -> None:
+    monkeypatch.setattr(needs, "HEADROOM", 1e6)
+    tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
+    source = preflight.find_source(tiny.MODEL, Store())
+    assert source is not None
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    (row,) = [wanted for wanted in rows if wanted.stage == "reference"]
+    assert ("without HumanEval" in row.why) == layered
+    assert (preflight.problem(tiny.MODEL, row, ROOM) is None) == layered
+
+
+def test_a_reference_that_fits_is_held_in_memory(project: Path) -> None:
+    source = preflight.find_source(tiny.MODEL, Store())
+    assert source is not None
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    assert [wanted.why.startswith("weights in float32") for wanted in rows if wanted.stage == "reference"] == [True]
+
+
 def test_the_plan_is_the_artifacts_exact_size(project: Path) -> None:
     def planned() -> list[int]:
         source = preflight.find_source(tiny.MODEL, Store())
         assert source is not None
-        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, None)
+        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
         return [wanted.disk for wanted in found if wanted.stage == "quantize"]
 
     before = planned()
@@ -205,8 +226,8 @@ def test_every_heavy_stage_refuses_first_and_writes_nothing(
         from pipeline.stages import quantize
 
         quantize.run(model, "q4")
-        workspace.evaluation("reference").mkdir(parents=True)
-        (workspace.evaluation("reference") / "items.json").write_text("{}")
+        for section in ("mmlu", "divergence"):
+            (workspace.evaluation("reference") / section).mkdir(parents=True)
     run = {
         "download": lambda: download.run(model),
         "calibrate": lambda: calibrate.run(model),

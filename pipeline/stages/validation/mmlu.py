@@ -22,6 +22,8 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     wanted, mode = subject.suite.mmlu, subject.entry.mmlu_mode
     questions = mmlu.subset(mmlu.load_questions(dataset("mmlu", subject.store)), wanted.questions, wanted.seed)
     encode, journal = encoder(subject.folder), Journal(folder / ITEMS)
+    left = [question for index, question in enumerate(questions) if str(index) not in journal.items]
+    subject.prepare(lambda decoder: mmlu.score(left, mode, encode, decoder))
     with Progress(f"MMLU {subject.name}", len(questions), "questions") as progress:
         for index, question in enumerate(questions):
             kept = str(index) in journal.items
@@ -35,9 +37,10 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
                 }
                 journal.record(str(index), item)
             progress.advance(kept=kept)
-    reference = subject.reference and _correct(Journal(subject.reference / ITEMS))
-    return summarise_mmlu(_correct(journal), reference, mode)
+    reference = subject.reference and _correct(Journal(subject.reference / ITEMS), len(questions))
+    return summarise_mmlu(_correct(journal, len(questions)), reference, mode)
 
 
-def _correct(journal: Journal) -> np.ndarray:
-    return np.array([item["correct"] for item in journal.items.values()], np.bool_)
+def _correct(journal: Journal, questions: int) -> np.ndarray:
+    items = (journal.items.get(str(index)) for index in range(questions))
+    return np.array([item["correct"] for item in items if item], np.bool_)

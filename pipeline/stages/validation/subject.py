@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.store import Store
 from pipeline.config import EvaluationConfig, ModelConfig
+from pipeline.evaluate.layered import Asked, LayeredDecoder
 from pipeline.evaluate.runtime import OnnxDecoder
-from pipeline.stages.workspace import REFERENCE, Workspace
+from pipeline.stages.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model × variant.
+    """One model × variant, as one section of its validation sees it.
 
     Attributes:
         folder: graph, weights, tokenizer and genai_config.json, as a runtime loads them.
         graph: the graph in `folder`.
         isolation: the level that generated code runs at.
+        layered: whether the model is too large to be held in memory, and runs layer by layer.
+        section: the section's name.
+        reference: the reference's per-item results in this section; None for the reference itself, and where it has
+            none.
+        states: a folder for the hidden states of a model that runs layer by layer.
     """
 
     workspace: Workspace
@@ -32,22 +39,29 @@ class Subject:
     suite: EvaluationConfig
     store: Store
     isolation: str
+    layered: bool = False
+    section: str = ""
+    reference: Path | None = None
+    states: Path = Path()
 
     @property
     def name(self) -> str:
         """Model and variant, for people."""
         return f"{self.workspace.model} {self.variant}"
 
-    @property
-    def reference(self) -> Path | None:
-        """The reference's per-item results; None for the reference itself."""
-        return None if self.variant == REFERENCE else self.workspace.evaluation(REFERENCE)
+    def of(self, section: str, reference: Path | None, states: Path) -> Subject:
+        """The subject of a section. It loads the model for itself."""
+        return replace(self, section=section, reference=reference, states=states)
 
     @cached_property
-    def decoder(self) -> OnnxDecoder:
-        """The graph in ONNX Runtime, loaded on first use."""
+    def decoder(self) -> OnnxDecoder | LayeredDecoder:
+        """The graph as a decoder, loaded on first use."""
+        if self.layered:
+            return LayeredDecoder(self.graph, self.architecture, self.states, self.name)
         return OnnxDecoder(self.graph)
 
-    def unload(self) -> None:
-        """Give the decoder's memory back: what follows loads the model in its own way."""
-        self.__dict__.pop("decoder", None)
+    def prepare(self, ask: Callable[[Asked], object]) -> None:
+        """Announce all that `decoder` will be asked, for a model that runs layer by layer: `ask` asks it of a stand-in
+        whose logits mean nothing."""
+        if self.layered:
+            self.decoder.prepare(ask)

@@ -1,0 +1,161 @@
+"""What decides a section's results, as digests by name: results are kept for as long as these are the same.
+
+Code is followed through imports, so a module that a section starts to use counts from then on: those that score, cut
+graphs or prepare text (`_SCORING`). Other layers reach a measurement through the files that it measures.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline import config
+from pipeline.files import read_json, sha256_of
+from pipeline.machine import cores
+from pipeline.stages.validation.subject import Subject
+from pipeline.stages.workspace import REFERENCE
+
+RECORD = "section.json"
+PLAN_FILE = "plan.json"  # says how an artifact came about; its bytes are in the other files
+_PACKAGE = Path(pipeline.__file__).parent
+_SCORING = ("evaluate", "graph", "stages/texts.py", "stages/validation")
+_NEUTRAL = {"stages/validation/subject.py"}  # hands a model over; what runs it is listed by `Section.runs_graph`
+_SUMMARY = "evaluate/statistics.py"
+_DESCRIPTIVE = {"title", "note", "source", "gate_class", "licence_page"}  # of a model's entry
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a validation.
+
+    Attributes:
+        name: of the section, its part of the suite and its metrics.
+        measure: (subject, folder of items) → metrics. Every item that lies in the folder is taken as it is.
+        counted: what its part of the suite calls the number of items, each of which is the same whatever their number.
+        runs_graph: whether it asks the graph in ONNX Runtime; the others run the folder in onnxruntime-genai.
+        against_reference: whether each of a variant's items is a comparison with the reference's.
+    """
+
+    name: str
+    measure: Callable[[Subject, Path], dict[str, Any]]
+    counted: str | None = None
+    runs_graph: bool = False
+    against_reference: bool = False
+
+
+@dataclass(frozen=True)
+class Key:
+    """What decides each item, and what besides decides the metrics over all of them: SHA-256 by name."""
+
+    items: dict[str, str]
+    metrics: dict[str, str]
+
+
+def key_of(section: Section, subject: Subject, files: dict[str, str]) -> Key:
+    """Of one section. `files`: the SHA-256 of what is measured, by file."""
+    asked = getattr(subject.suite, section.name).model_dump(mode="json")
+    texts = asked.get("texts", ())
+    number = asked.pop(section.counted) if section.counted else None
+    code = _code(section, subject)
+    reference = _reference_items(subject)
+    items = {
+        "files": files,
+        "suite": asked,
+        "model": _entry(section, subject),
+        "data": {
+            name: source.model_dump(mode="json")
+            for name, source in config.load_datasets().datasets.items()
+            if name in texts or not name.startswith("text-")
+        },
+        "code": {name: sha256_of(_PACKAGE / name) for name in code if name != _SUMMARY},
+        "libraries": _libraries(code),
+        "reference": reference if section.against_reference else None,
+        "machine": cores() if section.name == "speed" else None,
+        "isolation": subject.isolation if section.name == "humaneval" else None,
+    }
+    metrics = {"number": number, "reference": reference, "statistics": sha256_of(_PACKAGE / _SUMMARY)}
+    return Key(*({name: _digest(value) for name, value in part.items()} for part in (items, metrics)))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def measured_files(subject: Subject) -> dict[str, str]:
+    """SHA-256 of what is measured, by file; a reference's weights as its source lock has them."""
+    if subject.variant != REFERENCE:
+        return {file.name: sha256_of(file) for file in subject.folder.iterdir() if file.name != PLAN_FILE}
+    weights = {file.name: file.sha256 for file in subject.workspace.read_lock().files}
+    return weights | {file.name: sha256_of(file) for file in subject.workspace.export.iterdir()}
+
+
+def _reference_items(subject: Subject) -> dict[str, str] | None:
+    """SHA-256 of the reference's items, as its own validation recorded them; None where it has none."""
+    return subject.reference and read_json(subject.reference / RECORD)["sha256"]
+
+
+def _entry(section: Section, subject: Subject) -> dict[str, Any]:
+    """What may decide this section's results in the model's entry: nothing that only describes, no `mmlu_mode` for
+    others than MMLU."""
+    others = tuple(f"{name}_" for name in type(subject.suite).model_fields if name != section.name)
+    entry = subject.entry.model_dump(mode="json")
+    return {name: value for name, value in entry.items() if name not in _DESCRIPTIVE and not name.startswith(others)}
+
+
+def _code(section: Section, subject: Subject) -> list[str]:
+    """The modules that a section's results come from, as paths in the package."""
+    roots = [f"stages/validation/{section.name}.py"]
+    if section.runs_graph:
+        roots.append("evaluate/layered.py" if subject.variant == REFERENCE else "evaluate/runtime.py")
+    return imported(roots)
+
+
+def imported(roots: Iterable[str]) -> list[str]:
+    """`roots` and all that they import among the code that scores, sorted."""
+    found: set[str] = set()
+    left = list(roots)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += _imports(name)[0]
+    return sorted(found)
+
+
+@cache
+def _imports(name: str) -> tuple[list[str], set[str]]:
+    """What a module imports: modules of ours among the code that scores, and the top names of all others."""
+    ours, others = [], set()
+    for module in _modules(ast.parse((_PACKAGE / name).read_text(encoding="utf-8"))):
+        top, _, rest = module.partition(".")
+        path = f"{rest.replace('.', '/')}.py"
+        if top != _PACKAGE.name:
+            others.add(top)
+        elif path.startswith(_SCORING) and path not in _NEUTRAL and (_PACKAGE / path).is_file():
+            ours.append(path)
+    return ours, others
+
+
+def _modules(tree: ast.AST) -> Iterator[str]:
+    """Names that may be modules: `from a import b` may mean a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _libraries(code: Iterable[str]) -> dict[str, str]:
+    """Versions of the installed packages that the code imports; ONNX Runtime is beneath onnxruntime-genai."""
+    packages = packages_distributions()
+    names = {"onnxruntime"}.union(*(_imports(name)[1] for name in code))
+    return {package: version(package) for name in names for package in packages.get(name, ())}

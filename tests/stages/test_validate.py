@@ -1,0 +1,272 @@
+"""The validate stage on the tiny model: what is kept, what is measured again, and the reference layer by layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.evaluate import divergence, mmlu
+from pipeline.evaluate.journal import Journal
+from pipeline.evaluate.layered import LayeredDecoder
+from pipeline.files import read_json
+from pipeline.stages import calibrate, download, export, quantize, validate
+from pipeline.stages.validation import mmlu as mmlu_section
+from pipeline.stages.workspace import REFERENCE, Workspace
+from tests import tiny
+from tests.conftest import ROOT
+
+WORKSPACE = Workspace(tiny.MODEL)
+SUITE = Path("configs/evaluation/seconds.yaml")
+QUESTIONS = 57
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the tiny model, quantized as q4, and both measured."""
+    folder = tmp_path_factory.mktemp("validate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        tiny.make_store(folder / "store")
+        patch.setenv("PIPELINE_STORE", str(folder / "store"))
+        patch.setenv("PYTHONPATH", str(ROOT))  # speed is measured in a process of its own
+        patch.chdir(tiny.copy_configs(folder))
+        for stage in (download, export, calibrate):
+            stage.run(tiny.MODEL)
+        quantize.run(tiny.MODEL, "q4")
+        for variant in (REFERENCE, "q4"):
+            validate.run(tiny.MODEL, variant)
+        yield folder
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `prepared`, the current directory. Files are hard links, as DVC's are: nothing may grow in them."""
+    shutil.copytree(prepared / "configs", tmp_path / "configs")
+    shutil.copytree(prepared / "artifacts", tmp_path / "artifacts", copy_function=os.link)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PIPELINE_STORE", str(prepared / "store"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The MMLU questions whose answers were scored."""
+    found: list[str] = []
+    whole = mmlu.choice_scores
+
+    def spy(question: mmlu.Question, *arguments: Any) -> np.ndarray:
+        found.append(question.question)
+        return whole(question, *arguments)
+
+    monkeypatch.setattr(mmlu, "choice_scores", spy)
+    return found
+
+
+def metrics(variant: str) -> dict[str, Any]:
+    return read_json(WORKSPACE.metrics(variant))
+
+
+def bytes_of(variant: str, section: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (WORKSPACE.evaluation(variant) / section).iterdir()}
+
+
+def edit(part: str, **changes: Any) -> None:
+    """Change a part of the suite."""
+    tiny.edit(SUITE, **{part: getattr(validate.config.load_suite("seconds"), part).model_dump(mode="json") | changes})
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What the last run said of each section."""
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.parametrize("variant", [REFERENCE, "q4"])
+def test_what_did_not_change_is_not_measured(
+    variant: str, project: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = metrics(variant)
+    validate.run(tiny.MODEL, variant)
+    assert said(capsys) == dict.fromkeys(("mmlu", "divergence", "humaneval", "speed"), "kept as measured before")
+    assert metrics(variant) == before
+    assert scored == []
+    assert not WORKSPACE.partial("x").parent.exists()
+
+
+def test_more_questions_score_only_the_new_ones_as_a_fresh_run_would(
+    project: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit("mmlu", questions=QUESTIONS + 2)
+    for variant in (REFERENCE, "q4"):
+        scored.clear()
+        validate.run(tiny.MODEL, variant)
+        assert len(scored) == 2
+        assert said(capsys) == {
+            "mmlu": "57 items kept",
+            **dict.fromkeys(("divergence", "humaneval", "speed"), "kept as measured before"),
+        }
+    found = {variant: (metrics(variant)["mmlu"], bytes_of(variant, "mmlu")) for variant in (REFERENCE, "q4")}
+    assert found["q4"][0]["n"] == QUESTIONS + 2
+    shutil.rmtree(WORKSPACE.evaluation("q4").parent)
+    for variant in (REFERENCE, "q4"):
+        validate.run(tiny.MODEL, variant)
+        assert (metrics(variant)["mmlu"], bytes_of(variant, "mmlu")) == found[variant]
+
+
+def test_fewer_questions_are_a_fresh_runs_too(project: Path, scored: list[str]) -> None:
+    want = {variant: metrics(variant)["mmlu"] for variant in (REFERENCE, "q4")}
+    for questions in (QUESTIONS + 2, QUESTIONS):
+        edit("mmlu", questions=questions)
+        for variant in (REFERENCE, "q4"):
+            validate.run(tiny.MODEL, variant)
+    assert {variant: metrics(variant)["mmlu"] for variant in (REFERENCE, "q4")} == want
+    assert len(scored) == 4
+
+
+def test_tuning_one_section_measures_no_other(
+    project: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit("humaneval", max_new_tokens=9)
+    for variant in (REFERENCE, "q4"):
+        before = metrics(variant)
+        validate.run(tiny.MODEL, variant)
+        assert said(capsys) == {
+            "humaneval": "measured again: suite changed",
+            **dict.fromkeys(("mmlu", "divergence", "speed"), "kept as measured before"),
+        }
+        assert {**metrics(variant), "humaneval": None} == {**before, "humaneval": None}
+    assert scored == []
+
+
+def test_a_variant_meets_no_reference_of_other_items(project: Path) -> None:
+    """By hand, out of order: the variant is asked more than the reference was."""
+    edit("mmlu", questions=QUESTIONS + 2)
+    with pytest.raises(PipelineError, match="59 items of the variant do not pair"):
+        validate.run(tiny.MODEL, "q4")
+    shutil.rmtree(WORKSPACE.evaluation(REFERENCE) / "divergence")
+    with pytest.raises(PipelineError, match=r"divergence is not there: .*python -m pipeline validate tiny reference"):
+        validate.run(tiny.MODEL, "q4")
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("variant", [REFERENCE, "q4"])
+def test_divergence_goes_on_at_its_window(
+    variant: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = {section: bytes_of(variant, section) for section in ("mmlu", "divergence")}
+    shutil.rmtree(WORKSPACE.evaluation(variant))
+    normalised: list[int] = []
+    whole = divergence.log_normalisers
+
+    def dying(logits: np.ndarray) -> np.ndarray:
+        normalised.append(len(logits))
+        if len(normalised) == 7:
+            raise Killed
+        return whole(logits)
+
+    monkeypatch.setattr(divergence, "log_normalisers", dying)
+    with pytest.raises(Killed):
+        validate.run(tiny.MODEL, variant)
+    assert not WORKSPACE.evaluation(variant).exists()
+    capsys.readouterr()
+    validate.run(tiny.MODEL, variant)
+    assert len(normalised) == 7 + 20 - 6
+    assert said(capsys)["mmlu"] == "kept as measured before"
+    assert {section: bytes_of(variant, section) for section in want} == want
+
+
+# --- layer by layer ---------------------------------------------------------------------------------------------------
+
+
+def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And leaves out what decodes token by token, until a machine that holds the model adds it."""
+    whole, items = metrics(REFERENCE), WORKSPACE.evaluation(REFERENCE).with_name("whole")
+    WORKSPACE.evaluation(REFERENCE).rename(items)
+    tiny.edit(SUITE, reference="layers")
+    validate.run(tiny.MODEL, REFERENCE)
+    assert {name: text.split(":")[0] for name, text in said(capsys).items()} == {
+        "mmlu": "measured",
+        "divergence": "measured",
+        "humaneval": "not measured",
+        "speed": "not measured",
+    }
+    layered = metrics(REFERENCE)
+    assert layered.keys() == {"size", "mmlu", "divergence"}
+    assert layered["mmlu"] == whole["mmlu"]
+    assert layered["divergence"] == pytest.approx(whole["divergence"], rel=1e-5, abs=1e-8)
+    own = WORKSPACE.evaluation(REFERENCE)
+    scores, want = (
+        np.array([item["scores"] for item in Journal(folder / "mmlu" / mmlu_section.ITEMS).items.values()])
+        for folder in (own, items)
+    )
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+    tokens, expected = (divergence.read_scores(folder / "divergence") for folder in (own, items))
+    np.testing.assert_allclose(tokens["logprob"], expected["logprob"], rtol=1e-5, atol=1e-5)
+    assert not WORKSPACE.partial("x").parent.exists()
+    assert {path.name for path in own.iterdir()} == {"mmlu", "divergence"}
+    validate.run(tiny.MODEL, "q4")
+    assert metrics("q4")["humaneval"].keys() == whole["humaneval"].keys(), "not paired with what was not measured"
+    capsys.readouterr()
+    tiny.edit(SUITE, reference="memory")
+    validate.run(tiny.MODEL, REFERENCE)
+    assert said(capsys) == {
+        "mmlu": "kept as measured before",
+        "divergence": "kept as measured before",
+        "humaneval": "measured",
+        "speed": "measured",
+    }
+    assert metrics(REFERENCE)["humaneval"] == whole["humaneval"]
+
+
+def test_what_a_larger_machine_measured_stays(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine that runs the model layer by layer asks more questions."""
+    tiny.edit(SUITE, reference="layers")
+    edit("mmlu", questions=QUESTIONS + 2)
+    before = metrics(REFERENCE)
+    validate.run(tiny.MODEL, REFERENCE)
+    assert said(capsys)["mmlu"] == "57 items kept"
+    after = metrics(REFERENCE)
+    assert all(after[name] == before[name] for name in ("divergence", "humaneval", "speed"))
+
+
+def test_a_model_that_does_not_fit_runs_layer_by_layer(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the suite forbids it. A killed pass goes on at its layer."""
+    shutil.rmtree(WORKSPACE.evaluation(REFERENCE))
+    architecture = validate.read_architecture(WORKSPACE.root / "reference/config.json")
+    room = validate.needs.layered_reference(architecture, validate.config.load_suite("seconds"), "cloze").memory
+    whole = validate.needs.HEADROOM * validate.needs.widened_bytes(0, architecture.parameters)
+    monkeypatch.setattr(validate.needs, "HEADROOM", 2 * room / whole * validate.needs.HEADROOM)
+    monkeypatch.setattr(validate.machine, "available_memory", lambda: room)
+    passed: list[int] = []
+    one = LayeredDecoder._pass
+
+    def dying(self: LayeredDecoder, number: int) -> None:
+        passed.append(number)
+        if len(passed) == 3:
+            raise Killed
+        one(self, number)
+
+    monkeypatch.setattr(LayeredDecoder, "_pass", dying)
+    tiny.edit(SUITE, reference="memory")
+    with pytest.raises(PipelineError, match="reference tiny: not enough memory"):
+        validate.run(tiny.MODEL, REFERENCE)
+    tiny.edit(SUITE, reference=None)
+    with pytest.raises(Killed):
+        validate.run(tiny.MODEL, REFERENCE)
+    capsys.readouterr()
+    validate.run(tiny.MODEL, REFERENCE)
+    assert passed == [0, 1, 2, 2, 3, 4, *range(5)]  # of MMLU, then of divergence
+    assert "not measured" in said(capsys)["speed"]
