@@ -29,12 +29,11 @@ def adopt(folder: Path, earlier: Path, key: Key) -> str:
     kept = kept or next((place for place, record in records if record["items"] == key.items), None)
     if kept != folder:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
     if kept == earlier:
-        for file in earlier.iterdir():
+        for file in sorted(earlier.iterdir(), key=lambda file: file.name == RECORD):  # it vouches for the others: last
             link_or_copy(file, folder / file.name)
     for leftover in folder.glob(".*"):  # what a kill left half-written
-        leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if kept:
         record = read_record(folder)
         return "kept as measured before" if record and _is_whole(record, key) else f"{_count(folder):,} items kept"
@@ -67,6 +66,7 @@ def measured(folder: Path, key: Key, measure: Callable[[Path], Metrics]) -> Metr
     """The metrics of a section whose folder `adopt` prepared, measured as far as they are not kept."""
     if (metrics := metrics_of(folder, key)) is not None:
         return metrics
+    folder.mkdir(parents=True, exist_ok=True)
     _unshare(folder)
     write_json(folder / RECORD, {"items": key.items})
     metrics = json.loads(json.dumps(measure(folder)))  # as a later run reads them

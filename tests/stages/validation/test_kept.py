@@ -94,6 +94,7 @@ def test_a_killed_run_goes_on_at_its_item(run: Any, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(KEY, Items(3, dies_at=2))
     (tmp_path / "partial/.items.half").write_text("what a kill left")
+    (tmp_path / "partial/.linked").mkdir()
     assert run(KEY, items := Items(3)) == ("2 items kept", {"sum": 5})
     assert items.asked == [2]
     assert {file.name for file in (tmp_path / "finished").iterdir()} == {RECORD, "items.jsonl"}
@@ -111,6 +112,26 @@ def test_unfinished_items_are_not_those_of_another_key(run: Any) -> None:
         run(KEY, Items(3, dies_at=2))
     assert run(OTHER, items := Items(3))[0] == "measured again: suite changed"
     assert items.asked == [0, 1, 2]
+
+
+def test_a_kill_while_files_are_taken_over_takes_them_over_again(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(KEY, Items(3))
+    whole, linked = kept.link_or_copy, list[Path]()
+
+    def dying(source: Path, target: Path) -> None:
+        if linked:
+            raise Killed
+        linked.append(source)
+        whole(source, target)
+
+    monkeypatch.setattr(kept, "link_or_copy", dying)
+    with pytest.raises(Killed):
+        run(KEY, Items(3))
+    monkeypatch.setattr(kept, "link_or_copy", whole)
+    assert run(KEY, Items(3)) == ("kept as measured before", {"sum": 5})
+    assert (tmp_path / "finished/items.jsonl").exists()
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"items": 1}', '{"metrics": {}}'])
