@@ -206,6 +206,27 @@ def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
+@click.option("--variant", multiple=True, help="Only this variant (repeatable).")
+def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
+    """Say how many questions each INCONCLUSIVE MMLU line needs next, and the command that asks them."""
+    from pipeline.config import load_model, load_pipeline
+
+    run = load_pipeline()
+    for name in model:
+        load_model(name)
+    _stage("verdict", "escalate")(list(model or run.models), list(variant or run.variants))
+
+
+@cli.command("record-release")
+@_MODEL
+@_VARIANT
+def record_release(model: str, variant: str) -> None:
+    """Note a signed bundle as released: the next build is compared with it. Commit configs/released.yaml."""
+    _stage("released", "record")(model, variant)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--public-key", required=True, type=click.Path(path_type=Path), help="PEM of the key to trust.")
 @click.option("--highest-release", type=int, help="Highest release number accepted so far; a lower one is a downgrade.")

@@ -169,6 +169,7 @@ class RecipeBase(Frozen):
     search: Literal["nearest", "weighted", "gptq"] = "weighted"
     kv_cache: KvCache = "float32"
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
+    gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
 
 
 class RecipeConfig(RecipeBase):
@@ -261,11 +262,11 @@ class EvaluationConfig(Frozen):
     speed: SpeedConfig
 
 
-# --- configs/gates.yaml, configs/tiers.yaml, configs/signing.yaml, configs/parity.yaml --------------------------------
+# --- configs/gates.yaml, released.yaml, tiers.yaml, signing.yaml, parity.yaml ----------------------------------------
 
 
 class GateLimits(Frozen):
-    """Limits for one model class and variant. An accuracy margin of None means: reported, gates nothing."""
+    """One row of limits. An accuracy margin of None means: reported, gates nothing."""
 
     kl_mean_max: float = Field(gt=0, description="nats per token")
     kl_p99_max: float = Field(gt=0, description="nats")
@@ -273,19 +274,38 @@ class GateLimits(Frozen):
     perplexity_ratio_max: float = Field(gt=1)
     mmlu_margin_points: float | None = Field(default=None, gt=0)
     humaneval_margin_points: float | None = Field(default=None, gt=0)
+    opt_in: tuple[Name, ...] | None = Field(
+        default=None, description="models that may be released in this row; None: all"
+    )
 
 
 class GateClass(Frozen):
     """A class of models that share limits, with the reason for them."""
 
     reason: str
-    variants: dict[Name, GateLimits]
+    variants: dict[Name, GateLimits] = Field(description="rows by the variant they judge, or the `gate` of its recipe")
 
 
 class GatesConfig(Frozen):
-    """All gate classes by name."""
+    """All gate classes by name, and the ratchet."""
 
+    ratchet: float = Field(gt=1, description="most that a mean KL may be of the last release's on the same text")
     classes: dict[Name, GateClass]
+
+
+class ReleasedBuild(Frozen):
+    """What the ratchet remembers of a release. The reference's perplexity tells one text and reference from another."""
+
+    release: int = Field(ge=1)
+    kl_mean: float = Field(gt=0, description="nats per token")
+    tokens: int = Field(gt=0)
+    perplexity_reference: float = Field(gt=0)
+
+
+class ReleasedConfig(Frozen):
+    """Releases by model and variant, in their order; `record-release` writes it."""
+
+    models: dict[Name, dict[Name, tuple[ReleasedBuild, ...]]] = {}
 
 
 class Tier(Frozen):
@@ -461,6 +481,29 @@ def load_gates() -> GatesConfig:
     return load(GatesConfig, CONFIGS / "gates.yaml")
 
 
+def load_released() -> ReleasedConfig:
+    """configs/released.yaml"""
+    return load(ReleasedConfig, CONFIGS / "released.yaml")
+
+
+def gate_row(model: str, variant: str) -> tuple[str, GateLimits]:
+    """Class/row of configs/gates.yaml that judges a variant, and its limits. Raises ConfigError when there is none."""
+    gates, gate_class = load_gates(), load_model(model).gate_class
+    if gate_class not in gates.classes:
+        raise ConfigError(
+            f"configs/models/{model}.yaml: gate_class {gate_class!r} is not in configs/gates.yaml "
+            f"(there: {', '.join(gates.classes)})"
+        )
+    rows, name = gates.classes[gate_class].variants, load_recipe(variant).gate or variant
+    if name not in rows:
+        raise ConfigError(
+            f"configs/gates.yaml: class {gate_class!r} of {model} has no limits for {name!r} (there: "
+            f"{', '.join(rows)}); a variant without a gate cannot be released. Add a row, or name one as `gate` in "
+            f"configs/recipes/{variant}.yaml"
+        )
+    return f"{gate_class}/{name}", rows[name]
+
+
 def load_tiers() -> TiersConfig:
     """configs/tiers.yaml"""
     return load(TiersConfig, CONFIGS / "tiers.yaml")
@@ -479,28 +522,16 @@ def load_parity() -> ParityConfig:
 def check_all() -> None:
     """Load everything that the selected run will read, so that a typo fails before the first download."""
     pipeline = load_pipeline()
-    gates = load_gates()
-    for name in pipeline.models:
-        gate_class = load_model(name).gate_class
-        if gate_class not in gates.classes:
-            raise ConfigError(
-                f"configs/models/{name}.yaml: gate_class {gate_class!r} is not in configs/gates.yaml "
-                f"(there: {', '.join(gates.classes)})"
-            )
-        missing = set(pipeline.variants) - set(gates.classes[gate_class].variants)
-        if missing:
-            raise ConfigError(
-                f"configs/gates.yaml: class {gate_class!r} has no limits for {', '.join(sorted(missing))}; "
-                f"a variant without a gate cannot be released"
-            )
-    for variant in pipeline.variants:
-        load_recipe(variant)
+    for model in pipeline.models:
+        for variant in pipeline.variants:
+            gate_row(model, variant)
     suite = load_suite(pipeline.suite)
     calibration = load_calibration()
     datasets = load_datasets().datasets
     needed = {"mmlu", "humaneval", *suite.divergence.texts, *calibration.texts, *load_sensitivity().texts}
     if unknown := sorted(needed - set(datasets)):
         raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
+    load_released()
     load_tiers()
     load_signing()
     load_parity()

@@ -36,8 +36,26 @@ def test_everything_in_configs_loads() -> None:
         assert config.load_model(path.stem).gate_class in config.load_gates().classes
     for path in (CONFIGS / "recipes").glob("*.yaml"):
         assert config.load_recipe(path.stem).part_bytes <= 1_400_000_000
+        for model in (CONFIGS / "models").glob("*.yaml"):
+            config.gate_row(model.stem, path.stem)
     for path in (CONFIGS / "evaluation").glob("*.yaml"):
         config.load_suite(path.stem)
+
+
+def test_a_recipe_may_name_the_row_that_judges_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engineer's own recipe is judged as what it is a kind of; without a row it is refused before a download."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    mine = tmp_path / "configs/recipes/mine.yaml"
+    mine.write_text(changed("recipes/q4.yaml", gate="q4"))
+    assert config.gate_row("phi-4-mini", "mine") == ("3b-to-4b/q4", config.gate_row("phi-4-mini", "q4")[1])
+    for gate in (None, "q5"):
+        mine.write_text(changed("recipes/q4.yaml", gate=gate))
+        with pytest.raises(
+            ConfigError, match=f"'3b-to-4b' of phi-4-mini has no limits for '{gate or 'mine'}'"
+        ) as caught:
+            config.gate_row("phi-4-mini", "mine")
+        assert "q4_k_m" in str(caught.value) and "`gate` in configs/recipes/mine.yaml" in str(caught.value)
 
 
 def test_configuration_is_immutable() -> None:
@@ -145,7 +163,7 @@ def test_a_missing_file_suggests_its_neighbour() -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "part"),
     [
-        ("pipeline.yaml", {"variants": ["q4", "q5"]}, "class 'under-1b' has no limits for q5"),
+        ("pipeline.yaml", {"variants": ["q4", "q5"]}, "recipes/q5.yaml: no such file"),
         ("models/smollm2-135m.yaml", {"gate_class": "tiny"}, "gate_class 'tiny' is not in"),
         ("calibration.yaml", {"texts": {"text-c5": 10}}, "no entry for text-c5"),
     ],

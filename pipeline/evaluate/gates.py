@@ -1,9 +1,16 @@
 """Gates: from a variant's metrics to PASS, FAIL, INCONCLUSIVE or ERROR.
 
 Each gate compares an interval with a limit: PASS when the one-sided 95 % bound is inside the limit, FAIL when the other
-bound is outside, INCONCLUSIVE otherwise. So a small sample cannot pass by being small. No gate passes by being blind
-either: an accuracy gate counts only where losing the whole ability would exceed its margin; without a margin it is
-REPORTED, decides nothing and says why; and a verdict in which nothing was judged is an ERROR.
+bound is outside, INCONCLUSIVE otherwise. So a small sample cannot pass by being small, and since a release needs every
+gate, no number of gates makes a false pass more likely than one in twenty.
+
+- MMLU is judged at the looks of `sequential` alone, by the interval that holds at all looks together; an INCONCLUSIVE
+  one asks for the next look. A model whose whole ability lies within the margin cannot pass.
+- HumanEval is a smoke floor: blind in the same way, it is REPORTED, decides nothing and says why.
+- Without a margin an accuracy is REPORTED. So is the change of the correct answer's probability.
+- The ratchet compares a build with the last release on the same tokens, so their estimates differ by the build alone
+  and are compared without an interval. Without an earlier release, or on other text, it is REPORTED.
+- A verdict in which no measurement was judged is an ERROR.
 
 "Parity" in this module is the record of the parity stage: {"passed": bool, "max_relative_error": float,
 "limit": float}.
@@ -17,8 +24,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import GateLimits
+from pipeline.config import GateLimits, ReleasedBuild
 from pipeline.errors import EvaluationError
+from pipeline.evaluate import sequential
+from pipeline.evaluate.statistics import paired_interval
 
 PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
 REPORTED = "REPORTED"  # of a line only: shown, decides nothing
@@ -41,7 +50,8 @@ class GateLine:
     """One gate's figures. Estimates, bounds, limit and detectable effect share the gate's unit.
 
     Units: nats for `kl_mean` and `kl_p99`, shares for `top1`, a ratio for `perplexity_ratio`, percentage points of
-    drop for `mmlu` and `humaneval`, relative error for `parity`. `high` None: the sample does not bound it.
+    drop for `mmlu`, `mmlu_probability` and `humaneval`, relative error for `parity`. `high` None: the sample does not
+    bound it. Bounds of `mmlu` at a look hold at all looks together.
     """
 
     name: str
@@ -57,10 +67,11 @@ class GateLine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst of the lines that decide, and all lines."""
+    """The worst of the lines that decide, all lines, and the row of configs/gates.yaml that they were judged by."""
 
     verdict: str
     lines: tuple[GateLine, ...]
+    row: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a verdict file; `Verdict.from_json(v.to_json()) == v`."""
@@ -74,9 +85,11 @@ class Verdict:
             EvaluationError: it is not a verdict, or its verdict is not the one its lines give.
         """
         try:
-            verdict = cls(data["verdict"], tuple(GateLine(**line) for line in data["lines"]))
+            verdict = cls(data["verdict"], tuple(GateLine(**line) for line in data["lines"]), data["row"])
         except (KeyError, TypeError) as error:
             raise EvaluationError(f"not a verdict file ({type(error).__name__}: {error}). Validate again.") from None
+        if not isinstance(verdict.row, str):
+            raise EvaluationError(f"a verdict file names its limits as {verdict.row!r}. Validate again.")
         for line in verdict.lines:
             _check_types(line)
         if verdict.verdict != overall(verdict.lines):
@@ -96,6 +109,25 @@ def _check_types(line: GateLine) -> None:
         raise EvaluationError(f"a verdict file's line {line.name!r} says {line.verdict!r}. Validate again.")
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What one variant of one model is held to.
+
+    Attributes:
+        row: class and row of configs/gates.yaml, for people.
+        limits: that row.
+        permitted: whether the model may be released in this row at all; None where no permission is needed.
+        ratchet: most that the mean KL may be of the last release's.
+        released: the last earlier release of this model and variant.
+    """
+
+    row: str
+    limits: GateLimits
+    permitted: bool | None
+    ratchet: float
+    released: ReleasedBuild | None
+
+
 class _Unusable(Exception):
     """A measurement is missing or impossible; the line becomes an ERROR with this message."""
 
@@ -106,9 +138,9 @@ def worst(verdicts: Iterable[str]) -> str:
 
 
 def overall(lines: Iterable[GateLine]) -> str:
-    """The worst deciding line. ERROR when no measurement decides: parity alone says nothing about quality."""
+    """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
     deciding = [line for line in lines if line.verdict != REPORTED]
-    if not any(line.name != "parity" for line in deciding):
+    if not any(line.name not in ("parity", "permission") for line in deciding):
         return ERROR
     return worst(line.verdict for line in deciding)
 
@@ -118,28 +150,28 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
-def decide(metrics: Metrics, reference: Metrics, limits: GateLimits, parity: Mapping[str, Any]) -> Verdict:
+def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping[str, Any]) -> Verdict:
     """Judge one variant.
 
     Args:
         metrics: the variant's metrics (shape: `statistics.summarise_*` by section).
         reference: the full-precision reference's metrics on the same items.
-        limits: the row of configs/gates.yaml for the model's class and this variant.
+        policy: what it is held to.
         parity: the parity stage's record.
 
     A missing, NaN or impossible measurement is an ERROR line, never an exception and never a pass.
     """
-    lines = [_guarded(_parity_line, "parity", parity)]
+    limits = policy.limits
+    lines = [] if policy.permitted is None else [_permission_line(policy)]
+    lines.append(_guarded(_parity_line, "parity", parity))
     for name, field, at_most in _DIVERGENCE_GATES:
         limit = getattr(limits, field)
         lines.append(_guarded(_divergence_line, name, metrics, reference, limit, at_most))
-    margins = (
-        ("mmlu", "accuracy", limits.mmlu_margin_points),
-        ("humaneval", "pass_at_1", limits.humaneval_margin_points),
-    )
-    for name, key, margin in margins:
-        lines.append(_guarded(_accuracy_line, name, key, metrics, reference, margin))
-    return Verdict(overall(lines), tuple(lines))
+    lines.append(_guarded(_ratchet_line, "kl_ratchet", metrics, policy))
+    lines.append(_guarded(_mmlu_line, "mmlu", metrics, reference, limits.mmlu_margin_points))
+    lines.append(_guarded(_probability_line, "mmlu_probability", metrics, reference))
+    lines.append(_guarded(_humaneval_line, "humaneval", metrics, reference, limits.humaneval_margin_points))
+    return Verdict(overall(lines), tuple(lines), policy.row)
 
 
 def _guarded(line: Callable[..., GateLine], name: str, *arguments: Any) -> GateLine:
@@ -176,6 +208,13 @@ def _parity_line(name: str, parity: Mapping[str, Any]) -> GateLine:
         return GateLine(name, PASS, estimate=error, limit=limit)
     note = "the exported graph does not compute what the reference export computes, so nothing below can be trusted"
     return GateLine(name, ERROR, estimate=error, limit=limit, note=note)
+
+
+def _permission_line(policy: Policy) -> GateLine:
+    if policy.permitted:
+        return GateLine("permission", PASS)
+    note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
+    return GateLine("permission", FAIL, note=note)
 
 
 def _against(low: float, high: float, limit: float, at_most: bool) -> str:
@@ -217,27 +256,134 @@ def _same_text(section: Metrics, own: Metrics) -> None:
         raise _Unusable("no token differs from the reference at all: the reference was measured in the variant's place")
 
 
-def _accuracy_line(name: str, key: str, metrics: Metrics, reference: Metrics, margin: float | None) -> GateLine:
+# --- ratchet ---------------------------------------------------------------------------------------------------------
+
+
+def _ratchet_line(name: str, metrics: Metrics, policy: Policy) -> GateLine:
+    section, released = _section(metrics, "divergence", "variant"), policy.released
+    tokens, estimate = int(_number(section, "tokens")), _number(section, "kl_mean")
+    if released is None:
+        return GateLine(name, REPORTED, tokens, estimate, note="no earlier release of this model and variant")
+    limit = policy.ratchet * released.kl_mean
+    before = f"release {released.release} has {released.kl_mean:.4g} nats"
+    perplexity = _number(section, "perplexity_reference")
+    if (tokens, True) != (released.tokens, math.isclose(perplexity, released.perplexity_reference, rel_tol=1e-5)):
+        note = (
+            f"not comparable with the last release: {before} on {released.tokens:,} tokens of perplexity "
+            f"{released.perplexity_reference:.6g} to the reference, this build has {tokens:,} of {perplexity:.6g}: "
+            f"text or reference differ"
+        )
+        return GateLine(name, REPORTED, tokens, estimate, note=note)
+    verdict = PASS if estimate <= limit else FAIL
+    note = f"{before} on the same tokens; this build has {estimate / released.kl_mean:.2f} times that"
+    return GateLine(name, verdict, tokens, estimate, limit=limit, note=note)
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drop:
+    """A paired drop in percentage points, and what the reference has to lose."""
+
+    n: int
+    estimate: float
+    low: float
+    high: float
+    detectable: float
+    ability: float  # points that are surely above chance
+    standing: str  # the reference's ability in words
+
+    def line(self, name: str, verdict: str, margin: float | None, note: str = "") -> GateLine:
+        return GateLine(name, verdict, self.n, self.estimate, self.low, self.high, margin, self.detectable, note)
+
+    @property
+    def blindness(self) -> str:
+        """What this sample cannot see, in words with numbers."""
+        return f"{self.standing}; {self.n:,} items detect a drop of {self.detectable:.1f} points or more"
+
+
+def _drop(name: str, key: str, metrics: Metrics, reference: Metrics) -> _Drop:
+    """The drop over all items that were asked."""
     section, own = _section(metrics, name, "variant"), _section(reference, name, "reference")
     _same_items(section, own, key)
     n, detectable = int(_number(section, "n")), _number(section, "detectable_drop_points")
-    estimate = _number(section, "drop_points")
-    low, high = _number(section, "drop_points_low"), _number(section, "drop_points_high")
+    low, estimate, high = (_number(section, f"drop_points{end}") for end in ("_low", "", "_high"))
     _ordered(low, estimate, high, -100.0, 100.0)
-    figures = (n, estimate, low, high, margin, detectable)
-    ability = 100 * (_number(own, f"{key}_low") - _chance(own))  # points that are surely there to lose
-    blindness = _blindness(own, key, ability, n, detectable)
+    chance = _number(own, "chance") if "chance" in own else 0.0  # HumanEval cannot be guessed
+    ability = 100 * (_number(own, f"{key}_low") - chance)
+    return _Drop(n, estimate, low, high, detectable, ability, _standing(own, key, ability, 100 * chance))
+
+
+def _standing(own: Metrics, key: str, ability: float, chance: float) -> str:
+    accuracy, low = 100 * _number(own, key), 100 * _number(own, f"{key}_low")
+    if ability <= 0:
+        return f"the reference has {accuracy:.1f} % (lower bound {low:.1f} %), no more than chance ({chance:.0f} %)"
+    above = f" above chance ({chance:.0f} %)" if chance else ""
+    return f"the reference has {accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
+
+
+def _mmlu_line(name: str, metrics: Metrics, reference: Metrics, margin: float | None) -> GateLine:
+    whole = _drop(name, "accuracy", metrics, reference)
     if margin is None:
-        return GateLine(name, REPORTED, *figures, note=f"gates nothing: {blindness}")
-    verdict = _against(low, high, margin, at_most=True)
-    if verdict == PASS and ability <= margin:
-        return GateLine(name, INCONCLUSIVE, *figures, note=f"cannot pass: {blindness}")
+        return whole.line(name, REPORTED, None, f"gates nothing: {whole.blindness}")
+    look = sequential.reached(whole.n)
+    if look is None:
+        note = f"{whole.n:,} questions decide nothing: the first look is at {sequential.LOOKS[0]:,}"
+        return whole.line(name, INCONCLUSIVE, margin, note)
+    drop = _at_look(whole, look, metrics[name])
+    verdict = _against(drop.low, drop.high, margin, at_most=True)
+    if verdict == PASS and drop.ability <= margin:
+        return drop.line(name, INCONCLUSIVE, margin, f"cannot pass: {drop.blindness}")
+    why = {
+        PASS: "",
+        FAIL: "the whole interval lies beyond the margin; ",
+        INCONCLUSIVE: f"{drop.n:,} questions detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; "
+        + ("ask more; " if look.next else "there are no more to ask; "),
+    }
+    asked = f" ({whole.n:,} were asked)" if whole.n > look.n else ""
+    return drop.line(name, verdict, margin, why[verdict] + look.describe() + asked)
+
+
+def _at_look(whole: _Drop, look: sequential.Look, section: Metrics) -> _Drop:
+    """The drop among the questions of a look, with that look's critical value."""
+    looks = section.get("looks")
+    known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
+    counts = next((counts for counts in known if counts.get("n") == look.n), None)
+    if counts is None:
+        raise _Unusable(f"the metrics have no counts at the look of {look.n:,} questions")
+    lost, won = (int(_number(counts, key)) for key in ("lost", "won"))
+    if min(lost, won) < 0 or lost + won > look.n:
+        raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} questions")
+    found = paired_interval(look.n, lost, won, look.critical)
+    if look.n == whole.n and not math.isclose(100 * found.estimate, whole.estimate, abs_tol=1e-6):
+        raise _Unusable(f"{lost} lost and {won} won of {look.n:,} are not a drop of {whole.estimate:.4g} points")
+    points = (100 * value for value in (found.estimate, found.low, found.high, found.detectable))
+    return _Drop(look.n, *points, whole.ability, whole.standing)
+
+
+def _probability_line(name: str, metrics: Metrics, reference: Metrics) -> GateLine:
+    section = _section(metrics, "mmlu", "variant")
+    _same_items(section, _section(reference, "mmlu", "reference"), "accuracy")
+    key = "probability_drop_points"
+    low, estimate, high = (_number(section, f"{key}{end}") for end in ("_low", "", "_high"))
+    _ordered(low, estimate, high, -math.inf, math.inf)
+    n, detectable = int(_number(section, "n")), _number(section, f"{key}_detectable")
+    return GateLine(name, REPORTED, n, estimate, low, high, None, detectable)
+
+
+def _humaneval_line(name: str, metrics: Metrics, reference: Metrics, margin: float | None) -> GateLine:
+    drop = _drop(name, "pass_at_1", metrics, reference)
+    verdict = REPORTED if margin is None else _against(drop.low, drop.high, margin, at_most=True)
+    if margin is None or (drop.ability <= margin and verdict != FAIL):
+        return drop.line(name, REPORTED, margin, f"gates nothing: {drop.blindness}")
     notes = {
         PASS: "",
         FAIL: "the whole interval lies beyond the margin",
-        INCONCLUSIVE: f"{n:,} items detect a drop of {detectable:.1f} points, the margin is {margin:g}; ask more",
+        INCONCLUSIVE: f"{drop.n:,} items detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; "
+        f"ask more",
     }
-    return GateLine(name, verdict, *figures, note=notes[verdict])
+    return drop.line(name, verdict, margin, notes[verdict])
 
 
 def _same_items(section: Metrics, own: Metrics, key: str) -> None:
@@ -246,20 +392,3 @@ def _same_items(section: Metrics, own: Metrics, key: str) -> None:
             raise _Unusable(f"variant has {field} {section.get(field)}, reference {own.get(field)}: not the same items")
     if not math.isclose(_number(section, f"reference_{key}"), _number(own, key), abs_tol=1e-9):
         raise _Unusable(f"paired with a reference of {section[f'reference_{key}']:.4f}, but it has {own[key]:.4f}")
-
-
-def _chance(own: Metrics) -> float:
-    """Accuracy of guessing: HumanEval has none."""
-    return _number(own, "chance") if "chance" in own else 0.0
-
-
-def _blindness(own: Metrics, key: str, ability: float, n: int, detectable: float) -> str:
-    """What this sample cannot see, in words with numbers."""
-    accuracy, low = 100 * _number(own, key), 100 * _number(own, f"{key}_low")
-    chance = 100 * _chance(own)
-    if ability <= 0:
-        standing = f"the reference has {accuracy:.1f} % (lower bound {low:.1f} %), no more than chance ({chance:.0f} %)"
-    else:
-        above = f" above chance ({chance:.0f} %)" if chance else ""
-        standing = f"the reference has {accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
-    return f"{standing}; {n:,} items detect a drop of {detectable:.1f} points or more"

@@ -8,8 +8,10 @@ Three decisions:
   t on windows − 1 degrees of freedom. Shares use Wilson's interval on the effective number of tokens, n divided by the
   design effect, because Wilson's interval stays honest at 0 % and 100 %. The 99th percentile inverts that
   interval (Woodruff, JASA 47, 1952).
-- An accuracy drop is paired by item. Bonett and Price's interval (J. Educ. Behav. Stat. 37, 2012) adds one to each
-  kind of flip, so that twenty items without a flip do not look like proof.
+- An accuracy drop is paired by item. Tango's score interval (Statistics in Medicine 17, 1998) is the paired
+  counterpart of Wilson's: twenty items without a flip do not look like proof, and its error stays what it claims where
+  flips are few. (An exact loss of 2 points among 2.5 % of flips passes the four looks of `sequential` 4.4 % of the
+  time; with Wald's interval and one added to each kind of flip it is 6.4 %.)
 - Whatever cannot be detected is a number too: each summary carries the effect that its sample size would reveal with
   80 % power in a one-sided test at 5 %. For divergence that is the excess over the limit (in the metric's own unit),
   for accuracy the drop.
@@ -22,14 +24,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtri, softmax, stdtrit
 
 from pipeline.errors import EvaluationError
 
 ALPHA = 0.05  # one-sided
 POWER = 0.80
 MMLU_CHANCE = 0.25  # four answers
+LOOKS = (570, 1_425, 2_850, 14_042)  # questions at which `sequential` may judge; nested, see mmlu.subset
 _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal distributions slightly negative
 
 Floats = NDArray[np.float64]
@@ -67,7 +71,7 @@ def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, f
 
     `z` is the quantile of the one-sided bound, the normal one unless given.
     """
-    z = float(ndtri(1 - ALPHA)) if z is None else z
+    z = _z(z)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -140,29 +144,64 @@ def quantile_interval(values: Floats, windows: Ints, level: float) -> Interval:
 # --- paired accuracy -------------------------------------------------------------------------------------------------
 
 
-def detectable_drop(n: int, d: float) -> float:
-    """Smallest true drop (a share) that `n` paired items reveal with 80 % power in a one-sided test at 5 %.
+def detectable_drop(n: int, d: float, z: float | None = None) -> float:
+    """Smallest true drop (a share) that `n` paired items reveal with 80 % power.
 
     Args:
         n: items.
         d: discordance, the share of items whose correctness flips.
+        z: quantile of the one-sided bound, that of 5 % unless given.
     """
-    return float(ndtri(1 - ALPHA) + ndtri(POWER)) * math.sqrt(d / n)
+    return float((_z(z) + ndtri(POWER)) * math.sqrt(d / n))
 
 
-def paired_drop(correct: Bools, reference: Bools) -> Interval:
+def _z(z: float | None) -> float:
+    return float(ndtri(1 - ALPHA)) if z is None else z
+
+
+def drop_score(drop: float, n: ArrayLike, lost: ArrayLike, won: ArrayLike) -> Floats:
+    """Tango's score statistic for a true drop of `drop` (a share): standard normal when it is true, negative when fewer
+    are lost. Its standard error takes the likeliest shares of flips of which `drop` is the difference.
+
+    Args:
+        drop: in (-1, 1).
+        n, lost, won: items, items that only the reference has right, and only the variant; numbers or arrays alike.
+    """
+    n, lost, won = (np.asarray(count, np.float64) for count in (n, lost, won))
+    slope = (2 * n - lost + won) * drop - lost - won
+    share_won = (np.sqrt(np.maximum(0.0, slope**2 + 8 * n * won * drop * (1 - drop))) - slope) / (4 * n)
+    distance = lost - won - n * drop
+    variance = np.maximum(0.0, n * (2 * share_won + drop * (1 - drop)))
+    return np.divide(distance, np.sqrt(variance), out=np.zeros_like(distance), where=distance != 0)
+
+
+def paired_interval(n: int, lost: int, won: int, z: float | None = None) -> Interval:
     """Drop in accuracy from the reference to the variant, as a share; positive is a loss.
 
     Args:
-        correct, reference: [n] bool, paired by index.
+        n: items.
+        lost, won: items that only the reference has right, and only the variant.
+        z: quantile of each bound, that of 5 % unless given (a look of `sequential` has its own).
+
+    An upper bound lies within a margin just when `drop_score(margin, ...)` is at most -z.
     """
-    n = len(correct)
-    lost = (int(np.sum(reference & ~correct)) + 1) / (n + 2)
-    won = (int(np.sum(~reference & correct)) + 1) / (n + 2)
-    half = float(ndtri(1 - ALPHA)) * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
-    estimate = float(reference.mean() - correct.mean())
-    low, high = max(-1.0, lost - won - half), min(1.0, lost - won + half)
-    return Interval(estimate, low, high, detectable_drop(n, lost + won))
+    estimate, z, edge = (lost - won) / n, _z(z), 1 - 1e-12
+
+    def bound(sign: int) -> float:
+        def excess(drop: float) -> float:
+            return float(drop_score(drop, n, lost, won)) + sign * z
+
+        if sign * excess(sign * edge) > 0:  # every item lost, or every one won
+            return float(sign)
+        return brentq(excess, estimate, sign * edge, xtol=1e-12)
+
+    # `detectable` adds one to each kind of flip: a sample without a flip does not know that there are none.
+    return Interval(estimate, bound(-1), bound(1), detectable_drop(n, (lost + won + 2) / (n + 2), z))
+
+
+def flips(correct: Bools, reference: Bools) -> tuple[int, int, int]:
+    """Items, those lost and those won by a variant; both arrays [n] bool, paired by index."""
+    return len(correct), int(np.sum(reference & ~correct)), int(np.sum(~reference & correct))
 
 
 # --- summaries: the metrics files ------------------------------------------------------------------------------------
@@ -268,7 +307,7 @@ def _accuracy(task: str, name: str, correct: Bools, reference: Bools | None) -> 
         f"{task}: {len(correct)} items of the variant do not pair with the reference's {reference.shape} "
         f"{reference.dtype}",
     )
-    drop = paired_drop(correct, reference)
+    drop = paired_interval(*flips(correct, reference))
     return own | {
         f"reference_{name}": float(reference.mean()),
         "flips": float(np.mean(correct != reference)),
@@ -279,25 +318,71 @@ def _accuracy(task: str, name: str, correct: Bools, reference: Bools | None) -> 
     }
 
 
-def summarise_mmlu(correct: Bools, reference: Bools | None, mode: str) -> dict[str, Any]:
-    """The `mmlu` metrics: accuracy, and the paired drop unless `reference` is None (the reference's own row).
+@dataclass(frozen=True)
+class MmluAnswers:
+    """What a model made of the questions. correct: bool [n]; probability: float64 [n], of the correct answer."""
+
+    correct: Bools
+    probability: Floats
+
+
+def answer_probability(scores: Floats, answers: Ints) -> Floats:
+    """Probability of the correct answer among the four, float64 [n].
 
     Args:
-        correct: [n] bool.
-        reference: [n] bool, the reference's outcomes on the same questions in the same order.
+        scores: [n, 4] float64, log-likelihoods of the answers (in cloze mode per token).
+        answers: [n] integer, the correct answer's column.
+    """
+    return softmax(scores, axis=1)[np.arange(len(answers)), answers]
+
+
+def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> dict[str, Any]:
+    """The `mmlu` metrics: accuracy, and what was lost unless `reference` is None (the reference's own row).
+
+    Args:
+        variant: on the questions of a nested subset, in its order.
+        reference: the reference's, on the same questions in the same order.
         mode: how questions were asked ("cloze", "letter").
 
-    `flips` is the share of items whose correctness changed.
+    `flips` is the share of items whose correctness changed; `looks` counts them at each look that was reached;
+    `probability_drop_points` is the mean drop of the correct answer's probability. It is finer than accuracy (2 to 20
+    times fewer questions show the same change), but no margin is agreed for it.
 
     Raises:
-        EvaluationError: the arrays do not pair, are empty or are not bool.
+        EvaluationError: the arrays do not pair, are empty, not bool or not finite.
     """
-    return {**_accuracy("MMLU", "accuracy", correct, reference), "mode": mode, "chance": MMLU_CHANCE}
+    found = _accuracy("MMLU", "accuracy", variant.correct, reference and reference.correct)
+    if reference is not None:
+        found |= {"looks": _looks(variant.correct, reference.correct)}
+        found |= _probability_drop(variant, reference).named("probability_drop_points")
+    return {**found, "mode": mode, "chance": MMLU_CHANCE}
+
+
+def _looks(correct: Bools, reference: Bools) -> list[dict[str, int]]:
+    """Flips among the first questions, for each look of the sequential test within reach."""
+    counts = [flips(correct[:n], reference[:n]) for n in LOOKS if n <= len(correct)]
+    return [dict(zip(("n", "lost", "won"), count, strict=True)) for count in counts]
+
+
+def _probability_drop(variant: MmluAnswers, reference: MmluAnswers) -> Interval:
+    for answers in (variant, reference):
+        p = answers.probability
+        _require(
+            p.shape == variant.correct.shape and len(p) > 1 and bool(np.isfinite(p).all()),
+            f"MMLU: probabilities of shape {p.shape} for {len(variant.correct)} questions, or not finite",
+        )
+    return mean_interval(100 * (reference.probability - variant.probability), np.arange(len(variant.probability)))
 
 
 def summarise_humaneval(passed: Bools, reference: Bools | None, isolation: str) -> dict[str, Any]:
     """The `humaneval` metrics: pass@1, the paired drop, and the sandbox's level of isolation.
 
-    Args and errors as `summarise_mmlu`.
+    Args:
+        passed: [n] bool.
+        reference: [n] bool, the reference's outcomes on the same problems in the same order; None for its own row.
+        isolation: the level that solutions ran at.
+
+    Raises:
+        EvaluationError: the arrays do not pair, are empty or are not bool.
     """
     return {**_accuracy("HumanEval", "pass_at_1", passed, reference), "isolation": isolation}

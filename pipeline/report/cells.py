@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from pipeline.evaluate.gates import PASS, REPORTED, GateLine
+from pipeline.evaluate.gates import REPORTED, GateLine
 from pipeline.report.rows import REFERENCE, ModelReport, Row, number
 
 DASH = "–"
@@ -27,6 +27,17 @@ POWER_LEGEND = (
     "Detectable: the excess over the limit (for accuracy: the drop) that this sample reveals with 80 % power in a "
     "one-sided test at 5 %. Intervals are two-sided 90 %, so each end is a one-sided 95 % bound; a line passes when "
     "its bound does. pass@1 is HumanEval's; (90 %) marks intervals."
+)
+LOOKS_LEGEND = (
+    "MMLU with a margin is judged at looks, which share an error of 5 % (a group-sequential test): its interval holds "
+    "at all looks together and is wider than one look's alone. The probability drop is that of the correct answer, in "
+    "percentage points: a finer figure of the same questions, which decides nothing."
+)
+CAVEATS = (
+    "Divergence says how far a variant is from its own full-precision model, not which way; MMLU and HumanEval say "
+    "what was lost of that model's ability, not how large the ability is.",
+    "Everything was measured on the system named above, in the runtime that ships. A phone's kernels round otherwise, "
+    "and its speed is its own.",
 )
 
 
@@ -99,6 +110,25 @@ def delivery(row: Row) -> str:
     return f"bundle: {row.bundle}" if row.bundle else f"no bundle: {row.refusal}"
 
 
+def identity(row: Row) -> dict[str, str]:
+    """What tells this row's subject from any other, and what ran it, as facts by name."""
+    found = row.metrics.get("identity") or {}
+    size = number(row, "size", "bytes_on_disk")
+    facts = {
+        "source": found.get("revision"),
+        "bytes": None if size is None else f"{size:,.0f}",
+        "plan": found.get("plan_sha256") and f"sha256 {found['plan_sha256']}",
+        "judged as": row.verdict and f"{row.verdict.row} of configs/gates.yaml",
+        "measured by": _measured_by(found),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _measured_by(found: Mapping[str, str]) -> str:
+    runtimes = [f"{name} {found[name]}" for name in ("onnxruntime", "onnxruntime-genai") if name in found]
+    return f"{', '.join(runtimes)} on {found.get('system', 'an unknown system')}" if runtimes else ""
+
+
 # --- gates -----------------------------------------------------------------------------------------------------------
 
 
@@ -108,12 +138,15 @@ def _points(value: float) -> str:
 
 # gate → title, format of its numbers, sign of its limit
 _GATES: dict[str, tuple[str, Callable[[float], str], str]] = {
+    "permission": ("permission to release", nats, ""),
     "parity": ("parity with Optimum", lambda value: f"{value:.1e}", "≤"),
     "kl_mean": ("mean KL", nats, "≤"),
     "kl_p99": ("99th percentile of KL", nats, "≤"),
     "top1": ("top-1 agreement", share, "≥"),
     "perplexity_ratio": ("perplexity ratio", lambda value: f"{value:.3f}", "≤"),
+    "kl_ratchet": ("mean KL, ratchet", nats, "≤"),
     "mmlu": ("MMLU drop", _points, "≤"),
+    "mmlu_probability": ("MMLU probability drop", lambda value: f"{value:.2f} points", "≤"),
     "humaneval": ("HumanEval drop", _points, "≤"),
 }
 
@@ -142,9 +175,9 @@ def gate_title(line: GateLine) -> str:
 
 
 def reasons(row: Row) -> list[str]:
-    """Why each line of a row's verdict that did not pass did not, with its numbers."""
+    """What the lines of a row's verdict have to say: why one did not pass, which look this was, with numbers."""
     lines = row.verdict.lines if row.verdict else ()
-    return [f"{gate_title(line)}: {line.note}." for line in lines if line.verdict != PASS and line.note]
+    return [f"{gate_title(line)}: {line.note}." for line in lines if line.note]
 
 
 def conditions(model: ModelReport) -> str:

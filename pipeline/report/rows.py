@@ -45,9 +45,10 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A complete run."""
+    """A complete run, and facts about it by name, to print at its head."""
 
     models: tuple[ModelReport, ...]
+    about: Mapping[str, str]
 
     @property
     def verdict(self) -> str:
@@ -56,7 +57,11 @@ class Report:
 
 
 def build(
-    rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Mapping[str, str] | None = None
+    rows: Sequence[Row],
+    models: Sequence[str],
+    variants: Sequence[str],
+    notes: Mapping[str, str] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 
@@ -64,6 +69,7 @@ def build(
         rows: in any order.
         models, variants: of the run (configs/pipeline.yaml).
         notes: by model, a sentence to print with its figures.
+        about: facts about the run by name.
 
     Raises:
         EvaluationError: a model × variant or a reference is missing, comes twice or is not of this run; a variant has
@@ -92,7 +98,8 @@ def build(
                 (notes or {}).get(model, ""),
             )
             for model in models
-        )
+        ),
+        about or {},
     )
 
 

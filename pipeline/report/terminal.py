@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -18,10 +18,12 @@ _STYLES = {PASS: "bold green", FAIL: "bold red", INCONCLUSIVE: "bold yellow", ER
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the whole report: per model the table, every gate line, and what the samples can detect."""
-    for model in report.models:
-        for line in _model(model):
-            console.print(line, soft_wrap=True, highlight=False)
+    """Print the whole report: facts, per model the table, every gate line, and what samples can detect."""
+    lines = [*_facts(report.about), Text("")] if report.about else []
+    lines += [line for model in report.models for line in _model(model)]
+    lines += [Text(line) for caveat in cells.CAVEATS for line in textwrap.wrap(caveat, WIDTH)]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _model(model: ModelReport) -> list[Text]:
@@ -29,7 +31,8 @@ def _model(model: ModelReport) -> list[Text]:
     for row in model.variants:
         lines += [Text(""), *_gates(row)]
     lines.append(Text(""))
-    for sentence in (*cells.power_sentences(model), cells.POWER_LEGEND, cells.conditions(model), model.note):
+    legends = (cells.POWER_LEGEND, cells.LOOKS_LEGEND, cells.conditions(model), model.note)
+    for sentence in (*cells.power_sentences(model), *legends):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 
@@ -66,8 +69,19 @@ def _gates(row: Row) -> list[Text]:
     widths = [max(len(texts[column]) for texts in content) for column in range(len(cells.GATE_COLUMNS))]
     title = Text(f"gates of {row.model}/{row.variant}: ", style="bold")
     title.append(row.verdict.verdict, style=_STYLES[row.verdict.verdict])
-    lines = [title, _line(content[0], widths, "dim"), *(_line(texts, widths) for texts in content[1:])]
+    lines = [title, *_facts(cells.identity(row)), _line(content[0], widths, "dim")]
+    lines += [_line(texts, widths) for texts in content[1:]]
     return lines + [Text(line) for reason in cells.reasons(row) for line in _wrapped(reason)]
+
+
+def _facts(facts: Mapping[str, str]) -> list[Text]:
+    """One fact a line, its name padded."""
+    wide = max(map(len, facts), default=0)
+    return [
+        Text(line, style="dim")
+        for name, fact in facts.items()
+        for line in textwrap.wrap(f"{name.ljust(wide)}  {fact}", WIDTH, subsequent_indent=" " * (wide + 2))
+    ]
 
 
 def _wrapped(text: str) -> list[str]:

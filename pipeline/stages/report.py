@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from rich.console import Console
 
 from pipeline import config
@@ -31,7 +33,30 @@ def _collect() -> Report:
     pipeline = config.load_pipeline()
     rows = [_row(model, variant) for model in pipeline.models for variant in (REFERENCE, *pipeline.variants)]
     notes = {model: note for model in pipeline.models if (note := config.load_model(model).note)}
-    return build([row for row in rows if row], pipeline.models, pipeline.variants, notes)
+    return build([row for row in rows if row], pipeline.models, pipeline.variants, notes, _about(pipeline.suite))
+
+
+def _about(suite: str) -> dict[str, str]:
+    """Facts about the run: the commit, what was asked, and what a release of it would be."""
+    wanted, signing = config.load_suite(suite), config.load_signing()
+    texts = ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in wanted.divergence.texts.items())
+    tasks = f"{wanted.mmlu.questions:,} MMLU questions, {wanted.humaneval.problems} HumanEval problems"
+    return {
+        "commit": _commit(),
+        "suite": f"{suite}: {texts} in windows of {wanted.divergence.window:,}, {tasks}",
+        "release": f"number {signing.release}, channel {signing.channel}, signing key {signing.key_id}",
+    }
+
+
+def _commit() -> str:
+    """The commit in use, and whether what decides results differs from it."""
+    head = _git("log", "-1", "--format=%H of %cI")
+    changed = _git("status", "--porcelain", "--", "configs", "pipeline")
+    return (head or "unknown: not a git repository") + (", with uncommitted changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _row(model: str, variant: str) -> Row | None:

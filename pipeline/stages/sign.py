@@ -14,12 +14,7 @@ from pipeline.errors import BundleError
 from pipeline.files import sha256_of
 from pipeline.stages.bundle import commit_time
 from pipeline.stages.verdict import read_verdict
-from pipeline.stages.workspace import ARTIFACTS, Workspace
-
-
-def public_key_path(key_id: str) -> Path:
-    """Where the public half of a key that signed here is kept, for `verify`."""
-    return ARTIFACTS / "keys" / f"{key_id}.pem"
+from pipeline.stages.workspace import Workspace, public_key_path
 
 
 def run(model: str, variant: str) -> None:

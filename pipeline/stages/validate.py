@@ -7,7 +7,9 @@ what did not change is not measured twice: each section's results are valid unde
 
 from __future__ import annotations
 
+import platform
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.evaluate.sandbox import require_isolation
-from pipeline.files import write_json
+from pipeline.files import sha256_of, write_json
 from pipeline.stages import needs
 from pipeline.stages.preflight import reference_needs, require
 from pipeline.stages.quantize import PLAN_FILE
@@ -40,7 +42,7 @@ def run(model: str, variant: str) -> None:
     isolation = require_isolation()  # before an hour of measuring, not after it
     subject = _subject(model, variant, isolation)
     workspace, files = subject.workspace, measured_files(subject)
-    metrics: dict[str, Any] = {"size": _size(subject)}
+    metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
         for section in SECTIONS:
@@ -104,3 +106,11 @@ def _size(subject: Subject) -> dict[str, Any]:
     parameters = subject.architecture.parameters
     total = subject.graph.stat().st_size + Checkpoint(subject.folder).weight_bytes
     return {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
+
+
+def _identity(subject: Subject) -> dict[str, str]:
+    """What exactly was measured, and what ran it."""
+    plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
+    runtimes = {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes, "system": system}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pipeline import config
-from pipeline.errors import ConfigError, EvaluationError
-from pipeline.evaluate.gates import GateLine, Verdict, decide, exit_code, worst
+from pipeline.errors import EvaluationError
+from pipeline.evaluate.gates import INCONCLUSIVE, GateLine, Policy, Verdict, decide, exit_code, worst
+from pipeline.evaluate.sequential import next_look
 from pipeline.files import read_json, write_json
 from pipeline.stages.workspace import REFERENCE, Workspace
 
@@ -15,22 +16,24 @@ def run(model: str, variant: str) -> None:
     verdict = decide(
         workspace.read(workspace.metrics(variant), "validate", variant),
         workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE),
-        _limits(model, variant),
+        _policy(model, variant),
         workspace.read(workspace.parity, "parity"),
     )
     write_json(workspace.verdict(variant), verdict.to_json())
     print(f"{model} {variant}: {verdict.verdict}")
 
 
-def _limits(model: str, variant: str) -> config.GateLimits:
-    """The row of configs/gates.yaml that judges a variant. Raises ConfigError when there is none."""
-    name, classes = config.load_model(model).gate_class, config.load_gates().classes
-    if name not in classes or variant not in classes[name].variants:
-        there = "; ".join(f"{known}: {', '.join(row.variants)}" for known, row in classes.items())
-        raise ConfigError(
-            f"configs/gates.yaml: no limits for {variant!r} in class {name!r} of {model} (there: {there})."
-        )
-    return classes[name].variants[variant]
+def _policy(model: str, variant: str) -> Policy:
+    row, limits = config.gate_row(model, variant)
+    permitted = None if limits.opt_in is None else model in limits.opt_in
+    return Policy(row, limits, permitted, config.load_gates().ratchet, _last_release(model, variant))
+
+
+def _last_release(model: str, variant: str) -> config.ReleasedBuild | None:
+    """The latest recorded release before the number in configs/signing.yaml: recording one changes no verdict on it."""
+    builds = config.load_released().models.get(model, {}).get(variant, ())
+    earlier = [build for build in builds if build.release < config.load_signing().release]
+    return max(earlier, key=lambda build: build.release, default=None)
 
 
 def read_verdict(workspace: Workspace, variant: str) -> Verdict:
@@ -48,13 +51,14 @@ def describe_line(line: GateLine) -> str:
     def number(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.3g}"
 
-    text = f"{line.name} {number(line.estimate)}"
+    text = line.name if line.estimate is None else f"{line.name} {number(line.estimate)}"
     if line.low is not None:
         text += f" (90 % interval {number(line.low)} to {number(line.high)})"
     if line.limit is not None:
         text += f", limit {number(line.limit)}"
     text += f": {line.verdict}"
-    return f"{text}; {line.note}" if line.estimate is None and line.note else text
+    explained = line.estimate is None or line.verdict == INCONCLUSIVE
+    return f"{text}; {line.note}" if explained and line.note else text
 
 
 def gate(models: list[str], variants: list[str]) -> int:
@@ -69,3 +73,32 @@ def gate(models: list[str], variants: list[str]) -> int:
                 if line.verdict == verdict.verdict != "PASS":
                     print(f"  {describe_line(line)}")
     return exit_code(worst(found))
+
+
+def escalate(models: list[str], variants: list[str]) -> None:
+    """Print, for every INCONCLUSIVE MMLU line, its next look, and the command that asks as many questions."""
+    run, wanted = config.load_pipeline(), 0
+    suite = config.load_suite(run.suite).mmlu.questions
+    for model in models:
+        for variant in variants:
+            for line in read_verdict(Workspace(model), variant).lines:
+                if line.name == "mmlu" and line.verdict == INCONCLUSIVE:
+                    look = next_look(line.n or 0)
+                    print(f"{model} {variant}: {_escalation(line, look, suite)}")
+                    wanted = max(wanted, look or 0)
+    if not wanted:
+        print("No INCONCLUSIVE MMLU line waits for a further look.")
+        return
+    subjects = len(run.models) * (len(run.variants) + 1)
+    print(
+        f"{subjects} models and variants share the suite {run.suite!r}, references included: "
+        f"{max(0, wanted - suite) * subjects:,} new questions in all; answers that are kept are not asked again.\n"
+        f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:mmlu.questions={wanted}'"
+    )
+
+
+def _escalation(line: GateLine, look: int | None, asked: int) -> str:
+    if look is None:
+        return f"MMLU is INCONCLUSIVE after all {line.n:,} questions: improve the variant, or justify another margin."
+    more = max(0, look - asked)
+    return f"MMLU is INCONCLUSIVE at {line.n:,} questions; next look {look:,}, {more:,} more than the suite asks."

@@ -22,6 +22,11 @@ MODEL_FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
 
 
+def public_key_path(key_id: str) -> Path:
+    """Where the public half of a key that signed here is kept, for `verify`."""
+    return ARTIFACTS / "keys" / f"{key_id}.pem"
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The paths of one model."""

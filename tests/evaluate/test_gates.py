@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from typing import Any
 
 import pytest
 
-from pipeline.config import GateLimits, load_gates
+from pipeline.config import GateLimits, ReleasedBuild, load_gates
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.gates import GateLine, Verdict, decide, exit_code, overall, worst
+from pipeline.evaluate import sequential
+from pipeline.evaluate.gates import GateLine, Policy, Verdict, decide, exit_code, overall, worst
 
 PARITY = {"passed": True, "max_relative_error": 3e-6, "limit": 1e-4}
 LIMITS = GateLimits(
@@ -22,7 +24,11 @@ LIMITS = GateLimits(
     mmlu_margin_points=2.0,
     humaneval_margin_points=10.0,
 )
-UNGATED = LIMITS.model_copy(update={"mmlu_margin_points": None, "humaneval_margin_points": None})
+POLICY = Policy("7b-and-up/q4_k_m", LIMITS, None, 1.25, None)
+UNGATED = dataclasses.replace(
+    POLICY, limits=LIMITS.model_copy(update={"mmlu_margin_points": None, "humaneval_margin_points": None})
+)
+RELEASED = ReleasedBuild(release=3, kl_mean=0.025, tokens=4000, perplexity_reference=8.5)
 
 
 def _interval(name: str, low: float, estimate: float, high: float | None, detectable: float) -> dict[str, float | None]:
@@ -61,7 +67,15 @@ GOOD: dict[str, Any] = {
     },
     "mmlu": _accuracy("accuracy", 2850, 0.698)
     | {"mode": "letter", "chance": 0.25}
-    | _drop("accuracy", 0.7, -0.8, 0.2, 1.2, 1.4),
+    | _drop("accuracy", 0.7, -0.7, 100 * 6 / 2850, 1.1, 1.4)
+    | {
+        "looks": [
+            {"n": 570, "lost": 26, "won": 26},
+            {"n": 1425, "lost": 66, "won": 64},
+            {"n": 2850, "lost": 134, "won": 128},
+        ]
+    }
+    | _interval("probability_drop_points", 0.05, 0.11, 0.17, 0.09),
     "humaneval": _accuracy("pass_at_1", 164, 0.6) | _drop("pass_at_1", 0.6, -4.0, 0.0, 4.0, 6.0),
 }
 
@@ -77,11 +91,12 @@ def _line(verdict: Verdict, name: str) -> GateLine:
 
 
 def test_a_good_variant_passes_every_line() -> None:
-    verdict = decide(GOOD, REFERENCE, LIMITS, PARITY)
+    verdict = decide(GOOD, REFERENCE, POLICY, PARITY)
     assert verdict.verdict == "PASS"
+    assert verdict.row == "7b-and-up/q4_k_m"
     assert {line.name: line.verdict for line in verdict.lines} == dict.fromkeys(
         ["parity", "kl_mean", "kl_p99", "top1", "perplexity_ratio", "mmlu", "humaneval"], "PASS"
-    )
+    ) | {"kl_ratchet": "REPORTED", "mmlu_probability": "REPORTED"}
     assert _line(verdict, "kl_mean") == GateLine("kl_mean", "PASS", 4000, 0.03, 0.028, 0.032, 0.05, 0.003)
 
 
@@ -102,40 +117,145 @@ def test_a_good_variant_passes_every_line() -> None:
     ],
 )
 def test_divergence_is_judged_on_its_interval(name: str, figures: tuple[Any, ...], expected: str) -> None:
-    verdict = decide(_with("divergence", **_interval(name, *figures)), REFERENCE, LIMITS, PARITY)
+    verdict = decide(_with("divergence", **_interval(name, *figures)), REFERENCE, POLICY, PARITY)
     assert (_line(verdict, name).verdict, verdict.verdict) == (expected, expected)
     assert bool(_line(verdict, name).note) == (expected != "PASS")
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("figures", "expected"),
     [
-        ((-0.5, 0.7, 1.9, 1.7), "PASS"),
-        ((-3.0, 0.0, 3.0, 4.0), "INCONCLUSIVE"),  # no drop seen, but a drop beyond the margin would not be seen
-        ((-1.5, 0.2, 1.9, 2.3), "PASS"),  # power for the margin is short, and the interval proves it all the same
-        ((2.1, 3.0, 3.9, 1.5), "FAIL"),
+        ((-6.0, 1.0, 9.9, 9.0), "PASS"),
+        ((-9.0, 0.0, 10.1, 12.0), "INCONCLUSIVE"),  # no drop seen, but a drop beyond the margin would not be seen
+        ((-4.0, 3.0, 9.9, 11.0), "PASS"),  # power for the margin is short, and the interval proves it all the same
+        ((10.1, 15.0, 20.0, 9.0), "FAIL"),
     ],
 )
-def test_accuracy_is_judged_on_its_interval(figures: tuple[float, ...], expected: str) -> None:
-    verdict = decide(_with("mmlu", **_drop("accuracy", 0.7, *figures)), REFERENCE, LIMITS, PARITY)
-    assert _line(verdict, "mmlu").verdict == verdict.verdict == expected
+def test_humaneval_is_judged_on_its_interval(figures: tuple[float, ...], expected: str) -> None:
+    verdict = decide(_with("humaneval", **_drop("pass_at_1", 0.6, *figures)), REFERENCE, POLICY, PARITY)
+    assert _line(verdict, "humaneval").verdict == verdict.verdict == expected
+
+
+def test_a_blind_humaneval_is_reported() -> None:
+    """Losing everything within the margin is blindness too."""
+    reference = copy.deepcopy(REFERENCE)
+    reference["humaneval"] |= _accuracy("pass_at_1", 164, 0.05)
+    metrics = _with("humaneval", **_drop("pass_at_1", 0.05, -2.0, 0.0, 2.0, 3.0))
+    verdict = decide(metrics, reference, POLICY, PARITY)
+    line = _line(verdict, "humaneval")
+    assert (line.verdict, verdict.verdict) == ("REPORTED", "PASS")
+    assert "gates nothing" in line.note and "5.0 %, of which 3.0 points are sure" in line.note
+
+
+def _asked(n: int, lost: int, won: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of a variant and of its reference after `n` questions, the flips evenly spread over the looks."""
+    drop = 100 * (lost - won) / n
+    looks = [
+        {"n": look, "lost": round(lost * look / n), "won": round(won * look / n)}
+        for look in sequential.LOOKS
+        if look <= n
+    ]
+    figures = _accuracy("accuracy", n, 0.698) | _drop("accuracy", 0.7, drop - 9, drop, drop + 9, 9.0)
+    reference = copy.deepcopy(REFERENCE)
+    reference["mmlu"]["n"] = n
+    return _with("mmlu", **figures, looks=looks), reference
+
+
+def _judged(n: int, lost: int, won: int, policy: Policy = POLICY) -> GateLine:
+    metrics, reference = _asked(n, lost, won)
+    verdict = decide(metrics, reference, policy, PARITY)
+    line = _line(verdict, "mmlu")
+    assert verdict.verdict == line.verdict
+    return line
+
+
+@pytest.mark.parametrize(
+    ("n", "lost", "won", "expected", "words"),
+    [
+        (570, 0, 0, "PASS", "look 1 of 4: n 570, alpha 0.002 of 0.05 spent, next look 1,425"),
+        (570, 26, 26, "INCONCLUSIVE", "570 questions detect a drop of"),
+        (570, 80, 10, "FAIL", "the whole interval lies beyond the margin; look 1 of 4"),
+        (1425, 60, 60, "PASS", "look 2 of 4"),
+        (1425, 70, 60, "INCONCLUSIVE", "the margin is 2; ask more; look 2 of 4"),
+        (2850, 131, 131, "PASS", "look 3 of 4"),
+        (2850, 160, 100, "INCONCLUSIVE", "next look 14,042"),
+        (14_042, 716, 576, "PASS", "look 4 of 4: n 14,042, alpha 0.050 of 0.05 spent, the last"),
+        (14_042, 780, 500, "INCONCLUSIVE", "there are no more to ask"),
+        (14_042, 1000, 400, "FAIL", "look 4 of 4"),
+    ],
+)
+def test_mmlu_is_judged_at_its_look(n: int, lost: int, won: int, expected: str, words: str) -> None:
+    line = _judged(n, lost, won)
+    assert (line.verdict, line.n, line.limit) == (expected, n, 2.0)
+    assert line.estimate == pytest.approx(100 * (lost - won) / n)
+    assert line.low < line.estimate < line.high and words in line.note  # type: ignore[operator]
+
+
+def test_a_look_is_stricter_than_its_sample_alone() -> None:
+    """What another look costs: at 1,425 a bound of 2.37 standard errors in place of 1.64."""
+    line = _judged(1425, 60, 60)
+    error = 100 * math.sqrt(120) / 1425
+    assert line.high == pytest.approx(2.368 * error, rel=0.05)
+    assert line.detectable == pytest.approx((2.368 + 0.842) * error, rel=0.02)
+
+
+def test_questions_between_looks_wait_for_the_next() -> None:
+    metrics, reference = _asked(1000, 45, 45)
+    line = _line(decide(metrics, reference, POLICY, PARITY), "mmlu")
+    assert line.n == 570 and "next look 1,425 (1,000 were asked)" in line.note
+
+
+def test_before_the_first_look_nothing_is_decided() -> None:
+    """Not even by a sample that lost nearly everything: that is for divergence to see."""
+    for lost in (0, 100):
+        line = _judged(114, lost, 0)
+        assert line.verdict == "INCONCLUSIVE" and "the first look is at 570" in line.note
+
+
+def test_more_loss_never_helps() -> None:
+    order = ["PASS", "INCONCLUSIVE", "FAIL"]
+    for n in (570, 1425, 2850):
+        for won in (0, 20, 60):
+            verdicts = [order.index(_judged(n, lost, won).verdict) for lost in range(0, 400, 10)]
+            assert verdicts == sorted(verdicts) and set(verdicts) >= {1, 2}
+        for lost in (20, 60, 200):
+            verdicts = [order.index(_judged(n, lost, won).verdict) for won in range(0, 300, 10)]
+            assert verdicts == sorted(verdicts, reverse=True)
+
+
+def test_a_wider_margin_never_hurts() -> None:
+    order = ["FAIL", "INCONCLUSIVE", "PASS"]
+    verdicts = [
+        order.index(_judged(1425, 80, 50, _policy(mmlu_margin_points=margin)).verdict)
+        for margin in (0.2, 1, 2, 3, 5, 8)
+    ]
+    assert verdicts == sorted(verdicts) and verdicts[-1] == 2
+
+
+def _policy(**limits: Any) -> Policy:
+    return dataclasses.replace(POLICY, limits=LIMITS.model_copy(update=limits))
 
 
 def test_a_reference_at_chance_cannot_pass_its_variants() -> None:
     """Both answer 'A' to everything: no flips, no drop, nothing seen."""
-    reference = copy.deepcopy(REFERENCE)
+    metrics, reference = _asked(2850, 0, 0)
     reference["mmlu"] |= _accuracy("accuracy", 2850, 0.26)
-    metrics = _with("mmlu", **_drop("accuracy", 0.26, -0.1, 0.0, 0.1, 0.1))
-    line = _line(decide(metrics, reference, LIMITS, PARITY), "mmlu")
+    metrics["mmlu"]["reference_accuracy"] = 0.26
+    line = _line(decide(metrics, reference, POLICY, PARITY), "mmlu")
     assert line.verdict == "INCONCLUSIVE"
     assert "26.0 %" in line.note and "chance (25 %)" in line.note
 
 
-def test_losing_everything_within_the_margin_is_blindness_too() -> None:
-    reference = copy.deepcopy(REFERENCE)
-    reference["humaneval"] |= _accuracy("pass_at_1", 164, 0.05)
-    metrics = _with("humaneval", **_drop("pass_at_1", 0.05, -2.0, 0.0, 2.0, 3.0))
-    assert _line(decide(metrics, reference, LIMITS, PARITY), "humaneval").verdict == "INCONCLUSIVE"
+def test_the_probability_of_the_correct_answer_decides_nothing() -> None:
+    metrics = _with("mmlu", **_interval("probability_drop_points", 20.0, 30.0, 40.0, 5.0))
+    verdict = decide(metrics, REFERENCE, POLICY, PARITY)
+    assert verdict.verdict == "PASS"
+    assert _line(verdict, "mmlu_probability") == GateLine(
+        "mmlu_probability", "REPORTED", 2850, 30.0, 20.0, 40.0, None, 5.0
+    )
 
 
 def test_without_a_margin_accuracy_is_reported_with_reasons() -> None:
@@ -145,6 +265,45 @@ def test_without_a_margin_accuracy_is_reported_with_reasons() -> None:
     line = _line(verdict, "mmlu")
     assert line.verdict == "REPORTED"
     assert "gates nothing" in line.note and "5.0 points" in line.note and "2,850 items" in line.note
+
+
+# --- ratchet and permission ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(0.025, "PASS"), (0.03125, "PASS"), (0.0313, "FAIL"), (0.01, "PASS")])
+def test_the_ratchet_holds_the_last_release(kl: float, expected: str) -> None:
+    """1.25 times 0.025 nats; both estimates are of the same tokens, so no interval widens them."""
+    metrics = _with("divergence", **_interval("kl_mean", kl - 0.002, kl, kl + 0.002, 0.003))
+    verdict = decide(metrics, REFERENCE, dataclasses.replace(POLICY, released=RELEASED), PARITY)
+    line = _line(verdict, "kl_ratchet")
+    assert (line.verdict, verdict.verdict, line.limit) == (expected, expected, pytest.approx(0.03125))
+    assert "release 3 has 0.025 nats on the same tokens" in line.note
+
+
+@pytest.mark.parametrize("change", [{"tokens": 3000}, {"perplexity_reference": 8.51}])
+def test_another_text_or_reference_is_not_comparable(change: dict[str, Any]) -> None:
+    released = RELEASED.model_copy(update=change | {"kl_mean": 1e-6})
+    verdict = decide(GOOD, REFERENCE, dataclasses.replace(POLICY, released=released), PARITY)
+    line = _line(verdict, "kl_ratchet")
+    assert (verdict.verdict, line.verdict, line.limit) == ("PASS", "REPORTED", None)
+    assert "not comparable" in line.note and "text or reference differ" in line.note
+
+
+def test_without_an_earlier_release_the_ratchet_says_so() -> None:
+    line = _line(decide(GOOD, REFERENCE, POLICY, PARITY), "kl_ratchet")
+    assert (line.verdict, line.estimate, line.limit) == ("REPORTED", 0.03, None)
+    assert "no earlier release" in line.note
+
+
+def test_a_row_that_needs_permission_fails_without_it() -> None:
+    refused = decide(GOOD, REFERENCE, dataclasses.replace(POLICY, permitted=False), PARITY)
+    assert refused.verdict == _line(refused, "permission").verdict == "FAIL"
+    assert "opt_in in configs/gates.yaml" in _line(refused, "permission").note
+    allowed = decide(GOOD, REFERENCE, dataclasses.replace(POLICY, permitted=True), PARITY)
+    assert allowed.verdict == _line(allowed, "permission").verdict == "PASS"
+
+
+# --- what cannot be judged -------------------------------------------------------------------------------------------
 
 
 def _without(metrics: dict[str, Any], section: str, key: str | None = None) -> dict[str, Any]:
@@ -170,20 +329,41 @@ def _without(metrics: dict[str, Any], section: str, key: str | None = None) -> d
         (_with("mmlu", reference_accuracy=0.5), REFERENCE, "mmlu", "0.5000, but it has 0.7000"),
         (_with("humaneval", drop_points="0"), REFERENCE, "humaneval", "drop_points is missing"),
         (_with("humaneval", n=20), REFERENCE, "humaneval", "not the same items"),
+        (_without(GOOD, "divergence", "kl_mean"), REFERENCE, "kl_ratchet", "kl_mean is missing"),
+        (_without(GOOD, "mmlu", "probability_drop_points"), REFERENCE, "mmlu_probability", "is missing"),
+        (_with("mmlu", mode="cloze"), REFERENCE, "mmlu_probability", "mode cloze, reference letter"),
     ],
 )
-@pytest.mark.parametrize("limits", [LIMITS, UNGATED], ids=["gated", "ungated"])
+@pytest.mark.parametrize("policy", [POLICY, UNGATED], ids=["gated", "ungated"])
 def test_what_was_not_measured_is_an_error(
-    metrics: dict[str, Any], reference: dict[str, Any], line: str, message: str, limits: GateLimits
+    metrics: dict[str, Any], reference: dict[str, Any], line: str, message: str, policy: Policy
 ) -> None:
-    verdict = decide(metrics, reference, limits, PARITY)
+    verdict = decide(metrics, reference, policy, PARITY)
     assert verdict.verdict == _line(verdict, line).verdict == "ERROR"
     assert message in _line(verdict, line).note
 
 
+@pytest.mark.parametrize(
+    ("looks", "message"),
+    [
+        (None, "no counts at the look of 2,850"),
+        ([], "no counts at the look of 2,850"),
+        ([{"n": 1425, "lost": 1, "won": 1}], "no counts at the look of 2,850"),
+        ([{"n": 2850, "lost": "1", "won": 1}], "lost is missing"),
+        ([{"n": 2850, "lost": -1, "won": 1}], "impossible figures"),
+        ([{"n": 2850, "lost": 2000, "won": 1994}], "impossible figures"),
+        ([{"n": 2850, "lost": 7, "won": 0}], "7 lost and 0 won of 2,850 are not a drop of 0.2105 points"),
+        ([7, {"n": [2850]}], "no counts at the look"),
+    ],
+)
+def test_impossible_looks_are_an_error(looks: Any, message: str) -> None:
+    line = _line(decide(_with("mmlu", looks=looks), REFERENCE, POLICY, PARITY), "mmlu")
+    assert line.verdict == "ERROR" and message in line.note
+
+
 @pytest.mark.parametrize("metrics", [{}, [], None, {"divergence": 3}])
 def test_nonsense_is_an_error_not_an_exception(metrics: Any) -> None:
-    assert decide(metrics, metrics, LIMITS, PARITY).verdict == "ERROR"
+    assert decide(metrics, metrics, POLICY, PARITY).verdict == "ERROR"
 
 
 @pytest.mark.parametrize(
@@ -198,11 +378,12 @@ def test_nonsense_is_an_error_not_an_exception(metrics: Any) -> None:
     ],
 )
 def test_without_parity_nothing_passes(parity: Any) -> None:
-    assert decide(GOOD, REFERENCE, LIMITS, parity).verdict == "ERROR"
+    assert decide(GOOD, REFERENCE, POLICY, parity).verdict == "ERROR"
 
 
 def test_a_verdict_that_judged_nothing_is_an_error() -> None:
-    assert overall([GateLine("parity", "PASS"), GateLine("mmlu", "REPORTED")]) == "ERROR"
+    unjudged = [GateLine("permission", "PASS"), GateLine("parity", "PASS"), GateLine("mmlu", "REPORTED")]
+    assert overall(unjudged) == "ERROR"
     assert overall([]) == worst([]) == "ERROR"
 
 
@@ -214,8 +395,8 @@ def test_the_worst_line_decides() -> None:
 
 
 def test_verdicts_survive_json() -> None:
-    for limits in (LIMITS, UNGATED):
-        verdict = decide(_with("divergence", kl_p99_high=None), REFERENCE, limits, PARITY)
+    for policy in (POLICY, UNGATED):
+        verdict = decide(_with("divergence", kl_p99_high=None), REFERENCE, policy, PARITY)
         assert Verdict.from_json(json.loads(json.dumps(verdict.to_json(), allow_nan=False))) == verdict
 
 
@@ -229,11 +410,19 @@ def test_verdicts_survive_json() -> None:
         ({"verdict": "OK", "lines": [{"name": "kl_mean", "verdict": "OK"}]}, "says 'OK'"),
         ({"verdict": "PASS", "lines": [{"name": "kl_mean", "verdict": "PASS", "n": "4"}]}, "wrong type"),
         ({"verdict": "PASS", "lines": [{"name": "kl_mean", "verdict": "PASS", "odd": 1}]}, "not a verdict file"),
+        ({"verdict": "PASS", "lines": [{"name": "kl_mean", "verdict": "PASS"}], "row": 3}, "names its limits as 3"),
     ],
 )
 def test_a_damaged_verdict_file_is_refused(data: Any, message: str) -> None:
+    if isinstance(data, dict):
+        data = {"row": "a/b"} | data
     with pytest.raises(EvaluationError, match=message):
         Verdict.from_json(data)
+
+
+def test_a_verdict_file_from_before_rows_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="not a verdict file"):
+        Verdict.from_json({"verdict": "PASS", "lines": [{"name": "kl_mean", "verdict": "PASS"}]})
 
 
 def test_configured_limits_loosen_with_compression_and_smallness() -> None:
@@ -246,3 +435,12 @@ def test_configured_limits_loosen_with_compression_and_smallness() -> None:
         assert [row.kl_mean_max for row in sizes] == sorted(row.kl_mean_max for row in sizes)
         assert [row.top1_min for row in sizes] == sorted((row.top1_min for row in sizes), reverse=True)
         assert sizes[-1].mmlu_margin_points is None
+        assert [row.opt_in for row in sizes] == [() if variant == "q3" else None] * 3
+
+
+def test_slack_below_a_billion_and_a_half_parameters_is_threefold() -> None:
+    large, small = (load_gates().classes[name].variants for name in ("7b-and-up", "under-1b"))
+    for variant, row in large.items():
+        assert small[variant].kl_mean_max == pytest.approx(3 * row.kl_mean_max)
+        assert small[variant].kl_p99_max == pytest.approx(3 * row.kl_p99_max)
+        assert small[variant].perplexity_ratio_max - 1 == pytest.approx(3 * (row.perplexity_ratio_max - 1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, special, stats
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import statistics as s
@@ -92,41 +92,79 @@ def test_detectable_drop_at_five_per_cent_flips(n: int, points: float) -> None:
 
 
 def test_no_flips_among_twenty_prove_little() -> None:
-    outcomes = np.arange(20) < 6
-    drop = s.paired_drop(outcomes, outcomes)
+    drop = s.paired_interval(20, 0, 0)
     assert drop.estimate == 0
     assert drop.low == pytest.approx(-drop.high)
     assert drop.high > 0.10 and drop.detectable > 0.15
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_drop_interval_contains_its_estimate_and_mirrors(pairs: list[tuple[bool, bool]]) -> None:
-    correct, reference = np.array(pairs, dtype=bool).T
-    drop, gain = s.paired_drop(correct, reference), s.paired_drop(reference, correct)
+def test_paired_interval_is_tangos() -> None:
+    """R, PropCIs::scoreci.mp(25, 28, 618, 0.90)."""
+    drop = s.paired_interval(618, 28, 25)
+    assert (round(drop.low, 4), round(drop.high, 4)) == (-0.0148, 0.0247)
+
+
+@pytest.mark.parametrize(("n", "lost", "won"), [(160, 40, 20), (570, 12, 0), (57, 3, 9)])
+@pytest.mark.parametrize("drop", [-0.08, 0.0, 0.02, 0.11])
+def test_the_score_has_the_likeliest_standard_error(n: int, lost: int, won: int, drop: float) -> None:
+    """The share of wins that makes the counts likeliest, found by search instead of by formula."""
+
+    def surprise(share_won: float) -> float:
+        shares = share_won + drop, share_won, 1 - 2 * share_won - drop
+        return -sum(
+            special.xlogy(count, share) for count, share in zip((lost, won, n - lost - won), shares, strict=True)
+        )
+
+    bounds = max(0.0, -drop) + 1e-12, (1 - drop) / 2 - 1e-12
+    share = optimize.minimize_scalar(surprise, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    error = math.sqrt((2 * share + drop - drop**2) / n)
+    assert s.drop_score(drop, n, lost, won) == pytest.approx(((lost - won) / n - drop) / error, rel=1e-4)
+
+
+COUNTS = st.integers(1, 400).flatmap(
+    lambda n: st.tuples(st.just(n), st.integers(0, n)).flatmap(
+        lambda pair: st.tuples(st.just(pair[0]), st.just(pair[1]), st.integers(0, pair[0] - pair[1]))
+    )
+)
+
+
+@given(COUNTS, st.sampled_from([1.6449, 2.948]))
+def test_drop_interval_contains_its_estimate_mirrors_and_inverts_the_score(
+    counts: tuple[int, int, int], z: float
+) -> None:
+    n, lost, won = counts
+    drop, gain = s.paired_interval(n, lost, won, z), s.paired_interval(n, won, lost, z)
     assert -1 <= drop.low <= drop.estimate <= drop.high <= 1
-    assert (gain.low, gain.high) == pytest.approx((-drop.high, -drop.low))
+    assert (gain.low, gain.high) == pytest.approx((-drop.high, -drop.low), abs=1e-9)
+    for margin in (0.02, 0.1):  # a bound is inside the margin just when the score says so
+        if abs(drop.high - margin) > 1e-9:
+            assert (drop.high <= margin) == (s.drop_score(margin, n, lost, won) <= -z)
 
 
-def _pass_rate(drop: float, n: int, margin: float, flips: float = 0.092, runs: int = 600) -> float:
-    """Share of simulated releases whose drop is proved to lie within the margin."""
-    rng = np.random.default_rng(round(1e4 * drop) + n)
-    lost, won = (flips + drop) / 2, (flips - drop) / 2
-    passes = 0
-    for _ in range(runs):
-        draw = rng.random(n)
-        reference = draw < 0.5  # of these, the first `lost` are lost; of the others, the first `won` are won
-        correct = np.where(reference, draw >= lost, draw < 0.5 + won)
-        passes += s.paired_drop(correct, reference).high <= margin
-    return passes / runs
+@pytest.mark.parametrize("z", [1.6449, 2.948])
+def test_more_loss_never_helps(z: float) -> None:
+    """Exhaustively, for 24 items: no item that is lost instead of kept, or kept instead of won, lowers a bound."""
+    n = 24
+    found = {(lost, won): s.paired_interval(n, lost, won, z) for lost in range(n + 1) for won in range(n + 1 - lost)}
+    for (lost, won), better in found.items():
+        for worse in (found.get(counts) for counts in ((lost + 1, won), (lost + 1, won - 1), (lost, won - 1))):
+            assert worse is None or (worse.low >= better.low - 1e-9 and worse.high >= better.high - 1e-9)
 
 
-def test_operating_characteristics_of_a_two_point_margin() -> None:
-    assert _pass_rate(0.0, 2850, 0.02) >= 0.94
-    assert _pass_rate(0.010, 2850, 0.02) == pytest.approx(0.53, abs=0.08)
-    assert _pass_rate(0.025, 2850, 0.02) <= 0.02
-    for n in (114, 570, 2850):  # a subset cannot pass by being small: losing the whole margin passes one time in twenty
-        assert _pass_rate(0.02, n, 0.02, runs=1000) <= 0.07
-    assert _pass_rate(0.0, 114, 0.02) <= 0.2
+def test_operating_characteristics_of_a_single_look() -> None:
+    """Margin 2 points, 9.2 % of flips; a subset cannot pass by being small."""
+    rng, flips, runs = np.random.default_rng(0), 0.092, 50_000
+
+    def passing(drop: float, n: int) -> float:
+        lost, won, _ = rng.multinomial(n, [(flips + drop) / 2, (flips - drop) / 2, 1 - flips], size=runs).T
+        return float(np.mean(s.drop_score(0.02, n, lost, won) <= -1.6449))
+
+    assert passing(0.0, 2850) >= 0.96
+    assert passing(0.010, 2850) == pytest.approx(0.53, abs=0.03)
+    assert passing(0.025, 2850) <= 0.01
+    for n in (114, 570, 2850):
+        assert passing(0.02, n) <= 0.055
+    assert passing(0.0, 114) <= 0.2
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------
@@ -193,17 +231,61 @@ def test_rounding_below_zero_is_no_error() -> None:
     assert s.summarise_divergence(**tokens)["kl_mean_low"] > 0
 
 
+def _answers(correct: np.ndarray, probability: float | np.ndarray = 0.5) -> s.MmluAnswers:
+    return s.MmluAnswers(correct, np.broadcast_to(np.asarray(probability, float), correct.shape))
+
+
 def test_accuracy_summaries() -> None:
     reference = np.arange(20) < 10
     variant = np.arange(20) < 8
-    mmlu = s.summarise_mmlu(variant, reference, "cloze")
+    mmlu = s.summarise_mmlu(_answers(variant), _answers(reference), "cloze")
     assert (mmlu["n"], mmlu["accuracy"], mmlu["reference_accuracy"], mmlu["flips"]) == (20, 0.4, 0.5, 0.1)
     assert mmlu["drop_points"] == pytest.approx(10)
-    assert (mmlu["mode"], mmlu["chance"]) == ("cloze", 0.25)
+    assert (mmlu["mode"], mmlu["chance"], mmlu["looks"]) == ("cloze", 0.25, [])
     own = s.summarise_humaneval(reference, None, "landlock")
     assert (own["pass_at_1"], own["isolation"]) == (0.5, "landlock")
     assert own["pass_at_1_low"] < 0.5 < own["pass_at_1_high"]
     assert "drop_points" not in own
+    assert not {"looks", "drop_points", "probability_drop_points"} & set(
+        s.summarise_mmlu(_answers(reference), None, "cloze")
+    )
+
+
+def test_looks_count_the_first_questions() -> None:
+    reference, variant = np.ones(3000, bool), np.ones(3000, bool)
+    variant[[0, 569, 570, 2849, 2850]] = False
+    reference[1425] = False
+    found = s.summarise_mmlu(_answers(variant), _answers(reference), "letter")
+    assert found["looks"] == [
+        {"n": 570, "lost": 2, "won": 0},
+        {"n": 1425, "lost": 3, "won": 0},
+        {"n": 2850, "lost": 4, "won": 1},
+    ]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_probability_of_the_correct_answer_sees_what_accuracy_does_not() -> None:
+    rng = np.random.default_rng(2)
+    reference = rng.uniform(0.3, 0.9, 200)
+    variant = reference - 0.02 + rng.normal(0, 0.01, 200)
+    correct = np.ones(200, bool)
+    found = s.summarise_mmlu(_answers(correct, variant), _answers(correct, reference), "letter")
+    expected = stats.ttest_rel(reference, variant).confidence_interval(0.90)
+    assert found["probability_drop_points_low"] == pytest.approx(100 * expected.low)
+    assert found["probability_drop_points_high"] == pytest.approx(100 * expected.high)
+    assert found["probability_drop_points_low"] > 1.8 > found["drop_points_low"]
+
+
+def test_answer_probability() -> None:
+    scores = np.log([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]) - 1000  # any constant cancels
+    assert s.answer_probability(scores, np.array([2, 0])) == pytest.approx([0.3, 0.7])
+
+
+@pytest.mark.parametrize("probability", [np.full(20, np.nan), np.full(19, 0.5)])
+def test_bad_probabilities_are_refused(probability: np.ndarray) -> None:
+    good = _answers(np.ones(20, bool))
+    with pytest.raises(EvaluationError, match="MMLU: probabilities of shape"):
+        s.summarise_mmlu(s.MmluAnswers(good.correct, probability), good, "cloze")
 
 
 @pytest.mark.parametrize(
@@ -216,4 +298,4 @@ def test_accuracy_summaries() -> None:
 )
 def test_bad_items_are_refused(correct: np.ndarray, reference: np.ndarray | None, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        s.summarise_mmlu(correct, reference, "cloze")
+        s.summarise_humaneval(correct, reference, "landlock")

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.evaluate import mmlu
 from pipeline.evaluate.journal import Journal
-from pipeline.evaluate.statistics import summarise_mmlu
+from pipeline.evaluate.statistics import MmluAnswers, answer_probability, summarise_mmlu
 from pipeline.progress import Progress
 from pipeline.stages.texts import dataset, encoder
 from pipeline.stages.validation.subject import Subject
@@ -37,10 +37,12 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
                 }
                 journal.record(str(index), item)
             progress.advance(kept=kept)
-    reference = subject.reference and _correct(Journal(subject.reference / ITEMS), len(questions))
-    return summarise_mmlu(_correct(journal, len(questions)), reference, mode)
+    reference = subject.reference and _answers(Journal(subject.reference / ITEMS), len(questions))
+    return summarise_mmlu(_answers(journal, len(questions)), reference, mode)
 
 
-def _correct(journal: Journal, questions: int) -> np.ndarray:
-    items = (journal.items.get(str(index)) for index in range(questions))
-    return np.array([item["correct"] for item in items if item], np.bool_)
+def _answers(journal: Journal, questions: int) -> MmluAnswers:
+    items = [item for index in range(questions) if (item := journal.items.get(str(index)))]
+    correct = np.array([item["correct"] for item in items], np.bool_)
+    scores = np.array([item["scores"] for item in items], np.float64).reshape(-1, 4)
+    return MmluAnswers(correct, answer_probability(scores, np.array([item["answer"] for item in items], np.int64)))
