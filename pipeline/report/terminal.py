@@ -29,7 +29,8 @@ def _model(model: ModelReport) -> list[Text]:
     for row in model.variants:
         lines += [Text(""), *_gates(row)]
     lines.append(Text(""))
-    for sentence in (*cells.power_sentences(model), cells.POWER_LEGEND, cells.conditions(model), model.note):
+    legends = (cells.POWER_LEGEND, cells.SPEED_LEGEND)
+    for sentence in (*cells.power_sentences(model), *legends, cells.conditions(model), model.note):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 
