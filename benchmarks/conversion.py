@@ -30,6 +30,7 @@ from benchmarks import machine, runtime, synthetic
 from benchmarks.engines import Task
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import PipelineError
+from pipeline.evaluate.pagecache import evict
 from pipeline.files import read_json, require_free_space, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +169,7 @@ def decode(folder: Path) -> dict[str, Any]:
 def measure_resume(project: Project, model: str, variant: str, whole: dict[str, Any]) -> dict[str, Any]:
     """Kill the command at a third of its time, run it again: the same bytes, and the rest of the time."""
     shutil.rmtree(project.artifact(model, variant))
-    machine.evict(project.weights(model))
+    evict(project.weights(model))
     after = whole["wall_seconds"] / 3
     project.kill("quantize", model, variant, after=after)
     used = project.run("quantize", model, variant)

@@ -7,10 +7,7 @@ prints the description and the ceilings as JSON. Every figure is measured when a
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
-import mmap
 import os
 import platform
 import select
@@ -19,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,10 +24,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pipeline.compiled import compiled
 from pipeline.errors import EvaluationError
+from pipeline.evaluate.bandwidth import largest_cache, memory_bandwidth
+from pipeline.evaluate.pagecache import evict, regular_files
 from pipeline.files import disk_full, require_free_space
-from pipeline.machine import cores
+from pipeline.machine import cores, resident_memory
 
 _BLOCK = 8 << 20  # bytes of one plain read or write
 _INTERVAL = 50  # milliseconds between two looks at a watched command
@@ -80,14 +77,6 @@ def _cpuinfo(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def largest_cache() -> int:
-    """Bytes of the first core's largest cache; 0 where the kernel does not say."""
-    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20}
-    texts = (path.read_text(encoding="ascii").strip() for path in found)
-    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1] in units), default=0)
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -101,38 +90,6 @@ def busy_percent(seconds: float = 1.0) -> float:
 
 
 # --- ceilings: memory and arithmetic ---
-
-
-@compiled(nogil=True)
-def _sum(words: np.ndarray, rounds: int) -> int:
-    """Sum of uint64 words, `rounds` times: the least work that still reads every byte; vectorised by the compiler."""
-    total = np.uint64(0)
-    for _ in range(rounds):
-        for index in range(words.size):
-            total += words[index]
-    return total
-
-
-def memory_bandwidth(threads: int, working_set: int = 2 << 30, repeats: int = 5) -> float:
-    """Bytes per second that `threads` threads read together from an array of `working_set` bytes; the best of several.
-
-    Below about twice the largest cache this is the cache's rate, not the memory's: the right one for a model that
-    small.
-    """
-    words = np.ones(max(working_set // 8, threads), np.uint64)  # written, so that every page is real memory
-    parts = np.array_split(words, threads)
-    _sum(words[:8], 1)  # compiled before the clock starts
-    # A small array is read many times per look at the clock, so that starting threads does not count.
-    rounds = max(1, (1 << 30) // words.nbytes)
-    best = math.inf
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            total = sum(int(part) for part in pool.map(_sum, parts, [rounds] * threads))
-            best = min(best, time.perf_counter() - start)
-            if total != rounds * words.size:
-                raise EvaluationError(f"{words.nbytes:,} bytes of ones summed to {total:,}: faulty memory?")
-    return rounds * words.nbytes / best
 
 
 def matmul_gflops(threads: int, size: int = 2048) -> float:
@@ -151,44 +108,6 @@ def matmul_gflops(threads: int, size: int = 2048) -> float:
 
 
 # --- ceilings: disk ---
-
-
-def resident(path: Path) -> int:
-    """Bytes of a file that the page cache holds (mincore)."""
-    size = path.stat().st_size
-    if not size:
-        return 0
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped:
-        view = np.frombuffer(mapped, np.uint8)
-        status = libc.mincore(
-            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(flags.ctypes.data)
-        )
-        del view  # or the mapping cannot be closed
-    if status:
-        raise EvaluationError(f"{path}: mincore failed: {os.strerror(ctypes.get_errno())}")
-    return min(size, int((flags & 1).sum()) * mmap.PAGESIZE)
-
-
-def evict(path: Path) -> int:
-    """Drop a file, or every file below a folder, from the page cache; return the bytes that stayed.
-
-    Dirty pages are written first. Pages that some process has mapped stay: the caller decides what that means.
-    """
-    stayed = 0
-    for file in _files(path):
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        stayed += resident(file)
-    return stayed
-
-
-def _files(path: Path) -> list[Path]:
-    """The file itself, or the regular files below a folder, each inode once."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return list({(file.stat().st_dev, file.stat().st_ino): file for file in found if file.is_file()}.values())
 
 
 @dataclass(frozen=True)
@@ -217,7 +136,7 @@ def io_floor(source_folder: Path, bytes_to_write: int, folder: Path) -> IoFloor:
     stayed = evict(source_folder)
     buffer = bytearray(_BLOCK)
     start = time.perf_counter()
-    read = sum(_read(file, buffer) for file in _files(source_folder))
+    read = sum(_read(file, buffer) for file in regular_files(source_folder))
     read_seconds = time.perf_counter() - start
     evict(source_folder)
     return IoFloor(read, read_seconds, stayed, bytes_to_write, _write(folder, bytes_to_write))
@@ -287,7 +206,7 @@ def watch(
             descriptor = os.pidfd_open(process.pid)
             ended.register(descriptor, select.POLLIN)
             while not ended.poll(_INTERVAL):
-                now = [_resident_kinds(pid) for pid in _tree(process.pid)]
+                now = [resident_memory(pid) for pid in _tree(process.pid)]
                 private = max(private, sum(kinds[0] for kinds in now))
                 mapped = max(mapped, sum(kinds[1] for kinds in now))
                 disk.look()
@@ -315,17 +234,6 @@ def _tree(pid: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended meanwhile
     return found
-
-
-def _resident_kinds(pid: int) -> tuple[int, int]:
-    """(private, mapped) bytes in memory of one process; zeros once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
-    fields = dict(line.split(":", 1) for line in lines)
-    private, mapped = (int(fields.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "RssFile"))
-    return private, mapped
 
 
 class _DiskGrowth:

@@ -30,16 +30,14 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.engines import Task, settings
 from pipeline.errors import EvaluationError, PipelineError, ResourceError
+from pipeline.evaluate.bandwidth import LARGEST_WORKING_SET, memory_bandwidth
+from pipeline.evaluate.pagecache import evict
+from pipeline.evaluate.roofline import Traffic, traffic
 from pipeline.files import link_or_copy, require_free_space, scratch_directory, write_json
 from pipeline.machine import cores
 
-_ALIASES = {"Cast", "Reshape", "Identity"}  # what they return is the same stored tensor
-# Inputs of which a token reads one row: the table of Gather; codes, scales and zero points of GatherBlockQuantized; the
-# rotary tables of GroupQueryAttention.
-_ROW_INPUTS = {"Gather": {0}, "GatherBlockQuantized": {0, 2, 3}, "GroupQueryAttention": {7, 8}}
 _QUIET = 10  # percent of the cores; above it rates are not the machine's
 _WIDTH = 160  # characters of the table where there is no terminal
-_LARGEST_WORKING_SET = 2 << 30  # bytes; far beyond any cache, and small beside the model
 # The saved file holds the stored and the prepacked weights; 2.2 to 2.7 times the artifact were seen.
 _PREPACKED_RATIO = 3.0
 # Private memory of a default load, over the artifact's bytes; 1.2 to 1.6 were seen, more for the smallest models.
@@ -91,72 +89,7 @@ def require_memory(artifact: Artifact) -> None:
         )
 
 
-# --- roofline ---
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that decoding one token must read at least."""
-
-    weight_bytes: int  # every stored tensor, tables only by the rows that one token needs
-    table_bytes: int  # tables of which one row is read (embedding, rotary), not part of the above
-    cache_bytes: int  # keys and values of one token of context
-
-    def per_token(self, context: float) -> float:
-        """Bytes at `context` tokens of context."""
-        return self.weight_bytes + self.cache_bytes * context
-
-
-def traffic(model: onnx.ModelProto) -> Traffic:
-    """What a token reads, from the graph alone. Tensors stored once under two names count once."""
-    stored = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
-    origin = {name: name for name in stored}
-    whole, rows = set(), set()
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name not in origin:
-                continue
-            if node.op_type in _ALIASES and index == 0:
-                origin[node.output[0]] = origin[name]
-            else:
-                (rows if index in _ROW_INPUTS.get(node.op_type, ()) else whole).add(stored[origin[name]])
-    # Read by no node of the outer graph: LongRoPE's tables, which a branch picks.
-    rows |= set(stored.values()) - whole
-    tables = rows - whole
-    weight_bytes = sum(place.length for place in whole) + sum(place.length // place.rows for place in tables)
-    return Traffic(weight_bytes, sum(place.length for place in tables), _cache_bytes(model))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies; equal for two names of the same bytes."""
-
-    key: tuple[str, int]
-    length: int
-    rows: int
-
-
-def _item_bytes(data_type: int) -> int:
-    return onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
-
-
-def _size(tensor: onnx.TensorProto) -> _Stored:
-    length = math.prod(tensor.dims) * _item_bytes(tensor.data_type)
-    rows = tensor.dims[0] if tensor.dims else 1
-    if not tensor.external_data:
-        return _Stored((tensor.name, 0), length, rows)
-    entry = {item.key: item.value for item in tensor.external_data}
-    return _Stored((entry["location"], int(entry.get("offset", 0))), int(entry.get("length", length)), rows)
-
-
-def _cache_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim]."""
-    total = 0
-    for value in model.graph.input:
-        if value.name.startswith("past_key_values."):
-            kind = value.type.tensor_type
-            total += kind.shape.dim[1].dim_value * kind.shape.dim[3].dim_value * _item_bytes(kind.elem_type)
-    return total
+# --- phones ---
 
 
 def phone_private_bytes(model: onnx.ModelProto) -> int:
@@ -202,7 +135,7 @@ class Run:
 def run_once(task: Task, form: str, cold: bool) -> Run:
     """Measure `task` in a fresh process. Raises EvaluationError when that fails."""
     folder = Path(task.folder)
-    cached = machine.evict(folder) if cold else 0
+    cached = evict(folder) if cold else 0
     used = _engine("decode", json.dumps(asdict(replace(task, folder=str(folder.resolve())))))
     found = _result(used, f"{folder.name}: {task.engine} with {task.threads or 'its default'} threads")
     rates, prefill = found.pop("segment_rates", []), found.get("prefill_seconds")
@@ -252,7 +185,7 @@ def _tasks(folder: Path, short: Task, all_cores: int, form: str) -> Iterator[tup
 
 def bandwidths(counts: list[int], working_set: int) -> dict[int, float]:
     """Bytes per second by number of threads."""
-    return {count: machine.memory_bandwidth(count, working_set) for count in counts}
+    return {count: memory_bandwidth(count, working_set) for count in counts}
 
 
 def judge(runs: list[Run], reads: Traffic, bandwidth: dict[int, float], context: float) -> tuple[list[Run], list[str]]:
@@ -331,7 +264,7 @@ def measure(folder: Path, scratch: Path | None, short: Task) -> dict[str, Any]:
     reads, all_cores, busy = traffic(artifact.graph), cores(), machine.busy_percent()
     context = short.prompt_tokens + short.segments * short.segment_tokens / 2
     counts = sorted({1, all_cores})
-    working_set = min(round(reads.per_token(context)), _LARGEST_WORKING_SET)
+    working_set = min(round(reads.per_token(context)), LARGEST_WORKING_SET)
     before = bandwidths(counts, working_set)
     runs = [run_once(task, "default", cold) for task, cold in _tasks(folder, short, all_cores, "default")]
     saved = None

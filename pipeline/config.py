@@ -242,9 +242,11 @@ class HumanEvalConfig(Frozen):
 
 
 class SpeedConfig(Frozen):
-    """Speed and memory, measured in a fresh process through onnxruntime-genai."""
+    """Speed and memory, measured in fresh processes through onnxruntime-genai."""
 
-    prompt_tokens: int = Field(gt=0)
+    prompt_tokens: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        min_length=1, description="prompt lengths; the context caps them"
+    )
     new_tokens: int = Field(gt=1)
     repeats: int = Field(gt=0)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -43,10 +42,23 @@ def file_system(path: Path) -> int:
     return _existing(path).stat().st_dev
 
 
+def resident_memory(pid: int | str = "self", root: Path = _ROOT) -> tuple[int, int]:
+    """(private, mapped) bytes that a process has in memory; zeros once it has ended.
+
+    Private memory is backed by no file (RssAnon): the kernel cannot drop it. Mapped memory is a file's (RssFile,
+    RssShmem), the libraries' included.
+    """
+    lines = _read(root / "proc" / str(pid) / "status").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    anon, file, shared = (
+        int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem")
+    )
+    return anon, file + shared
+
+
 def private_memory(root: Path = _ROOT) -> int:
-    """Bytes of this process's resident memory that no file backs (RssAnon): the kernel cannot drop them."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", (root / "proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    """Bytes of this process's private memory."""
+    return resident_memory(root=root)[0]
 
 
 def product_rate(seconds: float = 0.25) -> float:

@@ -40,9 +40,12 @@ def _speed(rate: float, peak: int) -> dict[str, Any]:
         "tokens_per_second": rate,
         "tokens_per_second_low": rate * 0.97,
         "tokens_per_second_high": rate * 1.02,
+        "roofline_tokens_per_second": rate * 1.6,
+        "noisy": rate > 100,
         "time_to_first_token_seconds": 12.4 / rate,
         "prompt_tokens": 128,
         "peak_memory_bytes": peak,
+        "peak_private_bytes": peak - 40_000_000,
     }
 
 

@@ -116,7 +116,7 @@ def configure(configs: Path, checkpoint: Path) -> None:
         "divergence": {"texts": {"text-wiki": 1280}, "window": 65},
         "mmlu": {"questions": 57},
         "humaneval": {"problems": 2, "max_new_tokens": 8, "timeout_seconds": 5},
-        "speed": {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1},
+        "speed": {"prompt_tokens": [8, 16], "new_tokens": 4, "repeats": 1},
     }
     (configs / "evaluation" / "seconds.yaml").write_text(yaml.safe_dump(suite))
     (configs / "calibration.yaml").write_text(yaml.safe_dump({"texts": {"text-c4": 256}, "window": 64}))

@@ -17,9 +17,9 @@ COLUMNS = (
     ("top-1", "(90 %)"),
     ("MMLU (n)", "(90 %)"),
     ("pass@1 (n)", "(90 %)"),
-    ("tokens/s", "(spread)"),
+    ("tokens/s", "/ most"),
     ("first", "token"),
-    ("peak", "memory"),
+    ("peak", "private"),
     ("verdict", ""),
 )
 GATE_COLUMNS = ("gate", "n", "estimate", "90 % interval", "limit", "detectable", "verdict")
@@ -38,6 +38,11 @@ CAVEATS = (
     "what was lost of that model's ability, not how large the ability is.",
     "Everything was measured on the system named above, in the runtime that ships. A phone's kernels round otherwise, "
     "and its speed is its own.",
+)
+SPEED_LEGEND = (
+    "tokens/s: the median after the longest prompt / the most that the memory's bandwidth allows; below it the "
+    "repeats' least and most, with ~ where they differ by more than a tenth: something else ran. First token: after a "
+    "prompt of as many tokens as stand below it. Peak: the process's memory; below it, what no file backs."
 )
 
 
@@ -65,6 +70,11 @@ def _maybe(value: float | None, format_: Callable[[float], str]) -> str:
     return DASH if value is None or math.isnan(value) else format_(value)
 
 
+def _under(value: float | None, format_: Callable[[float], str]) -> str:
+    """A second line, empty where there is nothing to say."""
+    return "" if value is None else format_(value)
+
+
 def _range(row: Row, section: str, key: str, format_: Callable[[float], str]) -> str:
     low, high = number(row, section, f"{key}_low"), number(row, section, f"{key}_high")
     return "" if low is None or high is None else f"{format_(low)}–{format_(high)}"
@@ -81,6 +91,20 @@ def _accuracy(row: Row, section: str, key: str) -> tuple[str, str]:
     return f"{share(accuracy)} ({n:.0f})", _range(row, section, key, _percent)
 
 
+def _rate(row: Row) -> tuple[str, str]:
+    rate, roofline = number(row, "speed", "tokens_per_second"), number(row, "speed", "roofline_tokens_per_second")
+    if rate is None:
+        return DASH, ""
+    noisy = "~" * bool(row.metrics["speed"].get("noisy"))
+    decimals = 0 if rate >= 100 else 1 if rate >= 10 else 2
+    extremes = _range(row, "speed", "tokens_per_second", _short)
+    return f"{rate:.{decimals}f}/{_maybe(roofline, _short)}", noisy + extremes
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
 def table_cells(row: Row) -> list[tuple[str, str]]:
     """The two lines of each of `COLUMNS` for one row."""
     return [
@@ -93,12 +117,15 @@ def table_cells(row: Row) -> list[tuple[str, str]]:
         (_maybe(number(row, "divergence", "top1"), share), _range(row, "divergence", "top1", _percent)),
         _accuracy(row, "mmlu", "accuracy"),
         _accuracy(row, "humaneval", "pass_at_1"),
+        _rate(row),
         (
-            _maybe(number(row, "speed", "tokens_per_second"), lambda value: f"{value:.1f}"),
-            _range(row, "speed", "tokens_per_second", lambda value: f"{value:.0f}"),
+            _maybe(number(row, "speed", "time_to_first_token_seconds"), seconds),
+            _under(number(row, "speed", "prompt_tokens"), lambda tokens: f"at {tokens:.0f}"),
         ),
-        (_maybe(number(row, "speed", "time_to_first_token_seconds"), seconds), ""),
-        (_maybe(number(row, "speed", "peak_memory_bytes"), memory), ""),
+        (
+            _maybe(number(row, "speed", "peak_memory_bytes"), memory),
+            _under(number(row, "speed", "peak_private_bytes"), memory),
+        ),
         (row.verdict.verdict if row.verdict else DASH, ""),
     ]
 

@@ -255,7 +255,7 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
 
 def _suite_tokens(suite: EvaluationConfig, mode: str) -> int:
     """Tokens that a suite reads: held-out text, MMLU questions, HumanEval prompts, the prompts of the speed test."""
-    speed = suite.speed.prompt_tokens * (suite.speed.repeats + 1)
+    speed = sum(suite.speed.prompt_tokens) * suite.speed.repeats + min(suite.speed.prompt_tokens)
     questions = suite.mmlu.questions * MMLU_TOKENS[mode]
     return sum(suite.divergence.texts.values()) + questions + suite.humaneval.problems * HUMANEVAL_TOKENS + speed
 
@@ -264,5 +264,6 @@ def _suite_seconds(architecture: Architecture, suite: EvaluationConfig, mode: st
     """Tokens read, and tokens written: at most `max_new_tokens` a problem, which is how long the slowest row takes."""
     if not rates:
         return None
-    written = suite.humaneval.problems * suite.humaneval.max_new_tokens + suite.speed.new_tokens * suite.speed.repeats
+    generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1
+    written = suite.humaneval.problems * suite.humaneval.max_new_tokens + suite.speed.new_tokens * generations
     return _product_seconds(architecture, _suite_tokens(suite, mode) + DECODE_COST * written, rates)

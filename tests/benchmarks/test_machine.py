@@ -1,9 +1,8 @@
-"""Ceilings are real numbers, eviction really evicts, and a watched command's figures are what it did."""
+"""Ceilings are real numbers, and a watched command's figures are what it did."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import platform
 import signal
@@ -15,22 +14,13 @@ import pytest
 
 from benchmarks import machine
 from pipeline.errors import ResourceError
+from pipeline.evaluate.pagecache import resident
 
 MEBI = 1 << 20
 
 
 def python(script: str) -> list[str]:
     return [sys.executable, "-c", script]
-
-
-@pytest.fixture
-def cached(tmp_path: Path) -> Path:
-    """A file of 32 MiB that is on the disk and wholly in the page cache."""
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(32 * MEBI))
-    os.sync()
-    assert len(path.read_bytes()) == machine.resident(path)
-    return path
 
 
 def test_the_description_names_no_host_and_no_path() -> None:
@@ -46,12 +36,6 @@ def test_the_first_processor_is_described() -> None:
     assert (fields["model name"], fields["flags"]) == ("One @ 2: fast", "avx2 fma")
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bandwidth_is_what_a_machine_can_have(threads: int) -> None:
-    """The sum itself is checked inside; a rate of terabytes would mean that the compiler dropped the reads."""
-    assert 1e8 < machine.memory_bandwidth(threads, 8 * MEBI + 8, repeats=2) < 5e12
-
-
 def test_a_busy_core_is_seen() -> None:
     burning = subprocess.Popen(python("while True: pass"))
     try:
@@ -65,24 +49,6 @@ def test_the_matrix_product_is_what_a_machine_can_have() -> None:
     assert 0.1 < machine.matmul_gflops(1, 256) < 1e5
 
 
-def test_an_evicted_file_is_not_in_memory(cached: Path) -> None:
-    assert machine.evict(cached) == machine.resident(cached) == 0
-    cached.read_bytes()
-    assert machine.evict(cached.parent) == 0  # a folder too
-
-
-def test_eviction_says_what_stayed(cached: Path) -> None:
-    with open(cached, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        held = sum(mapped[offset] >= 0 for offset in range(0, 8 * MEBI, mmap.PAGESIZE)) * mmap.PAGESIZE
-        assert held <= machine.evict(cached) <= 32 * MEBI
-    assert machine.evict(cached) == 0
-
-
-def test_an_empty_file_has_nothing_in_memory(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    assert machine.evict(tmp_path) == 0
-
-
 def test_the_floor_reads_and_writes_what_it_says_and_leaves_nothing(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "inner").mkdir(parents=True)
@@ -93,7 +59,7 @@ def test_the_floor_reads_and_writes_what_it_says_and_leaves_nothing(tmp_path: Pa
     assert (floor.read_bytes, floor.written_bytes, floor.resident_bytes) == (9 * MEBI + 5, 17 * MEBI + 3, 0)
     assert floor.read_seconds > 0 and floor.write_seconds > 0
     assert floor.seconds == floor.read_seconds + floor.write_seconds
-    assert list(target.iterdir()) == [] and machine.resident(source / "a") == 0
+    assert list(target.iterdir()) == [] and resident(source / "a") == 0
 
 
 def test_a_floor_that_does_not_fit_the_disk_is_refused(tmp_path: Path) -> None:
@@ -111,9 +77,11 @@ def test_what_a_grandchild_allocates_is_seen() -> None:
     assert used.cpu_seconds > 0 and used.wall_seconds > 0.4
 
 
-def test_mapped_pages_are_not_private(cached: Path) -> None:
+def test_mapped_pages_are_not_private(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(32 * MEBI))
     script = (
-        f"import mmap, time; file = open({str(cached)!r}, 'rb')\n"
+        f"import mmap, time; file = open({str(path)!r}, 'rb')\n"
         "m = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
         "sum(m[i] for i in range(0, len(m), 4096)); time.sleep(0.3)"
     )

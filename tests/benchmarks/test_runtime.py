@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper
+from onnx import helper
 
 from benchmarks import engines, runtime
 from benchmarks.engines import Task
 from pipeline.errors import EvaluationError, ResourceError
+from pipeline.evaluate.roofline import Traffic
 from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.machine import cores
 from pipeline.stages import download, export, quantize
@@ -103,56 +104,12 @@ def test_a_report_is_json_and_prints(report: dict[str, Any], artifact: Path, mon
     assert done.exit_code == 1 and "Error: too fast" in done.output and "55 % of the cores" in done.output
 
 
-def test_a_token_reads_the_body_and_the_tied_head(artifact: Path) -> None:
-    """Everything stored but the rotary tables; the tied table once, though two names refer to it."""
-    graph = runtime.open_artifact(artifact).graph
-    reads = runtime.traffic(graph)
-    rotary = CASE["max_position_embeddings"] * (CASE["hidden_size"] // CASE["num_attention_heads"]) * 4
-    row = rotary // CASE["max_position_embeddings"]
-    places = {}
-    for tensor in graph.graph.initializer:
-        entry = {item.key: item.value for item in tensor.external_data}
-        if entry:
-            places[entry["location"], entry["offset"]] = int(entry["length"])
-    inline = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    assert reads.table_bytes == rotary
-    assert reads.weight_bytes == pytest.approx(sum(places.values()) - rotary + row + inline, abs=64)
-    heads, width = CASE["num_key_value_heads"], CASE["hidden_size"] // CASE["num_attention_heads"]
-    assert reads.cache_bytes == CASE["num_hidden_layers"] * 2 * heads * width * 4
-    assert reads.per_token(10) == reads.weight_bytes + 10 * reads.cache_bytes
-
-
-def test_of_a_table_that_is_only_looked_up_one_row_is_read() -> None:
-    def stored(name: str, kind: int, *dims: int) -> TensorProto:
-        tensor = TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
-        size = int(np.prod(dims)) * helper.tensor_dtype_to_np_dtype(kind).itemsize
-        for key, value in (("location", "data"), ("offset", str(1000 * len(tensors))), ("length", str(size))):
-            tensor.external_data.add(key=key, value=value)
-        tensors.append(tensor)
-        return tensor
-
-    tensors: list[TensorProto] = []
-    stored("table", TensorProto.UINT8, 50, 16)  # a row of 16 bytes
-    stored("scales", TensorProto.FLOAT16, 50, 2)  # a row of 4, behind a Cast
-    stored("weight", TensorProto.FLOAT, 4, 5)  # 80
-    stored("channels", TensorProto.INT64, 3)  # 24: indices are read whole
-    stored("branch", TensorProto.FLOAT, 10, 2)  # a row of 8: only a branch names it
-    nodes = [
-        helper.make_node("Cast", ["scales"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("GatherBlockQuantized", ["table", "ids", "wide"], ["x"], domain="com.microsoft"),
-        helper.make_node("Gather", ["x", "channels"], ["chosen"]),
-        helper.make_node("MatMul", ["chosen", "weight"], ["y"]),
-    ]
-    model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
-    assert runtime.traffic(model) == runtime.Traffic(16 + 4 + 80 + 24 + 8, 800 + 200 + 80, 0)
-
-
 RUN = runtime.Run("onnxruntime", "default", 1, False, 0, 1.0, 1.0, 1, 2, 1, 3, 1, rate=9.0, tokens=(1, 2))
 
 
 @pytest.mark.parametrize(("bandwidth", "fine"), [(1000.0, True), (899.0, False)])
 def test_a_rate_above_the_roofline_is_an_error(bandwidth: float, fine: bool) -> None:
-    reads = runtime.Traffic(weight_bytes=80, table_bytes=10**6, cache_bytes=2)  # 100 bytes at 10 tokens
+    reads = Traffic(weight_bytes=80, table_bytes=10**6, cache_bytes=2)  # 100 bytes at 10 tokens
     (judged,), errors = runtime.judge([RUN], reads, {1: bandwidth, 2: 2 * bandwidth}, context=10)
     assert judged.ceiling == bandwidth / 100
     assert (errors == []) == fine
@@ -160,7 +117,7 @@ def test_a_rate_above_the_roofline_is_an_error(bandwidth: float, fine: bool) -> 
 
 
 def test_a_default_number_of_threads_has_the_ceiling_of_all_cores() -> None:
-    (judged,), _ = runtime.judge([replace(RUN, threads=None)], runtime.Traffic(1, 0, 0), {1: 50.0, 2: 90.0}, 0)
+    (judged,), _ = runtime.judge([replace(RUN, threads=None)], Traffic(1, 0, 0), {1: 50.0, 2: 90.0}, 0)
     assert judged.ceiling == 90
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import SpeedConfig
 from pipeline.errors import EvaluationError
-from pipeline.evaluate import speed
 from pipeline.evaluate.generate import Writer
 
 pytest_plugins = ["tests.smollm2"]
@@ -56,17 +54,6 @@ def test_generation_ends_when_every_text_is_complete(writer: Writer) -> None:
     assert len(writer.tokenizer.encode(short)) <= 8, "complete at the first look, after 8 tokens"
 
 
-def test_speed_is_measured_in_a_process_of_its_own(smollm2_export: Path) -> None:
-    figures = speed.measure(smollm2_export, SpeedConfig(prompt_tokens=8, new_tokens=4, repeats=2))
-    assert figures["tokens_per_second_low"] <= figures["tokens_per_second"] <= figures["tokens_per_second_high"]
-    assert figures["time_to_first_token_seconds"] > 0
-    # The weights alone are 538 MB in float32; private and mapped pages make up the whole.
-    assert figures["peak_memory_bytes"] > 538_000_000
-    assert figures["peak_private_bytes"] + figures["peak_mapped_bytes"] == figures["peak_memory_bytes"]
-
-
 def test_a_folder_without_a_model_is_an_evaluation_error(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="onnxruntime-genai cannot load it"):
         Writer(tmp_path)
-    with pytest.raises(EvaluationError, match="measuring speed failed with status 1"):
-        speed.measure(tmp_path, SpeedConfig(prompt_tokens=8, new_tokens=4, repeats=1))

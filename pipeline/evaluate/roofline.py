@@ -1,0 +1,104 @@
+"""The roofline of decoding: no model makes tokens faster than memory delivers the bytes that each of them reads.
+
+    tokens/s ≤ memory bandwidth ÷ bytes read per token
+
+A token reads every weight of the body and of the head once, one row of the embedding, and the keys and values of all
+tokens before it. The bytes are those of the written graph, which are a lower bound: kernels keep packed weights, which
+are no smaller. So a rate above the roofline measured something other than this model.
+
+Source: Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009; at one
+token at a time decoding does two operations per weight and is bound by memory on every processor here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx
+
+from pipeline.errors import EvaluationError
+
+TOLERANCE = 1.10
+"""A rate may be this many times its roofline before it counts as impossible: measured bandwidths of an undisturbed
+machine differ by a few per cent from one second to the next."""
+_ALIASES = {"Cast", "Reshape", "Identity"}  # what they return is the same stored tensor
+# Inputs of which a token reads one row: the table of Gather; codes, scales and zero points of GatherBlockQuantized; the
+# rotary tables of GroupQueryAttention.
+_ROW_INPUTS = {"Gather": {0}, "GatherBlockQuantized": {0, 2, 3}, "GroupQueryAttention": {7, 8}}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that decoding one token must read at least."""
+
+    weight_bytes: int  # every stored tensor, tables only by the rows that one token needs
+    table_bytes: int  # tables of which one row is read (embedding, rotary), not part of the above
+    cache_bytes: int  # keys and values of one token of context
+
+    def per_token(self, context: float) -> float:
+        """Bytes at `context` tokens of context."""
+        return self.weight_bytes + self.cache_bytes * context
+
+
+def traffic(model: onnx.ModelProto) -> Traffic:
+    """What a token reads, from the graph alone. Tensors stored once under two names count once."""
+    stored = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
+    origin = {name: name for name in stored}
+    whole, rows = set(), set()
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name not in origin:
+                continue
+            if node.op_type in _ALIASES and index == 0:
+                origin[node.output[0]] = origin[name]
+            else:
+                (rows if index in _ROW_INPUTS.get(node.op_type, ()) else whole).add(stored[origin[name]])
+    # Read by no node of the outer graph: LongRoPE's tables, which a branch picks.
+    rows |= set(stored.values()) - whole
+    tables = rows - whole
+    weight_bytes = sum(place.length for place in whole) + sum(place.length // place.rows for place in tables)
+    return Traffic(weight_bytes, sum(place.length for place in tables), _cache_bytes(model))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies; equal for two names of the same bytes."""
+
+    key: tuple[str, int]
+    length: int
+    rows: int
+
+
+def _item_bytes(data_type: int) -> int:
+    return onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
+
+
+def _size(tensor: onnx.TensorProto) -> _Stored:
+    length = math.prod(tensor.dims) * _item_bytes(tensor.data_type)
+    rows = tensor.dims[0] if tensor.dims else 1
+    if not tensor.external_data:
+        return _Stored((tensor.name, 0), length, rows)
+    entry = {item.key: item.value for item in tensor.external_data}
+    return _Stored((entry["location"], int(entry.get("offset", 0))), int(entry.get("length", length)), rows)
+
+
+def _cache_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim]."""
+    total = 0
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            kind = value.type.tensor_type
+            total += kind.shape.dim[1].dim_value * kind.shape.dim[3].dim_value * _item_bytes(kind.elem_type)
+    return total
+
+
+def require_possible(rate: float, ceiling: float, what: str) -> None:
+    """Raise EvaluationError for a rate above its roofline by more than `TOLERANCE`; both in tokens per second."""
+    if rate > TOLERANCE * ceiling:
+        raise EvaluationError(
+            f"{what}: {rate:,.2f} tokens/s is above the roofline of {ceiling:,.2f} (memory bandwidth ÷ bytes read per "
+            f"token; up to {TOLERANCE} times it would be measurement error). Something other than this model was "
+            f"measured: check that the graph computes every layer. If other programs kept memory busy while its "
+            f"bandwidth was measured, validate again on an idle machine."
+        )
