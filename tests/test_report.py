@@ -60,13 +60,13 @@ def sample(
     """A run of made-up measurements, summarised and judged by the real code."""
     rng, gates = np.random.default_rng(7), load_gates()
     windows = np.arange(3000) // 256
-    base = rng.normal(-3.36, 2.0, 3000)
+    base, zeros = rng.normal(-3.36, 2.0, 3000), np.zeros(3000)
     ability = 0.30 if gate_class == "under-1b" else 0.70
     mmlu, humaneval = _answers(rng, rng.random(questions) < ability), np.arange(20) == 3
     reference: dict[str, Any] = {
         "identity": _identity(),
         "size": {"bytes_on_disk": 538_090_496 * scale, "bits_per_weight": 32.0, "parameters": 134_515_008 * scale},
-        "divergence": statistics.summarise_reference_divergence(base, windows),
+        "divergence": statistics.summarise_reference_divergence(base, zeros, zeros, windows),
         "mmlu": statistics.summarise_mmlu(mmlu, None, "cloze"),
         "humaneval": statistics.summarise_humaneval(humaneval, None, "landlock+seccomp+rlimits"),
         "speed": _speed(31.2, 702_000_000 * scale),

@@ -202,7 +202,7 @@ def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.Cap
         "speed": "not measured",
     }
     layered = metrics(REFERENCE)
-    assert layered.keys() == {"size", "mmlu", "divergence"}
+    assert layered.keys() == {"identity", "size", "mmlu", "divergence"}
     assert layered["mmlu"] == whole["mmlu"]
     assert layered["divergence"] == pytest.approx(whole["divergence"], rel=1e-5, abs=1e-8)
     own = WORKSPACE.evaluation(REFERENCE)
