@@ -18,16 +18,16 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from pipeline import cli
+from pipeline import cli, config
 from pipeline.evaluate.gates import GateLine, Verdict
 from pipeline.files import write_json
-from pipeline.stages import calibrate, download, export, quantize
+from pipeline.stages import calibrate, download, export, quantize, verdict
 from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
     "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
-    "bundle", "sign", "tiers", "report", "show", "gate", "verify", "key-id",
+    "bundle", "sign", "tiers", "report", "show", "gate", "escalate", "record-release", "verify", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -334,7 +334,7 @@ def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command
     del gates["classes"]["random"]["variants"]["q4"]
     (project / "configs/gates.yaml").write_text(yaml.safe_dump(gates))
     message = paragraph(command("verdict", "tiny", "q4"))
-    assert "no limits for 'q4' in class 'random'" in message
+    assert "class 'random' of tiny has no limits for 'q4'" in message
     assert "q4_k_m" in message
 
 
@@ -343,7 +343,12 @@ def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command
 
 def _decide(project: Path, variant: str, verdict: str) -> None:
     line = GateLine("kl_mean", verdict, n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
-    write_json(project / f"artifacts/verdicts/tiny/{variant}.json", Verdict(verdict, (line,)).to_json())
+    _write(project, variant, verdict, line)
+
+
+def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
+    judged = Verdict(verdict, lines, f"random/{variant}")
+    write_json(project / f"artifacts/verdicts/tiny/{variant}.json", judged.to_json())
 
 
 @pytest.mark.parametrize(
@@ -389,6 +394,49 @@ def test_an_edited_verdict_is_an_error_that_names_the_file(project: Path, comman
     outcome = command("gate", "--variant", "q4")
     assert outcome.status == 3
     assert str(path.relative_to(project)) in outcome.err
+
+
+# --- further looks ---------------------------------------------------------------------------------------------------
+
+
+def _mmlu(verdict: str, n: int) -> GateLine:
+    return GateLine("mmlu", verdict, n=n, estimate=1.0, low=-1.0, high=3.0, limit=2.0, note=f"after {n:,} questions")
+
+
+def test_escalate_says_what_each_look_costs_and_how_to_ask(project: Path, command: Command) -> None:
+    """One model, three variants and the reference share a suite of 57 questions."""
+    _write(project, "q4", "INCONCLUSIVE", _mmlu("INCONCLUSIVE", 57))
+    _write(project, "q4_k_m", "INCONCLUSIVE", _mmlu("INCONCLUSIVE", 570))
+    _write(project, "q3", "PASS", _mmlu("PASS", 570))
+    outcome = command("escalate")
+    assert outcome.status == 0
+    assert "tiny q4: MMLU is INCONCLUSIVE at 57 questions; next look 570, 513 more than the suite asks" in outcome.out
+    assert "tiny q4_k_m: MMLU is INCONCLUSIVE at 570 questions; next look 1,425, 1,368 more" in outcome.out
+    assert "q3" not in outcome.out
+    assert "5,472 new questions in all" in outcome.out
+    assert "dvc exp run -S 'configs/evaluation/seconds.yaml:mmlu.questions=1425'" in outcome.out
+    alone = command("escalate", "--variant", "q4").out
+    assert "q4_k_m" not in alone and "mmlu.questions=570'" in alone
+
+
+def test_escalate_ends_with_the_questions(project: Path, command: Command) -> None:
+    _write(project, "q4", "INCONCLUSIVE", _mmlu("INCONCLUSIVE", 14_042))
+    outcome = command("escalate", "--variant", "q4")
+    assert outcome.status == 0
+    assert "INCONCLUSIVE after all 14,042 questions" in outcome.out and "dvc exp" not in outcome.out
+
+
+def test_escalate_asks_for_nothing_that_is_decided(project: Path, command: Command) -> None:
+    line = GateLine("kl_mean", "INCONCLUSIVE", n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
+    _write(project, "q4", "INCONCLUSIVE", line, _mmlu("PASS", 570))
+    assert "No INCONCLUSIVE MMLU line" in command("escalate", "--variant", "q4").out
+
+
+def test_gate_tells_the_look_that_did_not_decide(project: Path, command: Command) -> None:
+    _write(project, "q4", "INCONCLUSIVE", _mmlu("INCONCLUSIVE", 570))
+    outcome = command("gate", "--variant", "q4")
+    assert outcome.status == 2
+    assert "mmlu 1 (90 % interval -1 to 3), limit 2: INCONCLUSIVE; after 570 questions" in outcome.out
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
@@ -491,6 +539,78 @@ def test_a_release_key_signs_and_verifies_without_permission(
     assert command("sign", "tiny", "q4").status == 0
     outcome = _verify(command, project / "artifacts/bundles/tiny/q4", key.with_suffix(".pub"))
     assert (outcome.status, "OK" in outcome.out) == (0, True)
+
+
+# --- what was released -----------------------------------------------------------------------------------------------
+
+
+KL, TOKENS, PERPLEXITY = 0.2, 100, 12.5
+
+
+def _release(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch, kl: float = KL, number: int = 1) -> None:
+    """A release bundle of q4, judged at a mean KL of `kl`, and the metrics that it was judged by."""
+    line = GateLine("kl_mean", "PASS", n=TOKENS, estimate=kl, low=kl / 2, high=kl * 2, limit=1.0)
+    _write(project, "q4", "PASS", line)
+    divergence = {"kl_mean": kl, "tokens": TOKENS, "perplexity_reference": PERPLEXITY}
+    write_json(project / "artifacts/metrics/tiny/q4.json", {"divergence": divergence})
+    key = project / "release.pem"
+    if not key.exists():
+        _new_key(project / "release")
+    identity = command("key-id", str(key.with_suffix(".pub"))).out.strip()
+    tiny.edit(project / "configs/signing.yaml", channel="release", key_id=identity, release=number)
+    monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", str(key))
+    for stage in ("bundle", "sign"):
+        assert command(stage, "tiny", "q4").status == 0
+
+
+def test_a_release_is_recorded_for_the_next_builds_ratchet(
+    project: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases are kept in order; a build is compared with the last one before its own number, never with itself."""
+    _release(project, command, monkeypatch)
+    for _ in range(2):  # the second time changes nothing
+        assert command("record-release", "tiny", "q4").status == 0
+    _release(project, command, monkeypatch, kl=0.3, number=3)
+    assert verdict._last_release("tiny", "q4").kl_mean == KL
+    assert command("record-release", "tiny", "q4").status == 0
+    builds = config.load_released().models["tiny"]["q4"]
+    assert [(build.release, build.kl_mean) for build in builds] == [(1, KL), (3, 0.3)]
+    assert builds[0] == config.ReleasedBuild(release=1, kl_mean=KL, tokens=TOKENS, perplexity_reference=PERPLEXITY)
+    assert (project / "configs/released.yaml").read_text() == _header() + yaml.safe_dump(
+        {"models": {"tiny": {"q4": [build.model_dump() for build in builds]}}}, default_flow_style=None, width=110
+    )
+    assert verdict._last_release("tiny", "q4") == builds[0]
+    tiny.edit(project / "configs/signing.yaml", release=4)
+    assert verdict._last_release("tiny", "q4") == builds[1]
+    assert verdict._last_release("tiny", "q3") is None
+
+
+def _header() -> str:
+    """What stands above the releases in the file that git has."""
+    text = (ROOT / "configs/released.yaml").read_text()
+    return text[: text.index("models:")]
+
+
+def test_a_release_number_is_given_once(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    _release(project, command, monkeypatch)
+    assert command("record-release", "tiny", "q4").status == 0
+    _release(project, command, monkeypatch, kl=0.4)
+    message = paragraph(command("record-release", "tiny", "q4"))
+    assert "has release 1 of tiny q4 with a mean KL of 0.2 nats, this bundle has 0.4" in message
+    assert config.load_released().models["tiny"]["q4"][0].kl_mean == KL
+
+
+def test_only_verified_releases_are_recorded(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "channel 'development'" in paragraph(command("record-release", "tiny", "q4"))
+    _release(project, command, monkeypatch)
+    write_json(project / "artifacts/metrics/tiny/q4.json", {"divergence": {"kl_mean": 0.19}})
+    assert "was judged at a mean KL of 0.2 nats" in paragraph(command("record-release", "tiny", "q4"))
+    part = project / "artifacts/bundles/tiny/q4/content/release.json"
+    text = part.read_text()
+    part.unlink()
+    part.write_text(text.replace("0.2", "0.1"))
+    assert "only a release that verifies is recorded" in paragraph(command("record-release", "tiny", "q4"))
+    assert not config.load_released().models
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

@@ -268,6 +268,17 @@ def test_gate_tells_the_failure(built: str, project: Project) -> None:
     project.run("pipeline", "gate", "--variant", "q4", "--variant", "q4_k_m")
 
 
+def test_the_report_names_what_was_judged(built: str, project: Project) -> None:
+    text = project.artifact("report/report.txt").read_text()
+    assert "random/q4_k_m of configs/gates.yaml" in text
+    assert f"onnxruntime {onnxruntime.__version__}" in text
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%H", "--diff-filter=A", "--", "dvc.yaml"],
+        cwd=project.folder, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert f"{commit} of " in text
+
+
 def test_the_private_key_is_in_no_output(built: str, project: Project) -> None:
     pem = (project.folder / ".keys/development.pem").read_bytes()
     lines = [line for line in pem.splitlines() if not line.startswith(b"-----")]
@@ -340,7 +351,12 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "stale"),
     [
-        ("recipes/q3.yaml", lambda recipe: recipe.update(version=99), {"sensitivity@tiny", "quantize@tiny-q3"}),
+        (
+            "recipes/q3.yaml",
+            lambda recipe: recipe.update(version=99),
+            {"sensitivity@tiny", "quantize@tiny-q3", "verdict@tiny-q3"},
+        ),
+        ("released.yaml", lambda released: released.update(models={"other": {}}), verdicts()),
         ("calibration.yaml", lambda calibration: calibration.update(window=32), {"calibrate@tiny"}),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"}),
         ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, "tiers@tiny"}),
@@ -351,7 +367,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
         ),
         ("models/other.yaml", lambda model: model.update(title="Not selected"), set()),
     ],
-    ids=["recipe", "calibration", "parity", "tiers", "suite", "unselected model"],
+    ids=["recipe", "releases", "calibration", "parity", "tiers", "suite", "unselected model"],
 )
 def test_a_parameter_makes_only_its_stages_stale(
     project: Project, name: str, change: Callable[[dict[str, Any]], object], stale: set[str]
