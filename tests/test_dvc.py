@@ -159,7 +159,7 @@ def interrupted(project: Project) -> Interrupted:
             kill_during(project, lambda: len(project.finished_units(variant)) >= count, slowly=True)  # noqa: B023
             units[variant].append(project.finished_units(variant))
             assert not project.artifact(f"tiny/variants/{variant}").exists()
-    items = project.artifact("tiny/partial/evaluation.reference/mmlu.jsonl")
+    items = project.artifact("tiny/partial/evaluation.reference/mmlu/mmlu.jsonl")
     kill_during(project, lambda: items.exists() and len(items.read_bytes().splitlines()) > 5)
     assert not project.artifact("tiny/evaluation/reference").exists()
     return Interrupted(units, [*project.artifact("tiny/partial").iterdir()])
@@ -382,3 +382,45 @@ def test_another_model_is_a_parameter(project: Project) -> None:
     assert project.status() == all_of("other") | {"report"}
     planned = project.dvc("repro", "--dry", "--glob", "download@*")
     assert ran(planned) == ["download@other"]
+
+
+# --- what is kept of a measurement, and shared by machines ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_more_questions_ask_only_the_new_ones(project: Project) -> None:
+    """Though `dvc repro` runs the stages: their outputs lie there until each section has looked at its own key."""
+    before = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    cached = project.artifact("tiny/evaluation/q4/mmlu/mmlu.jsonl")
+    inode, content = cached.stat().st_ino, cached.read_bytes()
+    edit(project, "evaluation/seconds.yaml", lambda suite: suite["mmlu"].update(questions=58))
+    output = project.dvc("repro", "reference@tiny", "validate@tiny-q4")
+    assert set(ran(output)) == {"reference@tiny", "validate@tiny-q4"}
+    assert output.count("mmlu: 57 items kept") == 2
+    assert output.count("kept as measured before") == 2 * 3
+    after = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    assert (before.pop("mmlu")["n"], after.pop("mmlu")["n"]) == (57, 58)
+    assert before == after
+    grown = project.artifact("tiny/evaluation/q4/mmlu/mmlu.jsonl")
+    assert grown.stat().st_ino != inode
+    assert grown.read_bytes().startswith(content)
+
+
+@pytest.mark.usefixtures("built", "undo")
+def test_a_machine_without_the_references_memory_pulls_its_results(project: Project, tmp_path: Path) -> None:
+    """Another clone, with a cache of its own, measures a new variant against what the first machine measured."""
+    project.dvc("remote", "add", "--default", "shared", str(tmp_path / "remote"))
+    project.dvc("push", "-q")
+    other = Project(tmp_path / "other", project.environment)
+    subprocess.run(["git", "clone", "-q", str(project.folder), str(other.folder)], check=True)
+    shutil.copy(project.folder / ".dvc/config", other.folder / ".dvc/config")
+    other.dvc("pull", "-q")
+    assert other.status() == set()
+    edit(other, "evaluation/seconds.yaml", lambda suite: suite.update(reference="memory"))
+    edit(other, "recipes/q4.yaml", lambda recipe: recipe.update(head="w4b32s"))
+    other.run("pipeline", "quantize", "tiny", "q4")
+    output = other.run("pipeline", "validate", "tiny", "q4")
+    assert "divergence: measured again: files changed" in output
+    ours, theirs = (json.loads(one.artifact("metrics/tiny/q4.json").read_text()) for one in (project, other))
+    assert theirs["divergence"]["perplexity_reference"] == ours["divergence"]["perplexity_reference"]
+    assert theirs["divergence"]["kl_mean"] > ours["divergence"]["kl_mean"]
