@@ -363,8 +363,8 @@ def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
 def test_gate_returns_the_worst_verdict(
     verdicts: tuple[str, ...], status: int, project: Path, command: Command
 ) -> None:
-    for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
-        _decide(project, variant, verdict)
+    for variant, decided in zip(tiny.VARIANTS, verdicts, strict=True):
+        _decide(project, variant, decided)
     outcome = command("gate")
     assert outcome.status == status
     for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
