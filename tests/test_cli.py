@@ -367,8 +367,8 @@ def test_gate_returns_the_worst_verdict(
         _decide(project, variant, decided)
     outcome = command("gate")
     assert outcome.status == status
-    for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
-        assert f"tiny {variant}: {verdict}" in outcome.out
+    for variant, decided in zip(tiny.VARIANTS, verdicts, strict=True):
+        assert f"tiny {variant}: {decided}" in outcome.out
 
 
 def test_gate_judges_only_what_it_is_asked(project: Path, command: Command) -> None:
