@@ -137,8 +137,9 @@ def delivery(row: Row) -> str:
     return f"bundle: {row.bundle}" if row.bundle else f"no bundle: {row.refusal}"
 
 
-def identity(row: Row) -> dict[str, str]:
-    """What tells this row's subject from any other, and what ran it, as facts by name."""
+def identity(row: Row, beside: Row | None = None) -> dict[str, str]:
+    """What tells this row's subject from any other, and what ran it, as facts by name; none that `beside` shares."""
+    known = identity(beside) if beside else {}
     found = row.metrics.get("identity") or {}
     size = number(row, "size", "bytes_on_disk")
     facts = {
@@ -148,7 +149,7 @@ def identity(row: Row) -> dict[str, str]:
         "judged as": row.verdict and f"{row.verdict.row} of configs/gates.yaml",
         "measured by": _measured_by(found),
     }
-    return {name: fact for name, fact in facts.items() if fact}
+    return {name: fact for name, fact in facts.items() if fact and known.get(name) != fact}
 
 
 def _measured_by(found: Mapping[str, str]) -> str:
