@@ -104,7 +104,10 @@ class ModelConfig(Frozen):
     mmlu_mode: Literal["five-shot", "letter", "chat", "cloze"] = Field(
         description="five-shot is the field's default; cloze for models too small to answer with letters"
     )
-    thinks: bool = Field(default=False, description="writes a <think> block before it answers in a chat")
+    mmlu_close_think: bool = Field(
+        default=False,
+        description="for a model that thinks unasked: mode chat closes an empty <think> block before the letter",
+    )
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -48,6 +48,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
         for number, found in zip(left, scores(subject.decoder) if left else (), strict=True):
             journal.record(names[number], _item(number, questions[number], found))
             progress.advance()
+    journal.arrange(names)
     reference = subject.reference and _answers(Journal(subject.reference / ITEMS), names)
     return summarise_mmlu(_answers(journal, names), reference, mode) | conditions
 
@@ -58,7 +59,7 @@ def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu_promp
     if mode == "five-shot":
         return mmlu_prompts.asker(mode, _examples(subject, split)), {"exemplars": subject.suite.mmlu.exemplars}
     if mode == "chat":
-        template, thinks = read_template(subject.folder), subject.entry.thinks
+        template, thinks = read_template(subject.folder), subject.entry.mmlu_close_think
         ask = mmlu_prompts.asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
         return ask, {"think": "closed" if has_thought(ask(split[0]).text) else "none"}
     return mmlu_prompts.asker(mode), {}
