@@ -211,8 +211,9 @@ def reasons(row: Row) -> list[str]:
 def conditions(model: ModelReport) -> str:
     """How the accuracy tasks were run, as recorded with the reference."""
     mmlu, humaneval = (model.reference.metrics.get(name) or {} for name in ("mmlu", "humaneval"))
+    asked = [mmlu.get("mode", "unknown"), *(f"{key} {mmlu[key]}" for key in ("exemplars", "think") if key in mmlu)]
     return (
-        f"MMLU questions asked in mode {mmlu.get('mode', 'unknown')} (chance {100 * mmlu.get('chance', 0.25):.0f} %); "
+        f"MMLU questions asked in mode {', '.join(asked)} (chance {100 * mmlu.get('chance', 0.25):.0f} %); "
         f"HumanEval: pass@1 of one greedy solution each, run under {humaneval.get('isolation', 'unknown isolation')}."
     )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config import CalibrationConfig, EvaluationConfig, SensitivityConfig
+from pipeline.evaluate.mmlu import SUBJECTS
+from pipeline.evaluate.mmlu_scoring import CHUNK
 from pipeline.planning.memory import ACTIVATION_COPIES
 
 PROCESS_BYTES = 200_000_000
@@ -29,10 +31,12 @@ WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-MMLU_TOKENS = {"letter": 111, "cloze": 99}
-"""Mean tokens of a question: prompt, and in cloze mode the four answers (SmolLM2's tokenizer, 570 questions)."""
-MMLU_LONGEST = 688
-"""Tokens of the longest prompt among them."""
+MMLU_TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
+"""Mean tokens of a question: prompt without examples, and in cloze mode the four answers (SmolLM2, 570 questions)."""
+MMLU_EXAMPLES = {"five-shot": 512}
+"""Mean tokens of a subject's examples, which are read once."""
+MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
+"""Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
 HUMANEVAL_TOKENS = 138
 """Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
 GENERATION_LOGIT_BYTES = 1 << 29
@@ -181,12 +185,13 @@ def layered_reference(
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
     sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * suite.divergence.window
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate)
+    floats *= max(suite.divergence.window, CHUNK)
     layer = 4 * sum(sizes) + round(4 * max(*sizes, floats))
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # with their codes and a mask
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
     tokens = {
-        "mmlu": suite.mmlu.questions * MMLU_TOKENS[mode],
+        "mmlu": _mmlu_tokens(suite, mode),
         "divergence": sum(suite.divergence.texts.values()),
     }
     seconds = None
@@ -214,11 +219,12 @@ def validate(
     mode: str,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of a window's logits and a batch in generation.
+    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # the runtime's and numpy's
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # the runtime's and numpy's
+    logits += 2 * MMLU_LONGEST[mode] * cache_bytes  # before a question and after it
     rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
     length = HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens
     generation = GENERATION_LOGIT_BYTES + min(rows, suite.humaneval.problems) * length * cache_bytes
@@ -256,8 +262,12 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
 def _suite_tokens(suite: EvaluationConfig, mode: str) -> int:
     """Tokens that a suite reads: held-out text, MMLU questions, HumanEval prompts, the prompts of the speed test."""
     speed = sum(suite.speed.prompt_tokens) * suite.speed.repeats + min(suite.speed.prompt_tokens)
-    questions = suite.mmlu.questions * MMLU_TOKENS[mode]
-    return sum(suite.divergence.texts.values()) + questions + suite.humaneval.problems * HUMANEVAL_TOKENS + speed
+    humaneval = suite.humaneval.problems * HUMANEVAL_TOKENS
+    return sum(suite.divergence.texts.values()) + _mmlu_tokens(suite, mode) + humaneval + speed
+
+
+def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
+    return suite.mmlu.questions * MMLU_TOKENS[mode] + SUBJECTS * MMLU_EXAMPLES.get(mode, 0)
 
 
 def _suite_seconds(architecture: Architecture, suite: EvaluationConfig, mode: str, rates: Rates | None) -> float | None:

@@ -114,13 +114,27 @@ def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: 
     architecture = architecture_of("mimo-8b", tmp_path)
     small, large = (needs.validate(architecture, "q4", size, 0, suite, "letter", RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
-    assert small.memory - needs.PROCESS_BYTES > needs.GENERATION_LOGIT_BYTES
+    assert small.memory - needs.PROCESS_BYTES >= needs.GENERATION_LOGIT_BYTES
     assert large.seconds == small.seconds
     token = 2 * 4 * 36 * 8 * 128
     short, long = (needs.validate(architecture, "q4", 0, n * token, suite, "letter", RATES).memory for n in (1, 2))
     batch, rest = divmod(long - short, token)
     assert rest == 0  # a batch of prompts and what is written after them
     assert batch % (needs.HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens) == 0 < batch
+
+
+def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
+    tmp_path: Path, suite: config.EvaluationConfig
+) -> None:
+    architecture = architecture_of("mimo-8b", tmp_path)
+    token = 2 * 4 * 36 * 8 * 128
+    small, large = (needs.validate(architecture, "q4", 0, n * token, suite, "five-shot", RATES) for n in (1, 2))
+    assert large.memory - small.memory == 2 * 3146 * token
+    more = suite.model_copy(update={"mmlu": suite.mmlu.model_copy(update={"questions": suite.mmlu.questions + 1})})
+    one = needs.validate(architecture, "q4", 0, token, more, "five-shot", RATES).seconds
+    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    assert one is not None and small.seconds is not None
+    assert one - small.seconds == pytest.approx(2 * multiplied * needs.MMLU_TOKENS["five-shot"] / RATES.flops)
 
 
 def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: config.EvaluationConfig) -> None:
