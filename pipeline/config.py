@@ -108,6 +108,10 @@ class ModelConfig(Frozen):
         default=False,
         description="for a model that thinks unasked: mode chat closes an empty <think> block before the letter",
     )
+    humaneval_prompt: Literal["completion", "chat", "thinking"] = Field(
+        default="completion",
+        description="completion: go on with the code; chat: answer a request; thinking: chat that begins with <think>",
+    )
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -249,11 +253,35 @@ class MmluConfig(Frozen):
 
 
 class HumanEvalConfig(Frozen):
-    """HumanEval subset, greedy, run in the sandbox."""
+    """HumanEval subset: how many solutions of each problem are drawn and how long they may be, run in the sandbox."""
 
-    problems: int = Field(ge=1, le=164)
-    max_new_tokens: int = Field(gt=0)
+    problems: int = Field(ge=2, le=164)
+    samples: int = Field(default=1, ge=1, le=1000, description="solutions of each problem")
+    temperature: float = Field(default=0, ge=0, description="0: greedy")
+    top_p: float = Field(default=1, gt=0, le=1)
+    seed: int = 0
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), description="pass@k to report beside pass@1")
+    max_new_tokens: int = Field(gt=0, description="of a completion, which ends with the function's body")
+    max_chat_tokens: int = Field(default=768, gt=0, description="of a chat answer: the whole function, and prose")
+    max_think_tokens: int = Field(default=2048, gt=0, description="of the thinking before a chat answer")
     timeout_seconds: float = Field(gt=0)
+    allow_unsafe: bool = Field(default=False, description="run generated code even where nothing contains it")
+
+    @model_validator(mode="after")
+    def _can_be_estimated(self) -> HumanEvalConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} greedy samples are {self.samples} times the same: raise `temperature`")
+        if max(self.k, default=1) > self.samples:
+            raise ValueError(f"pass@{max(self.k)} needs {max(self.k)} samples of each problem, not {self.samples}")
+        return self
+
+    def answer_tokens(self, entry: ModelConfig) -> int:
+        """The limit of an answer, by how the model is asked."""
+        return self.max_new_tokens if entry.humaneval_prompt == "completion" else self.max_chat_tokens
+
+    def thinking_tokens(self, entry: ModelConfig) -> int:
+        """The limit of what comes before the answer: 0 for a model that does not think."""
+        return self.max_think_tokens if entry.humaneval_prompt == "thinking" else 0
 
 
 class SpeedConfig(Frozen):

@@ -368,7 +368,7 @@ def test_gate_returns_the_worst_verdict(
         _decide(project, variant, decided)
     outcome = command("gate")
     assert outcome.status == status
-    for variant, verdict in zip(tiny.VARIANTS, verdicts, strict=True):
+    for variant, decided in zip(tiny.VARIANTS, verdicts, strict=True):
         assert f"tiny {variant}: {verdict}" in outcome.out
 
 

@@ -102,6 +102,7 @@ def model_entry(folder: Path) -> dict[str, Any]:
         "source": source,
         "context": CONTEXT,
         "mmlu_mode": "cloze",
+        "humaneval_prompt": "completion",
         "gate_class": "random",
     }
 

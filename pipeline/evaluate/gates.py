@@ -388,7 +388,7 @@ def _humaneval_line(name: str, metrics: Metrics, reference: Metrics, margin: flo
 
 
 def _same_items(section: Metrics, own: Metrics, key: str) -> None:
-    for field in ("n", "mode"):
+    for field in ("n", "mode", "prompt", "samples", "temperature"):
         if section.get(field) != own.get(field):
             raise _Unusable(f"variant has {field} {section.get(field)}, reference {own.get(field)}: not the same items")
     if not math.isclose(_number(section, f"reference_{key}"), _number(own, key), abs_tol=1e-9):
