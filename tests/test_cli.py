@@ -369,7 +369,7 @@ def test_gate_returns_the_worst_verdict(
     outcome = command("gate")
     assert outcome.status == status
     for variant, decided in zip(tiny.VARIANTS, verdicts, strict=True):
-        assert f"tiny {variant}: {verdict}" in outcome.out
+        assert f"tiny {variant}: {decided}" in outcome.out
 
 
 def test_gate_judges_only_what_it_is_asked(project: Path, command: Command) -> None:
