@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline.config import load_recipe
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.roofline import TOLERANCE, Traffic, require_possible, traffic
 from pipeline.planning.recipes import Plan
 from tests.artifact.exported import Exported, export
 from tests.families import CASES, make_checkpoint
+from tests.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")
