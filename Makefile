@@ -39,7 +39,7 @@ show: $(READY)  ## the table of the last run
 	@python -m pipeline show
 
 test: $(READY)  ## the test suite
-	python -m pytest
+	python -m pytest -n 2
 
 lint: $(READY)  ## ruff
 	ruff check .
