@@ -61,7 +61,8 @@ def run(model: str, if_needed: bool = False) -> None:
         return
     if if_needed and not config.has_budget(config.load_pipeline().variants):
         with atomic_directory(workspace.sensitivity):
-            print(f"{model}: no variant has a budget, so nothing was measured")
+            pass
+        print(f"{model}: no variant has a budget, so nothing was measured")
         return
     architecture = read_architecture(folder / "config.json")
     require(model, needs.sensitivity(architecture, wanted))

@@ -331,3 +331,13 @@ def test_measurements_of_another_model(other: str, tmp_path: Path) -> None:
     theirs = measured(replace(architecture_of(other, tmp_path), layers=2))
     with pytest.raises(PlanError, match="not what the sensitivity stage measured"):
         groups(architecture, budget(), theirs)
+
+
+@pytest.mark.parametrize(("case", "embedding"), [("mimo-8b", "w4b32a"), ("phi-4-mini", "w8b32s")])
+def test_an_embedding_of_its_own_has_its_own_format(case: str, embedding: str, tmp_path: Path) -> None:
+    """A tied table is multiplied as the head, and chosen as the head is."""
+    architecture = architecture_of(case, tmp_path)
+    sensitivity = measured(architecture)
+    wanted = budget(tables=["w8b32s"], embedding="w4b32a", formats=["w4b32a"], splits=False)
+    plan = smallest(architecture, groups(architecture, wanted, sensitivity))
+    assert (plan.embedding.formats, plan.head.formats) == (embedding, "w8b32s")

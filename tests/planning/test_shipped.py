@@ -1,0 +1,66 @@
+"""The recipes of configs/recipes as they ship: what they promise at full shapes, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact.write import draft
+from pipeline.config import BudgetRecipe, RecipeConfig, load_recipe
+from pipeline.graph.decoder import build_decoder
+from pipeline.planning.budget import groups, solve
+from pipeline.planning.recipes import PlannedMatrix, make_plan, use_more_bits
+from tests.planning.measured import measured
+from tests.real_configs import architecture_of, references
+
+
+def rules(name: str) -> RecipeConfig:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, RecipeConfig)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("variant", "model", "size"),
+    [
+        ("q4", "mimo-8b", 4_462_735_136),
+        ("q4", "phi-4", 8_195_142_771),
+        ("q4", "phi-4-mini", 2_391_989_522),
+        ("q4_k_m", "mimo-8b", 5_113_899_424),
+        ("q4_k_m", "phi-4", 9_915_458_909),
+        ("q4_k_m", "phi-4-mini", 2_814_300_241),
+    ],
+)
+def test_the_sizes_that_the_readme_states(variant: str, model: str, size: int, tmp_path: Path) -> None:
+    architecture, recipe = architecture_of(model, tmp_path), rules(variant)
+    source, _ = build_decoder(architecture, references(architecture), 4096)
+    stem = f"{model}_{variant}".replace("-", "_")
+    assert draft(source, make_plan(architecture, recipe), stem, recipe.part_bytes).bytes == size
+
+
+def bits(planned: PlannedMatrix) -> set[int]:
+    return {piece.format.bits for piece in planned.pieces}
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "mimo-8b", "phi-4"])  # 30, 36 and 40 layers
+def test_q4_k_m_is_llama_cpp_s_allocation_layer_by_layer(model: str, tmp_path: Path) -> None:
+    architecture = architecture_of(model, tmp_path)
+    for item in make_plan(architecture, rules("q4_k_m")).body:
+        more = item.matrix.role in {"v_proj", "qkv_proj", "down_proj"}
+        expected = 8 if more and use_more_bits(item.matrix.layer, architecture.layers) else 4
+        assert bits(item) == {expected}, item.matrix.name
+
+
+def test_q3_keeps_its_bits_and_its_head(tmp_path: Path) -> None:
+    """Whatever is measured of a model: the sensitivities here are drawn."""
+    recipe, architecture = load_recipe("q3"), architecture_of("mimo-8b", tmp_path)
+    assert isinstance(recipe, BudgetRecipe)
+    sensitivity = measured(architecture, formats=[*recipe.budget.formats, *recipe.budget.tables])
+    weights = sum(m.rows * m.columns for layer in range(architecture.layers) for m in architecture.body(layer))
+    limit = int(recipe.budget.body_bits * weights / 8)
+    plan = solve(architecture, groups(architecture, recipe.budget, sensitivity), {"body": limit}).plan
+    assert 3.4 < plan.body_bits <= 3.5
+    assert (plan.embedding.formats, plan.head.formats) == ("w4b32a", "w8b32s")
+    assert any(item.split for item in plan.body)
+    assert set().union(*map(bits, plan.body)) == {2, 4, 8}
