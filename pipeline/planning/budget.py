@@ -237,8 +237,8 @@ def solve(
         if least > limit:
             raise PlanError(
                 f"no plan fits: with these formats the matrices take at least {least:,} bytes"
-                f"{_OF[name]}, {least - limit:,} more than the {max(limit, 0):,} left for them. Raise "
-                f"the budget, or allow fewer bits or larger blocks in `formats` and `tables`."
+                f"{_OF[name]}, {max(limit, 0):,} are left for them. Raise the budget by {least - limit:,} "
+                f"or more, or allow fewer bits or larger blocks in `formats` and `tables`."
             )
     chosen, bound = _knapsack(choices, limits)
     room = dict(limits)
