@@ -23,6 +23,6 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
             "divergence": {"kl_mean": 0.1},
         }
         write_json(workspace.metrics(variant), metrics)
-        write_json(workspace.verdict(variant), Verdict(PASS, (GateLine("kl_mean", PASS),)).to_json())
+        write_json(workspace.verdict(variant), Verdict(PASS, (GateLine("kl_mean", PASS),), f"random/{variant}").to_json())
         needed[variant] = sign._candidate(workspace, variant, 4096).memory_bytes
     assert needed == {"q4": 2 * 10**6 + 4096 * 1536, "q4_kv8": 2 * 10**6 + 4096 * 384}
