@@ -11,7 +11,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help demo repro validate-full bench show test lint clean
+.PHONY: help demo repro validate-full bench bench-quality show test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,6 +33,11 @@ bench: $(READY)  ## full-size models converted, loaded and run; searches beside 
 	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.searches --out benchmarks/results/searches.json
 	python -m benchmarks.conversion $(BENCH)
+	python -m benchmarks.tables
+
+bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, on the same text: benchmarks/README.md
+	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
+	python -m benchmarks.quality
 	python -m benchmarks.tables
 
 show: $(READY)  ## the table of the last run

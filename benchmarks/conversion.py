@@ -11,11 +11,8 @@ Figures are written to benchmarks/results/ as they are measured; `python -m benc
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,18 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from benchmarks import machine, runtime, synthetic
 from benchmarks.engines import Task
+from benchmarks.project import RESULTS, ROOT, SMALL, Project
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import PipelineError
 from pipeline.evaluate.pagecache import evict
 from pipeline.files import read_json, require_free_space, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-SMALL = "smollm2-135m"
 LARGEST = "phi-4"
 MODELS = (SMALL, "mimo-8b", LARGEST)
 # Plain rounding, the control: what the disk and the packing alone cost.
@@ -48,65 +42,12 @@ PEAK_BYTES = {"small": 2_000_000_000, "large": 60_000_000_000}
 RUN = Task("", "", None, prompt_tokens=32, segment_tokens=8, segments=3)
 
 
-class Project:
-    """A copy of the configuration in a folder of its own, with a store of its own, where the commands run."""
-
-    def __init__(self, work: Path):
-        self.work, self.folder, self.store = work, work / "project", work / "store"
-        shutil.rmtree(self.folder / "configs", ignore_errors=True)
-        shutil.copytree(ROOT / "configs", self.folder / "configs")
-        self._edit("calibration.yaml", **CALIBRATION)
-        plain = yaml.safe_load((ROOT / "configs/recipes/q4.yaml").read_text()) | {"search": "nearest"}
-        self._write(f"recipes/{NEAREST}.yaml", plain)
-
-    def _write(self, name: str, values: dict[str, Any]) -> None:
-        (self.folder / "configs" / name).write_text(yaml.safe_dump(values, sort_keys=False))
-
-    def _edit(self, name: str, **changes: Any) -> None:
-        self._write(name, yaml.safe_load((self.folder / "configs" / name).read_text()) | changes)
-
-    def use_source(self, model: str, source: Path) -> None:
-        """Take the model from a folder of synthetic weights."""
-        self._edit(f"models/{model}.yaml", source={"kind": "local", "path": str(source)})
-
-    def seed_store(self) -> None:
-        """Give the store what the repository's own store has, by hard links: datasets are not downloaded again."""
-        if (ROOT / "store").is_dir() and not self.store.exists():
-            shutil.copytree(ROOT / "store", self.store, copy_function=os.link)
-
-    def command(self, *arguments: str, threads: int | None = None) -> list[str]:
-        """`python -m pipeline ARGUMENTS`, on so many cores."""
-        pin = ["taskset", "-c", ",".join(map(str, range(threads)))] if threads else []
-        return [*pin, sys.executable, "-m", "pipeline", *arguments]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Where the package and the store are."""
-        return os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_STORE": str(self.store)}
-
-    def run(self, *arguments: str, threads: int | None = None) -> machine.Usage:
-        """Run a pipeline command to its end, watched. Raises PipelineError if it fails."""
-        used = machine.watch(self.command(*arguments, threads=threads), self.environment, self.folder, self.work)
-        if used.status:
-            raise PipelineError(f"`python -m pipeline {' '.join(arguments)}` ended with status {used.status}.")
-        return used
-
-    def kill(self, *arguments: str, after: float) -> None:
-        """Start a pipeline command and SIGKILL it `after` so many seconds."""
-        process = subprocess.Popen(
-            self.command(*arguments), cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL
-        )
-        time.sleep(after)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-    def artifact(self, model: str, variant: str) -> Path:
-        """Where a variant lies."""
-        return self.folder / "artifacts" / model / "variants" / variant
-
-    def weights(self, model: str) -> Path:
-        """The checkpoint's files as the pipeline reads them: hard links into the store."""
-        return self.folder / "artifacts" / model / "reference"
+def configured(work: Path) -> Project:
+    """A project with the control's recipe and a calibration that only steers the search."""
+    project = Project(work)
+    project.write("calibration.yaml", project.read("calibration.yaml") | CALIBRATION)
+    project.write(f"recipes/{NEAREST}.yaml", project.read("recipes/q4.yaml") | {"search": "nearest"})
+    return project
 
 
 def figures(used: machine.Usage) -> dict[str, Any]:
@@ -254,7 +195,7 @@ def main(work: Path, models: tuple[str, ...], variants: tuple[str, ...], load: b
         work.mkdir(parents=True, exist_ok=True)
         needed = PEAK_BYTES["small" if models == (SMALL,) else "large"]
         require_free_space(work, max(0, needed - machine.allocated(work)), "run this benchmark")
-        project = Project(work)
+        project = configured(work)
         project.seed_store()
         for model in models:
             record = {"model": model, "machine": machine.describe(), **measure_model(project, model, variants, load)}

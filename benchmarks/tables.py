@@ -6,23 +6,19 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion import MODELS, RESULTS
+from benchmarks.conversion import MODELS
+from benchmarks.markdown import table
+from benchmarks.project import RESULTS
+from benchmarks.quality.tables import TABLES as QUALITY_TABLES
 from benchmarks.searches import BESIDE, pooled, ratio
 from pipeline.files import read_json, write_bytes
 
 README = Path(__file__).with_name("README.md")
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; columns after the first are right-aligned."""
-    head = list(head)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def the_machine(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
@@ -199,12 +195,15 @@ def main() -> None:
     """Rewrite every marked table of README.md."""
     records = [read_json(file) for name in MODELS if (file := RESULTS / f"conversion-{name}.json").exists()]
     searches = read_json(RESULTS / "searches.json")
+    quality = read_json(RESULTS / "quality.json")
+    tables = {name: render(records, searches) for name, render in TABLES.items()}
+    tables |= {name: render(quality) for name, render in QUALITY_TABLES.items()}
     text = README.read_text(encoding="utf-8")
-    for name, render in TABLES.items():
+    for name, new in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"{README}: no place for the table {name!r}.")
-        text = marked.sub(partial(_fill, new=render(records, searches)), text)
+        text = marked.sub(partial(_fill, new=new), text)
     write_bytes(README, text.encode())
 
 

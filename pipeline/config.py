@@ -50,7 +50,7 @@ class HubSource(Frozen):
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             raise ValueError(
                 f"revision {self.revision!r} is a branch or tag name: it can move between two runs. "
-                f"Use the 40-hex commit id shown on https://huggingface.co/{self.repo}/commits/main"
+                f"Use the 40-hex commit id shown in the history of {self.repo} on https://huggingface.co"
             )
         return self
 
@@ -65,6 +65,12 @@ class WheelSource(Frozen):
     member: str
 
 
+class HubFile(HubSource):
+    """One file of a dataset repository on the Hub, at an immutable revision."""
+
+    member: str
+
+
 class LocalSource(Frozen):
     """A folder on this machine that holds a checkpoint (safetensors, config.json, tokenizer)."""
 
@@ -73,6 +79,7 @@ class LocalSource(Frozen):
 
 
 Source = Annotated[HubSource | WheelSource | LocalSource, Field(discriminator="kind")]
+DatasetSource = Annotated[HubFile | WheelSource, Field(discriminator="kind")]
 
 
 # --- configs/pipeline.yaml, configs/models/<name>.yaml ---------------------------------------------------------------
@@ -94,8 +101,16 @@ class ModelConfig(Frozen):
     context: int = Field(gt=0, description="context cap of the exported graph, tokens")
     gate_class: Name = Field(description="row of configs/gates.yaml that judges its variants")
     note: str = Field(default="", description="a caveat printed with the model's figures")
-    mmlu_mode: Literal["cloze", "letter"] = Field(
-        description="letter; cloze for models too small to answer with letters"
+    mmlu_mode: Literal["five-shot", "letter", "chat", "cloze"] = Field(
+        description="five-shot is the field's default; cloze for models too small to answer with letters"
+    )
+    mmlu_close_think: bool = Field(
+        default=False,
+        description="for a model that thinks unasked: mode chat closes an empty <think> block before the letter",
+    )
+    humaneval_prompt: Literal["completion", "chat", "thinking"] = Field(
+        default="completion",
+        description="completion: go on with the code; chat: answer a request; thinking: chat that begins with <think>",
     )
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
@@ -216,7 +231,7 @@ class SensitivityConfig(CalibrationConfig):
 class DatasetsConfig(Frozen):
     """Pinned evaluation and calibration data by name."""
 
-    datasets: dict[Name, WheelSource]
+    datasets: dict[Name, DatasetSource]
 
 
 class DivergenceConfig(Frozen):
@@ -227,18 +242,46 @@ class DivergenceConfig(Frozen):
 
 
 class MmluConfig(Frozen):
-    """MMLU subset: `questions` stratified over the 57 subjects."""
+    """MMLU subset: `questions` stratified over the 57 subjects, and what five-shot prompts show before each."""
 
     questions: int = Field(ge=57, le=14_042)
     seed: int = 0
+    exemplars: Literal["held-out", "dev"] = Field(
+        default="held-out",
+        description="held-out: test questions that are never asked; dev: the official development split, from the Hub",
+    )
 
 
 class HumanEvalConfig(Frozen):
-    """HumanEval subset, greedy, run in the sandbox."""
+    """HumanEval subset: how many solutions of each problem are drawn and how long they may be, run in the sandbox."""
 
-    problems: int = Field(ge=1, le=164)
-    max_new_tokens: int = Field(gt=0)
+    problems: int = Field(ge=2, le=164)
+    samples: int = Field(default=1, ge=1, le=1000, description="solutions of each problem")
+    temperature: float = Field(default=0, ge=0, description="0: greedy")
+    top_p: float = Field(default=1, gt=0, le=1)
+    seed: int = 0
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), description="pass@k to report beside pass@1")
+    max_new_tokens: int = Field(gt=0, description="of a completion, which ends with the function's body")
+    max_chat_tokens: int = Field(default=768, gt=0, description="of a chat answer: the whole function, and prose")
+    max_think_tokens: int = Field(default=2048, gt=0, description="of the thinking before a chat answer")
     timeout_seconds: float = Field(gt=0)
+    allow_unsafe: bool = Field(default=False, description="run generated code even where nothing contains it")
+
+    @model_validator(mode="after")
+    def _can_be_estimated(self) -> HumanEvalConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} greedy samples are {self.samples} times the same: raise `temperature`")
+        if max(self.k, default=1) > self.samples:
+            raise ValueError(f"pass@{max(self.k)} needs {max(self.k)} samples of each problem, not {self.samples}")
+        return self
+
+    def answer_tokens(self, entry: ModelConfig) -> int:
+        """The limit of an answer, by how the model is asked."""
+        return self.max_new_tokens if entry.humaneval_prompt == "completion" else self.max_chat_tokens
+
+    def thinking_tokens(self, entry: ModelConfig) -> int:
+        """The limit of what comes before the answer: 0 for a model that does not think."""
+        return self.max_think_tokens if entry.humaneval_prompt == "thinking" else 0
 
 
 class SpeedConfig(Frozen):
@@ -521,18 +564,23 @@ def load_parity() -> ParityConfig:
     return load(ParityConfig, CONFIGS / "parity.yaml")
 
 
+def needed_datasets() -> dict[str, HubFile | WheelSource]:
+    """Entries of configs/datasets.yaml that the selected run reads. Raises ConfigError for an absent one."""
+    suite, datasets = load_suite(load_pipeline().suite), load_datasets().datasets
+    texts = {*suite.divergence.texts, *load_calibration().texts, *load_sensitivity().texts}
+    needed = {"mmlu", "humaneval", *texts, *["mmlu-dev"] * (suite.mmlu.exemplars == "dev")}
+    if unknown := sorted(needed - set(datasets)):
+        raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
+    return {name: source for name, source in datasets.items() if name in needed}
+
+
 def check_all() -> None:
     """Load everything that the selected run will read, so that a typo fails before the first download."""
     pipeline = load_pipeline()
     for model in pipeline.models:
         for variant in pipeline.variants:
             gate_row(model, variant)
-    suite = load_suite(pipeline.suite)
-    calibration = load_calibration()
-    datasets = load_datasets().datasets
-    needed = {"mmlu", "humaneval", *suite.divergence.texts, *calibration.texts, *load_sensitivity().texts}
-    if unknown := sorted(needed - set(datasets)):
-        raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
+    needed_datasets()
     load_released()
     load_tiers()
     load_signing()

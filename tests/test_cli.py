@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from pipeline import cli, config
 from pipeline.evaluate.gates import GateLine, Verdict
 from pipeline.files import write_json
-from pipeline.stages import calibrate, download, export, quantize, verdict
+from pipeline.stages import calibrate, download, export, quantize
+from pipeline.stages.verdict import _last_release
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -571,7 +572,7 @@ def test_a_release_is_recorded_for_the_next_builds_ratchet(
     for _ in range(2):  # the second time changes nothing
         assert command("record-release", "tiny", "q4").status == 0
     _release(project, command, monkeypatch, kl=0.3, number=3)
-    assert verdict._last_release("tiny", "q4").kl_mean == KL
+    assert _last_release("tiny", "q4").kl_mean == KL
     assert command("record-release", "tiny", "q4").status == 0
     builds = config.load_released().models["tiny"]["q4"]
     assert [(build.release, build.kl_mean) for build in builds] == [(1, KL), (3, 0.3)]
@@ -579,10 +580,10 @@ def test_a_release_is_recorded_for_the_next_builds_ratchet(
     assert (project / "configs/released.yaml").read_text() == _header() + yaml.safe_dump(
         {"models": {"tiny": {"q4": [build.model_dump() for build in builds]}}}, default_flow_style=None, width=110
     )
-    assert verdict._last_release("tiny", "q4") == builds[0]
+    assert _last_release("tiny", "q4") == builds[0]
     tiny.edit(project / "configs/signing.yaml", release=4)
-    assert verdict._last_release("tiny", "q4") == builds[1]
-    assert verdict._last_release("tiny", "q3") is None
+    assert _last_release("tiny", "q4") == builds[1]
+    assert _last_release("tiny", "q3") is None
 
 
 def _header() -> str:

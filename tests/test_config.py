@@ -30,6 +30,25 @@ def changed(file: str, **changes: object) -> str:
     return yaml.safe_dump(yaml.safe_load((CONFIGS / file).read_text()) | changes)
 
 
+def suite_with(**changes: object) -> str:
+    suite = yaml.safe_load((CONFIGS / "evaluation/demo.yaml").read_text())
+    return yaml.safe_dump(suite | {"humaneval": suite["humaneval"] | changes})
+
+
+def test_limits_of_a_solution_follow_how_the_model_is_asked() -> None:
+    entry, wanted = config.load_model("mimo-8b"), config.load_suite("full").humaneval
+    limits = {}
+    for prompt in ("completion", "chat", "thinking"):
+        asked = entry.model_copy(update={"humaneval_prompt": prompt})
+        limits[prompt] = (wanted.answer_tokens(asked), wanted.thinking_tokens(asked))
+    assert limits == {
+        "completion": (wanted.max_new_tokens, 0),
+        "chat": (wanted.max_chat_tokens, 0),
+        "thinking": (wanted.max_chat_tokens, wanted.max_think_tokens),
+    }
+    assert wanted.max_chat_tokens + wanted.max_think_tokens + 600 <= entry.context  # 600: the longest prompt
+
+
 def test_everything_in_configs_loads() -> None:
     config.check_all()
     for path in (CONFIGS / "models").glob("*.yaml"):
@@ -68,6 +87,19 @@ def test_configuration_is_immutable() -> None:
     [
         (config.RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
         (config.ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
+        (
+            config.EvaluationConfig,
+            suite_with(samples=5),
+            ["humaneval: 5 greedy samples are 5 times the same", "temperature"],
+        ),
+        (
+            config.EvaluationConfig,
+            suite_with(samples=5, temperature=0.8, k=[1, 10]),
+            ["pass@10 needs 10 samples of each problem, not 5"],
+        ),
+        (config.EvaluationConfig, suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
+        (config.EvaluationConfig, suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
+        (config.ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),
         (
             config.PipelineConfig,
             "{models: [a], variants: [q4], suite: demo, xyzzy: 1}",

@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.checkpoint.sources import read_lock
 from pipeline.checkpoint.store import Store
-from pipeline.config import load_datasets
+from pipeline.config import WheelSource, load_datasets
 from pipeline.files import link_or_copy
 from tests.conftest import ROOT, dataset
 from tests.families import CASES, Case, make_checkpoint
@@ -72,7 +72,8 @@ def make_model(folder: Path, case: Case = CASE) -> Path:
 def make_store(root: Path) -> Store:
     """A store of its own that already has the pinned datasets (hard links), so that nothing is downloaded again."""
     shared, own = Store(), Store(root)
-    datasets = load_datasets().datasets
+    pinned = load_datasets().datasets
+    datasets = {name: source for name, source in pinned.items() if isinstance(source, WheelSource)}
     for name in datasets:
         dataset(name)
     sources = [source.model_dump() for source in datasets.values()]
@@ -101,6 +102,7 @@ def model_entry(folder: Path) -> dict[str, Any]:
         "source": source,
         "context": CONTEXT,
         "mmlu_mode": "cloze",
+        "humaneval_prompt": "completion",
         "gate_class": "random",
     }
 

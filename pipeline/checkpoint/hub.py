@@ -1,4 +1,4 @@
-"""Checkpoints from a Hugging Face Hub repository at an immutable revision, with each file checked against the hash
+"""Checkpoints and dataset files from the Hugging Face Hub at an immutable revision, each checked against the hash
 that the Hub declares: SHA-256 for large (LFS) files, git's blob SHA-1 for small ones.
 
 Settings come from huggingface_hub's own variables: HF_ENDPOINT (another hub), HF_TOKEN (gated and private models),
@@ -16,12 +16,13 @@ import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import complete
-from pipeline.checkpoint.store import LockedFile, Store, disk_errors
-from pipeline.config import HubSource
+from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
+from pipeline.config import HubFile, HubSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.files import require_free_space
 
@@ -57,15 +58,21 @@ class _Repository:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         self.shown = re.sub(r"(?<=://)[^/@]+@", "", self.endpoint)  # a mirror's address may carry a password
         self.source = source
+        self.kind = "dataset" if isinstance(source, HubFile) else "model"
+        self.page = f"{self.shown}/{'datasets/' * (self.kind == 'dataset')}{source.repo}"
         self.where = f"hub {source.repo}@{source.revision[:12]}"
-        self.licence_page = licence_page or f"{self.shown}/{source.repo}"
+        self.licence_page = licence_page or self.page
 
     def describe(self) -> tuple[dict[str, _Declared], str]:
         """What the Hub declares about each file, by name, and the licence it states."""
         api = self.hub.HfApi(endpoint=self.endpoint, library_name="phone-model-pipeline")
         try:
-            info = api.model_info(
-                self.source.repo, revision=self.source.revision, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS
+            info = api.repo_info(
+                self.source.repo,
+                revision=self.source.revision,
+                repo_type=self.kind,
+                files_metadata=True,
+                timeout=_INFO_TIMEOUT_SECONDS,
             )
             if info.sha != self.source.revision:
                 raise SourceError(
@@ -101,7 +108,12 @@ class _Repository:
 
     def _transfer(self, name: str, folder: Path) -> Path:
         path = self.hub.hf_hub_download(
-            self.source.repo, name, revision=self.source.revision, local_dir=folder, endpoint=self.endpoint
+            self.source.repo,
+            name,
+            revision=self.source.revision,
+            repo_type=self.kind,
+            local_dir=folder,
+            endpoint=self.endpoint,
         )
         return Path(path)
 
@@ -153,7 +165,7 @@ class _Repository:
         if isinstance(error, errors.GatedRepoError) or status in (401, 403):
             return f"access refused (HTTP {status}). {self._how_to_get_access()}"
         if isinstance(error, errors.RevisionNotFoundError):
-            return f"no such revision. Take a commit id from {self.shown}/{self.source.repo}."
+            return f"no such revision. Take a commit id from {self.page}."
         if isinstance(error, errors.RepositoryNotFoundError):
             return f"no such repository at {self.shown}. Check its name; a private one needs HF_TOKEN."
         if isinstance(error, errors.EntryNotFoundError):
@@ -167,8 +179,8 @@ class _Repository:
                 f"or set HF_TOKEN to another one that may read it."
             )
         return (
-            f"The model is gated or private: accept its licence at {self.licence_page}, make a read token in that "
-            f"account's settings, and set the environment variable HF_TOKEN to it."
+            f"The {self.kind} is gated or private: accept its licence at {self.licence_page}, make a read token in "
+            f"that account's settings, and set the environment variable HF_TOKEN to it."
         )
 
 
@@ -193,6 +205,21 @@ def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: st
     _require_space(shards, declared, store, key, repository.where)
     files += [_fetch_file(repository, declared[name], store, key) for name in shards]
     return files, licence
+
+
+def fetch_hub_file(source: HubFile, store: Store, key: str) -> tuple[LockedFile, str]:
+    """Bring one file of a dataset repository into the store; return it and the licence that the card states.
+
+    Raises: as `fetch_hub`, and SourceError when the repository has no such file, naming the nearest.
+    """
+    repository = _Repository(source, None)
+    checked_name(source.member)
+    declared, licence = repository.describe()
+    if source.member not in declared:
+        near = get_close_matches(source.member, declared, n=3, cutoff=0.3)
+        raise SourceError(f"{repository.where}: no file {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
+    _require_space([source.member], declared, store, key, repository.where)
+    return _fetch_file(repository, declared[source.member], store, key), licence
 
 
 def _declared(info: Any, where: str) -> dict[str, _Declared]:

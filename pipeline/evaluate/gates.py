@@ -335,14 +335,15 @@ def _mmlu_line(name: str, metrics: Metrics, reference: Metrics, margin: float | 
     verdict = _against(drop.low, drop.high, margin, at_most=True)
     if verdict == PASS and drop.ability <= margin:
         return drop.line(name, INCONCLUSIVE, margin, f"cannot pass: {drop.blindness}")
-    why = {
-        PASS: "",
-        FAIL: "the whole interval lies beyond the margin; ",
-        INCONCLUSIVE: f"{drop.n:,} questions detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; "
-        + ("ask more; " if look.next else "there are no more to ask; "),
-    }
     asked = f" ({whole.n:,} were asked)" if whole.n > look.n else ""
-    return drop.line(name, verdict, margin, why[verdict] + look.describe() + asked)
+    note = look.describe() + asked
+    if verdict == FAIL:
+        note = f"the whole interval lies beyond the margin; {note}"
+    elif verdict == INCONCLUSIVE:
+        following = f"next look {look.next:,}" if look.next else "no questions are left to ask"
+        sees = f"{drop.n:,} questions detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}"
+        note = f"{sees}; {note}, {following}"
+    return drop.line(name, verdict, margin, note)
 
 
 def _at_look(whole: _Drop, look: sequential.Look, section: Metrics) -> _Drop:
@@ -387,7 +388,7 @@ def _humaneval_line(name: str, metrics: Metrics, reference: Metrics, margin: flo
 
 
 def _same_items(section: Metrics, own: Metrics, key: str) -> None:
-    for field in ("n", "mode"):
+    for field in ("n", "mode", "prompt", "samples", "temperature"):
         if section.get(field) != own.get(field):
             raise _Unusable(f"variant has {field} {section.get(field)}, reference {own.get(field)}: not the same items")
     if not math.isclose(_number(section, f"reference_{key}"), _number(own, key), abs_tol=1e-9):

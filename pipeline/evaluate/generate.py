@@ -1,19 +1,68 @@
-"""Greedy generation through onnxruntime-genai, batched, stopped as soon as every text is complete."""
+"""Generation through onnxruntime-genai: greedy or sampled, batched, stopped as soon as every text is complete."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnxruntime_genai as genai
 
 from pipeline.errors import EvaluationError
+from pipeline.evaluate.answers import END_OF_THINKING, is_thinking, opens_thinking
 from pipeline.files import read_json
 
 _CHECK_EVERY = 8  # steps between looks at the text: decoding it costs more than a token of a small model
 _LOGIT_BYTES = 1 << 29  # the runtime computes the logits of every prompt position of a batch
+_CACHE_BYTES = 1 << 31  # keys and values of a batch, allocated for its longest text
+
+Complete = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Tokens that may be written: in the answer, and before it in thinking (0: the model does not think)."""
+
+    answer: int
+    thinking: int = 0
+
+    @property
+    def total(self) -> int:
+        """The most that a text takes."""
+        return self.answer + self.thinking
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a batch are drawn: from the smallest set whose probability reaches `top_p`."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        ids: its tokens, the end-of-text token included.
+        text: the same without that token.
+        cut: which of `Limits` ended it; "" if it came to its end.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    cut: Literal["", "thinking", "answer"]
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A seed for one of many draws, the same on every machine: 31 bits of SHA-256."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4]) >> 1
 
 
 def load(folder: Path) -> genai.Model:
@@ -33,51 +82,141 @@ def load(folder: Path) -> genai.Model:
 
 
 class Writer:
-    """Continues prompts greedily with the model and tokenizer of one folder."""
+    """Continues prompts with the model and tokenizer of one folder."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.model = load(folder)
         self.tokenizer = genai.Tokenizer(self.model)
         settings = read_json(folder / "genai_config.json")["model"]
-        stops = settings["eos_token_id"]
+        decoder, stops = settings["decoder"], settings["eos_token_id"]
         self.stop_ids = set(stops if isinstance(stops, list) else [stops])
-        self.vocab = settings["vocab_size"]
+        self.vocab, self.context = settings["vocab_size"], settings["context_length"]
+        channels = decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+        self.cache_bytes = 2 * 4 * channels  # of one token, in float32
 
-    def batches(self, prompts: Sequence[str]) -> Iterator[list[int]]:
-        """Indices of `prompts` in batches of similar length, the longest first, as large as their logits allow.
+    def chat(self, request: str) -> str:
+        """The prompt for a user's request, by the model's own chat template.
+
+        Raises EvaluationError when the model has none, or it cannot be rendered.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                json.dumps([{"role": "user", "content": request}]), add_generation_prompt=True
+            )
+        except Exception as error:  # as in `load`
+            raise EvaluationError(
+                f"{self.folder}: onnxruntime-genai cannot render the chat template: {error}. A model without one is "
+                f"asked by completion: set `humaneval_prompt: completion` in its entry."
+            ) from None
+
+    def rows(self, prompt_tokens: int, limits: Limits) -> int:
+        """Prompts of this length that one batch can hold, by its logits and its keys and values; at least one."""
+        by_logits = _LOGIT_BYTES // (4 * self.vocab * prompt_tokens)
+        return max(1, min(by_logits, _CACHE_BYTES // (self.cache_bytes * (prompt_tokens + limits.total))))
+
+    def tokens(self, prompt: str) -> int:
+        """Number of tokens of a prompt."""
+        return len(self.tokenizer.encode(prompt))
+
+    def batches(self, prompts: Sequence[str], limits: Limits) -> Iterator[list[int]]:
+        """Indices of `prompts` in batches of similar length, the longest first, as large as memory allows.
 
         A batch pays for its weights once and for its longest prompt in every row.
         """
-        lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
+        lengths = [self.tokens(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
         while order:
-            rows = max(1, _LOGIT_BYTES // (4 * self.vocab * lengths[order[0]]))
+            rows = self.rows(lengths[order[0]], limits)
             yield order[:rows]
             order = order[rows:]
 
-    def continuations(self, prompts: Sequence[str], max_new_tokens: int, complete: Callable[[str], bool]) -> list[str]:
-        """The text after each prompt of one batch, at most `max_new_tokens` tokens, end-of-text tokens cut off.
+    def continuations(
+        self, prompts: Sequence[str], limits: Limits, complete: Complete, sampling: Sampling | None = None
+    ) -> list[Written]:
+        """The text after each prompt of one batch: greedy, or drawn as `sampling` says.
 
-        A row that is `complete` goes on only as long as others need; the caller cuts it.
+        A text ends with an end-of-text token, with the look (every 8 tokens) that finds its answer `complete`, or at
+        its limit. Greedy ones do not depend on the batch they are in; drawn ones do, and on the order of its rows.
+
+        Raises:
+            EvaluationError: the longest prompt and the limits exceed the model's context.
         """
-        prefix = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+        prefix = max(map(self.tokens, prompts))
+        if prefix + limits.total > self.context:
+            raise EvaluationError(
+                f"{self.folder}: a prompt of {prefix:,} tokens with {limits.thinking:,} to think and {limits.answer:,} "
+                f"to answer exceeds the context of {self.context:,}. Lower the suite's limits under `humaneval` in "
+                f"configs/evaluation, or raise `context` in the model's entry."
+            )
+        # Some models' thinking markers are special tokens, which decoding would leave out.
+        self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")
         params = genai.GeneratorParams(self.model)
         # The KV cache is allocated for max_length: what this batch needs, not the model's context.
-        params.set_search_options(max_length=prefix + max_new_tokens, batch_size=len(prompts), do_sample=False)
+        params.set_search_options(max_length=prefix + limits.total, batch_size=len(prompts), **_search(sampling))
         generator = genai.Generator(self.model, params)
         generator.append_tokens(self.tokenizer.encode_batch(list(prompts)))
-        for step in range(max_new_tokens):
-            if generator.is_done():
-                break
+        rows = [_Row(self, limits, complete, opens_thinking(prompt)) for prompt in prompts]
+        for step in range(1, limits.total + 1):
             generator.generate_next_token()
-            if step % _CHECK_EVERY == _CHECK_EVERY - 1:
-                rows = [self._text(generator, row, prefix) for row in range(len(prompts))]
-                if all(ended or complete(text) for text, ended in rows):
+            last = generator.is_done() or step == limits.total
+            if last or step % _CHECK_EVERY == 0:
+                for index, row in enumerate(rows):
+                    if row.written is None:
+                        row.look([int(token) for token in generator.get_sequence(index)[prefix:]])
+                if last or all(row.written for row in rows):
                     break
-        return [self._text(generator, row, prefix)[0] for row in range(len(prompts))]
+        return [row.written for row in rows if row.written]
 
-    def _text(self, generator: genai.Generator, row: int, prefix: int) -> tuple[str, bool]:
-        """The row's new text and whether it has ended by itself."""
-        ids = [int(token) for token in generator.get_sequence(row)[prefix:]]
-        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
-        return self.tokenizer.decode(ids[:end]), end is not None
+
+def _search(sampling: Sampling | None) -> dict[str, float | int | bool]:
+    if sampling is None:
+        return {"do_sample": False}
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "random_seed": sampling.seed}
+    return {"do_sample": True, "top_k": 0, **drawn}  # 0: no limit, where the model's own default may be one
+
+
+class _Row:
+    """One text of a batch while it grows; `written` once it has ended."""
+
+    def __init__(self, writer: Writer, limits: Limits, complete: Complete, opened: bool) -> None:
+        self._writer, self._limits, self._complete, self._opened = writer, limits, complete, opened
+        self._answer_from: int | None = None if limits.thinking else 0
+        self.written: Written | None = None
+
+    def look(self, ids: list[int]) -> None:
+        """Decide whether a text of these tokens has ended, and where."""
+        stop = next((index for index, token in enumerate(ids) if token in self._writer.stop_ids), None)
+        told = ids[:stop]
+        if self._answer_from is None:
+            self._answer_from = self._end_of_thinking(told)
+        begun = self._answer_from is not None
+        most = self._answer_from + self._limits.answer if begun else self._limits.thinking
+        text = self._decode(told[:most])
+        if begun and self._complete(text):
+            self.written = Written(tuple(told[:most]), text, "")
+        elif len(told) > most or (len(told) == most and stop is None):
+            self.written = Written(tuple(told[:most]), text, "answer" if begun else "thinking")
+        elif stop is not None:
+            self.written = Written(tuple(ids[: stop + 1]), text, "")
+
+    def _end_of_thinking(self, ids: list[int]) -> int | None:
+        """Number of tokens up to where the answer begins, within the limit; 0 for a text that does not think."""
+        ids = ids[: self._limits.thinking]
+        text = self._decode(ids)
+        if is_thinking(text, self._opened):
+            return None
+        if END_OF_THINKING not in text:
+            return 0
+        # A marker once closed stays closed, so its last token can be found by bisection.
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if is_thinking(self._decode(ids[:middle]), self._opened):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._writer.tokenizer.decode(ids)

@@ -11,9 +11,8 @@ import builtins
 import gzip
 import json
 import random
-import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.referee import Outcome, judge_program
-from pipeline.evaluate.sandbox import require_isolation
 
 
 @dataclass(frozen=True)
@@ -82,85 +80,34 @@ def spread(problems: Sequence[Problem], n: int) -> list[Problem]:
     return [problems[i] for i in sorted(chosen)]
 
 
-# --- prompting -------------------------------------------------------------------------------------------------------
-
-
-def completion_prompt(problem: Problem) -> str:
-    """What a model is asked to continue; with the trailing newline most models would stop after two tokens."""
-    return problem.prompt.rstrip("\n")
-
-
-# What the scanner must step over or count, in this order; text between matches is irrelevant.
-_TOKENS = re.compile(
-    r"""
-    (?P<text> \"{3} (?:\\.|[^\\])*? (?:\"{3}|\\?\Z) | '{3} (?:\\.|[^\\])*? (?:'{3}|\\?\Z)
-            | "(?:\\.|[^"\\\n])*"? | '(?:\\.|[^'\\\n])*'? | \#[^\n]* )
-  | (?P<open> [(\[{] ) | (?P<close> [)\]}] )
-  | (?P<line> \n (?=[^\s)\]}]) )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-_NEW_DEFINITION = re.compile(r"\n(?:(?:async\s+)?def|class)\b|\n@|\n```|\n<")
-
-
-def extract_completion(problem: Problem, text: str) -> str:
-    """The body in a raw continuation of `completion_prompt`, to be appended to `problem.prompt`.
-
-    The body ends before the first line that starts in column 0, as the usual stop sequences (`\\ndef`, `\\nclass`,
-    `\\nif`, `\\nprint`, `\\n#`, a code fence) would have it, unless that line is inside a string or a bracket.
-    """
-    del problem  # every prompt ends after its docstring, so all continuations are cut alike
-    text = text if text.startswith("\n") else "\n" + text
-    return text[: _body_end(text)].lstrip("\n").rstrip() + "\n"
-
-
-def should_stop(text: str) -> bool:
-    """Whether a continuation, as far as it is generated, already holds its whole body."""
-    return _body_end(text) < len(text)
-
-
-def _body_end(text: str) -> int:
-    """Offset of the newline before the first column-0 line outside strings and brackets, or `len(text)`."""
-    depth = 0
-    for token in _TOKENS.finditer(text):
-        if token["open"]:
-            depth += 1
-        elif token["close"]:
-            depth = max(0, depth - 1)
-        elif token["line"] and (depth == 0 or _NEW_DEFINITION.match(text, token.start())):
-            return token.start()
-    return len(text)
-
-
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(problem: Problem, completion: str, timeout_seconds: float, allow_unsafe: bool = False) -> Outcome:
+def judge(problem: Problem, completion: str, timeout_seconds: float, level: str) -> Outcome:
     """Run the problem's test against `problem.prompt + completion`.
 
     The verdict is a function of the completion, up to its running time: tests that draw random inputs draw the same
     ones each time.
 
     Args:
-        completion: generated source, as from `extract_completion`; hostile.
+        completion: generated source, as from `answers.extract_completion`; hostile.
         timeout_seconds: wall time for all of the test's calls together.
-        allow_unsafe: run even where the machine cannot contain hostile code.
+        level: isolation to run it at, from `isolation.require_isolation`.
 
     Raises:
-        EvaluationError: isolation is not available, or the worker could not be started. Never a verdict.
+        EvaluationError: the worker could not be started or confined. Never a verdict.
     """
-    level = require_isolation(allow_unsafe)
     program = problem.prompt + completion
     return judge_program(program, problem.entry_point, lambda call: _check(problem, call), timeout_seconds, level)
 
 
 def judge_all(
-    pairs: Sequence[tuple[Problem, str]], timeout_seconds: float, workers: int = 2, allow_unsafe: bool = False
-) -> list[Outcome]:
-    """`judge` for each (problem, completion), `workers` at a time, in the order given; same errors."""
+    pairs: Sequence[tuple[Problem, str]], timeout_seconds: float, level: str, workers: int = 2
+) -> Iterator[Outcome]:
+    """`judge` for each (problem, completion), `workers` at a time, in the order given, as they fall; same errors."""
     with ThreadPoolExecutor(workers) as pool:
         try:
-            return list(pool.map(lambda pair: judge(*pair, timeout_seconds, allow_unsafe), pairs))
+            yield from pool.map(lambda pair: judge(*pair, timeout_seconds, level), pairs)
         finally:
             pool.shutdown(cancel_futures=True)
 

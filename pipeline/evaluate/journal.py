@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import atomic_file
 
 
 class Journal:
@@ -41,4 +44,17 @@ class Journal:
         """Keep `item`, plain JSON data, under `name`."""
         self.items[name] = item
         with open(self._path, "ab") as file:
-            file.write(json.dumps([name, item], ensure_ascii=False).encode() + b"\n")
+            file.write(_line(name, item))
+
+    def arrange(self, names: Iterable[str]) -> None:
+        """Put the items in the order of `names`, others after them: the file of one history equals that of another."""
+        order = list(dict.fromkeys([*names, *self.items]))
+        if order == list(self.items):
+            return
+        self.items = {name: self.items[name] for name in order}
+        with atomic_file(self._path) as file:
+            file.writelines(_line(*entry) for entry in self.items.items())
+
+
+def _line(name: str, item: Any) -> bytes:
+    return json.dumps([name, item], ensure_ascii=False).encode() + b"\n"

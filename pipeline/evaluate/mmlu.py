@@ -1,44 +1,29 @@
-"""MMLU without a harness: questions, a nested subset, prompts, and four log-likelihoods per question.
+"""MMLU's questions: the official splits, nested subsets of them, and the examples that come before a question.
 
-Design:
-- One prefill per question. Its state is reused for the four answers, and a one-token answer needs only its last logits.
-- Prompts are those of lm-evaluation-harness (`mmlu` and `mmlu_continuation`, zero-shot), so that it can cross-check us.
-- Two modes. `letter` compares " A" … " D" after the question with its choices: the official format, which needs a model
-  able to follow it. `cloze` compares the choices' own text after the bare question, by log-likelihood **per token**:
-  small models score above chance there and not with letters.
-- Scores are kept, not only right or wrong: paired changes of a score are far more sensitive than accuracy.
+Source: Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding" (arXiv 2009.03300). The test split
+comes from a wheel or, like the development split, from the Hub (`cais/mmlu`); both spellings of a row are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal
 
 from pipeline.errors import EvaluationError
 
-QUESTIONS = 14_042  # the official test split
 SUBJECTS = 57
+SHOTS = 5
 LETTERS = "ABCD"
 
-Mode = Literal["cloze", "letter"]
-Encode = Callable[[str], list[int]]
-Progress = Callable[[int, int], None]
-State = Any  # what a Decoder remembers of the tokens it was given; opaque, immutable, reusable
-
-
-class Decoder(Protocol):
-    """A causal language model with a reusable past."""
-
-    def run(self, ids: Sequence[int], past: State | None = None) -> tuple[np.ndarray, State]:
-        """Logits of `ids` after `past`, float32 [len(ids), vocabulary], and the state after them; `past` is kept."""
-        ...
+Split = Literal["test", "dev"]
+QUESTIONS: Mapping[Split, int] = {"test": 14_042, "dev": SHOTS * SUBJECTS}
+Examples = Mapping[str, Sequence["Question"]]
+"""The questions shown with their answers before a question, by subject."""
 
 
 @dataclass(frozen=True)
@@ -51,63 +36,81 @@ class Question:
     answer: int
 
 
-@dataclass(frozen=True)
-class MmluResult:
-    """Per question, in the order given.
+def load_questions(path: Path, split: Split = "test") -> list[Question]:
+    """An official split, in the file's order.
 
-    choice_scores: float64 [n, 4], natural log-likelihood (letter: of the letter; cloze: mean per token of the choice).
-    predicted: int64 [n], the choice with the highest score, the first of equals.
-    correct: bool [n].
-    """
-
-    choice_scores: np.ndarray
-    predicted: np.ndarray
-    correct: np.ndarray
-
-
-# --- questions ------------------------------------------------------------------------------------------------------
-
-
-def load_questions(path: Path) -> list[Question]:
-    """The official test split from a JSON-lines file with question, answer_a … answer_d, correct_answer and topic.
-
-    The published file has two header rows among its questions; they are dropped.
+    Either JSON lines with topic, question, answer_a … answer_d and correct_answer (a letter), whose two header rows
+    are dropped, or Parquet with subject, question, choices and answer (a number).
 
     Raises:
-        EvaluationError: a row is malformed, or the split is not complete (14,042 questions, 57 subjects).
+        EvaluationError: a row is malformed, or the split is not complete (14,042 or 285 questions, 57 subjects).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read as MMLU questions: {error}.") from error
-    rows = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
-    questions = [row for row in rows if row is not None]
+    rows = (_parse(path, number, row) for number, row in _rows(path))
+    questions = [question for question in rows if question is not None]
     subjects = {question.subject for question in questions}
-    if (len(questions), len(subjects)) != (QUESTIONS, SUBJECTS):
+    if (len(questions), len(subjects)) != (QUESTIONS[split], SUBJECTS):
         raise EvaluationError(
-            f"{path} holds {len(questions):,} questions in {len(subjects)} subjects; the MMLU test split has "
-            f"{QUESTIONS:,} in {SUBJECTS}. Fetch the dataset again."
+            f"{path} holds {len(questions):,} questions in {len(subjects)} subjects; the MMLU {split} split has "
+            f"{QUESTIONS[split]:,} in {SUBJECTS}. Correct its entry in configs/datasets.yaml or fetch it again."
         )
     return questions
 
 
-def _parse(path: Path, number: int, line: str) -> Question | None:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows as they lie in the file, counted from 1. The store's files have no suffix: Parquet begins with PAR1."""
+    try:
+        with open(path, "rb") as file:
+            parquet = file.read(4) == b"PAR1"
+        if parquet:
+            yield from enumerate(_parquet_rows(path), 1)
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as MMLU questions: {error}. Fetch it again.") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path} row {number} is not an MMLU question: {error}. Fetch it again.") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path).to_pylist()
+    except ArrowException as error:
+        raise EvaluationError(f"{path} cannot be read as Parquet: {error}. Fetch it again.") from error
+
+
+def _parse(path: Path, number: int, row: Any) -> Question | None:
     """One row, or None for a header row."""
     try:
-        row = json.loads(line)
-        text = [row[key] for key in ("topic", "question", "answer_a", "answer_b", "answer_c", "answer_d")]
-        letter = row["correct_answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path} line {number} is not an MMLU question: {error!r}. Fetch it again.") from error
-    if text[1] == "question" and letter == "answer":
+        subject, question, choices, answer = _published(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{path} row {number} is not an MMLU question: {error!r}. Fetch it again.") from error
+    if question == "question" and answer == "answer":
         return None
-    if not all(isinstance(value, str) and value.strip() for value in text) or letter not in tuple(LETTERS):
+    text = [subject, question, *choices]
+    if len(text) != 6 or not all(isinstance(value, str) and value.strip() for value in text) or answer not in range(4):
         raise EvaluationError(
-            f"{path} line {number}: an MMLU question needs a subject, a question, four choices that are not empty and "
-            f"an answer A to D (it has {letter!r}). Fetch it again."
+            f"{path} row {number}: an MMLU question needs a subject, a question, four choices that are not empty and "
+            f"an answer A to D (it has {answer!r}). Fetch it again."
         )
-    subject, question, *choices = text
-    return Question(subject.replace("_", " "), question, tuple(choices), LETTERS.index(letter))
+    return Question(subject.replace("_", " "), question, tuple(choices), answer)
+
+
+def _published(row: Any) -> tuple[Any, Any, list[Any], Any]:
+    """Subject, question, choices and answer (0 … 3 where it is right) of a row in either spelling."""
+    if "choices" in row:
+        return row["subject"], row["question"], list(row["choices"]), row["answer"]
+    choices = [row[f"answer_{letter.lower()}"] for letter in LETTERS]
+    letter = row["correct_answer"]
+    return row["topic"], row["question"], choices, LETTERS.index(letter) if letter in tuple(LETTERS) else letter
+
+
+# --- subsets --------------------------------------------------------------------------------------------------------
 
 
 def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -137,100 +140,37 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------------------------------
 
 
-def prompt(question: Question, mode: Mode) -> str:
-    """The text before the answer, ending in "Answer:"."""
-    stem = question.question.strip()
-    if mode == "cloze":
-        header = f"The following are questions (with answers) about {question.subject}.\n\n"
-        return f"{header}Question: {stem}\nAnswer:"
-    header = f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
-    choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question.choices, strict=True))
-    return f"{header}{stem}\n{choices}Answer:"
+def development_examples(questions: Sequence[Question]) -> Examples:
+    """The development split by subject, in its own order: the examples of the published five-shot scores."""
+    by_subject: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_subject[question.subject].append(question)
+    return by_subject
 
 
-def answers(question: Question, mode: Mode) -> tuple[str, ...]:
-    """The four continuations of the prompt, each starting with the space that belongs to it."""
-    return tuple(f" {text}" for text in (question.choices if mode == "cloze" else LETTERS))
+def held_out_examples(questions: Sequence[Question], n: int, seed: int) -> Examples:
+    """Five questions of every subject that no subset up to `subset(questions, n, seed)` asks, nor their like.
 
-
-# --- scoring --------------------------------------------------------------------------------------------------------
-
-
-def score(
-    questions: Sequence[Question], mode: Mode, encode: Encode, model: Decoder, progress: Progress | None = None
-) -> MmluResult:
-    """Log-likelihoods of the four answers of every question.
-
-    `encode` maps text to token ids (with whatever start token the model wants). `progress(done, total)` is called after
-    each question.
+    They are each subject's last in the order of subsets, whatever `n`: a larger subset is asked after the same ones.
+    Questions whose text occurs twice in the split are passed over.
 
     Raises:
-        EvaluationError: an answer is empty or adds no token, or the model's logits are misshapen or not finite.
+        EvaluationError: the subset is too large to leave them out.
     """
-    scores = np.empty((len(questions), 4))
-    for index, question in enumerate(questions):
-        scores[index] = choice_scores(question, mode, encode, model)
-        if progress is not None:
-            progress(index + 1, len(questions))
-    predicted = scores.argmax(axis=1)
-    correct = predicted == np.array([question.answer for question in questions], dtype=np.int64)
-    return MmluResult(scores, predicted, correct)
-
-
-def choice_scores(question: Question, mode: Mode, encode: Encode, model: Decoder) -> np.ndarray:
-    """float64 [4]: log-likelihood of each answer after the prompt; in cloze mode divided by its number of tokens."""
-    before = prompt(question, mode)
-    if not all(choice.strip() for choice in question.choices):
+    order = subset(questions, len(questions), seed)
+    occurrences = Counter(question.question for question in order)
+    place = {question: index for index, question in enumerate(order)}
+    by_subject: dict[str, list[Question]] = defaultdict(list)
+    for question in reversed(order):
+        if occurrences[question.question] == 1 and len(by_subject[question.subject]) < SHOTS:
+            by_subject[question.subject].append(question)
+    largest = min(place[question] for examples in by_subject.values() for question in examples)
+    if n > largest:
         raise EvaluationError(
-            f"an MMLU question on {question.subject} has an empty choice: {question.question[:80]!r}."
+            f"{n:,} MMLU questions leave no {SHOTS} of every subject to show as examples; up to {largest:,} do. Ask "
+            f"fewer, or set `exemplars: dev` in configs/evaluation/ for the official development split, from the Hub."
         )
-    sequences = [encode(before + answer) for answer in answers(question, mode)]
-    # Usually the whole prompt. Where a tokenizer merges across the boundary, the tokens that changed are scored with
-    # the answer, and all four answers start from the same context.
-    context = encode(before)
-    shared = min(_common_prefix(context, sequence) for sequence in sequences)
-    if shared == 0 or any(len(sequence) == shared for sequence in sequences):
-        raise EvaluationError(
-            f"the tokenizer leaves nothing to condition on or nothing to score for an MMLU question on "
-            f"{question.subject}: {question.question[:80]!r}. Check the checkpoint's tokenizer."
-        )
-    logits, state = _run(model, context[:shared], None)
-    totals = []
-    for sequence in sequences:
-        targets = sequence[shared:]
-        rows = logits[-1:]
-        if len(targets) > 1:
-            rows = np.concatenate([rows, _run(model, targets[:-1], state)[0]])
-        log_likelihood = _log_likelihood(rows, targets)
-        totals.append(log_likelihood / len(targets) if mode == "cloze" else log_likelihood)
-    return np.array(totals)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
-
-
-def _run(model: Decoder, ids: Sequence[int], past: State | None) -> tuple[np.ndarray, State]:
-    logits, state = model.run(ids, past)
-    if logits.ndim != 2 or logits.shape[0] != len(ids):
-        raise EvaluationError(f"the model returned logits of shape {logits.shape} for {len(ids)} tokens.")
-    return logits, state
-
-
-def _log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> float:
-    """Sum over positions of log softmax(logits)[target], in float64 (nats)."""
-    vocabulary = logits.shape[1]
-    if not all(0 <= target < vocabulary for target in targets):
-        raise EvaluationError(f"the tokenizer gives token id {max(targets)}; the model's logits have {vocabulary}.")
-    values = logits.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise EvaluationError("the model's logits are not finite (overflow, or a damaged artifact).")
-    top = values.max(axis=1)
-    normaliser = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
-    return float((values[np.arange(len(targets)), list(targets)] - normaliser).sum())
+    return by_subject

@@ -14,21 +14,19 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipeline.errors import EvaluationError
+from pipeline.evaluate.isolation import command
 from pipeline.evaluate.worker import Plain, decode, encode
 
 _STARTUP_SECONDS = 60.0  # a bare interpreter takes 0.05; this only tells a slow machine from a broken one
 _MAX_ANSWER = 1 << 18  # bytes of one answer; the longest that a right solution gives HumanEval has 717
-_ROOT = Path(__file__).resolve().parents[2]
-_BOOTSTRAP = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); import pipeline.evaluate.worker as worker; worker.main()"
+_BOOTSTRAP = "import pipeline.evaluate.worker as worker; worker.main()"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def judge_program(
         entry_point: the function in it that is tested.
         test: trusted; returns if the answers are right, raises `AssertionError` (or trips over them) if not.
         timeout_seconds: wall time for the program's top level and all calls together, once the worker is ready.
-        level: isolation to apply, from `sandbox.require_isolation`.
+        level: isolation to apply, from `isolation.require_isolation`.
 
     Raises:
         EvaluationError: the worker could not be started or confined. Never a verdict.
@@ -81,7 +79,7 @@ class _Worker:
         self._deadline = time.monotonic() + _STARTUP_SECONDS
         self._channel, theirs = socket.socketpair()
         with theirs:
-            self._process = self._spawn(theirs)
+            self._process = self._spawn(command(level, _BOOTSTRAP), theirs)
         self._setup = [level, math.ceil(timeout_seconds) + 1, program, entry_point]
 
     def __enter__(self) -> _Worker:
@@ -106,10 +104,10 @@ class _Worker:
         self._send([self._calls, encode(arguments)])
         return self._answer()
 
-    def _spawn(self, channel: socket.socket) -> subprocess.Popen[bytes]:
+    def _spawn(self, arguments: list[str], channel: socket.socket) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP],
+                arguments,
                 stdin=channel,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -120,7 +118,7 @@ class _Worker:
         except OSError as error:
             self._channel.close()
             raise EvaluationError(
-                f"the sandboxed worker could not be started with {sys.executable!r}: {error}. "
+                f"the sandboxed worker could not be started with {arguments[0]!r}: {error}. "
                 f"Generated code was not run; free memory or processes and run the evaluation again."
             ) from error
 

@@ -1,16 +1,21 @@
 """Give up every right a pure computation does not need, before running code that a model wrote.
 
-`lock_down` is called inside the process that will run the code, after everything it may need has been imported:
+`lock_down` is called inside the process that will run the code, after everything it may need has been imported. What
+it does depends on the level that `pipeline.evaluate.isolation` chose for this machine:
 
 - a seccomp allow-list leaves memory, clocks, sleeping, exit, and reads and writes on descriptors that are already open;
   files, sockets, processes, threads, signals, ptrace, terminals and namespaces all fail with EPERM, for root too;
 - Landlock, where the kernel has it, denies the file system, TCP and signals a second time, by another mechanism;
-- resource limits bound memory, CPU time, file size and core dumps (RLIMIT_NPROC does nothing for uid 0, hence seccomp).
+- without seccomp, a wrapper around the process (bubblewrap's namespaces, macOS's sandbox-exec) keeps files, network and
+  other processes out of sight, and root becomes `nobody`, whom RLIMIT_NPROC keeps from making processes and threads;
+- resource limits bound memory, CPU time, file size and core dumps, and let no new descriptor be opened, whatever it
+  would be of (a file, a socket, anonymous memory, io_uring).
 
-Because no file can be opened at any level, a verdict does not depend on whether the kernel has Landlock.
+Because no file can be opened at any level, a verdict does not depend on the level.
 
 Not covered here: wall time, output volume and inherited descriptors, which are the parent's business
-(`pipeline.evaluate.referee`); side channels and bugs of the kernel behind the calls that stay allowed.
+(`pipeline.evaluate.referee`); side channels and bugs of the kernel behind the calls that stay allowed, which are few
+under seccomp and most of them under a wrapper; memory on macOS, which has no limit that its kernel enforces.
 
 Sources: Linux seccomp(2), landlock(7), prctl(2), linux/filter.h; call numbers from the kernel's asm/unistd_64.h and
 asm-generic/unistd.h.
@@ -22,15 +27,22 @@ import contextlib
 import ctypes
 import os
 import platform
+import socket
 import struct
 import sys
 
 from pipeline.errors import EvaluationError
 
+try:
+    import resource
+except ImportError:  # Windows, where nothing is safe
+    resource = None  # type: ignore[assignment]
+
 LANDLOCK = "landlock+seccomp+rlimits"
 SECCOMP = "seccomp+rlimits"
+BUBBLEWRAP = "bubblewrap+rlimits"
+SANDBOX_EXEC = "sandbox-exec+rlimits"
 RLIMITS = "rlimits"
-SAFE_LEVELS = (LANDLOCK, SECCOMP)
 
 MEMORY_LIMIT = 512 << 20  # bytes of address space; the interpreter itself maps about 30 MB
 
@@ -57,6 +69,7 @@ _SECCOMP_MODE_FILTER = 2
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _SIGKILL = 9
+_NOBODY = 65534
 
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06  # classic BPF: LD|W|ABS, JMP|JEQ|K, RET|K
 _KILL, _ALLOW, _DENY = 0x80000000, 0x7FFF0000, 0x00050001  # kill the process; allow; fail with EPERM
@@ -67,62 +80,57 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def isolation_level() -> str:
-    """The strongest level this machine offers: one of `LANDLOCK`, `SECCOMP`, `RLIMITS`; only `SAFE_LEVELS` contain."""
-    if sys.platform != "linux" or platform.machine() not in _ALLOWED:
-        return RLIMITS
-    if _libc().prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) < 0:
-        return RLIMITS
-    return LANDLOCK if _landlock_version() > 0 else SECCOMP
+def system_calls_known() -> bool:
+    """Whether there is a seccomp allow-list for this machine, and a kernel that takes it."""
+    known = sys.platform == "linux" and platform.machine() in _ALLOWED
+    return known and _libc().prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) >= 0
 
 
-def require_isolation(allow_unsafe: bool = False) -> str:
-    """The level to run generated code at.
-
-    Raises:
-        EvaluationError: this machine cannot contain hostile code, and `allow_unsafe` is false.
-    """
-    level = isolation_level()
-    if level not in SAFE_LEVELS and not allow_unsafe:
-        raise EvaluationError(
-            f"generated code was not run: this machine ({sys.platform}, {platform.machine()}) offers only {level!r}, "
-            f"which lets it reach files, the network and other processes. Run the evaluation on Linux (x86-64 or "
-            f"arm64) with seccomp filters, or allow unsafe execution inside a throw-away virtual machine."
-        )
-    return level
+def landlock_version() -> int:
+    """Landlock's ABI version, or a negative number where the kernel has none."""
+    return _libc().syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
 
 
 def lock_down(level: str, cpu_seconds: int) -> None:
     """Confine this process for the rest of its life; the caller must be single-threaded.
 
     Args:
-        level: what to apply, as returned by `isolation_level`.
+        level: what to apply, as returned by `isolation.isolation_level`. At a level with a wrapper the process must
+            have been started by `isolation.command`.
         cpu_seconds: CPU time after which the kernel kills the process.
 
     Raises:
-        EvaluationError: the kernel refused a layer of `level`; the process must then run nothing hostile.
+        EvaluationError: the kernel refused a layer of `level`, or something is still within reach; the process must
+            then run nothing hostile.
     """
-    _set_limits(cpu_seconds)
-    if level == RLIMITS:
+    if level in (LANDLOCK, SECCOMP):
+        _control("die with the parent", _PR_SET_PDEATHSIG, _SIGKILL)
+        _control("give up new privileges", _PR_SET_NO_NEW_PRIVS, 1)
+        if level == LANDLOCK:
+            _apply_landlock()
+        _set_limits(cpu_seconds)
+        _apply_seccomp()
+        _require_closed()
         return
-    _control("die with the parent", _PR_SET_PDEATHSIG, _SIGKILL)
-    _control("give up new privileges", _PR_SET_NO_NEW_PRIVS, 1)
-    if level == LANDLOCK:
-        _apply_landlock()
-    _apply_seccomp()
-    _require_closed()
+    _give_up_root()
+    if level != RLIMITS:
+        _require_closed()  # before the limits, which would refuse for the wrapper
+    _set_limits(cpu_seconds)
 
 
 def _set_limits(cpu_seconds: int) -> None:
-    import resource  # absent on Windows, where isolation_level already says that nothing is safe
-
+    if resource is None:
+        raise EvaluationError(f"{sys.platform} has no resource limits. Run the evaluation on Linux.")
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: MEMORY_LIMIT,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NOFILE: 0,  # what is open stays open
     }
+    if sys.platform == "darwin":
+        del limits[resource.RLIMIT_AS]  # refused there: the shared cache of libraries alone is larger
     try:
         for limit, value in limits.items():
             resource.setrlimit(limit, (value, value))
@@ -130,9 +138,21 @@ def _set_limits(cpu_seconds: int) -> None:
         raise EvaluationError(f"the sandbox could not set resource limit {limit} to {value}: {error}") from error
 
 
+def _give_up_root() -> None:
+    """Become `nobody`, for whom RLIMIT_NPROC holds and every file is another's."""
+    if os.getuid() != 0:
+        return
+    try:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    except OSError as error:
+        raise EvaluationError(f"the sandbox could not become user {_NOBODY} (nobody): {error}") from error
+
+
 def _apply_landlock() -> None:
     """Enter a Landlock domain without a single rule: whatever it governs is denied."""
-    version = _landlock_version()
+    version = landlock_version()
     files = (1 << 13) - 1
     for since, bit in ((2, 13), (3, 14), (5, 15)):  # refer, truncate, device ioctl
         files |= (version >= since) << bit
@@ -171,18 +191,21 @@ def _filter(machine: str) -> bytes:
 
 
 def _require_closed() -> None:
-    """A last look from inside: the file system must be out of reach."""
-    with contextlib.suppress(PermissionError):
-        os.stat("/")
-        raise EvaluationError(
-            "the sandbox was applied without an error, yet a file is still reachable from inside it; refusing to run "
-            "generated code. Run the evaluation on a Linux kernel with seccomp filters (CONFIG_SECCOMP_FILTER)."
-        )
+    """A last look from inside: the file system and the network must be out of reach."""
+    for what, reach in (("a file", lambda: os.stat("/etc")), ("the network", _reach_network)):
+        with contextlib.suppress(OSError):
+            reach()
+            raise EvaluationError(
+                f"the sandbox was applied without an error, yet {what} is still reachable from inside it; refusing to "
+                f"run generated code. Run the evaluation on a Linux kernel with seccomp filters "
+                f"(CONFIG_SECCOMP_FILTER)."
+            )
 
 
-def _landlock_version() -> int:
-    """Landlock's ABI version, or a negative number where the kernel has none."""
-    return _libc().syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
+def _reach_network() -> None:
+    """Find a route to an address that RFC 5737 reserves for examples; a datagram's connect sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
 
 
 def _control(purpose: str, option: int, *arguments: object) -> None:

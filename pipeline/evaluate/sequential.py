@@ -74,10 +74,8 @@ class Look:
     next: int | None
 
     def describe(self) -> str:
-        """`look 2 of 4: n 1,425, alpha 0.010 of 0.05 spent, next look 2,850`."""
-        following = f"next look {self.next:,}" if self.next else "the last"
-        place = f"look {self.number} of {len(LOOKS)}: n {self.n:,}"
-        return f"{place}, alpha {self.spent:.3f} of {ALPHA:g} spent, {following}"
+        """`look 2 of 4: n 1,425, alpha 0.010 of 0.05 spent`."""
+        return f"look {self.number} of {len(LOOKS)}: n {self.n:,}, alpha {self.spent:.3f} of {ALPHA:g} spent"
 
 
 def spending(n: int) -> float:

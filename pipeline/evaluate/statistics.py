@@ -12,6 +12,8 @@ Three decisions:
   counterpart of Wilson's: twenty items without a flip do not look like proof, and its error stays what it claims where
   flips are few. (An exact loss of 2 points among 2.5 % of flips passes the four looks of `sequential` 4.4 % of the
   time; with Wald's interval and one added to each kind of flip it is 6.4 %.)
+- A problem may be solved in a share of several samples. The formulas for yes and no then hold with room to spare:
+  values in [0, 1] vary by at most mean·(1 − mean), and a difference's square is at most its size.
 - Whatever cannot be detected is a number too: each summary carries the effect that its sample size would reveal with
   80 % power in a one-sided test at 5 %. For divergence that is the excess over the limit (in the metric's own unit),
   for accuracy the drop.
@@ -20,6 +22,7 @@ Three decisions:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,12 +178,12 @@ def drop_score(drop: float, n: ArrayLike, lost: ArrayLike, won: ArrayLike) -> Fl
     return np.divide(distance, np.sqrt(variance), out=np.zeros_like(distance), where=distance != 0)
 
 
-def paired_interval(n: int, lost: int, won: int, z: float | None = None) -> Interval:
+def paired_interval(n: int, lost: float, won: float, z: float | None = None) -> Interval:
     """Drop in accuracy from the reference to the variant, as a share; positive is a loss.
 
     Args:
         n: items.
-        lost, won: items that only the reference has right, and only the variant.
+        lost, won: items that only the reference has right, and only the variant; parts of items where items have parts.
         z: quantile of each bound, that of 5 % unless given (a look of `sequential` has its own).
 
     An upper bound lies within a margin just when `drop_score(margin, ...)` is at most -z.
@@ -199,9 +202,24 @@ def paired_interval(n: int, lost: int, won: int, z: float | None = None) -> Inte
     return Interval(estimate, bound(-1), bound(1), detectable_drop(n, (lost + won + 2) / (n + 2), z))
 
 
-def flips(correct: Bools, reference: Bools) -> tuple[int, int, int]:
-    """Items, those lost and those won by a variant; both arrays [n] bool, paired by index."""
-    return len(correct), int(np.sum(reference & ~correct)), int(np.sum(~reference & correct))
+def flips(correct: Bools | Floats, reference: Bools | Floats) -> tuple[int, float, float]:
+    """Items, those lost and those won by a variant; both arrays [n] bool or shares in [0, 1], paired by index."""
+    loss = reference.astype(np.float64) - correct
+    return len(correct), float(np.maximum(loss, 0).sum()), float(np.maximum(-loss, 0).sum())
+
+
+def pass_at_k(passed: Bools, k: int) -> Floats:
+    """Probability that one of `k` samples passes, by problem: float64 [problems].
+
+    The unbiased estimator 1 − C(n − c, k) / C(n, k) for c passes among n samples (Chen et al. 2021, arXiv 2107.03374,
+    equation 1).
+
+    Args:
+        passed: [problems, samples] bool.
+        k: at most the number of samples.
+    """
+    n = passed.shape[1]
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in passed.sum(axis=1)])
 
 
 # --- summaries: the metrics files ------------------------------------------------------------------------------------
@@ -212,18 +230,18 @@ def _require(condition: bool, what: str) -> None:
         raise EvaluationError(f"{what}. The measurement is unusable; nothing was written. Evaluate the artifact again.")
 
 
-def _check_tokens(windows: Ints, **arrays: NDArray[Any]) -> None:
-    tokens = len(windows)
+def _check_tokens(what: str, unit: str, groups: Ints, **arrays: NDArray[Any]) -> None:
+    tokens = len(groups)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     _require(
-        all(array.shape == (tokens,) for array in arrays.values()) and windows.ndim == 1,
-        f"divergence: one value per token is needed, but window_id has shape {windows.shape} and the others {shapes}",
+        all(array.shape == (tokens,) for array in arrays.values()) and groups.ndim == 1,
+        f"{what}: one value per token is needed, but the {unit}s of tokens have shape {groups.shape}, {shapes}",
     )
-    count = len(np.unique(windows))
-    _require(count >= 2, f"divergence: {tokens} tokens in {count} window(s); an interval needs at least 2 windows")
+    count = len(np.unique(groups))
+    _require(count >= 2, f"{what}: {tokens} tokens in {count} {unit}(s); an interval needs at least 2")
     for name, array in arrays.items():
         bad = int(np.sum(~np.isfinite(array)))
-        _require(bad == 0, f"divergence: {bad} of {tokens} values of {name} are NaN or infinite")
+        _require(bad == 0, f"{what}: {bad} of {tokens} values of {name} are NaN or infinite")
 
 
 def summarise_reference_divergence(
@@ -240,7 +258,7 @@ def summarise_reference_divergence(
     Raises:
         EvaluationError: shapes differ, a value is not finite, or there are fewer than two windows.
     """
-    _check_tokens(window_id, logprob=logprob, codes_kl=codes_kl, clipped=clipped)
+    _check_tokens("divergence", "window", window_id, logprob=logprob, codes_kl=codes_kl, clipped=clipped)
     return {
         "tokens": len(logprob),
         "windows": len(np.unique(window_id)),
@@ -269,7 +287,8 @@ def summarise_divergence(
         EvaluationError: shapes differ, a value is not finite, a KL is negative beyond rounding, `top1_equal` is not
             bool, or there are fewer than two windows.
     """
-    _check_tokens(window_id, kl=kl, top1_equal=top1_equal, logprob=logprob, logprob_reference=logprob_reference)
+    arrays = {"kl": kl, "top1_equal": top1_equal, "logprob": logprob, "logprob_reference": logprob_reference}
+    _check_tokens("divergence", "window", window_id, **arrays)
     _require(top1_equal.dtype == np.bool_, f"divergence: top1_equal is {top1_equal.dtype}, not bool")
     _require(float(kl.min()) >= -_KL_ROUNDING, f"divergence: a KL of {kl.min():.3g} nats is negative: not a KL")
     kl = np.maximum(kl, 0)
@@ -294,28 +313,40 @@ def summarise_divergence(
     }
 
 
-def _accuracy(task: str, name: str, correct: Bools, reference: Bools | None) -> dict[str, Any]:
+def _check_items(task: str, shape: tuple[str, ...], outcomes: Bools, reference: Bools | None) -> None:
+    _require(
+        outcomes.ndim == len(shape) and outcomes.size > 0,
+        f"{task}: a list of items [{', '.join(shape)}] is needed, got shape {outcomes.shape}",
+    )
+    _require(outcomes.dtype == np.bool_, f"{task}: outcomes are {outcomes.dtype}, not bool")
+    if reference is not None:
+        _require(
+            reference.shape == outcomes.shape and reference.dtype == np.bool_,
+            f"{task}: {len(outcomes)} items of the variant do not pair with the reference's {reference.shape} "
+            f"{reference.dtype}",
+        )
+
+
+def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> dict[str, Any]:
     """Accuracy under the key `name` and, for a variant, the paired drop from the reference in percentage points."""
-    _require(correct.ndim == 1 and len(correct) > 0, f"{task}: a list of items is needed, got shape {correct.shape}")
-    _require(correct.dtype == np.bool_, f"{task}: outcomes are {correct.dtype}, not bool")
-    low, high = wilson(float(correct.sum()), len(correct))
-    own = {"n": len(correct), name: float(correct.mean()), f"{name}_low": low, f"{name}_high": high}
+    own = {"n": len(correct), **_share(name, correct)}
     if reference is None:
         return own
-    _require(
-        reference.shape == correct.shape and reference.dtype == np.bool_,
-        f"{task}: {len(correct)} items of the variant do not pair with the reference's {reference.shape} "
-        f"{reference.dtype}",
-    )
     drop = paired_interval(*flips(correct, reference))
     return own | {
         f"reference_{name}": float(reference.mean()),
-        "flips": float(np.mean(correct != reference)),
+        "flips": float(np.abs(reference.astype(np.float64) - correct).mean()),
         "drop_points": 100 * drop.estimate,
         "drop_points_low": 100 * drop.low,
         "drop_points_high": 100 * drop.high,
         "detectable_drop_points": 100 * drop.detectable,
     }
+
+
+def _share(name: str, values: Bools | Floats) -> dict[str, float]:
+    """The mean of values in [0, 1] under the key `name`, with Wilson's interval."""
+    low, high = wilson(float(values.sum()), len(values))
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 @dataclass(frozen=True)
@@ -351,7 +382,8 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
     Raises:
         EvaluationError: the arrays do not pair, are empty, not bool or not finite.
     """
-    found = _accuracy("MMLU", "accuracy", variant.correct, reference and reference.correct)
+    _check_items("MMLU", ("questions",), variant.correct, reference and reference.correct)
+    found = _accuracy("accuracy", variant.correct, reference and reference.correct)
     if reference is not None:
         found |= {"looks": _looks(variant.correct, reference.correct)}
         found |= _probability_drop(variant, reference).named("probability_drop_points")
@@ -360,7 +392,7 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
 
 def _looks(correct: Bools, reference: Bools) -> list[dict[str, int]]:
     """Flips among the first questions, for each look of the sequential test within reach."""
-    counts = [flips(correct[:n], reference[:n]) for n in LOOKS if n <= len(correct)]
+    counts = [map(int, flips(correct[:n], reference[:n])) for n in LOOKS if n <= len(correct)]
     return [dict(zip(("n", "lost", "won"), count, strict=True)) for count in counts]
 
 
@@ -374,15 +406,58 @@ def _probability_drop(variant: MmluAnswers, reference: MmluAnswers) -> Interval:
     return mean_interval(100 * (reference.probability - variant.probability), np.arange(len(variant.probability)))
 
 
-def summarise_humaneval(passed: Bools, reference: Bools | None, isolation: str) -> dict[str, Any]:
-    """The `humaneval` metrics: pass@1, the paired drop, and the sandbox's level of isolation.
+def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> dict[str, Any]:
+    """The scores of the `humaneval` metrics: pass@k, and pass@1's paired drop unless `reference` is None.
+
+    - `n` problems with `samples` solutions each; `pass_at_1`, `pass_at_<k>`, each with `_low` and `_high`;
+    - of a variant: `reference_pass_at_1`; `flips`, the mean change of a problem's pass@1 in either direction (with one
+      sample the share of problems whose correctness changed); `drop_points` with `_low` and `_high`, and
+      `detectable_drop_points`, in percentage points of pass@1.
+
+    The section adds how solutions were asked for and run, and how many met a limit
+    (`pipeline.stages.validation.humaneval`).
 
     Args:
-        passed: [n] bool.
-        reference: [n] bool, the reference's outcomes on the same problems in the same order; None for its own row.
-        isolation: the level that solutions ran at.
+        passed: [problems, samples] bool.
+        reference: the same of the reference, on the same problems in the same order.
+        ks: at most `samples` each; 1 need not be among them.
 
     Raises:
         EvaluationError: the arrays do not pair, are empty or are not bool.
     """
-    return {**_accuracy("HumanEval", "pass_at_1", passed, reference), "isolation": isolation}
+    _check_items("HumanEval", ("problems", "samples"), passed, reference)
+    scores = _accuracy("pass_at_1", pass_at_k(passed, 1), None if reference is None else pass_at_k(reference, 1))
+    for k in sorted({*ks} - {1}):
+        scores |= _share(f"pass_at_{k}", pass_at_k(passed, k))
+    return scores | {"samples": passed.shape[1]}
+
+
+def summarise_agreement(
+    logprob: Floats, problem: Ints, logprob_reference: Floats | None = None, top1_equal: Bools | None = None
+) -> dict[str, Any]:
+    """The `agreement` metrics: how a model reads the reference's own solutions, token by token.
+
+    - `solutions`, `tokens`; `logprob`, the mean log-probability of these tokens, nats;
+    - of a variant: `top1`, the share of tokens where it and the reference name the same most likely one, and
+      `logprob_drop`, the reference's mean log-probability less the variant's, nats per token; each with `_low`, `_high`
+      and `_detectable`, problems being the independent units.
+
+    Args:
+        logprob, logprob_reference: [tokens] float64, natural log-probability of each token of the solutions; no
+            reference for the reference's own row.
+        problem: [tokens] integer, the problem of each token; at least two different ones.
+        top1_equal: [tokens] bool, whether both name the same most likely token.
+
+    Raises:
+        EvaluationError: shapes differ, a value is not finite, or there are fewer than two problems.
+    """
+    pairs = {} if logprob_reference is None else {"logprob_reference": logprob_reference, "top1_equal": top1_equal}
+    _check_tokens("agreement", "problem", problem, logprob=logprob, **pairs)
+    own = {"solutions": len(np.unique(problem)), "tokens": len(logprob), "logprob": float(logprob.mean())}
+    if logprob_reference is None or top1_equal is None:
+        return own
+    return {
+        **own,
+        **share_interval(top1_equal, problem).named("top1"),
+        **mean_interval(logprob_reference - logprob, problem).named("logprob_drop"),
+    }

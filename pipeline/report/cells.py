@@ -137,8 +137,9 @@ def delivery(row: Row) -> str:
     return f"bundle: {row.bundle}" if row.bundle else f"no bundle: {row.refusal}"
 
 
-def identity(row: Row) -> dict[str, str]:
-    """What tells this row's subject from any other, and what ran it, as facts by name."""
+def identity(row: Row, beside: Row | None = None) -> dict[str, str]:
+    """What tells this row's subject from any other, and what ran it, as facts by name; none that `beside` shares."""
+    known = identity(beside) if beside else {}
     found = row.metrics.get("identity") or {}
     size = number(row, "size", "bytes_on_disk")
     facts = {
@@ -148,7 +149,7 @@ def identity(row: Row) -> dict[str, str]:
         "judged as": row.verdict and f"{row.verdict.row} of configs/gates.yaml",
         "measured by": _measured_by(found),
     }
-    return {name: fact for name, fact in facts.items() if fact}
+    return {name: fact for name, fact in facts.items() if fact and known.get(name) != fact}
 
 
 def _measured_by(found: Mapping[str, str]) -> str:
@@ -210,10 +211,38 @@ def reasons(row: Row) -> list[str]:
 def conditions(model: ModelReport) -> str:
     """How the accuracy tasks were run, as recorded with the reference."""
     mmlu, humaneval = (model.reference.metrics.get(name) or {} for name in ("mmlu", "humaneval"))
+    asked = [mmlu.get("mode", "unknown"), *(f"{key} {mmlu[key]}" for key in ("exemplars", "think") if key in mmlu)]
+    samples, temperature = humaneval.get("samples", 1), humaneval.get("temperature", 0)
+    solutions = f"{samples:,} sampled at temperature {temperature:g}" if temperature else "one greedy solution"
+    where = humaneval.get("isolation", "unknown isolation")
     return (
-        f"MMLU questions asked in mode {mmlu.get('mode', 'unknown')} (chance {100 * mmlu.get('chance', 0.25):.0f} %); "
-        f"HumanEval: pass@1 of one greedy solution each, run under {humaneval.get('isolation', 'unknown isolation')}."
+        f"MMLU questions asked in mode {', '.join(asked)} (chance {100 * mmlu.get('chance', 0.25):.0f} %); "
+        f"HumanEval: pass@1 of {solutions} each, prompt {humaneval.get('prompt', 'unknown')}, run under {where}"
+        f"{'' if humaneval.get('contained', True) else ', which does not contain hostile code'}."
     )
+
+
+def solution_sentences(model: ModelReport) -> list[str]:
+    """Of HumanEval's solutions: how each variant reads those of the reference, and how many limits cut short."""
+    agreements = [
+        f"{row.variant} {share(value)} ({_range(row, 'agreement', 'top1', _percent)})"
+        for row in model.variants
+        if (value := number(row, "agreement", "top1")) is not None
+    ]
+    tokens = number(model.reference, "agreement", "tokens") or 0
+    cuts = [text for row in model.rows if (text := _cuts(row))]
+    found = {
+        f"Agreement with the reference on the {tokens:,.0f} tokens of its own HumanEval solutions": agreements,
+        "HumanEval solutions cut short by their limit of tokens": cuts,
+    }
+    return [f"{what}: {', '.join(parts)}." for what, parts in found.items() if parts]
+
+
+def _cuts(row: Row) -> str:
+    answers, thinking = (number(row, "humaneval", f"cut_{part}") or 0 for part in ("answers", "thinking"))
+    if not answers and not thinking:
+        return ""
+    return f"{row.variant} {answers:.0f}" + (f" and {thinking:.0f} while thinking" if thinking else "")
 
 
 def power_sentences(model: ModelReport) -> list[str]:

@@ -27,12 +27,12 @@ def show(report: Report, console: Console) -> None:
 
 
 def _model(model: ModelReport) -> list[Text]:
-    lines = [Text(model.model, style="bold underline"), *_table(model)]
+    lines = [Text(model.model, style="bold underline"), *_facts(cells.identity(model.reference)), *_table(model)]
     for row in model.variants:
-        lines += [Text(""), *_gates(row)]
+        lines += [Text(""), *_gates(row, model.reference)]
     lines.append(Text(""))
     legends = (cells.POWER_LEGEND, cells.LOOKS_LEGEND, cells.SPEED_LEGEND, cells.conditions(model), model.note)
-    for sentence in (*cells.power_sentences(model), *legends):
+    for sentence in (*cells.power_sentences(model), *cells.solution_sentences(model), *legends):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 
@@ -61,7 +61,7 @@ def _line(texts: Sequence[str], widths: Sequence[int], style: str = "") -> Text:
     return line
 
 
-def _gates(row: Row) -> list[Text]:
+def _gates(row: Row, reference: Row) -> list[Text]:
     """One line per gate, then the reasons of those that did not pass."""
     if row.verdict is None:
         return []
@@ -69,7 +69,7 @@ def _gates(row: Row) -> list[Text]:
     widths = [max(len(texts[column]) for texts in content) for column in range(len(cells.GATE_COLUMNS))]
     title = Text(f"gates of {row.model}/{row.variant}: ", style="bold")
     title.append(row.verdict.verdict, style=_STYLES[row.verdict.verdict])
-    lines = [title, *_facts(cells.identity(row)), _line(content[0], widths, "dim")]
+    lines = [title, *_facts(cells.identity(row, reference)), _line(content[0], widths, "dim")]
     lines += [_line(texts, widths) for texts in content[1:]]
     return lines + [Text(line) for reason in cells.reasons(row) for line in _wrapped(reason)]
 

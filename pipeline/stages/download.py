@@ -25,7 +25,7 @@ def run(model: str) -> None:
     entry = config.load_model(model)
     store, workspace = Store(), Workspace(model)
     require_download(model, store)
-    for name, source in config.load_datasets().datasets.items():
+    for name, source in config.needed_datasets().items():
         fetch_dataset(name, source, store)
     lock = fetch_model(model, entry, store)
     folder = workspace.link(lock, store)

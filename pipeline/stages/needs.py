@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import CalibrationConfig, EvaluationConfig, SensitivityConfig
+from pipeline.config import CalibrationConfig, EvaluationConfig, ModelConfig, SensitivityConfig
+from pipeline.evaluate.mmlu import SUBJECTS
+from pipeline.evaluate.mmlu_scoring import CHUNK
 from pipeline.planning.memory import ACTIVATION_COPIES
 
 PROCESS_BYTES = 200_000_000
@@ -29,14 +31,18 @@ WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-MMLU_TOKENS = {"letter": 111, "cloze": 99}
-"""Mean tokens of a question: prompt, and in cloze mode the four answers (SmolLM2's tokenizer, 570 questions)."""
-MMLU_LONGEST = 688
-"""Tokens of the longest prompt among them."""
+MMLU_TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
+"""Mean tokens of a question: prompt without examples, and in cloze mode the four answers (SmolLM2, 570 questions)."""
+MMLU_EXAMPLES = {"five-shot": 512}
+"""Mean tokens of a subject's examples, which are read once."""
+MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
+"""Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
 HUMANEVAL_TOKENS = 138
 """Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
 GENERATION_LOGIT_BYTES = 1 << 29
 """What the logits of one batch of prompts may take: `pipeline.evaluate.generate` fills batches up to this."""
+GENERATION_CACHE_BYTES = 1 << 31
+"""What its keys and values may take, a single text aside."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
 
@@ -160,7 +166,11 @@ def quantize(
 
 
 def reference(
-    architecture: Architecture, weight_bytes: int, suite: EvaluationConfig, mode: str, rates: Rates | None = None
+    architecture: Architecture,
+    weight_bytes: int,
+    suite: EvaluationConfig,
+    entry: ModelConfig,
+    rates: Rates | None = None,
 ) -> Needs:
     """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
     return Needs(
@@ -168,25 +178,26 @@ def reference(
         None,
         round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
         _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
-        _suite_seconds(architecture, suite, mode, rates),
+        _suite_seconds(architecture, suite, entry, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
     )
 
 
 def layered_reference(
-    architecture: Architecture, suite: EvaluationConfig, mode: str, rates: Rates | None = None
+    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None = None
 ) -> Needs:
     """The same layer by layer (`pipeline.evaluate.layered`), without generation: a layer in float32 or the head.
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
     sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * suite.divergence.window
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate)
+    floats *= max(suite.divergence.window, CHUNK)
     layer = 4 * sum(sizes) + round(4 * max(*sizes, floats))
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # with their codes and a mask
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
     tokens = {
-        "mmlu": suite.mmlu.questions * MMLU_TOKENS[mode],
+        "mmlu": _mmlu_tokens(suite, entry.mmlu_mode),
         "divergence": sum(suite.divergence.texts.values()),
     }
     seconds = None
@@ -211,24 +222,27 @@ def validate(
     artifact_bytes: int,
     cache_bytes: int,
     suite: EvaluationConfig,
-    mode: str,
+    entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of a window's logits and a batch in generation.
+    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, MMLU_LONGEST)  # the runtime's and numpy's
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # the runtime's and numpy's
+    logits += 2 * MMLU_LONGEST[entry.mmlu_mode] * cache_bytes  # before a question and after it
     rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
-    length = HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens
-    generation = GENERATION_LOGIT_BYTES + min(rows, suite.humaneval.problems) * length * cache_bytes
+    wanted = suite.humaneval
+    text = (HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
+    texts = min(rows, wanted.samples if wanted.temperature else wanted.problems) * text
+    generation = GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
     return Needs(
         "validate",
         variant,
         PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
         SMALL_FILES_BYTES,
-        _suite_seconds(architecture, suite, mode, rates),
-        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, mode):,} tokens read",
+        _suite_seconds(architecture, suite, entry, rates),
+        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, entry):,} tokens read",
     )
 
 
@@ -253,17 +267,33 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
     return 2 * multiplied * tokens / rates.flops
 
 
-def _suite_tokens(suite: EvaluationConfig, mode: str) -> int:
-    """Tokens that a suite reads: held-out text, MMLU questions, HumanEval prompts, the prompts of the speed test."""
+def _solution_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
+    """The longest solution of a problem, its thinking included."""
+    return suite.humaneval.answer_tokens(entry) + suite.humaneval.thinking_tokens(entry)
+
+
+def _suite_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
+    """Tokens that a suite reads: held-out text, MMLU questions, the prompts of HumanEval and of the speed test, and the
+    reference's solutions after their prompts."""
     speed = sum(suite.speed.prompt_tokens) * suite.speed.repeats + min(suite.speed.prompt_tokens)
-    questions = suite.mmlu.questions * MMLU_TOKENS[mode]
-    return sum(suite.divergence.texts.values()) + questions + suite.humaneval.problems * HUMANEVAL_TOKENS + speed
+    wanted = suite.humaneval
+    prompts = wanted.problems * wanted.samples * HUMANEVAL_TOKENS
+    solutions = wanted.problems * (HUMANEVAL_TOKENS + _solution_tokens(suite, entry))
+    questions = _mmlu_tokens(suite, entry.mmlu_mode)
+    return sum(suite.divergence.texts.values()) + questions + prompts + solutions + speed
 
 
-def _suite_seconds(architecture: Architecture, suite: EvaluationConfig, mode: str, rates: Rates | None) -> float | None:
-    """Tokens read, and tokens written: at most `max_new_tokens` a problem, which is how long the slowest row takes."""
+def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
+    return suite.mmlu.questions * MMLU_TOKENS[mode] + SUBJECTS * MMLU_EXAMPLES.get(mode, 0)
+
+
+def _suite_seconds(
+    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None
+) -> float | None:
+    """Tokens read, and tokens written: at most the limit for each solution, which is how long the slowest row takes."""
     if not rates:
         return None
     generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1
-    written = suite.humaneval.problems * suite.humaneval.max_new_tokens + suite.speed.new_tokens * generations
-    return _product_seconds(architecture, _suite_tokens(suite, mode) + DECODE_COST * written, rates)
+    solutions = suite.humaneval.problems * suite.humaneval.samples
+    written = solutions * _solution_tokens(suite, entry) + suite.speed.new_tokens * generations
+    return _product_seconds(architecture, _suite_tokens(suite, entry) + DECODE_COST * written, rates)

@@ -165,14 +165,14 @@ def reference_needs(
     architecture: Architecture,
     weight_bytes: int,
     suite: config.EvaluationConfig,
-    mode: str,
+    entry: config.ModelConfig,
     memory: int,
     rates: Rates | None = None,
 ) -> tuple[Needs, bool]:
     """What the reference stage takes where `memory` bytes are available, and whether it runs layer by layer there."""
-    whole = needs.reference(architecture, weight_bytes, suite, mode, rates)
+    whole = needs.reference(architecture, weight_bytes, suite, entry, rates)
     if suite.reference == "layers" or (suite.reference == "auto" and whole.memory > memory):
-        return needs.layered_reference(architecture, suite, mode, rates), True
+        return needs.layered_reference(architecture, suite, entry, rates), True
     return whole, False
 
 
@@ -195,9 +195,9 @@ def stage_needs(
     for variant, (size, _) in sizes.items():
         search = config.load_recipe(variant).search
         yield needs.quantize(variant, size, architecture, search, rates)
-    yield reference_needs(architecture, source.weight_bytes, suite, entry.mmlu_mode, memory, rates)[0]
+    yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)[0]
     for variant, (size, cache) in sizes.items():
-        yield needs.validate(architecture, variant, size, cache, suite, entry.mmlu_mode, rates)
+        yield needs.validate(architecture, variant, size, cache, suite, entry, rates)
     for variant in variants:
         yield needs.bundle(variant)
 

@@ -50,7 +50,8 @@ def _released_build(model: str, variant: str) -> ReleasedBuild:
     bundle = workspace.require(workspace.bundle(variant), "sign", variant)
     found = verify(bundle, public_key_path(signing.key_id), model=model, variant=variant)
     if not found.ok or not isinstance(found.document, Release):
-        raise BundleError(f"only a release that verifies is recorded. {found.describe()}")
+        findings = "; ".join(map(str, found.findings))
+        raise BundleError(f"{bundle}: only a release that verifies is recorded, but {findings}.")
     metrics = workspace.read(workspace.metrics(variant), "validate", variant).get("divergence", {})
     verdict = Verdict.from_json(found.document.verdict)
     judged = next((line.estimate for line in verdict.lines if line.name == "kl_mean"), None)

@@ -18,20 +18,21 @@ from pipeline.artifact.partial import open_partial
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.evaluate.sandbox import require_isolation
+from pipeline.evaluate.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
 from pipeline.stages import needs
 from pipeline.stages.preflight import reference_needs, require
 from pipeline.stages.quantize import PLAN_FILE
-from pipeline.stages.validation import divergence, humaneval, kept, mmlu, speed
+from pipeline.stages.validation import agreement, divergence, humaneval, kept, mmlu, speed
 from pipeline.stages.validation.keys import Section, key_of, measured_files
 from pipeline.stages.validation.subject import Subject
 from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
 
 SECTIONS = (
-    Section("mmlu", mmlu.measure, counted="questions", runs_graph=True),
+    Section("mmlu", mmlu.measure, counted=("questions",), runs_graph=True),
     Section("divergence", divergence.measure, runs_graph=True, against_reference=True),
-    Section("humaneval", humaneval.measure, counted="problems"),
+    Section("humaneval", humaneval.measure, counted=("problems", "k")),
+    Section("agreement", agreement.measure, runs_graph=True, against_reference=True, reads="humaneval"),
     Section("speed", speed.measure),
 )
 _LAYOUT = "one folder per section"  # of unfinished work; another one is not continued
@@ -39,8 +40,9 @@ _LAYOUT = "one folder per section"  # of unfinished work; another one is not con
 
 def run(model: str, variant: str) -> None:
     """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
-    isolation = require_isolation()  # before an hour of measuring, not after it
-    subject = _subject(model, variant, isolation)
+    suite = config.load_suite(config.load_pipeline().suite)
+    isolation = require_isolation(suite.humaneval.allow_unsafe)  # before an hour of measuring, not after it
+    subject = _subject(model, variant, suite, isolation)
     workspace, files = subject.workspace, measured_files(subject)
     metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
@@ -58,7 +60,11 @@ def _measured(section: Section, subject: Subject, files: dict[str, str], partial
     """A section's metrics, kept or measured; None for what a model that runs layer by layer cannot do."""
     workspace, folder, states = subject.workspace, partial / section.name, partial / f"{section.name}.states"
     reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / section.name)
-    asked = subject.of(section.name, reference, states)
+    source = kept.finished(partial / section.reads) if section.reads and subject.variant == REFERENCE else None
+    if section.reads and not (source or reference):
+        print(f"  {section.name}: not measured: the reference has no {section.reads} to make it from.")
+        return None
+    asked = subject.of(section.name, reference, states, source)
     key = key_of(section, asked, files)
     said = kept.adopt(folder, workspace.evaluation(subject.variant) / section.name, key)
     if subject.layered and not section.runs_graph and kept.metrics_of(folder, key) is None:
@@ -73,26 +79,25 @@ def _measured(section: Section, subject: Subject, files: dict[str, str], partial
     return metrics
 
 
-def _subject(model: str, variant: str, isolation: str) -> Subject:
+def _subject(model: str, variant: str, suite: config.EvaluationConfig, isolation: str) -> Subject:
     """What is validated, once this machine is known to have the room."""
-    suite, store, workspace = config.load_suite(config.load_pipeline().suite), Store(), Workspace(model)
-    entry = config.load_model(model)
+    store, workspace, entry = Store(), Workspace(model), config.load_model(model)
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE
         architecture = read_architecture(folder / "config.json")
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
-        need, layered = reference_needs(architecture, weight_bytes, suite, entry.mmlu_mode, memory)
+        need, layered = reference_needs(architecture, weight_bytes, suite, entry, memory)
     else:
         folder = workspace.require(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
         for section in SECTIONS:
-            if section.runs_graph:
+            if section.runs_graph and not section.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / section.name, "validate", REFERENCE)
         plan = workspace.read(folder / PLAN_FILE, "quantize", variant)
         cache = plan["kv_cache"]["bytes_per_token"]
-        need = needs.validate(architecture, variant, plan["bytes"], cache, suite, entry.mmlu_mode)
+        need = needs.validate(architecture, variant, plan["bytes"], cache, suite, entry)
         layered = False
     require(model, need)
     return Subject(workspace, variant, folder, graph, architecture, entry, suite, store, isolation, layered)

@@ -35,6 +35,7 @@ class Hub:
     """The repository served and the faults in force; tests change both while the server runs."""
 
     files: dict[str, bytes]
+    dataset: bool = False  # served as a dataset repository, which has addresses of its own
     card: dict[str, Any] = field(default_factory=lambda: {"license": "apache-2.0"})
     served: dict[str, bytes] = field(default_factory=dict)  # other bytes than the declared ones
     linked_size: dict[str, int] = field(default_factory=dict)  # another size in HEAD than the declared one
@@ -48,7 +49,7 @@ class Hub:
     url: str = ""
 
     def lfs(self, name: str) -> bool:
-        return name.endswith(".safetensors")
+        return name.endswith((".safetensors", ".parquet"))
 
     def description(self) -> dict[str, Any]:
         siblings = []
@@ -92,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.seen = Request(self.command, path, start, self.headers.get("Authorization"))
         hub.requests.append(self.seen)
-        if path.startswith("/api/models/"):
+        if path.startswith(f"/api/{'datasets' if hub.dataset else 'models'}/"):
             self._describe(hub, path)
         elif path.startswith("/cdn/"):
             self._send_file(hub, path.removeprefix("/cdn/"), start)
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"Content-Type": "application/json"}, body)
 
     def _resolve(self, hub: Hub, path: str, start: int) -> None:
-        name = path.removeprefix(f"/{REPO}/resolve/{REVISION}/")
+        name = path.removeprefix(f"/{'datasets/' * hub.dataset}{REPO}/resolve/{REVISION}/")
         if hub.file_fault:
             return self._fail(*hub.file_fault)
         if hub.token and self.seen.authorization != f"Bearer {hub.token}":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -14,29 +16,29 @@ from typing import Any
 import pytest
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluate import humaneval, referee, sandbox
-from pipeline.evaluate.humaneval import (
-    Problem,
-    completion_prompt,
-    extract_completion,
-    judge,
-    judge_all,
-    load_problems,
-    should_stop,
-    spread,
-)
-from pipeline.evaluate.referee import judge_program
+from pipeline.evaluate import humaneval, isolation, referee, sandbox
+from pipeline.evaluate.humaneval import Problem, load_problems, spread
+from pipeline.evaluate.referee import Outcome, judge_program
 from pipeline.evaluate.worker import decode, encode
 
-needs_sandbox = pytest.mark.skipif(
-    sandbox.isolation_level() not in sandbox.SAFE_LEVELS, reason="this machine cannot contain hostile code"
-)
+LEVEL = isolation.isolation_level()
+LEVELS = [level for level in isolation.SAFE_LEVELS if not isolation.obstacle(level)]
+
+needs_sandbox = pytest.mark.skipif(not LEVELS, reason="this machine cannot contain hostile code")
 SECONDS = 20.0  # generous: these programs answer at once, and the machine may be busy
 
 
 @pytest.fixture(scope="session")
 def problems(humaneval_path: Path) -> list[Problem]:
     return load_problems(humaneval_path)
+
+
+def judge(problem: Problem, completion: str, seconds: float, level: str = LEVEL) -> Outcome:
+    return humaneval.judge(problem, completion, seconds, level)
+
+
+def judge_all(pairs: list[tuple[Problem, str]], seconds: float, workers: int = 2) -> list[Outcome]:
+    return list(humaneval.judge_all(pairs, seconds, LEVEL, workers))
 
 
 def number(problems: list[Problem], n: int) -> Problem:
@@ -64,6 +66,7 @@ def test_all_problems_are_read(problems: list[Problem]) -> None:
         gzip.compress(b"\xff\xfe\n"),
         gzip.compress(b'{"task_id": "a"}\n' * 500)[:-9],
     ],
+    ids=["empty", "plain", "no lines", "no fields", "a list", "a number", "no JSON", "no text", "cut"],
 )
 def test_damaged_data_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "HumanEval.jsonl.gz"
@@ -95,73 +98,6 @@ def test_spread_is_even_nested_and_ordered(problems: list[Problem]) -> None:
     for n in (0, 165):
         with pytest.raises(EvaluationError, match="164"):
             spread(problems, n)
-
-
-# --- prompting -------------------------------------------------------------------------------------------------------
-
-
-def test_prompt_has_no_trailing_newline(problems: list[Problem]) -> None:
-    assert all(problem.prompt == completion_prompt(problem) + "\n" for problem in problems)
-
-
-AFTERWARDS = [
-    "def other():\n    pass\n",
-    "async def other():\n    pass\n",
-    "class Other:\n    pass\n",
-    "@decorator\ndef other(): pass\n",
-    "if __name__ == '__main__':\n    main()\n",
-    "print(add(1, 2))\n",
-    "# Test\n",
-    "```\nThis function adds.\n",
-    "assert add(1, 2) == 3\n",
-    "This doesn't compile.\n",
-    "<|im_end|>",
-    '"""Another docstring."""\n',
-]
-
-
-@pytest.mark.parametrize("after", AFTERWARDS)
-def test_body_ends_at_the_first_top_level_line(problems: list[Problem], after: str) -> None:
-    body = "    # don't stop (here\n\n    total = x + y\n\n\n    return total\n"
-    text = "\n" + body + "\n\n" + after
-    assert extract_completion(problems[53], text) == body
-    assert should_stop(text)
-    stopping = next(n for n in range(len(text) + 1) if should_stop(text[:n]))
-    assert text[: stopping - 1].strip("\n") == body.strip("\n")  # as soon as the line's first character appears
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "    text = '''\ndef inside():\n\\'''\n# still inside\n'''\n    return text\n",
-        '    text = """\nclass Inside: """\n    return text\n',
-        "    table = [\n1,\n2,\n]\n    return table\n",
-        "    value = f(\n    1,\n)\n    return value\n",
-        "    s = '(' + \"'\" + '#'\n    return s\n",
-        "    return 1\n",
-        "\treturn 1\n",
-    ],
-)
-def test_strings_and_brackets_do_not_end_a_body(problems: list[Problem], body: str) -> None:
-    assert extract_completion(problems[53], "\n" + body) == body
-    assert extract_completion(problems[53], "\n" + body + "\ndef more(): pass") == body
-    assert not any(should_stop(("\n" + body)[:n]) for n in range(len(body) + 2))
-
-
-def test_an_open_bracket_does_not_hide_the_next_definition(problems: list[Problem]) -> None:
-    assert extract_completion(problems[53], "\n    return max((x,\n\ndef more(): pass") == "    return max((x,\n"
-
-
-def test_continuation_without_a_newline_and_empty_one(problems: list[Problem]) -> None:
-    assert extract_completion(problems[53], "    return x + y") == "    return x + y\n"
-    assert extract_completion(problems[53], "") == "\n"
-    assert not should_stop("")
-
-
-def test_canonical_solutions_survive_extraction(problems: list[Problem]) -> None:
-    for problem in problems:
-        text = "\n" + problem.canonical_solution + "\n\ndef unrelated():\n    pass\n"
-        assert extract_completion(problem, text).strip() == problem.canonical_solution.strip()
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------
@@ -220,13 +156,11 @@ def test_every_canonical_solution_passes(problems: list[Problem]) -> None:
     assert failed == []
 
 
-@needs_sandbox
-def test_seccomp_alone_gives_the_same_verdicts(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_landlock_version", lambda: -1)
-    assert sandbox.isolation_level() == sandbox.SECCOMP
+@pytest.mark.parametrize("level", [*LEVELS, sandbox.RLIMITS])
+def test_every_level_gives_the_same_verdicts(problems: list[Problem], level: str) -> None:
     for problem in [number(problems, n) for n in (32, 38, 53, 115, 162)]:
-        assert judge(problem, problem.canonical_solution, SECONDS).passed
-        assert not judge(problem, "    return 1\n", SECONDS).passed
+        assert judge(problem, problem.canonical_solution, SECONDS, level).passed
+        assert not judge(problem, "    return 1\n", SECONDS, level).passed
 
 
 @needs_sandbox
@@ -252,7 +186,11 @@ def test_trivial_bodies_pass_nothing(problems: list[Problem], body: str) -> None
         ("    import sys; sys.exit(0)\n", "raised SystemExit"),
         ("    raise KeyboardInterrupt\n", "raised KeyboardInterrupt"),
         ("    import ctypes; ctypes.string_at(0)\n", "crashed: killed by signal 11"),
+        ("    yield x + y\n", "raised TypeError: a generator is not plain data"),
+        ("    return map(int, [x, y])\n", "raised TypeError: a map is not plain data"),
+        ("    return range(10**12)\n", "raised TypeError: a range is not plain data"),
         ("    return 'x' * (1 << 22)\n", "malformed answer: longer"),
+        ("    return [0] * (1 << 18)\n", "malformed answer: longer"),
         ("    return 1 << (1 << 20)\n", "malformed answer"),
         ("    return bytearray(1 << 30)\n", "raised MemoryError"),
         ("    a = []\n    a.append(a)\n    return a\n", "raised RecursionError"),
@@ -320,11 +258,26 @@ class Same{base}:
     def __bool__(self): return True
 """
 
+FLOAT_ARITHMETIC = """
+    def __sub__(self, other): return self
+    def __abs__(self): return self
+    def __lt__(self, other): return True
+def truncate_number(number): return Same()
+"""
+
 # name → (problem, completion); {data} is the path of HumanEval's own file. Each passes a naive executor.
 CHEATS = {
     "an object equal to everything": (53, ALWAYS_EQUAL.format(base="") + "def add(x, y): return Same()\n"),
     "an integer equal to everything": (53, ALWAYS_EQUAL.format(base="(int)") + "def add(x, y): return Same(7)\n"),
     "a list equal to everything": (34, ALWAYS_EQUAL.format(base="(list)") + "def unique(l): return Same(l)\n"),
+    "a float equal to everything": (2, ALWAYS_EQUAL.format(base="(float)") + FLOAT_ARITHMETIC),
+    "a text equal to everything": (38, ALWAYS_EQUAL.format(base="(str)") + "def decode_cyclic(s): return Same('x')\n"),
+    "a dictionary equal to everything": (111, ALWAYS_EQUAL.format(base="(dict)") + "def histogram(t): return Same()\n"),
+    "a tuple equal to everything": (8, ALWAYS_EQUAL.format(base="(tuple)") + "def sum_product(n): return Same()\n"),
+    "an object whose class lies": (
+        53,
+        ALWAYS_EQUAL.format(base="") + "    __class__ = int\ndef add(x, y): return Same()\n",
+    ),
     "sys.exit(0)": (53, "    import sys; sys.exit(0)\n"),
     "sys.exit(0) at the top": (53, "    pass\nimport sys; sys.exit(0)\n"),
     "os._exit(0)": (53, "    import os; os._exit(0)\n"),
@@ -353,6 +306,33 @@ CHEATS = {
     "the test ended by a tracer": (
         53,
         "    pass\nimport os, sys\nsys.settrace(lambda f, *a: os._exit(0) if f.f_code.co_name == 'check' else None)\n",
+    ),
+    "the answer found by its type": (
+        38,
+        """
+    import gc, types
+    for frame in (thing for thing in gc.get_objects() if isinstance(thing, types.FrameType)):
+        if frame.f_code.co_name == "check" and "str" in frame.f_locals:
+            return frame.f_locals["str"]
+    import sys
+    return sys._getframe(1).f_locals["str"]
+""",
+    ),
+    "builtins patched": (
+        4,
+        "    pass\nimport builtins\nbuiltins.abs = lambda value: 0\ndef mean_absolute_deviation(numbers): return 7.0\n",
+    ),
+    "the answers in a process's memory": (
+        53,
+        """
+    import re
+    maps = open("/proc/self/maps").read()
+    for start, end in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) rw", maps, re.MULTILINE):
+        memory = open("/proc/self/mem", "rb", buffering=0)
+        memory.seek(int(start, 16))
+        if b"assert candidate" in (memory.read(int(end, 16) - int(start, 16)) or b""):
+            import os; os._exit(0)
+""",
     ),
     "the answers on disk": (
         53,
@@ -409,6 +389,9 @@ def forge(text):
         '[0, "value", null]\\n' * 9,
         '[1, "value", ["int", "1"]]\\n' * 9,
         "".join(f'[{n}, "value", ["int", "1"]]\\n' for n in range(200)),
+        "".join(f'[{n}, "value", ["int", "1"]]\\n' for n in (-1, 2, 999)),
+        '[1, "value", ["object", {"__eq__": true}]]\\n',
+        '["ready"]\\n["fault", "x"]\\n',
         '[1, "value", ["dict", [[["list", []], 1]]]]\\n',
         "[" * 50_000 + "\\n",
         "1" * 50_000 + "\\n",
@@ -446,12 +429,10 @@ def test_patched_builtins_and_json_change_nothing(problems: list[Problem]) -> No
 # --- containment of the worker that really runs ----------------------------------------------------------------------
 
 
-def collect(program: str, *arguments: Any) -> list[Any]:
+def collect(program: str, *arguments: Any, level: str = LEVEL) -> list[Any]:
     """What a program's `f` answers, in its worker."""
     answers: list[Any] = []
-    outcome = judge_program(
-        program, "f", lambda call: answers.append(call(*arguments)), SECONDS, sandbox.require_isolation()
-    )
+    outcome = judge_program(program, "f", lambda call: answers.append(call(*arguments)), SECONDS, level)
     return answers or [outcome.reason]
 
 
@@ -476,8 +457,8 @@ def f():
     assert collect(hunt) == [[]]
 
 
-@needs_sandbox
-def test_worker_has_no_descriptor_but_its_channel() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_worker_has_no_descriptor_but_its_channel(level: str) -> None:
     program = """
 import os
 def f():
@@ -490,7 +471,14 @@ def f():
                 found[descriptor] = error.strerror
     return found
 """
-    assert collect(program) == [{0: 0, 1: 0, 2: 0, 3: "Illegal seek"}]  # /dev/null three times, and the socket
+    with socket.create_server(("127.0.0.1", 0)) as server, open(__file__) as file:
+        for inherited in (server, file):
+            os.set_inheritable(inherited.fileno(), True)
+        control = [sys.executable, "-c", f"{program}\nprint(len(f()))"]
+        free = subprocess.run(control, close_fds=False, capture_output=True, check=True)
+        assert int(free.stdout) >= 5  # three of its own, and these two
+        # /dev/null three times, and the channel
+        assert collect(program, level=level) == [{0: 0, 1: 0, 2: 0, 3: "Illegal seek"}]
 
 
 @needs_sandbox
@@ -525,7 +513,7 @@ def test_no_worker_survives_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(referee.subprocess, "Popen", remember)
     for program in ("def f(): return 1", "def f():\n    while True: pass", "import os; os._exit(3)", "def f(: 1"):
-        judge_program(program, "f", lambda call: call(), 0.5, sandbox.require_isolation())
+        judge_program(program, "f", lambda call: call(), 0.5, LEVEL)
     assert len(started) == 4
     assert all(process.returncode is not None for process in started)
 
@@ -538,18 +526,11 @@ def test_a_test_cannot_swallow_a_failure() -> None:
         except Exception:
             return
 
-    outcome = judge_program("def f(): 1 / 0", "f", lenient, SECONDS, sandbox.require_isolation())
+    outcome = judge_program("def f(): 1 / 0", "f", lenient, SECONDS, LEVEL)
     assert outcome.reason.startswith("raised ZeroDivisionError")
 
 
 # --- infrastructure faults are never verdicts ------------------------------------------------------------------------
-
-
-def test_unsafe_machine_is_refused(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "isolation_level", lambda: sandbox.RLIMITS)
-    with pytest.raises(EvaluationError, match="was not run"):
-        judge(problems[53], "    return x + y\n", SECONDS)
-    assert judge(problems[53], "    return x + y\n", SECONDS, allow_unsafe=True).passed
 
 
 @pytest.mark.parametrize(
@@ -558,22 +539,21 @@ def test_unsafe_machine_is_refused(problems: list[Problem], monkeypatch: pytest.
         ("import sys; print('no such module', file=sys.stderr); sys.exit(1)", "no such module"),
         ("print()", "exit status 0"),
         (
-            "import sys; sys.path.insert(0, {root!r}); from pipeline.evaluate import sandbox, worker; "
-            "sandbox._SECCOMP_MODE_FILTER = 99; worker.main()",
-            "could not install the seccomp filter",
+            "from pipeline.evaluate import sandbox, worker; sandbox.MEMORY_LIMIT = None; worker.main()",
+            "TypeError",
         ),
     ],
 )
 def test_worker_that_cannot_start_gives_no_verdict(
     problems: list[Problem], monkeypatch: pytest.MonkeyPatch, bootstrap: str, message: str
 ) -> None:
-    monkeypatch.setattr(referee, "_BOOTSTRAP", bootstrap.replace("{root!r}", repr(str(referee._ROOT))))
+    monkeypatch.setattr(referee, "_BOOTSTRAP", bootstrap)
     with pytest.raises(EvaluationError, match=message):
         judge_all([(problems[53], problems[53].canonical_solution)] * 3, SECONDS)
 
 
 def test_missing_interpreter_gives_no_verdict(problems: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(referee.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(referee, "command", lambda level, code: ["/nowhere/python"])
     with pytest.raises(EvaluationError, match="could not be started"):
         judge(problems[53], "    return x + y\n", SECONDS)
 

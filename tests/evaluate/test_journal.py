@@ -47,3 +47,24 @@ def test_blocks_that_a_power_cut_left_blank_end_the_journal(path: Path, blank: b
     with open(path, "ab") as file:
         file.write(blank)
     assert list(Journal(path).items) == ["a", "b", "c"]
+
+
+def test_items_recorded_in_another_order_make_the_same_file_once_arranged(tmp_path: Path) -> None:
+    files = []
+    for order in ("abc", "cab"):
+        journal = Journal(tmp_path / order)
+        for name in order:
+            journal.record(name, {"é": name})
+        journal.arrange("ab")  # c follows
+        assert list(journal.items) == list(Journal(tmp_path / order).items) == ["a", "b", "c"]
+        files.append((tmp_path / order).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_journal_in_order_is_not_written_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "items")
+    journal.record("a", 1)
+    (tmp_path / "items").chmod(0o444)
+    before = (tmp_path / "items").stat().st_ino
+    journal.arrange("a")
+    assert (tmp_path / "items").stat().st_ino == before

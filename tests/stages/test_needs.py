@@ -14,6 +14,10 @@ PHI_4_BYTES = 29_319_014_400
 RATES = Rates(flops=130e9, cores=2)
 
 
+def asked(prompt: str) -> config.ModelConfig:
+    return config.load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
+
+
 @pytest.fixture
 def suite() -> config.EvaluationConfig:
     return config.load_suite("demo")
@@ -90,7 +94,7 @@ def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) 
 def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
     tmp_path: Path, suite: config.EvaluationConfig
 ) -> None:
-    wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, "letter")
+    wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, config.load_model("phi-4"))
     assert wanted.memory == round(4 / 3 * 87_957_043_200)
     assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 3000
     assert wanted.seconds is None
@@ -111,29 +115,63 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
 
 
 def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: config.EvaluationConfig) -> None:
-    architecture = architecture_of("mimo-8b", tmp_path)
-    small, large = (needs.validate(architecture, "q4", size, 0, suite, "letter", RATES) for size in (0, 5_000_000_000))
+    architecture, entry = architecture_of("mimo-8b", tmp_path), asked("completion")
+    small, large = (needs.validate(architecture, "q4", size, 0, suite, entry, RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
-    assert small.memory - needs.PROCESS_BYTES > needs.GENERATION_LOGIT_BYTES
+    assert small.memory - needs.PROCESS_BYTES >= needs.GENERATION_LOGIT_BYTES
     assert large.seconds == small.seconds
     token = 2 * 4 * 36 * 8 * 128
-    short, long = (needs.validate(architecture, "q4", 0, n * token, suite, "letter", RATES).memory for n in (1, 2))
+    short, long = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES).memory for n in (1, 2))
     batch, rest = divmod(long - short, token)
     assert rest == 0  # a batch of prompts and what is written after them
     assert batch % (needs.HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens) == 0 < batch
+
+
+def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
+    tmp_path: Path, suite: config.EvaluationConfig
+) -> None:
+    architecture = architecture_of("mimo-8b", tmp_path)
+    token = 2 * 4 * 36 * 8 * 128
+    entry = asked("completion").model_copy(update={"mmlu_mode": "five-shot"})
+    small, large = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES) for n in (1, 2))
+    assert large.memory - small.memory == 2 * 3146 * token
+    more = suite.model_copy(update={"mmlu": suite.mmlu.model_copy(update={"questions": suite.mmlu.questions + 1})})
+    one = needs.validate(architecture, "q4", 0, token, more, entry, RATES).seconds
+    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    assert one is not None and small.seconds is not None
+    assert one - small.seconds == pytest.approx(2 * multiplied * needs.MMLU_TOKENS["five-shot"] / RATES.flops)
+
+
+def test_thinking_takes_room_for_its_tokens_but_no_more_than_a_batch_may(
+    tmp_path: Path, suite: config.EvaluationConfig
+) -> None:
+    architecture, token = architecture_of("mimo-8b", tmp_path), 2 * 4 * 36 * 8 * 128
+    memory = {
+        prompt: needs.validate(architecture, "q4", 0, token, suite, asked(prompt), RATES).memory
+        for prompt in ("completion", "chat", "thinking")
+    }
+    assert memory["completion"] < memory["chat"] < memory["thinking"]
+    assert memory["thinking"] - needs.PROCESS_BYTES == needs.GENERATION_LOGIT_BYTES + needs.GENERATION_CACHE_BYTES
+    long = suite.humaneval.model_copy(update={"max_think_tokens": 30_000})  # one text alone needs more
+    wanted = needs.validate(
+        architecture, "q4", 0, token, suite.model_copy(update={"humaneval": long}), asked("thinking"), RATES
+    )
+    text = needs.HUMANEVAL_TOKENS + long.max_chat_tokens + 30_000
+    assert wanted.memory - needs.PROCESS_BYTES == needs.GENERATION_LOGIT_BYTES + text * token
 
 
 def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: config.EvaluationConfig) -> None:
     architecture = architecture_of("phi-4", tmp_path)
 
     def seconds(wanted: config.EvaluationConfig, flops: float) -> float:
-        result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, "letter", Rates(flops, 2)).seconds
+        result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, asked("completion"), Rates(flops, 2)).seconds
         assert result is not None
         return result
 
     assert seconds(suite, 130e9) == pytest.approx(2 * seconds(suite, 260e9))
     assert seconds(config.load_suite("full"), 130e9) > 4 * seconds(suite, 130e9)
-    # Prefill alone: 14.1 billion multiplied weights, two operations each; 18,926 tokens of the demo suite.
+    # Prefill alone: 14.1 billion multiplied weights, two operations each; 21,686 tokens of the demo suite
+    # (HumanEval's prompts are read twice).
     silent = suite.model_copy(
         update={
             "humaneval": suite.humaneval.model_copy(update={"max_new_tokens": 0}),
@@ -141,7 +179,7 @@ def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, s
         }
     )
     multiplied = architecture.parameters - 100_352 * 5120 - (2 * 40 + 1) * 5120
-    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 18_926 / 130e9)
+    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 21_686 / 130e9)
 
 
 def test_a_bundle_is_no_second_copy() -> None:

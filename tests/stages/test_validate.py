@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+import yaml
+from pyarrow import parquet
 
 from pipeline.errors import PipelineError
-from pipeline.evaluate import divergence, mmlu
+from pipeline.evaluate import divergence
 from pipeline.evaluate.journal import Journal
 from pipeline.evaluate.layered import LayeredDecoder
+from pipeline.evaluate.mmlu import load_questions
+from pipeline.evaluate.mmlu_prompts import Prompt
+from pipeline.evaluate.mmlu_scoring import Scorer
 from pipeline.files import read_json
 from pipeline.stages import calibrate, download, export, quantize, validate
 from pipeline.stages.validation import mmlu as mmlu_section
 from pipeline.stages.workspace import REFERENCE, Workspace
 from tests import tiny
-from tests.conftest import ROOT
+from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve
+from tests.conftest import ROOT, dataset
 
 WORKSPACE = Workspace(tiny.MODEL)
 SUITE = Path("configs/evaluation/seconds.yaml")
@@ -58,15 +66,15 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The MMLU questions whose answers were scored."""
+    """The MMLU prompts whose answers were scored."""
     found: list[str] = []
-    whole = mmlu.choice_scores
+    whole = Scorer.scores
 
-    def spy(question: mmlu.Question, *arguments: Any) -> np.ndarray:
-        found.append(question.question)
-        return whole(question, *arguments)
+    def spy(self: Scorer, prompt: Prompt) -> np.ndarray:
+        found.append(prompt.text)
+        return whole(self, prompt)
 
-    monkeypatch.setattr(mmlu, "choice_scores", spy)
+    monkeypatch.setattr(Scorer, "scores", spy)
     return found
 
 
@@ -149,7 +157,7 @@ def test_tuning_one_section_measures_no_other(
 def test_a_variant_meets_no_reference_of_other_items(project: Path) -> None:
     """By hand, out of order: the variant is asked more than the reference was."""
     edit("mmlu", questions=QUESTIONS + 2)
-    with pytest.raises(PipelineError, match="59 items of the variant do not pair"):
+    with pytest.raises(PipelineError, match=r"the reference lacks 2 of 59 MMLU questions .*validate MODEL reference"):
         validate.run(tiny.MODEL, "q4")
     shutil.rmtree(WORKSPACE.evaluation(REFERENCE) / "divergence")
     with pytest.raises(PipelineError, match=r"divergence is not there: .*python -m pipeline validate tiny reference"):
@@ -270,3 +278,54 @@ def test_a_model_that_does_not_fit_runs_layer_by_layer(
     validate.run(tiny.MODEL, REFERENCE)
     assert passed == [0, 1, 2, 2, 3, 4, *range(5)]  # of MMLU, then of divergence
     assert "not measured" in said(capsys)["speed"]
+
+
+# --- modes of MMLU ----------------------------------------------------------------------------------------------------
+
+
+def dev_split() -> bytes:
+    """A development split as the Hub has it, with examples that even a byte-level tokenizer finds short."""
+    subjects = {question.subject for question in load_questions(dataset("mmlu"))}
+    rows = [
+        {"question": f"{i}?", "subject": subject.replace(" ", "_"), "choices": list("wxyz"), "answer": i % 4}
+        for subject in sorted(subjects)
+        for i in range(5)
+    ]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def test_five_shot_with_the_development_split_of_a_hub(
+    project: Path, monkeypatch: pytest.MonkeyPatch, scored: list[str]
+) -> None:
+    member = "all/dev.parquet"
+    source = {"kind": "hub", "repo": REPO, "revision": REVISION, "member": member}
+    datasets = yaml.safe_load(Path("configs/datasets.yaml").read_text())["datasets"]
+    tiny.edit(Path("configs/datasets.yaml"), datasets={**datasets, "mmlu-dev": source})
+    edit("mmlu", exemplars="dev")
+    tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), mmlu_mode="five-shot")
+    with serve(Hub({member: dev_split()}, dataset=True)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        validate.run(tiny.MODEL, REFERENCE)
+    found = metrics(REFERENCE)["mmlu"]
+    assert (found["mode"], found["exemplars"], found["n"]) == ("five-shot", "dev", QUESTIONS)
+    assert len(scored) == QUESTIONS
+    assert all(text.count("\nAnswer: ") == 5 for text in scored)
+    items = Journal(WORKSPACE.evaluation(REFERENCE) / "mmlu" / mmlu_section.ITEMS).items.values()
+    assert [item["number"] for item in items] == list(range(QUESTIONS))
+    with pytest.raises(PipelineError, match="the reference lacks 57 of 57 MMLU questions"):
+        tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), mmlu_mode="letter")
+        validate.run(tiny.MODEL, "q4")
+
+
+@pytest.mark.parametrize(("thinks", "recorded"), [(False, "none"), (True, "closed")])
+def test_chat_asks_in_the_model_s_template_and_records_the_think_block(
+    project: Path, scored: list[str], thinks: bool, recorded: str
+) -> None:
+    tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), mmlu_mode="chat", mmlu_close_think=thinks)
+    validate.run(tiny.MODEL, REFERENCE)
+    found = metrics(REFERENCE)["mmlu"]
+    assert (found["mode"], found["think"]) == ("chat", recorded)
+    end = "<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * thinks
+    assert all(text.startswith("<|im_start|>system\n") and text.endswith(end) for text in scored)

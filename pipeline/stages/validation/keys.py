@@ -39,16 +39,25 @@ class Section:
     Attributes:
         name: of the section, its part of the suite and its metrics.
         measure: (subject, folder of items) → metrics. Every item that lies in the folder is taken as it is.
-        counted: what its part of the suite calls the number of items, each of which is the same whatever their number.
+        counted: fields of its part of the suite that say how many items there are, each of which is the same whatever
+            their number, or what is said over all of them.
         runs_graph: whether it asks the graph in ONNX Runtime; the others run the folder in onnxruntime-genai.
         against_reference: whether each of a variant's items is a comparison with the reference's.
+        reads: another section, whose part of the suite decides this one too, and whose items of the reference it is
+            made from. It has no part of its own.
     """
 
     name: str
     measure: Callable[[Subject, Path], dict[str, Any]]
-    counted: str | None = None
+    counted: tuple[str, ...] = ()
     runs_graph: bool = False
     against_reference: bool = False
+    reads: str | None = None
+
+    @property
+    def part(self) -> str:
+        """The part of the suite that decides it."""
+        return self.reads or self.name
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,11 @@ class Key:
 
 def key_of(section: Section, subject: Subject, files: dict[str, str]) -> Key:
     """Of one section. `files`: the SHA-256 of what is measured, by file."""
-    asked = getattr(subject.suite, section.name).model_dump(mode="json")
+    asked = getattr(subject.suite, section.part).model_dump(mode="json")
     texts = asked.get("texts", ())
-    number = asked.pop(section.counted) if section.counted else None
+    number = [asked.pop(name) for name in section.counted]
     code = _code(section, subject)
-    reference = _reference_items(subject)
+    reference = _recorded(subject.reference)
     items = {
         "files": files,
         "suite": asked,
@@ -78,6 +87,7 @@ def key_of(section: Section, subject: Subject, files: dict[str, str]) -> Key:
         "code": {name: sha256_of(_PACKAGE / name) for name in code if name != _SUMMARY},
         "libraries": _libraries(code),
         "reference": reference if section.against_reference else None,
+        "source": _recorded(subject.source),
         "machine": cores() if section.name == "speed" else None,
         "isolation": subject.isolation if section.name == "humaneval" else None,
     }
@@ -97,15 +107,15 @@ def measured_files(subject: Subject) -> dict[str, str]:
     return weights | {file.name: sha256_of(file) for file in subject.workspace.export.iterdir()}
 
 
-def _reference_items(subject: Subject) -> dict[str, str] | None:
-    """SHA-256 of the reference's items, as its own validation recorded them; None where it has none."""
-    return subject.reference and read_json(subject.reference / RECORD)["sha256"]
+def _recorded(folder: Path | None) -> dict[str, str] | None:
+    """SHA-256 of a finished section's items, as its own validation recorded them; None where there is none."""
+    return folder and read_json(folder / RECORD)["sha256"]
 
 
 def _entry(section: Section, subject: Subject) -> dict[str, Any]:
     """What may decide this section's results in the model's entry: nothing that only describes, no `mmlu_mode` for
     others than MMLU."""
-    others = tuple(f"{name}_" for name in type(subject.suite).model_fields if name != section.name)
+    others = tuple(f"{name}_" for name in type(subject.suite).model_fields if name != section.part)
     entry = subject.entry.model_dump(mode="json")
     return {name: value for name, value in entry.items() if name not in _DESCRIPTIVE and not name.startswith(others)}
 

@@ -27,6 +27,7 @@ class Subject:
         section: the section's name.
         reference: the reference's per-item results in this section; None for the reference itself, and where it has
             none.
+        source: the results of the section that this one reads; of the reference only, None elsewhere.
         states: a folder for the hidden states of a model that runs layer by layer.
     """
 
@@ -43,15 +44,16 @@ class Subject:
     section: str = ""
     reference: Path | None = None
     states: Path = Path()
+    source: Path | None = None
 
     @property
     def name(self) -> str:
         """Model and variant, for people."""
         return f"{self.workspace.model} {self.variant}"
 
-    def of(self, section: str, reference: Path | None, states: Path) -> Subject:
+    def of(self, section: str, reference: Path | None, states: Path, source: Path | None = None) -> Subject:
         """The subject of a section. It loads the model for itself."""
-        return replace(self, section=section, reference=reference, states=states)
+        return replace(self, section=section, reference=reference, states=states, source=source)
 
     @cached_property
     def decoder(self) -> OnnxDecoder | LayeredDecoder:

@@ -1,0 +1,158 @@
+"""All files of one subject: made, measured, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pipeline
+from benchmarks.quality import measure, ours, peers_llama, peers_onnx, simulated, targets
+from benchmarks.quality.cache import Cache
+from benchmarks.quality.measure import Measured, OnnxFile, Runtime, Text, excess
+from benchmarks.quality.ours import Written
+from benchmarks.quality.peer import Peer
+from benchmarks.quality.subjects import Prepared, digest_of
+from benchmarks.searches import alone
+from pipeline.checkpoint.store import Store
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_directory, read_json, scratch_directory, write_json
+from pipeline.stages.texts import scored_ids
+
+Row = dict[str, Any]
+_CODE = ("evaluate/divergence.py", "evaluate/runtime.py", "evaluate/statistics.py", "evaluate/speed.py")
+
+
+class Bench:
+    """The rows of one subject, as they are measured.
+
+    Args:
+        timed: whether decoding speed is measured too.
+        report: is told of every row.
+    """
+
+    def __init__(self, prepared: Prepared, timed: bool, report: Callable[[str], None]):
+        self.prepared, self.timed, self.report = prepared, timed, report
+        self.cache = Cache(prepared.project.work / "measured")
+        self.rows: list[Row] = []
+        self.missing: dict[str, str] = {}
+        self._kl: dict[str, np.ndarray] = {}
+        self._windows = scored_ids(measure.TEXT, prepared.reference, Store(prepared.project.store))
+        self._text_key = self._text_identity()
+        self.text, self.perplexity = self._reference()
+
+    def _text_identity(self) -> dict[str, Any]:
+        package = Path(pipeline.__file__).parent
+        code = (Path(measure.__file__), *(package / name for name in _CODE))
+        return {
+            "windows": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in self._windows],
+            "model": self.prepared.identity,
+            "code": digest_of(code),
+        }
+
+    def _reference(self) -> tuple[Text, float]:
+        """The recorded reference, and its perplexity."""
+        folder = self.prepared.project.work / "recorded" / self.prepared.subject.model
+        vocab = self.prepared.architecture.vocab
+        stamp = folder / "made_from.json"
+        if not stamp.exists() or read_json(stamp)["inputs"] != self._text_key:
+            with atomic_directory(folder) as made:
+                graph = self.prepared.reference / measure.REFERENCE_GRAPH
+                perplexity = alone(measure.record_reference, graph, self._windows, vocab, made)
+                write_json(made / stamp.name, {"inputs": self._text_key, "perplexity": perplexity})
+        return Text(self._windows, folder, vocab), read_json(stamp)["perplexity"]
+
+    def run(self) -> None:
+        """Measure everything."""
+        for peer in (*peers_llama.peers(), *peers_onnx.peers(), *simulated.peers()):
+            self._attempt(peer.tool, peer.name, lambda peer=peer: self._peer(peer))
+        for name, recipe in ours.recipes(self.prepared).items():
+            self._attempt("ours", name, lambda name=name, recipe=recipe: self._ours(self._write(name, recipe)))
+        self._attempt("ours", "budgets", self._budgets)
+        for name, control in ours.CONTROL.items():
+            if name in self._kl and control in self._kl:
+                gap = excess(self._kl[name], self._kl[control], self._windows, targets.NEAREST_SHARE)
+                self._row(name)["control"] = {"name": control, "gap": gap}
+
+    def _attempt(self, tool: str, name: str, work: Callable[[], None]) -> None:
+        """Do it, or note why there is no such row: not installed, refused, or its process died."""
+        try:
+            work()
+        except (ImportError, RuntimeError, ValueError, PipelineError) as error:
+            self.missing[f"{tool} {name}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            self.report(f"{tool} {name}: missing ({self.missing[f'{tool} {name}']})")
+
+    # --- peers
+
+    def _peer(self, peer: Peer) -> None:
+        def make() -> Measured:
+            with scratch_directory(self.prepared.project.work / "peer") as folder:
+                alone(peer.make, self.prepared, peer.options, folder)
+                return self._measured(peer.runtime, folder)
+
+        inputs = {"file": peer.key(self.prepared), "text": self._text_key, "timed": self.timed}
+        self._add({"tool": peer.tool, "name": peer.name}, self.cache.get(inputs, make))
+
+    def _measured(self, runtime: Runtime, folder: Path) -> Measured:
+        found = alone(runtime.score, folder, self.text)
+        speed = alone(runtime.speed, folder) if self.timed else {}
+        return Measured({**runtime.size(folder), **found.figures, **speed}, found.kl)
+
+    # --- ours
+
+    def _write(self, name: str, recipe: Mapping[str, Any]) -> Written:
+        return ours.write(self.prepared, name, recipe)
+
+    def _ours(self, written: Written) -> None:
+        inputs = {"files": dict(written.sha256), "text": self._text_key, "timed": self.timed}
+        found = self.cache.get(inputs, lambda: self._measured(OnnxFile(), written.folder))
+        self._add({"tool": "ours", "name": written.variant, "body_bits": written.body_bits}, found)
+
+    def _budgets(self) -> None:
+        peers = [row for row in self.rows if row["tool"] not in {"ours", "simulated"}]
+        peers = [row for row in peers if row["name"] != peers_llama.SOURCE]
+        used = set()
+        for size, written in ours.budgets(self.prepared, (row["bytes"] for row in peers)):
+            if written.variant not in self._kl:
+                self._ours(written)
+            row = self._row(written.variant)
+            for peer in (peer for peer in peers if peer["bytes"] == size):
+                gap = excess(self._kl[written.variant], self._kl[peer["name"]], self._windows)
+                row.setdefault("beside", {})[peer["name"]] = gap
+            used.add(written.variant)
+        self._drop_budgets(used)
+
+    def _drop_budgets(self, used: set[str]) -> None:
+        """Remove what budgets of earlier runs wrote."""
+        for folder in self.prepared.project.artifact(self.prepared.subject.model, "").glob("budget_*"):
+            if folder.name not in used:
+                shutil.rmtree(folder)
+
+    # --- rows
+
+    def _add(self, row: Row, found: Measured) -> None:
+        bits = 8 * found.figures["bytes"] / self.prepared.architecture.parameters
+        self.rows.append({**row, "bits_per_weight": bits, **found.figures})
+        self._kl[row["name"]] = found.kl
+        self.report(f"{row['tool']} {row['name']}: {found.figures['bytes']:,} bytes, KL {found.figures['kl_mean']:.4f}")
+
+    def _row(self, name: str) -> Row:
+        return next(row for row in self.rows if row["name"] == name)
+
+    def record(self) -> dict[str, Any]:
+        """The subject's part of the results."""
+        subject = self.prepared.subject
+        return {
+            "model": subject.model,
+            "title": subject.title,
+            "note": subject.note,
+            "parameters": self.prepared.architecture.parameters,
+            "reference_perplexity": self.perplexity,
+            "rows": self.rows,
+            "missing": self.missing,
+            "targets": targets.evaluate(self.rows),
+        }
