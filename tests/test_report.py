@@ -35,6 +35,12 @@ SHAPES = {
 }
 
 
+RUN = {
+    "prompt": "completion", "temperature": 0, "cut_answers": 3, "cut_thinking": 0,
+    "isolation": "landlock+seccomp+rlimits", "contained": True,
+}  # fmt: skip
+
+
 def _speed(rate: float, peak: int) -> dict[str, Any]:
     return {
         "tokens_per_second": rate,
@@ -68,7 +74,8 @@ def sample(
         "size": {"bytes_on_disk": 538_090_496 * scale, "bits_per_weight": 32.0, "parameters": 134_515_008 * scale},
         "divergence": statistics.summarise_reference_divergence(base, zeros, zeros, windows),
         "mmlu": statistics.summarise_mmlu(mmlu, None, "cloze"),
-        "humaneval": statistics.summarise_humaneval(humaneval, None, "landlock+seccomp+rlimits"),
+        "humaneval": statistics.summarise_humaneval(humaneval[:, None], None, (1,)) | RUN,
+        "agreement": statistics.summarise_agreement(base[:900], windows[:900]),
         "speed": _speed(31.2, 702_000_000 * scale),
     }
     result = [Row(model, REFERENCE, reference)]
@@ -83,7 +90,12 @@ def sample(
             "mmlu": statistics.summarise_mmlu(
                 _answers(rng, mmlu.correct ^ (rng.random(questions) < 0.08)), mmlu, "cloze"
             ),
-            "humaneval": statistics.summarise_humaneval(humaneval, humaneval, "landlock+seccomp+rlimits"),
+            "humaneval": statistics.summarise_humaneval(humaneval[:, None], humaneval[:, None], (1,))
+            | RUN
+            | {"cut_thinking": 2 if variant == "q4_k_m" else 0},
+            "agreement": statistics.summarise_agreement(
+                base[:900], windows[:900], base[:900] + 0.1, rng.random(900) < agreement
+            ),
             "speed": _speed(104.6 - 20 * divergence, 181_000_000 * scale),
         }
         policy = Policy(
@@ -183,6 +195,25 @@ def test_a_look_is_told_whatever_it_decided() -> None:
         assert f"MMLU drop: {line.note}." in text
         assert "look 2 of 4: n 1,425, alpha 0.010 of 0.05 spent (1,500 were asked)" in line.note
         assert ("next look 2,850" in line.note) == (line.verdict == "INCONCLUSIVE")
+
+
+def test_solutions_are_described(report_rows: list[Row]) -> None:
+    model = build(report_rows, ["smollm2-135m"], VARIANTS).models[0]
+    agreement, cuts = cells.solution_sentences(model)
+    what, shares = agreement.split(": ")
+    assert what == "Agreement with the reference on the 900 tokens of its own HumanEval solutions"
+    assert re.fullmatch(r"q4 \d\d\.\d % \(\d\d\.\d–\d\d\.\d\), q4_k_m .*, q3 .*\.", shares)
+    assert cuts.split(": ")[1] == "reference 3, q4 3, q4_k_m 3 and 2 while thinking, q3 3."
+    assert "pass@1 of one greedy solution each, prompt completion, run under landlock" in cells.conditions(model)
+
+
+def test_sampled_and_unsafe_runs_say_so(report_rows: list[Row]) -> None:
+    reference = report_rows[0]
+    run = reference.metrics["humaneval"] | {"samples": 20, "temperature": 0.8, "isolation": "rlimits"}
+    changed = dataclasses.replace(reference, metrics={**reference.metrics, "humaneval": run | {"contained": False}})
+    text = cells.conditions(build([changed, *report_rows[1:]], ["smollm2-135m"], VARIANTS).models[0])
+    assert "pass@1 of 20 sampled at temperature 0.8 each" in text
+    assert "run under rlimits, which does not contain hostile code." in text
 
 
 def test_terminal_gets_colours(report_rows: list[Row]) -> None:

@@ -32,7 +32,14 @@ SECTIONS = (
     Section("mmlu", mmlu.measure, counted=("questions",), runs_graph=True),
     Section("divergence", divergence.measure, runs_graph=True, against_reference=True),
     Section("humaneval", humaneval.measure, counted=("problems", "k")),
-    Section("agreement", agreement.measure, runs_graph=True, against_reference=True, reads="humaneval"),
+    Section(
+        "agreement",
+        agreement.measure,
+        counted=("problems", "k"),
+        runs_graph=True,
+        against_reference=True,
+        reads="humaneval",
+    ),
     Section("speed", speed.measure),
 )
 _LAYOUT = "one folder per section"  # of unfinished work; another one is not continued
@@ -48,7 +55,7 @@ def run(model: str, variant: str) -> None:
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
         for section in SECTIONS:
-            found = _measured(section, subject, files, partial.folder)
+            found = _measured(section, subject, files, partial.folder, metrics)
             if found is not None:
                 metrics[section.name] = found
         partial.finish(workspace.evaluation(variant))
@@ -56,11 +63,16 @@ def run(model: str, variant: str) -> None:
     print(f"{subject.name}: measured; metrics in {workspace.metrics(variant)}")
 
 
-def _measured(section: Section, subject: Subject, files: dict[str, str], partial: Path) -> dict[str, Any] | None:
-    """A section's metrics, kept or measured; None for what a model that runs layer by layer cannot do."""
+def _measured(
+    section: Section, subject: Subject, files: dict[str, str], partial: Path, before: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A section's metrics, kept or measured; None for what a model that runs layer by layer cannot do.
+
+    `before`: the metrics of the sections before it.
+    """
     workspace, folder, states = subject.workspace, partial / section.name, partial / f"{section.name}.states"
     reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / section.name)
-    source = kept.finished(partial / section.reads) if section.reads and subject.variant == REFERENCE else None
+    source = partial / section.reads if section.reads in before and subject.variant == REFERENCE else None
     if section.reads and not (source or reference):
         print(f"  {section.name}: not measured: the reference has no {section.reads} to make it from.")
         return None

@@ -141,6 +141,39 @@ def test_drop_interval_contains_its_estimate_mirrors_and_inverts_the_score(
             assert (drop.high <= margin) == (s.drop_score(margin, n, lost, won) <= -z)
 
 
+@given(st.integers(1, 12).flatmap(lambda n: st.lists(st.tuples(st.integers(0, n), st.integers(0, n)), min_size=1)))
+def test_drop_of_shares_contains_its_estimate(counts: list[tuple[int, int]]) -> None:
+    correct, reference = np.array(counts).T / max(1, np.max(counts))
+    drop = s.paired_interval(*s.flips(correct, reference))
+    assert -1 <= drop.low <= drop.estimate + 1e-12 and drop.estimate <= drop.high + 1e-12 <= 1 + 1e-9
+
+
+def test_intervals_of_shares_cover_with_room_to_spare() -> None:
+    """20 samples of each of 40 problems of unequal difficulty: the 90 % interval is no narrower than it should be."""
+    rng, covered, runs = np.random.default_rng(3), 0, 400
+    for _ in range(runs):
+        skill = rng.beta(0.5, 0.8, 40)
+        passed = rng.random((40, 20)) < skill[:, None]
+        scores = s.summarise_humaneval(passed, None, (1,))
+        covered += scores["pass_at_1_low"] <= 0.5 / 1.3 <= scores["pass_at_1_high"]
+    assert covered / runs >= 0.90
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 1), (5, 5), (10, 3), (200, 100)])
+def test_pass_at_k_is_the_chance_of_a_hit_among_k_drawn(n: int, k: int) -> None:
+    passed = np.arange(n) < np.array([[0], [1], [n // 2], [n]])
+    expected = [1 - stats.hypergeom(n, c, k).pmf(0) for c in (0, 1, n // 2, n)]
+    assert s.pass_at_k(passed, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    rng, p, k = np.random.default_rng(1), 0.2, 5
+    passed = rng.random((20_000, 10)) < p
+    assert s.pass_at_k(passed, k).mean() == pytest.approx(1 - (1 - p) ** k, abs=0.005)
+    plug_in = 1 - (1 - passed.mean(axis=1)) ** k
+    assert abs(plug_in.mean() - (1 - (1 - p) ** k)) > 0.02  # what the paper warns of
+
+
 @pytest.mark.parametrize("z", [1.6449, 2.948])
 def test_more_loss_never_helps(z: float) -> None:
     """Exhaustively, for 24 items: no item that is lost instead of kept, or kept instead of won, lowers a bound."""
@@ -242,13 +275,78 @@ def test_accuracy_summaries() -> None:
     assert (mmlu["n"], mmlu["accuracy"], mmlu["reference_accuracy"], mmlu["flips"]) == (20, 0.4, 0.5, 0.1)
     assert mmlu["drop_points"] == pytest.approx(10)
     assert (mmlu["mode"], mmlu["chance"], mmlu["looks"]) == ("cloze", 0.25, [])
-    own = s.summarise_humaneval(reference, None, "landlock")
-    assert (own["pass_at_1"], own["isolation"]) == (0.5, "landlock")
+    own = s.summarise_humaneval(reference[:, None], None, (1,))
+    assert (own["n"], own["pass_at_1"], own["samples"]) == (20, 0.5, 1)
     assert own["pass_at_1_low"] < 0.5 < own["pass_at_1_high"]
     assert "drop_points" not in own
     assert not {"looks", "drop_points", "probability_drop_points"} & set(
         s.summarise_mmlu(_answers(reference), None, "cloze")
     )
+
+
+def test_samples_give_shares_and_pass_at_k() -> None:
+    reference = np.zeros((4, 4), bool)
+    reference[0], reference[1, :2] = True, True
+    variant = reference.copy()
+    variant[0, 0] = False
+    found = s.summarise_humaneval(variant, reference, (1, 2, 4))
+    assert (found["n"], found["samples"]) == (4, 4)
+    assert found["pass_at_1"] == pytest.approx((0.75 + 0.5) / 4)
+    assert found["reference_pass_at_1"] == pytest.approx((1 + 0.5) / 4)
+    assert found["flips"] == pytest.approx(0.25 / 4)
+    assert found["drop_points"] == pytest.approx(25 / 4)
+    assert found["pass_at_2"] == pytest.approx((1 + 1 - 1 / 6) / 4)
+    assert (found["pass_at_4"], found["pass_at_4_low"] < 0.5 < found["pass_at_4_high"]) == (0.5, True)
+
+
+def test_one_sample_each_gives_what_yes_and_no_give() -> None:
+    rng = np.random.default_rng(5)
+    variant, reference = rng.random((2, 60)) < 0.6
+    found = s.summarise_humaneval(variant[:, None], reference[:, None], (1,))
+    mmlu = s.summarise_mmlu(_answers(variant), _answers(reference), "letter")
+    for key in ("flips", "drop_points", "drop_points_low", "drop_points_high", "detectable_drop_points"):
+        assert found[key] == pytest.approx(mmlu[key])
+    assert found["pass_at_1_low"] == pytest.approx(mmlu["accuracy_low"])
+
+
+def test_agreement_counts_tokens_and_problems_are_its_units() -> None:
+    problem = np.repeat(np.arange(10), 30)
+    logprob, equal = np.full(300, -0.5), problem != 3  # one problem goes wrong as a whole
+    found = s.summarise_agreement(logprob - 0.2 * (problem == 3), problem, logprob, equal)
+    assert (found["solutions"], found["tokens"], found["top1"]) == (10, 300, 0.9)
+    assert found["logprob"] == pytest.approx(-0.52)
+    assert found["logprob_drop"] == pytest.approx(0.02)
+    assert found["top1_low"] < 0.75 and found["top1_high"] < 1  # thirty misses are one event
+    assert found["logprob_drop_low"] < 0 < found["logprob_drop_high"]
+    assert set(s.summarise_agreement(logprob, problem)) == {"solutions", "tokens", "logprob"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"problem": np.zeros(300, int)}, r"300 tokens in 1 problem\(s\)"),
+        ({"logprob": np.full(300, np.nan)}, "300 of 300 values of logprob are NaN"),
+        ({"top1_equal": np.ones(299, bool)}, r"top1_equal \(299,\)"),
+    ],
+)
+def test_bad_agreement_is_refused(change: dict[str, np.ndarray], message: str) -> None:
+    good = {"logprob": np.zeros(300), "problem": np.arange(300) % 3, "logprob_reference": np.zeros(300)}
+    with pytest.raises(EvaluationError, match=message):
+        s.summarise_agreement(**(good | {"top1_equal": np.ones(300, bool)} | change))
+
+
+@pytest.mark.parametrize(
+    ("passed", "reference", "message"),
+    [
+        (np.ones(20, bool), None, r"\[problems, samples\] is needed"),
+        (np.ones((20, 1)), None, "float64, not bool"),
+        (np.ones((20, 2), bool), np.ones((20, 1), bool), "do not pair"),
+        (np.ones((0, 1), bool), None, "list of items"),
+    ],
+)
+def test_bad_solutions_are_refused(passed: np.ndarray, reference: np.ndarray | None, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        s.summarise_humaneval(passed, reference, (1,))
 
 
 def test_looks_count_the_first_questions() -> None:
@@ -298,4 +396,4 @@ def test_bad_probabilities_are_refused(probability: np.ndarray) -> None:
 )
 def test_bad_items_are_refused(correct: np.ndarray, reference: np.ndarray | None, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        s.summarise_humaneval(correct, reference, "landlock")
+        s.summarise_mmlu(_answers(correct), reference if reference is None else _answers(reference), "cloze")

@@ -33,6 +33,7 @@ from tests.conftest import ROOT, dataset
 WORKSPACE = Workspace(tiny.MODEL)
 SUITE = Path("configs/evaluation/seconds.yaml")
 QUESTIONS = 57
+SECTIONS = ("mmlu", "divergence", "humaneval", "agreement", "speed")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_what_did_not_change_is_not_measured(
 ) -> None:
     before = metrics(variant)
     validate.run(tiny.MODEL, variant)
-    assert said(capsys) == dict.fromkeys(("mmlu", "divergence", "humaneval", "speed"), "kept as measured before")
+    assert said(capsys) == dict.fromkeys(SECTIONS, "kept as measured before")
     assert metrics(variant) == before
     assert scored == []
     assert not WORKSPACE.partial("x").parent.exists()
@@ -119,7 +120,7 @@ def test_more_questions_score_only_the_new_ones_as_a_fresh_run_would(
         assert len(scored) == 2
         assert said(capsys) == {
             "mmlu": "57 items kept",
-            **dict.fromkeys(("divergence", "humaneval", "speed"), "kept as measured before"),
+            **dict.fromkeys(("divergence", "humaneval", "agreement", "speed"), "kept as measured before"),
         }
     found = {variant: (metrics(variant)["mmlu"], bytes_of(variant, "mmlu")) for variant in (REFERENCE, "q4")}
     assert found["q4"][0]["n"] == QUESTIONS + 2
@@ -148,9 +149,11 @@ def test_tuning_one_section_measures_no_other(
         validate.run(tiny.MODEL, variant)
         assert said(capsys) == {
             "humaneval": "measured again: suite changed",
+            "agreement": f"measured again: {'source, suite' if variant == REFERENCE else 'reference, suite'} changed",
             **dict.fromkeys(("mmlu", "divergence", "speed"), "kept as measured before"),
         }
-        assert {**metrics(variant), "humaneval": None} == {**before, "humaneval": None}
+        redone = {"humaneval": None, "agreement": None}
+        assert metrics(variant) | redone == before | redone
     assert scored == []
 
 
@@ -207,6 +210,7 @@ def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.Cap
         "mmlu": "measured",
         "divergence": "measured",
         "humaneval": "not measured",
+        "agreement": "not measured",
         "speed": "not measured",
     }
     layered = metrics(REFERENCE)
@@ -225,6 +229,7 @@ def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.Cap
     assert {path.name for path in own.iterdir()} == {"mmlu", "divergence"}
     validate.run(tiny.MODEL, "q4")
     assert metrics("q4")["humaneval"].keys() == whole["humaneval"].keys(), "not paired with what was not measured"
+    assert "agreement" not in metrics("q4")
     capsys.readouterr()
     tiny.edit(SUITE, reference="memory")
     validate.run(tiny.MODEL, REFERENCE)
@@ -232,9 +237,11 @@ def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.Cap
         "mmlu": "kept as measured before",
         "divergence": "kept as measured before",
         "humaneval": "measured",
+        "agreement": "measured",
         "speed": "measured",
     }
     assert metrics(REFERENCE)["humaneval"] == whole["humaneval"]
+    assert metrics(REFERENCE)["agreement"] == whole["agreement"]
 
 
 def test_what_a_larger_machine_measured_stays(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +252,7 @@ def test_what_a_larger_machine_measured_stays(project: Path, capsys: pytest.Capt
     validate.run(tiny.MODEL, REFERENCE)
     assert said(capsys)["mmlu"] == "57 items kept"
     after = metrics(REFERENCE)
-    assert all(after[name] == before[name] for name in ("divergence", "humaneval", "speed"))
+    assert all(after[name] == before[name] for name in ("divergence", "humaneval", "agreement", "speed"))
 
 
 def test_a_model_that_does_not_fit_runs_layer_by_layer(

@@ -14,7 +14,7 @@ from pipeline.evaluate.journal import Journal
 from pipeline.evaluate.statistics import summarise_agreement
 from pipeline.progress import Progress
 from pipeline.stages.texts import encoder
-from pipeline.stages.validation import humaneval
+from pipeline.stages.validation import solutions
 from pipeline.stages.validation.subject import Subject
 
 ITEMS = "agreement.jsonl"
@@ -26,24 +26,24 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     Items by task id lie in `folder`: the reference's have prompt and ids (of its solution), which variants read there;
     all have top and logprob of each token.
     """
-    tasks = [problem.task_id for problem in humaneval.problems_of(subject)]
+    tasks = [problem.task_id for problem in solutions.problems_of(subject)]
     journal, encode = Journal(folder / ITEMS), encoder(subject.folder)
-    solutions = _solutions(subject, tasks)
+    told = _solutions(subject, tasks)
     left = [task for task in tasks if task not in journal.items]
-    texts = {task: (encode(solutions[task]["prompt"]), solutions[task]["ids"]) for task in left}
+    texts = {task: (encode(told[task]["prompt"]), told[task]["ids"]) for task in left}
     subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
     with Progress(f"agreement {subject.name}", len(tasks), "solutions") as progress:
         progress.advance(len(tasks) - len(left), kept=True)
         for task in left:
             read = force(subject.decoder, *texts[task])
             own = {"top": read.top.tolist(), "logprob": read.logprob.tolist()}
-            journal.record(task, (solutions[task] if subject.reference is None else {}) | own)
+            journal.record(task, (told[task] if subject.reference is None else {}) | own)
             progress.advance()
     items = [journal.items[task] for task in tasks]
     problem = np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])
     if subject.reference is None:
         return summarise_agreement(_joined(items, "logprob"), problem)
-    theirs = [solutions[task] for task in tasks]
+    theirs = [told[task] for task in tasks]
     equal = _joined(items, "top") == _joined(theirs, "top")
     return summarise_agreement(_joined(items, "logprob"), problem, _joined(theirs, "logprob"), equal)
 
@@ -53,8 +53,8 @@ def _solutions(subject: Subject, tasks: Sequence[str]) -> dict[str, dict[str, An
     if subject.reference:
         found = Journal(subject.reference / ITEMS).items
     else:
-        written = Journal((subject.source or Path()) / humaneval.SOLUTIONS).items
-        found = {task: written.get(humaneval.solution_name(task)) for task in tasks}
+        written = Journal((subject.source or Path()) / solutions.ITEMS).items
+        found = {task: written.get(solutions.name_of(task)) for task in tasks}
         found = {task: {key: item[key] for key in ("prompt", "ids")} for task, item in found.items() if item}
     if missing := [task for task in tasks if task not in found]:
         raise EvaluationError(

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluate import answers, humaneval
+from pipeline.evaluate import answers
 from pipeline.evaluate.generate import Limits, Sampling, Writer, derived_seed
 from pipeline.evaluate.humaneval import Problem
 from pipeline.evaluate.isolation import SAFE_LEVELS
 from pipeline.evaluate.journal import Journal
+from pipeline.evaluate.judging import judge_all
 from pipeline.evaluate.statistics import summarise_humaneval
 from pipeline.progress import Progress
-from pipeline.stages.texts import dataset
+from pipeline.stages.validation.solutions import ITEMS, name_of, problems_of
 from pipeline.stages.validation.subject import Subject
 
-SOLUTIONS, VERDICTS = "solutions.jsonl", "humaneval.jsonl"
+VERDICTS = "humaneval.jsonl"
 
 
 def measure(subject: Subject, folder: Path) -> dict[str, Any]:
@@ -34,8 +35,8 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     """
     wanted, entry = subject.suite.humaneval, subject.entry
     problems = problems_of(subject)
-    names = [[solution_name(problem.task_id, sample) for sample in range(wanted.samples)] for problem in problems]
-    solutions, verdicts = Journal(folder / SOLUTIONS), Journal(folder / VERDICTS)
+    names = [[name_of(problem.task_id, sample) for sample in range(wanted.samples)] for problem in problems]
+    solutions, verdicts = Journal(folder / ITEMS), Journal(folder / VERDICTS)
     _write(subject, problems, solutions)
     _judge(subject, problems, solutions, verdicts)
     cuts = [solutions.items[name]["cut"] for row in names for name in row]
@@ -55,17 +56,6 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     }
 
 
-def problems_of(subject: Subject) -> list[Problem]:
-    """The suite's problems, in their order."""
-    problems = humaneval.load_problems(dataset("humaneval", subject.store))
-    return humaneval.spread(problems, subject.suite.humaneval.problems)
-
-
-def solution_name(task_id: str, sample: int = 0) -> str:
-    """What a solution is called among the items."""
-    return f"{task_id}#{sample}"
-
-
 def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
     """bool [problems, samples], of the problems that were judged"""
     found = [[verdicts.items.get(name) for name in row] for row in names]
@@ -78,7 +68,7 @@ def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
 def _write(subject: Subject, problems: Sequence[Problem], solutions: Journal) -> None:
     """Every solution that is not there yet, recorded batch by batch."""
     wanted, entry = subject.suite.humaneval, subject.entry
-    names = {solution_name(problem.task_id, sample) for problem in problems for sample in range(wanted.samples)}
+    names = {name_of(problem.task_id, sample) for problem in problems for sample in range(wanted.samples)}
     with Progress(f"HumanEval {subject.name}", len(names), "solutions") as progress:
         progress.advance(len(names & solutions.items.keys()), kept=True)
         if names <= solutions.items.keys():
@@ -93,7 +83,7 @@ def _write(subject: Subject, problems: Sequence[Problem], solutions: Journal) ->
             new = [
                 (name, {"prompt": text, "ids": list(one.ids), "text": one.text, "cut": one.cut})
                 for row, text, one in zip(rows, texts, written, strict=True)
-                if (name := solution_name(row[0].task_id, row[1])) not in solutions.items
+                if (name := name_of(row[0].task_id, row[1])) not in solutions.items
             ]
             for name, item in new:
                 solutions.record(name, item)
@@ -116,7 +106,7 @@ def _batches(
     """
     wanted = subject.suite.humaneval
     if wanted.temperature == 0:
-        left = [problem for problem in prompts if solution_name(problem.task_id) not in done]
+        left = [problem for problem in prompts if name_of(problem.task_id) not in done]
         for batch in writer.batches([prompts[problem] for problem in left], limits):
             yield [(left[row], 0) for row in batch], None
         return
@@ -124,8 +114,8 @@ def _batches(
         size = writer.rows(writer.tokens(prompt), limits)
         for first in range(0, wanted.samples, size):
             rows = [(problem, sample) for sample in range(first, min(first + size, wanted.samples))]
-            if any(solution_name(problem.task_id, sample) not in done for _, sample in rows):
-                seed = derived_seed(wanted.seed, solution_name(problem.task_id, first))
+            if any(name_of(problem.task_id, sample) not in done for _, sample in rows):
+                seed = derived_seed(wanted.seed, name_of(problem.task_id, first))
                 yield rows, Sampling(wanted.temperature, wanted.top_p, seed)
 
 
@@ -144,11 +134,11 @@ def _judge(subject: Subject, problems: Sequence[Problem], solutions: Journal, ve
     left = {
         name: (problem, _completion(subject, problem, solutions.items[name]))
         for problem, sample in rows
-        if (name := solution_name(problem.task_id, sample)) not in verdicts.items
+        if (name := name_of(problem.task_id, sample)) not in verdicts.items
     }
     with Progress(f"judging {subject.name}", len(rows), "solutions") as progress:
         progress.advance(len(rows) - len(left), kept=True)
-        outcomes = humaneval.judge_all(list(left.values()), wanted.timeout_seconds, subject.isolation)
+        outcomes = judge_all(list(left.values()), wanted.timeout_seconds, subject.isolation)
         for (name, (_, completion)), outcome in zip(left.items(), outcomes, strict=True):
             verdicts.record(name, {"completion": completion, "correct": outcome.passed, "reason": outcome.reason})
             progress.advance()

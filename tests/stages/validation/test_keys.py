@@ -44,7 +44,9 @@ def with_suite(subject: Subject, part: str, **changes: Any) -> Subject:
 
 
 def test_every_section_is_a_part_of_the_suite() -> None:
-    assert set(BY_NAME) == set(config.EvaluationConfig.model_fields) - {"reference"}
+    parts = [section.part for section in SECTIONS if not section.reads]
+    assert sorted(parts) == sorted(set(config.EvaluationConfig.model_fields) - {"reference"})
+    assert {section.reads for section in SECTIONS if section.reads} <= set(parts)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,8 @@ def test_every_section_is_a_part_of_the_suite() -> None:
     [
         ("mmlu", {"evaluate/mmlu.py", "stages/texts.py"}, {"evaluate/humaneval.py", "evaluate/gates.py"}),
         ("humaneval", {"evaluate/worker.py", "evaluate/sandbox.py", "evaluate/generate.py"}, {"evaluate/runtime.py"}),
+        ("humaneval", {"evaluate/answers.py", "evaluate/isolation.py"}, {"evaluate/agreement.py", "evaluate/divergence.py"}),
+        ("agreement", {"evaluate/agreement.py"}, {"evaluate/generate.py", "evaluate/judging.py", "evaluate/mmlu.py"}),
         ("divergence", {"evaluate/divergence.py", "evaluate/texts.py"}, {"evaluate/mmlu.py"}),
         ("speed", {"evaluate/speed.py"}, {"evaluate/divergence.py", "evaluate/runtime.py", "evaluate/layered.py"}),
     ],
@@ -95,6 +99,7 @@ def test_an_edited_module_changes_the_sections_that_use_it_and_no_other(
         ("mmlu", {"questions": 1425}, "mmlu", (set(), {"number"})),
         ("mmlu", {"seed": 1}, "mmlu", ({"suite"}, set())),
         ("humaneval", {"problems": 164}, "humaneval", (set(), {"number"})),
+        ("humaneval", {"k": (1, 5)}, "humaneval", (set(), {"number"})),
         ("humaneval", {"max_new_tokens": 7}, "humaneval", ({"suite"}, set())),
         ("divergence", {"window": 77}, "divergence", ({"suite"}, set())),
         ("speed", {"repeats": 7}, "speed", ({"suite"}, set())),
@@ -104,8 +109,8 @@ def test_a_part_of_the_suite_decides_its_own_section(
     subject: Subject, part: str, changes: dict[str, Any], section: str, differs: tuple[set[str], set[str]]
 ) -> None:
     edited = with_suite(subject, part, **changes)
-    for name, row in BY_NAME.items():
-        want = differs if name == section else (set(), set())
+    for row in SECTIONS:
+        want = differs if row.part == section else (set(), set())
         assert changed(key_of(row, subject, FILES), key_of(row, edited, FILES)) == want
 
 
@@ -129,6 +134,14 @@ def test_the_references_items_decide_what_is_compared_with_them(subject: Subject
             if differs:
                 assert changed(before[section.name], key) == differs[section.against_reference]
             before[section.name] = key
+
+
+def test_solutions_decide_the_agreement_made_from_them(subject: Subject, tmp_path: Path) -> None:
+    section, keys_found = BY_NAME["agreement"], []
+    for digest in ("a", "b"):
+        (tmp_path / keys.RECORD).write_text(f'{{"sha256": {{"items.jsonl": "{digest}"}}}}')
+        keys_found.append(key_of(section, subject.of(section.name, None, tmp_path, tmp_path), FILES))
+    assert changed(*keys_found) == ({"source"}, set())
 
 
 def test_libraries_are_those_that_the_code_imports(subject: Subject) -> None:
