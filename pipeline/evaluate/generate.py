@@ -153,39 +153,46 @@ class Writer:
         self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")
         params = genai.GeneratorParams(self.model)
         # The KV cache is allocated for max_length: what this batch needs, not the model's context.
-        params.set_search_options(max_length=prefix + limits.total, batch_size=len(prompts), **_search(sampling))
+        search = self._search(sampling)
+        params.set_search_options(max_length=prefix + limits.total, batch_size=len(prompts), **search)
         generator = genai.Generator(self.model, params)
         generator.append_tokens(self.tokenizer.encode_batch(list(prompts)))
         rows = [_Row(self, limits, complete, opens_thinking(prompt)) for prompt in prompts]
         for step in range(1, limits.total + 1):
             generator.generate_next_token()
+            # The generator's own sequence may lack the end-of-text token.
+            for row, token in zip(rows, generator.get_next_tokens(), strict=True):
+                row.ids.append(int(token))
             last = generator.is_done() or step == limits.total
             if last or step % _CHECK_EVERY == 0:
-                for index, row in enumerate(rows):
-                    if row.written is None:
-                        row.look([int(token) for token in generator.get_sequence(index)[prefix:]])
+                for row in rows:
+                    row.look()
                 if last or all(row.written for row in rows):
                     break
-        return [row.written for row in rows if row.written]
+        return [written for row in rows if (written := row.written)]
 
-
-def _search(sampling: Sampling | None) -> dict[str, float | int | bool]:
-    if sampling is None:
-        return {"do_sample": False}
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "random_seed": sampling.seed}
-    return {"do_sample": True, "top_k": 0, **drawn}  # 0: no limit, where the model's own default may be one
+    def _search(self, sampling: Sampling | None) -> dict[str, float | int | bool]:
+        """Without `top_k` the model's own default would limit the draw; with 0 the runtime does not honour `top_p`."""
+        if sampling is None:
+            return {"do_sample": False}
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "random_seed": sampling.seed}
+        return {"do_sample": True, "top_k": self.vocab, **drawn}
 
 
 class _Row:
-    """One text of a batch while it grows; `written` once it has ended."""
+    """One text of a batch while its `ids` grow; `written` once it has ended, whatever follows."""
 
     def __init__(self, writer: Writer, limits: Limits, complete: Complete, opened: bool) -> None:
         self._writer, self._limits, self._complete, self._opened = writer, limits, complete, opened
         self._answer_from: int | None = None if limits.thinking else 0
+        self.ids: list[int] = []
         self.written: Written | None = None
 
-    def look(self, ids: list[int]) -> None:
-        """Decide whether a text of these tokens has ended, and where."""
+    def look(self) -> None:
+        """Decide whether the text has ended, and where."""
+        if self.written:
+            return
+        ids = self.ids
         stop = next((index for index, token in enumerate(ids) if token in self._writer.stop_ids), None)
         told = ids[:stop]
         if self._answer_from is None:

@@ -1,4 +1,7 @@
-"""Verdicts on HumanEval's solutions: each problem's own test, run here, on answers that come from a sandboxed worker."""
+"""Verdicts on solutions: each problem's own test, run here, on answers that come from a sandboxed worker.
+
+Solutions may use the standard library's computing modules (named in `pipeline.evaluate.worker`), not numpy.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_a_seed_gives_the_same_texts_and_another_seed_others(writer: Writer) -> 
 
 def test_a_cold_or_narrow_draw_is_greedy_and_no_limit_of_the_model_hides_behind(writer: Writer) -> None:
     (greedy,) = writer.continuations([PROMPTS[3]], Limits(16), never)
-    for sampling in (Sampling(0.01, 1.0, 1), Sampling(1.0, 0.01, 1)):
+    for sampling in (Sampling(0.01, 1.0, 1), Sampling(1.0, 0.01, 1), Sampling(1.0, 0.01, 2)):
         assert writer.continuations([PROMPTS[3]], Limits(16), never, sampling)[0] == greedy
     # So hot that all 49,152 tokens are about equally likely: drawn from the model's own top 50 they would be words.
     (hot,) = writer.continuations([PROMPTS[3]], Limits(64), never, Sampling(100.0, 1.0, 1))
@@ -123,8 +123,9 @@ def told(text: str, limits: Limits, opened: bool = False, look_every: int = 8) -
     ids = [ord(character) for character in text]
     row = generate._Row(Scripted(), limits, never, opened)  # type: ignore[arg-type]
     for step in range(1, limits.total + 1):
-        if (step % look_every == 0 or step in {len(ids), limits.total}) and row.written is None:
-            row.look(ids[:step])
+        if step % look_every == 0 or step in {len(ids), limits.total}:
+            row.ids = ids[:step]
+            row.look()
     assert row.written
     return row.written
 
@@ -135,7 +136,8 @@ def told(text: str, limits: Limits, opened: bool = False, look_every: int = 8) -
     [
         ("an answer that is long", Limits(9), False, "an answer", "answer"),
         ("short\0", Limits(9), False, "short", ""),
-        ("nine char\0", Limits(9), False, "nine char", ""),
+        ("nine char\0", Limits(10), False, "nine char", ""),
+        ("nine char\0", Limits(9), False, "nine char", "answer"),
         ("<think>hm</think>yes, it is so", Limits(5, 30), False, "<think>hm</think>yes, ", "answer"),
         ("<think>hm</think>yes\0", Limits(5, 30), False, "<think>hm</think>yes", ""),
         ("hm</think>yes\0", Limits(5, 30), True, "hm</think>yes", ""),

@@ -1,4 +1,4 @@
-"""Verdicts: a referee that no trick of a solution can turn into a pass, and workers that hold nothing and leave nothing."""
+"""Verdicts: a referee that no trick of a solution turns into a pass; workers that hold and leave nothing."""
 
 from __future__ import annotations
 

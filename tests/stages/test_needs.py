@@ -103,15 +103,15 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
 def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: config.EvaluationConfig) -> None:
     """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
     phi, full = architecture_of("phi-4", tmp_path), config.load_suite("full")
-    wanted = needs.layered_reference(phi, suite, "letter", RATES)
-    assert wanted.memory <= needs.layered_reference(phi, full, "letter").memory <= 6e9
-    assert needs.layered_reference(replace(phi, layers=1), suite, "letter").memory == wanted.memory
+    wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
+    assert wanted.memory <= needs.layered_reference(phi, full, asked("chat")).memory <= 6e9
+    assert needs.layered_reference(replace(phi, layers=1), suite, asked("chat")).memory == wanted.memory
     assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 3000 + 2 * 4 * 5120 * 114 * 111
-    whole = needs.reference(phi, PHI_4_BYTES, suite, "letter", RATES)
+    whole = needs.reference(phi, PHI_4_BYTES, suite, asked("chat"), RATES)
     assert wanted.seconds is not None
     assert whole.seconds is not None
     assert wanted.seconds < whole.seconds
-    assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, "letter", RATES).seconds  # type: ignore[operator]
+    assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds  # type: ignore[operator]
 
 
 def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: config.EvaluationConfig) -> None:

@@ -261,7 +261,9 @@ def test_a_model_that_does_not_fit_runs_layer_by_layer(
     """Unless the suite forbids it. A killed pass goes on at its layer."""
     shutil.rmtree(WORKSPACE.evaluation(REFERENCE))
     architecture = validate.read_architecture(WORKSPACE.root / "reference/config.json")
-    room = validate.needs.layered_reference(architecture, validate.config.load_suite("seconds"), "cloze").memory
+    room = validate.needs.layered_reference(
+        architecture, validate.config.load_suite("seconds"), validate.config.load_model(tiny.MODEL)
+    ).memory
     whole = validate.needs.HEADROOM * validate.needs.widened_bytes(0, architecture.parameters)
     monkeypatch.setattr(validate.needs, "HEADROOM", 2 * room / whole * validate.needs.HEADROOM)
     monkeypatch.setattr(validate.machine, "available_memory", lambda: room)

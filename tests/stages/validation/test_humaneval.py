@@ -203,8 +203,9 @@ def test_thinking_is_left_out_and_the_function_is_found(
     tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(problem: Problem) -> str:
-        return f"Hm.\n```python\ndef {problem.entry_point}(): wrong\n```\n</think>\nSo:\n```python\n{problem.prompt}" + (
-            f"{problem.canonical_solution}\n```\n"
+        return (
+            f"Hm.\n```python\ndef {problem.entry_point}(): wrong\n```\n</think>\nSo:\n```python\n{problem.prompt}"
+            + (f"{problem.canonical_solution}\n```\n")
         )
 
     monkeypatch.setattr(FakeWriter, "answer", answer)
@@ -251,7 +252,7 @@ def test_no_verdict_is_an_error_and_is_not_recorded(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(referee, "_BOOTSTRAP", "raise SystemExit('broken')")
     real = subject(tmp_path)
     real = Subject(**{**vars(real), "isolation": isolation_level()})
-    with pytest.raises(EvaluationError, match="there is no verdict: .*broken"):
+    with pytest.raises(EvaluationError, match=r"there is no verdict: .*broken"):
         humaneval.measure(real, tmp_path)
     assert kept(tmp_path)[humaneval.VERDICTS] == {}
 

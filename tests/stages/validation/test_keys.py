@@ -54,7 +54,11 @@ def test_every_section_is_a_part_of_the_suite() -> None:
     [
         ("mmlu", {"evaluate/mmlu.py", "stages/texts.py"}, {"evaluate/humaneval.py", "evaluate/gates.py"}),
         ("humaneval", {"evaluate/worker.py", "evaluate/sandbox.py", "evaluate/generate.py"}, {"evaluate/runtime.py"}),
-        ("humaneval", {"evaluate/answers.py", "evaluate/isolation.py"}, {"evaluate/agreement.py", "evaluate/divergence.py"}),
+        (
+            "humaneval",
+            {"evaluate/answers.py", "evaluate/isolation.py"},
+            {"evaluate/agreement.py", "evaluate/divergence.py"},
+        ),
         ("agreement", {"evaluate/agreement.py"}, {"evaluate/generate.py", "evaluate/judging.py", "evaluate/mmlu.py"}),
         ("divergence", {"evaluate/divergence.py", "evaluate/texts.py"}, {"evaluate/mmlu.py"}),
         ("speed", {"evaluate/speed.py"}, {"evaluate/divergence.py", "evaluate/runtime.py", "evaluate/layered.py"}),
