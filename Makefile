@@ -11,7 +11,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help demo repro validate-full bench bench-quality show test lint clean
+.PHONY: help demo repro validate-full bench bench-quality crosscheck show test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,10 @@ bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.
 	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.quality
 	python -m benchmarks.tables
+
+crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 q4 of the last run
+	python -m pip install --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
+	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/variants/q4 --out benchmarks/results/mmlu.json
 
 show: $(READY)  ## the table of the last run
 	@python -m pipeline show
