@@ -62,7 +62,7 @@ class Bench:
         if not stamp.exists() or read_json(stamp)["inputs"] != self._text_key:
             with atomic_directory(folder) as made:
                 graph = self.prepared.reference / measure.REFERENCE_GRAPH
-                perplexity = alone(measure.record_reference, graph, self._windows, vocab, made)
+                perplexity = alone(measure.record_reference, graph, self._windows, made)
                 write_json(made / stamp.name, {"inputs": self._text_key, "perplexity": perplexity})
         return Text(self._windows, folder, vocab), read_json(stamp)["perplexity"]
 
@@ -73,10 +73,10 @@ class Bench:
         for name, recipe in ours.recipes(self.prepared).items():
             self._attempt("ours", name, lambda name=name, recipe=recipe: self._ours(self._write(name, recipe)))
         self._attempt("ours", "budgets", self._budgets)
-        for name, control in ours.CONTROL.items():
-            if name in self._kl and control in self._kl:
-                gap = excess(self._kl[name], self._kl[control], self._windows, targets.NEAREST_SHARE)
-                self._row(name)["control"] = {"name": control, "gap": gap}
+        if ours.CONTROLLED in self._kl and ours.CONTROL in self._kl:
+            mine, control = self._kl[ours.CONTROLLED], self._kl[ours.CONTROL]
+            gap = excess(mine, control, self._windows, targets.NEAREST_SHARE)
+            self._row(ours.CONTROLLED)["control"] = {"name": ours.CONTROL, "gap": gap}
 
     def _attempt(self, tool: str, name: str, work: Callable[[], None]) -> None:
         """Do it, or note why there is no such row: not installed, refused, or its process died."""

@@ -7,6 +7,7 @@ memory, threads and crashes stay there.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import DivergenceConfig, SpeedConfig
+from pipeline.errors import EvaluationError
 from pipeline.evaluate import divergence, speed
 from pipeline.evaluate.divergence import Logits
 from pipeline.evaluate.runtime import OnnxDecoder
@@ -22,7 +24,7 @@ from pipeline.evaluate.statistics import mean_interval, summarise_divergence
 
 # text-wiki judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams).
 TEXT = DivergenceConfig(texts={"text-wiki": 4080}, window=256)
-SPEED = SpeedConfig(prompt_tokens=128, new_tokens=32, repeats=3)
+SPEED = SpeedConfig(prompt_tokens=(128,), new_tokens=32, repeats=3)
 REFERENCE_GRAPH = "model.onnx"
 
 
@@ -46,20 +48,20 @@ class Measured:
 class Runtime(Protocol):
     """How a kind of file is loaded."""
 
-    def size(self, folder: Path) -> dict[str, int]:
+    def size(self, folder: Path) -> dict[str, Any]:
         """`bytes` of weights and graph; other counts beside it."""
 
     def score(self, folder: Path, text: Text) -> Measured:
         """Divergence, top-1 agreement and perplexity."""
 
     def speed(self, folder: Path) -> dict[str, Any]:
-        """`tokens_per_second` of decoding, its `_low` and `_high`."""
+        """`tokens_per_second` of decoding, its `_low` and `_high`; or `speed_missing`, why there is none."""
 
 
 class OnnxFile:
     """A folder with one ONNX graph and its data, as onnxruntime-genai loads it."""
 
-    def size(self, folder: Path) -> dict[str, int]:
+    def size(self, folder: Path) -> dict[str, Any]:
         """The graph and its data; not the tokenizer's files."""
         return {"bytes": onnx_bytes(folder)}
 
@@ -71,7 +73,11 @@ class OnnxFile:
 
     def speed(self, folder: Path) -> dict[str, Any]:
         """In onnxruntime-genai."""
-        return rates(speed.measure(folder, SPEED))
+        try:
+            found = speed.measure(folder, SPEED)
+        except EvaluationError as error:
+            return {"speed_missing": str(error)}
+        return {name: found[name] for name in ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")}
 
 
 def onnx_bytes(folder: Path) -> int:
@@ -80,29 +86,25 @@ def onnx_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if any(part in kept for part in file.suffixes))
 
 
-def rates(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Of a speed measurement, what the tables show."""
-    return {name: value for name, value in measured.items() if name.startswith("tokens_per_second")}
-
-
-def record_reference(graph: Path, windows: Sequence[np.ndarray], vocab: int, folder: Path) -> float:
+def record_reference(graph: Path, windows: Sequence[np.ndarray], folder: Path) -> float:
     """Keep the reference's log-probabilities of the windows in `folder`; its perplexity."""
     decoder = OnnxDecoder(graph)
-    scores = divergence.record_reference(lambda ids: decoder.run(ids)[0], windows, vocab, folder)
-    return math.exp(-float(scores.logprob.mean()))
+    scores = divergence.record_reference(lambda ids: decoder.run(ids)[0], windows, folder)
+    return math.exp(-float(scores["logprob"].mean()))
 
 
 def scored(logits: Logits, text: Text, name: str) -> Measured:
     """A model compared with the reference on the text."""
-    scores, kl = divergence.compare(logits, text.windows, text.reference, name)
-    own = divergence.read_reference(text.reference)
-    figures = summarise_divergence(kl, scores.top == own.top, scores.logprob, own.logprob, scores.window_id)
-    return Measured({name: value for name, value in figures.items() if "detectable" not in name}, kl)
+    with tempfile.TemporaryDirectory() as folder:
+        scores = divergence.compare(logits, text.windows, text.reference, Path(folder), name)
+    own = divergence.read_scores(text.reference)
+    figures = summarise_divergence(
+        scores["kl"], scores["top"] == own["top"], scores["logprob"], own["logprob"], scores["window_id"]
+    )
+    return Measured({name: value for name, value in figures.items() if "detectable" not in name}, scores["kl"])
 
 
-def excess(
-    ours: np.ndarray, theirs: np.ndarray, windows: Sequence[np.ndarray], factor: float = 1.0
-) -> dict[str, float]:
+def excess(ours: np.ndarray, theirs: np.ndarray, windows: Sequence[np.ndarray], factor: float = 1.0) -> dict[str, float]:
     """Mean of KL(ours) − factor · KL(theirs), paired by token, with its 90 % interval; below 0 is a win.
 
     Args:

@@ -1,7 +1,7 @@
-"""Our files, written by the pipeline's own `quantize` command: the recipes as shipped, their controls, and budgets.
+"""Our files, written by the pipeline's own `quantize` command: the recipes as shipped, q4's control, and budgets.
 
-- A control is a recipe with `search: nearest`: ONNX Runtime's default quantizer (the same rounding, see
-  tests/benchmarks/test_searches.py) in the same formats, so at the same bytes.
+- The control is q4 with `search: nearest`: ONNX Runtime's default quantizer (the same rounding, see
+  tests/benchmarks/test_searches.py) in q4's formats with q4's table, so at the same bytes but for its longer file name.
 - A budget is solved at exactly the bytes of a peer's file, with q4's search and every other option at its default.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.quality.subjects import Prepared
 from pipeline.files import read_json
 
 SHIPPED = ("q4", "q4_k_m", "q3")
-CONTROL = {"q4": "q4_nearest", "q4_block64": "q4_block64_nearest"}  # what a control's KL is compared with
+CONTROLLED, CONTROL = "q4", "q4_nearest"
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,9 @@ class Written:
 
 
 def recipes(prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """What is measured beside the budgets: recipes by name, as shipped or derived from q4 as shipped."""
+    """What is measured beside the budgets: recipes by name."""
     shipped = {name: prepared.project.read(f"recipes/{name}.yaml") for name in SHIPPED}
-    shipped["q4_block64"] = with_blocks_of_64(shipped["q4"])
-    return shipped | {control: shipped[name] | {"search": "nearest"} for name, control in CONTROL.items()}
-
-
-def with_blocks_of_64(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with its body's blocks of 32 made 64, where SmolLM2's own grid is no help."""
-    body = [{**rule, "format": _block64(rule["format"])} for rule in recipe.get("body", [])]
-    return {**recipe, "body": body} if body else dict(recipe)
-
-
-def _block64(chosen: Any) -> Any:
-    if isinstance(chosen, str):
-        return chosen.replace("b32", "b64")
-    return {name: value.replace("b32", "b64") if isinstance(value, str) else value for name, value in chosen.items()}
+    return shipped | {CONTROL: shipped[CONTROLLED] | {"search": "nearest"}}
 
 
 def write(prepared: Prepared, variant: str, recipe: Mapping[str, Any]) -> Written:
@@ -63,7 +50,7 @@ def budgets(prepared: Prepared, sizes: Iterable[int]) -> Iterator[tuple[int, Wri
 
     The best plan for a larger budget that fits a smaller one is the best for that too, so it is not solved again.
     """
-    search = prepared.project.read("recipes/q4.yaml")["search"]
+    search = prepared.project.read(f"recipes/{CONTROLLED}.yaml")["search"]
     last: Written | None = None
     for size in sorted(set(sizes), reverse=True):
         if last is None or last.bytes > size:

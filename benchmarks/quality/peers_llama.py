@@ -46,7 +46,7 @@ class GgufFile:
 
     def speed(self, folder: Path) -> dict[str, Any]:
         """Greedy decoding, one token at a time, as `pipeline.evaluate.speed` does it."""
-        prompt, new = SPEED.prompt_tokens, SPEED.new_tokens
+        (prompt,), new = SPEED.prompt_tokens, SPEED.new_tokens
         context = _Context(folder / _FILE, None, prompt + new)
         found = [context.decode_rate(list(range(100, 100 + prompt)), new) for _ in range(SPEED.repeats + 1)][1:]
         names = "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"

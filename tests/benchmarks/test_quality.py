@@ -16,7 +16,7 @@ from benchmarks.quality import ours, simulated
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.gguf_file import rotary_order, tokenizer_bytes
 from benchmarks.quality.measure import Measured, excess, onnx_bytes
-from benchmarks.quality.ours import Written, budgets, with_blocks_of_64
+from benchmarks.quality.ours import Written, budgets
 from benchmarks.quality.peers_onnx import with_plain_products
 from benchmarks.quality.subjects import grid_steps
 from benchmarks.quality.tables import files, targets
@@ -187,15 +187,6 @@ def test_budgets_are_solved_once_where_one_plan_answers_both(monkeypatch: pytest
         (138, "budget_138"),
         (100, "budget_100"),
     ]
-
-
-def test_blocks_of_64_change_the_body_alone() -> None:
-    split = {"high": "w4b32a", "low": "w2b64a", "high_fraction": 0.6}
-    recipe = {"head": "w8b32s", "body": [{"roles": ["v_proj"], "format": "w4b32a"}, {"roles": [], "format": split}]}
-    changed = with_blocks_of_64(recipe)
-    assert changed["head"] == "w8b32s"
-    assert [rule["format"] for rule in changed["body"]] == ["w4b64a", split | {"high": "w4b64a"}]
-    assert recipe["body"][0]["format"] == "w4b32a"
 
 
 # --- keeping and showing ----------------------------------------------------------------------------------------------
