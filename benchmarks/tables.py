@@ -181,6 +181,22 @@ def quantizers(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def reference(found: dict[str, Any]) -> str:
+    """Full-precision models measured layer by layer."""
+    head = (
+        "model", "in memory it would take, GB", "private, GB", "disk, GB", "tokens", "passes, s", "answers, s",
+    )  # fmt: skip
+    rows = []
+    for record in found["records"]:
+        cut = f", first {record['cut_to_layers']} layers" if record["cut_to_layers"] else ""
+        rows.append([
+            f"{record['model']}{cut}", f"{record['whole_model_bytes'] / 1e9:.1f}",
+            f"{record['private_bytes'] / 1e9:.2f}", f"{record['disk_growth_bytes'] / 1e9:.2f}", f"{record['tokens']:,}", f"{record['pass_seconds']:.0f}",
+            f"{record['answer_seconds']:.0f}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
 TABLES = {
     "machine": the_machine, "conversion": conversion, "scaling": scaling, "stages": stages, "runtime": run_time,
     "prepacked": prepacked, "quantizers": quantizers,
@@ -198,6 +214,7 @@ def main() -> None:
     quality = read_json(RESULTS / "quality.json")
     tables = {name: render(records, searches) for name, render in TABLES.items()}
     tables |= {name: render(quality) for name, render in QUALITY_TABLES.items()}
+    tables["reference"] = reference(read_json(RESULTS / "reference.json"))
     text = README.read_text(encoding="utf-8")
     for name, new in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ def available_memory(root: Path = _ROOT) -> int:
     import psutil
 
     return max(0, min([psutil.virtual_memory().available, *_memory_left(root)]))
+
+
+def processor(root: Path = _ROOT) -> str:
+    """The processor's name as Linux gives it; "" where it does not."""
+    found = re.search(r"^model name\s*: (.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def free_disk(path: Path) -> int:

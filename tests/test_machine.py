@@ -29,6 +29,12 @@ def v1(root: Path, controller: str, path: str = GROUP, **group: str) -> Path:
     return tree(root, {"proc/self/cgroup": f"4:{controller}:/{GROUP}\n0::/", **inner})
 
 
+def test_the_processor_has_a_name_where_linux_gives_one(tmp_path: Path) -> None:
+    assert machine.processor(tmp_path) == ""
+    root = tree(tmp_path, {"proc/cpuinfo": "processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nflags\t: x"})
+    assert machine.processor(root) == "A CPU @ 2 GHz"
+
+
 def test_without_cgroups_the_system_decides(tmp_path: Path) -> None:
     assert machine.cores(tmp_path) == len(os.sched_getaffinity(0))
     total = psutil.virtual_memory().total

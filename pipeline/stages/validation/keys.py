@@ -19,7 +19,7 @@ from typing import Any
 import pipeline
 from pipeline import config
 from pipeline.files import read_json, sha256_of
-from pipeline.machine import cores
+from pipeline.machine import cores, processor
 from pipeline.stages.validation.subject import Subject
 from pipeline.stages.workspace import REFERENCE
 
@@ -88,7 +88,7 @@ def key_of(section: Section, subject: Subject, files: dict[str, str]) -> Key:
         "libraries": _libraries(code),
         "reference": reference if section.against_reference else None,
         "source": _recorded(subject.source),
-        "machine": cores() if section.name == "speed" else None,
+        "machine": [processor(), cores()] if section.name == "speed" else None,
         "isolation": subject.isolation if section.name == "humaneval" else None,
     }
     metrics = {"number": number, "reference": reference, "statistics": sha256_of(_PACKAGE / _SUMMARY)}
