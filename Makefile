@@ -4,6 +4,7 @@ VENV    ?= .venv
 MODELS  ?=
 PIP_ARGS ?=
 BENCH   ?=
+ARM64   ?= $(wildcard artifacts/smollm2-135m/variants/*)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY   := $(VENV)/.ready
@@ -11,11 +12,11 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help demo repro validate-full bench bench-quality crosscheck show test lint clean
+.PHONY: help demo repro validate-full bench bench-quality crosscheck arm64 show test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(READY)  ## the whole pipeline on the embedded small model, then its table
 	dvc repro
@@ -44,6 +45,12 @@ bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.
 crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 q4 of the last run
 	python -m pip install --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
 	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/variants/q4 --out benchmarks/results/mmlu.json
+
+
+arm64: $(READY)  ## artifacts in the arm64 build of ONNX Runtime under QEMU, beside x86-64: Debian or Ubuntu, no root
+	python -m benchmarks.arm64 $(ARM64) --out benchmarks/results/arm64.json
+	python -m pytest -m arm64
+	python -m benchmarks.tables
 
 show: $(READY)  ## the table of the last run
 	@python -m pipeline show
