@@ -104,7 +104,9 @@ def scored(logits: Logits, text: Text, name: str) -> Measured:
     return Measured({name: value for name, value in figures.items() if "detectable" not in name}, scores["kl"])
 
 
-def excess(ours: np.ndarray, theirs: np.ndarray, windows: Sequence[np.ndarray], factor: float = 1.0) -> dict[str, float]:
+def excess(
+    ours: np.ndarray, theirs: np.ndarray, windows: Sequence[np.ndarray], factor: float = 1.0
+) -> dict[str, float]:
     """Mean of KL(ours) − factor · KL(theirs), paired by token, with its 90 % interval; below 0 is a win.
 
     Args:

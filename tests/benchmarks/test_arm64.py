@@ -140,7 +140,9 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
 
 def test_a_machine_that_cannot_emulate_is_told_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "apt-get" else f"/usr/bin/{tool}")
-    with pytest.raises(ResourceError, match=r"without apt-get. Run it there, or in a Debian container; it needs no root"):
+    with pytest.raises(
+        ResourceError, match=r"without apt-get. Run it there, or in a Debian container; it needs no root"
+    ):
         emulator.install(tmp_path / "arm64")
     assert not (tmp_path / "arm64").exists()
 
@@ -176,9 +178,7 @@ def test_a_tiny_model_computes_the_same_on_arm64(variant: str, artifacts: dict[s
 
 
 @pytest.mark.arm64
-def test_a_processor_without_dotprod_falls_back_to_float_kernels(
-    artifacts: dict[str, Path], installed: Path
-) -> None:
+def test_a_processor_without_dotprod_falls_back_to_float_kernels(artifacts: dict[str, Path], installed: Path) -> None:
     record = arm64.check(artifacts["q4"], [Emulator(installed, "cortex-a72")])
     (run,) = record["arm64"]
     assert "asimddp" not in run["features"]
