@@ -41,8 +41,9 @@ from pipeline.evaluate import mmlu
 from pipeline.evaluate.mmlu_prompts import Mode, Prompt, asker
 from pipeline.evaluate.mmlu_scoring import Encode, Scorer
 from pipeline.evaluate.runtime import OnnxDecoder
-from pipeline.files import write_json
+from pipeline.files import link_or_copy, read_json, write_json
 from pipeline.stages.texts import dataset, encoder
+from pipeline.stages.workspace import GENAI_CONFIG
 
 MODES: dict[Mode, tuple[str, int]] = {
     "letter": ("default", 0),
@@ -158,6 +159,18 @@ def _counting_backend(folder: Path) -> Any:
     return Counting(str(folder))
 
 
+def _unchunked(artifact: Path, folder: Path) -> Path:
+    """The artifact with prompts run in one piece: the backend reads logits after them, which are the last piece's."""
+    folder.mkdir()
+    for file in artifact.iterdir():
+        if file.name != GENAI_CONFIG:
+            link_or_copy(file, folder / file.name)
+    found = read_json(artifact / GENAI_CONFIG)
+    del found["search"]["chunk_size"]
+    write_json(folder / GENAI_CONFIG, found)
+    return folder
+
+
 def _listener(encode: Encode) -> Any:
     """A model for the harness that scores nothing and counts, in `tokens`, what its backend would run."""
     from lm_eval.api.model import LM
@@ -192,6 +205,7 @@ class Crosscheck:
         self._split = mmlu.load_questions(dataset("mmlu", Store()))
         self._examples = mmlu.held_out_examples(self._split, max(SUBSETS), SEED)
         self._harness = Harness(work, self._examples)
+        self._unchunked = _unchunked(artifact, work / "unchunked")
 
     def prompts(self, mode: Mode) -> dict[str, int]:
         """How many prompts, with their answers, are the harness's to the byte."""
@@ -207,7 +221,7 @@ class Crosscheck:
 
     def scores(self, mode: Mode, questions: Sequence[mmlu.Question]) -> dict[str, Any]:
         """Log-likelihoods, accuracy and cost on questions that both score. They lie within the model's context."""
-        backend = _counting_backend(self._artifact)
+        backend = _counting_backend(self._unchunked)
         started = time.perf_counter()
         asked = self._harness.ask(backend, mode, questions)
         theirs = {"tokens": backend.tokens, "seconds": time.perf_counter() - started}

@@ -189,10 +189,10 @@ def reference(found: dict[str, Any]) -> str:
     rows = []
     for record in found["records"]:
         cut = f", first {record['cut_to_layers']} layers" if record["cut_to_layers"] else ""
+        gigabytes = (record[name] / 1e9 for name in ("whole_model_bytes", "private_bytes", "disk_growth_bytes"))
         rows.append([
-            f"{record['model']}{cut}", f"{record['whole_model_bytes'] / 1e9:.1f}",
-            f"{record['private_bytes'] / 1e9:.2f}", f"{record['disk_growth_bytes'] / 1e9:.2f}", f"{record['tokens']:,}", f"{record['pass_seconds']:.0f}",
-            f"{record['answer_seconds']:.0f}",
+            f"{record['model']}{cut}", *(f"{size:.2f}" for size in gigabytes), f"{record['tokens']:,}",
+            f"{record['pass_seconds']:.0f}", f"{record['answer_seconds']:.0f}",
         ])  # fmt: skip
     return table(head, rows)
 

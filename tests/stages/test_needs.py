@@ -15,7 +15,7 @@ RATES = Rates(flops=130e9, cores=2)
 
 
 def asked(prompt: str) -> config.ModelConfig:
-    return config.load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
+    return config.load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt, "mmlu_mode": "letter"})
 
 
 @pytest.fixture
