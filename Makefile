@@ -42,10 +42,9 @@ bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.
 	python -m benchmarks.quality
 	python -m benchmarks.tables
 
-crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 q4 of the last run
+crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 at full precision
 	python -m pip install --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
-	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/variants/q4 --out benchmarks/results/mmlu.json
-
+	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/reference --out benchmarks/results/mmlu.json
 
 arm64: $(READY)  ## artifacts in the arm64 build of ONNX Runtime under QEMU, beside x86-64: Debian or Ubuntu, no root
 	python -m benchmarks.arm64 $(ARM64) --out benchmarks/results/arm64.json
