@@ -30,7 +30,8 @@ _DISK = 12_000_000_000  # two checkpoints in float32, our artifacts, one peer's 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".bench" / "quality", help="Scratch folder.")
-def main(work: Path) -> None:
+@click.option("--speed/--no-speed", default=True, help="Without it, the rest may be measured on a busy machine.")
+def main(work: Path, speed: bool) -> None:
     """Write benchmarks/results/quality.json and quality.png."""
     start = time.monotonic()
     try:
@@ -42,7 +43,9 @@ def main(work: Path) -> None:
         subjects = []
         for subject in SUBJECTS:
             click.echo(subject.title, err=True)
-            bench = Bench(prepare(project, subject), subject.model == SMALL, lambda line: click.echo(line, err=True))
+            bench = Bench(
+                prepare(project, subject), speed and subject.model == SMALL, lambda line: click.echo(line, err=True)
+            )
             bench.run()
             subjects.append(bench.record())
         result = {

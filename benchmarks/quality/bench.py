@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from pipeline.files import atomic_directory, read_json, scratch_directory, write
 from pipeline.stages.texts import scored_ids
 
 Row = dict[str, Any]
-_CODE = ("evaluate/divergence.py", "evaluate/runtime.py", "evaluate/statistics.py", "evaluate/speed.py")
+Opened = Callable[[], AbstractContextManager[Path]]
+_SCORING = ("evaluate/divergence.py", "evaluate/runtime.py", "evaluate/statistics.py")
+_TIMING = ("evaluate/speed.py", "evaluate/app.py")
 
 
 class Bench:
@@ -46,12 +50,10 @@ class Bench:
         self.text, self.perplexity = self._reference()
 
     def _text_identity(self) -> dict[str, Any]:
-        package = Path(pipeline.__file__).parent
-        code = (Path(measure.__file__), *(package / name for name in _CODE))
         return {
             "windows": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in self._windows],
             "model": self.prepared.identity,
-            "code": digest_of(code),
+            "code": _code(_SCORING),
         }
 
     def _reference(self) -> tuple[Text, float]:
@@ -89,18 +91,32 @@ class Bench:
     # --- peers
 
     def _peer(self, peer: Peer) -> None:
-        def make() -> Measured:
+        @contextmanager
+        def made() -> Iterator[Path]:
             with scratch_directory(self.prepared.project.work / "peer") as folder:
                 alone(peer.make, self.prepared, peer.options, folder)
-                return self._measured(peer.runtime, folder)
+                yield folder
 
-        inputs = {"file": peer.key(self.prepared), "text": self._text_key, "timed": self.timed}
-        self._add({"tool": peer.tool, "name": peer.name}, self.cache.get(inputs, make))
+        found = self._measured(peer.key(self.prepared), peer.runtime, made)
+        self._add({"tool": peer.tool, "name": peer.name}, found)
 
-    def _measured(self, runtime: Runtime, folder: Path) -> Measured:
-        found = alone(runtime.score, folder, self.text)
-        speed = alone(runtime.speed, folder) if self.timed else {}
-        return Measured({**runtime.size(folder), **found.figures, **speed}, found.kl)
+    def _measured(self, file: Mapping[str, Any], runtime: Runtime, opened: Opened) -> Measured:
+        """What is kept of the file that `file` identifies; it is made and opened only if something is missing."""
+        with ExitStack() as stack:
+            folder = cache(lambda: stack.enter_context(opened()))
+
+            def score() -> Measured:
+                found = alone(runtime.score, folder(), self.text)
+                return Measured({**runtime.size(folder()), **found.figures}, found.kl)
+
+            def speed() -> Measured:
+                return Measured(alone(runtime.speed, folder()), np.empty(0))
+
+            found = self.cache.get({"file": file, "text": self._text_key}, score)
+            if not self.timed:
+                return found
+            rates = self.cache.get({"file": file, "speed": _code(_TIMING)}, speed)
+            return Measured({**found.figures, **rates.figures}, found.kl)
 
     # --- ours
 
@@ -108,8 +124,7 @@ class Bench:
         return ours.write(self.prepared, name, recipe)
 
     def _ours(self, written: Written) -> None:
-        inputs = {"files": dict(written.sha256), "text": self._text_key, "timed": self.timed}
-        found = self.cache.get(inputs, lambda: self._measured(OnnxFile(), written.folder))
+        found = self._measured(dict(written.sha256), OnnxFile(), lambda: nullcontext(written.folder))
         self._add({"tool": "ours", "name": written.variant, "body_bits": written.body_bits}, found)
 
     def _budgets(self) -> None:
@@ -156,3 +171,8 @@ class Bench:
             "missing": self.missing,
             "targets": targets.evaluate(self.rows),
         }
+
+
+def _code(names: tuple[str, ...]) -> str:
+    package = Path(pipeline.__file__).parent
+    return digest_of((Path(measure.__file__), *(package / name for name in names)))
