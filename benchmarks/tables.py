@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import arm64
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import table
 from benchmarks.project import RESULTS
@@ -203,6 +204,42 @@ TABLES = {
 }  # fmt: skip
 
 
+def mmlu(found: dict[str, Any]) -> str:
+    """Ours beside lm-evaluation-harness."""
+    head = (
+        "mode", "prompts equal", "scored by both", "largest difference, nats", "accuracy, ours · harness",
+        "tokens, ours · harness", "seconds, ours · harness", "tokens ÷ ours",
+    )  # fmt: skip
+    rows = []
+    for mode, result in found["modes"].items():
+        ours, theirs, prompts = result["ours"], result["harness"], result["prompts"]
+        rows.append([
+            mode, f"{prompts['equal']} of {prompts['questions']}", str(result["questions"]),
+            f"{result['max_difference_nats']:.1e}",
+            f"{result['accuracy']['ours']:.1%} · {result['accuracy']['harness']:.1%}",
+            f"{ours['tokens']:,} · {theirs['tokens']:,}", f"{ours['seconds']:.0f} · {theirs['seconds']:.0f}",
+            f"{theirs['tokens'] / ours['tokens']:.1f}",
+        ])  # fmt: skip
+    for count, tokens in found["five_shot_tokens"].items():
+        told = f"{tokens['ours']:,} · {tokens['harness']:,}"
+        rows.append([f"five-shot, {int(count):,}, counted", "", "", "", "", told, "", f"{tokens['ratio']:.1f}"])
+    return table(head, rows)
+
+
+def on_arm64(found: dict[str, Any]) -> str:
+    """Artifacts in the arm64 build, beside x86-64's."""
+    return table(arm64.HEAD, arm64.rows(found["records"]))
+
+
+BY_FILE = {
+    "quality.json": QUALITY_TABLES,
+    "reference.json": {"reference": reference},
+    "mmlu.json": {"mmlu": mmlu},
+    "arm64.json": {"arm64": on_arm64},
+}
+"""Tables of the benchmarks that run by themselves, by their file in results."""
+
+
 def _fill(found: re.Match[str], new: str) -> str:
     return f"{found[1]}{new}\n{found[2]}"
 
@@ -211,10 +248,11 @@ def main() -> None:
     """Rewrite every marked table of README.md."""
     records = [read_json(file) for name in MODELS if (file := RESULTS / f"conversion-{name}.json").exists()]
     searches = read_json(RESULTS / "searches.json")
-    quality = read_json(RESULTS / "quality.json")
     tables = {name: render(records, searches) for name, render in TABLES.items()}
-    tables |= {name: render(quality) for name, render in QUALITY_TABLES.items()}
-    tables["reference"] = reference(read_json(RESULTS / "reference.json"))
+    for file, own in BY_FILE.items():
+        if (RESULTS / file).exists():
+            found = read_json(RESULTS / file)
+            tables |= {name: render(found) for name, render in own.items()}
     text = README.read_text(encoding="utf-8")
     for name, new in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

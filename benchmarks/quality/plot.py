@@ -26,6 +26,7 @@ _STYLES = {
     "onnxruntime-genai builder": ("#9a6700", "D"),
     "simulated": ("#6e7781", "P"),
 }
+_TICKS = (40, 50, 60, 70, 80, 90, 100, 110, 120, 140, 160, 180, 200, 250, 300, 400, 600, 800)  # megabytes
 _OFFSETS = [
     (dx, dy, side)
     for reach in (7, 16, 28, 42)
@@ -79,7 +80,7 @@ def _axes_style(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(sizes) / 1.07, max(sizes) * 1.1)
-    axes.xaxis.set_major_locator(FixedLocator([megabytes * 10**6 for megabytes in range(40, 1000, 10)]))
+    axes.xaxis.set_major_locator(FixedLocator([megabytes * 10**6 for megabytes in _TICKS]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:.0f} MB"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

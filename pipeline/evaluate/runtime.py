@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from pipeline.errors import EvaluationError
 from pipeline.machine import cores
+
+if TYPE_CHECKING:
+    import onnx  # what only runs models need not have it: benchmarks.foreign
 
 ort.set_default_logger_severity(3)
 _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
