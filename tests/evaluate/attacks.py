@@ -181,7 +181,7 @@ os.execve(fd, ["sh", "-c", "exit 42"], {})
 """,
     "thread": "t = threading.Thread(target=int); t.start(); t.join(); effect = True",
     "leave the session": "os.setpgid(0, 0); effect = True",
-    "change priority": "effect = os.nice(3) == 3",
+    "change priority": "before = os.nice(0); effect = os.nice(3) > before",
     "pin to a core": "os.sched_setaffinity(0, os.sched_getaffinity(0)); effect = True",
     # --- memory and descriptors --------------------------------------------------------------------------------------
     "allocate memory": "effect = len(mmap.mmap(-1, 1 << 30)) > 0",
