@@ -6,9 +6,10 @@ Pure rewriting: no weight is read. `quantize_graph` says which tensors the artif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -16,6 +17,7 @@ from pipeline.artifact.layout import Layout
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
+from pipeline.quantize.formats import TensorFormat, row_bytes
 
 # int8 activations: what the fast kernels of x86-64 and arm64 compute with.
 ACCURACY_LEVEL = 4
@@ -45,6 +47,13 @@ def piece_names(planned: PlannedMatrix) -> list[str]:
     """Prefix of the stored tensors of each piece."""
     stem = planned.matrix.name.removesuffix(".weight")
     return [f"{stem}.high", f"{stem}.low"] if planned.split else [stem]
+
+
+def plane_names(prefix: str, fmt: TensorFormat) -> list[tuple[str, int]]:
+    """Prefix of the codes and zero points of each plane of a piece, and its bits."""
+    if len(fmt.planes) == 1:
+        return [(prefix, fmt.bits)]
+    return [(f"{prefix}.bits{bits}", bits) for bits in fmt.planes]
 
 
 def channel_names(planned: PlannedMatrix) -> tuple[str, str]:
@@ -133,29 +142,54 @@ class _Rewriter(GraphWriter):
         self.aliases[alias] = Stored(stored.name, stored.data_type, shape or stored.shape)
         return alias
 
-    def scales(self, prefix: str, shape: tuple[int, ...]) -> str:
-        """float16 on disk, float32 for the kernel, whose scales have the activations' type."""
+    def scales(self, prefix: str, shape: tuple[int, ...], unit: int) -> str:
+        """float16 on disk, float32 for the kernel, whose scales have the activations' type; `unit` times as large, for
+        the plane of codes whose lowest bit counts as much."""
         stored = self.declare(Stored(f"{prefix}.scales", TensorProto.FLOAT16, shape))
         wide = f"{prefix}.scales/float32"
         if wide not in self.done:
             self.done.add(wide)
             self.node("Cast", [stored], wide, to=TensorProto.FLOAT)
-        return wide
+        if unit == 1:
+            return wide
+        if (larger := f"{wide}/{unit}") not in self.done:
+            self.done.add(larger)
+            self.node("Mul", [wide, self.constant(f"unit.{unit}", np.float32(unit))], larger)
+        return larger
+
+    def planes(
+        self, planned: PlannedMatrix, piece: Piece, prefix: str, in_blocks: bool
+    ) -> Iterator[tuple[int, str, list[str]]]:
+        """Of each plane of a piece: its bits, its codes, and its scales with the zero points that it may have."""
+        fmt, rows, blocks = piece.format, planned.matrix.rows, piece.columns // piece.format.block
+        left = fmt.bits
+        for name, bits in plane_names(prefix, fmt):
+            left -= bits
+            codes = Stored(f"{name}.codes", TensorProto.UINT8, (rows, row_bytes(piece.columns, bits)))
+            # A tied head's table is stored as the embedding's; its kernel wants these bytes as [rows, blocks, bytes].
+            shape = (rows, blocks, row_bytes(fmt.block, bits))
+            stored = self.declare(codes, shape, f"{name}.codes/blocks") if in_blocks else self.declare(codes)
+            grid = [self.scales(prefix, (rows, blocks), 1 << left)]
+            if not fmt.symmetric:
+                zeros = Stored(f"{name}.zeros", TensorProto.UINT8, (rows, row_bytes(blocks, bits)))
+                grid.append(self.declare(zeros))
+            yield bits, stored, grid
+
+    def added(self, terms: list[str], output: str) -> str:
+        """The sum of one or two terms under the name `output`; a single term has it already."""
+        return output if len(terms) == 1 else self.node("Add", terms, output)
 
     def embedding(self, node: onnx.NodeProto) -> None:
         planned = self.plan.embedding
         (piece,), (prefix,) = planned.pieces, piece_names(planned)
-        fmt, rows, columns = piece.format, planned.matrix.rows, planned.matrix.columns
-        blocks = columns // fmt.block
-        codes = Stored(f"{prefix}.codes", TensorProto.UINT8, (rows, columns * fmt.bits // 8))
-        inputs = [self.declare(codes), "input_ids", self.scales(prefix, (rows, blocks))]
-        if not fmt.symmetric:
-            inputs.append(self.declare(Stored(f"{prefix}.zeros", TensorProto.UINT8, _zero_shape(rows, piece))))
         target = "embedding" if node.input[0] not in self._half() else "embedding/float32"
-        self.node(
-            "GatherBlockQuantized", inputs, target, MICROSOFT,
-            bits=fmt.bits, block_size=fmt.block, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+        outputs = _term_names(target, piece.format)
+        for output, (bits, codes, grid) in zip(outputs, self.planes(planned, piece, prefix, False), strict=True):
+            self.node(
+                "GatherBlockQuantized", [codes, "input_ids", *grid], output, MICROSOFT,
+                bits=bits, block_size=piece.format.block, gather_axis=0, quantize_axis=1,
+            )  # fmt: skip
+        self.added(outputs, target)
 
     def _half(self) -> set[str]:
         return {name for name, tensor in self.references.items() if tensor.data_type != TensorProto.FLOAT}
@@ -177,22 +211,18 @@ class _Rewriter(GraphWriter):
         self.node("Add", halves, output)
 
     def matmul(self, planned: PlannedMatrix, piece: Piece, prefix: str, x: str, output: str) -> str:
-        fmt, rows = piece.format, planned.matrix.rows
-        blocks = piece.columns // fmt.block
-        # A tied head's table is stored as the embedding's; the kernel wants the same bytes as [rows, blocks, bytes].
-        codes = Stored(f"{prefix}.codes", TensorProto.UINT8, (rows, piece.columns * fmt.bits // 8))
-        alias = self.declare(codes, (rows, blocks, fmt.block * fmt.bits // 8), f"{prefix}.codes/blocks")
-        inputs = [x, alias, self.scales(prefix, (rows, blocks))]
-        if not fmt.symmetric:
-            inputs.append(self.declare(Stored(f"{prefix}.zeros", TensorProto.UINT8, _zero_shape(rows, piece))))
-        return self.node(
-            "MatMulNBits", inputs, output, MICROSOFT,
-            K=piece.columns, N=rows, bits=fmt.bits, block_size=fmt.block, accuracy_level=ACCURACY_LEVEL,
-        )  # fmt: skip
+        outputs = _term_names(output, piece.format)
+        for term, (bits, codes, grid) in zip(outputs, self.planes(planned, piece, prefix, True), strict=True):
+            self.node(
+                "MatMulNBits", [x, codes, *grid], term, MICROSOFT, K=piece.columns, N=planned.matrix.rows,
+                bits=bits, block_size=piece.format.block, accuracy_level=ACCURACY_LEVEL,
+            )  # fmt: skip
+        return self.added(outputs, output)
 
 
-def _zero_shape(rows: int, piece: Piece) -> tuple[int, int]:
-    return rows, piece.format.zero_bytes(1, piece.columns)
+def _term_names(output: str, fmt: TensorFormat) -> list[str]:
+    """What the planes of a format contribute to `output`."""
+    return [output] if len(fmt.planes) == 1 else [f"{output}.bits{bits}" for bits in fmt.planes]
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | str]:

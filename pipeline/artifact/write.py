@@ -228,8 +228,7 @@ class _Run:
         if known := self._finished(unit.name, ranges):
             return known
         chosen = quantize_unit(unit, self.checkpoint, quantizer())
-        arrays = [array for item in chosen for array in (item.codes, item.scales, item.zeros)]
-        return self._put(ranges, [array for array in arrays if array.size])
+        return self._put(ranges, [array for item in chosen for array in item.stored()])
 
     def _put(self, ranges: list[Range], arrays: list[np.ndarray]) -> str:
         digest = hashlib.sha256()

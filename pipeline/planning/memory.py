@@ -17,14 +17,13 @@ PREFILL_CHUNK = 256
 """Tokens that onnxruntime-genai is configured to read at a time."""
 ACTIVATION_COPIES = 4.5
 """Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
-# Bits of memory per weight once a kernel has packed it, code plus (bits ÷ block) for scales, zero points and sums: the
-# larger of what was measured on x86-64 and on arm64 (ONNX Runtime 1.31).
-_PACKED = {2: (2.0, 64), 4: (4.0, 64), 8: (8.0, 96)}
+# Once a kernel has packed it, a weight takes its code's bits and its share of these bits of a block, for scales, zero
+# points and sums: the larger of what was measured on x86-64 and on arm64 (ONNX Runtime 1.31).
+_PER_BLOCK = {2: 64, 4: 64, 8: 96}
 
 
 def _packed_bytes(fmt: TensorFormat, weights: int) -> int:
-    bits, per_block = _PACKED[fmt.bits]
-    return int(weights * (bits + per_block / fmt.block) / 8)
+    return sum(int(weights * (bits + _PER_BLOCK[bits] / fmt.block) / 8) for bits in fmt.planes)
 
 
 def weight_memory(planned: PlannedMatrix) -> int:

@@ -4,6 +4,9 @@
 block). A weight is (code − zero) · scale, scale in float16, the zero of a symmetric format being 2^(bits−1). Codes are
 packed little-end first, which is MatMulNBits' layout:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+
+No kernel multiplies 6 bits, but two do: a code is 4 · (its upper 4 bits) + (its lower 2), so is its zero point, and the
+product with both planes under one scale is the sum of two products.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from pipeline.errors import PlanError
 
 # Kernels that are fast on x86-64 and arm64 with int8 activations (accuracy_level 4). Others exist in the operator's
 # schema and run 20 to 400 times slower, or are refused when the session starts: a recipe that names one is refused.
-FAST_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
+FAST_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 6: (32, 64, 128), 8: (16, 32, 64, 128, 256)}
+# Bits of the planes that codes are stored in, the uppermost first.
+_PLANES = {6: (4, 2)}
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,26 @@ class TensorFormat:
         bits, block = int(match[1]), int(match[2])
         if bits not in FAST_BLOCKS:
             raise PlanError(
-                f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, not {bits}. For an average "
-                f"of about {bits} bits, split a matrix along its input channels (see configs/recipes/q3.yaml)."
+                f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, and 6 as a sum of two, not "
+                f"{bits}. For an average of about {bits} bits, split a matrix along its input channels (see "
+                f"configs/recipes/q3.yaml)."
             )
         if block not in FAST_BLOCKS[bits]:
             raise PlanError(
                 f"tensor format {name!r}: {bits}-bit blocks of {block} have no fast kernel; "
                 f"use {', '.join(map(str, FAST_BLOCKS[bits]))}."
             )
+        if bits in _PLANES and match[3] == "s":
+            raise PlanError(
+                f"tensor format {name!r}: {bits} bits are stored in planes of {_PLANES[bits]}, whose kernels take no "
+                f"symmetric blocks together; use w{bits}b{block}a."
+            )
         return cls(bits, block, match[3] == "s")
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane of the codes, the uppermost first; one plane where a kernel multiplies all bits."""
+        return _PLANES.get(self.bits, (self.bits,))
 
     @property
     def top(self) -> int:
@@ -80,18 +96,31 @@ class TensorFormat:
 
     def zero_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the packed zero points; each row starts on a byte."""
-        return 0 if self.symmetric else rows * -(-(columns // self.block) * self.bits // 8)
+        if self.symmetric:
+            return 0
+        return rows * sum(row_bytes(columns // self.block, bits) for bits in self.planes)
+
+
+def row_bytes(count: int, bits: int) -> int:
+    """Bytes of a row of `count` packed values; each row starts on a byte."""
+    return -(-count * bits // 8)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Rows of a matrix in a format, as stored: packed codes and zero points, uint8 [rows, bytes of a row] (none for a
-    symmetric format), scales float16 [rows, columns/block]."""
+    """Rows of a matrix in a format: packed codes and zero points, uint8 [rows, bytes of a row] (none for a symmetric
+    format; a row's planes one behind the other), scales float16 [rows, columns/block]."""
 
     format: TensorFormat
     codes: np.ndarray
     scales: np.ndarray
     zeros: np.ndarray
+
+    def stored(self) -> list[np.ndarray]:
+        """The arrays as they are stored: the planes of the codes, the scales, the planes of the zero points."""
+        planes, blocks = self.format.planes, self.scales.shape[1]
+        found = [*_planes(self.codes, planes, blocks * self.format.block), self.scales]
+        return found if self.format.symmetric else [*found, *_planes(self.zeros, planes, blocks)]
 
     def dequantize(self) -> np.ndarray:
         """The weights that the runtime computes with, float32 [rows, columns]."""
@@ -105,7 +134,11 @@ class Quantized:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 [rows, n] values of `bits` bits into uint8 [rows, ceil(n·bits/8)], lowest bits first."""
+    """Pack uint8 [rows, n] values of `bits` bits into uint8 [rows, ceil(n·bits/8)], lowest bits first; planes lie one
+    behind the other, each from a byte on."""
+    if bits in _PLANES:
+        high, low = _PLANES[bits]
+        return np.hstack([pack(values >> np.uint8(low), high), pack(values & np.uint8((1 << low) - 1), low)])
     per_byte = 8 // bits
     count = values.shape[1]
     if count % per_byte:
@@ -118,6 +151,15 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Inverse of `pack`: uint8 [rows, count]."""
+    if bits in _PLANES:
+        (high, low), planes = _PLANES[bits], _planes(packed, _PLANES[bits], count)
+        return unpack(planes[0], high, count) << np.uint8(low) | unpack(planes[1], low, count)
     per_byte = 8 // bits
     slots = [(packed >> np.uint8(slot * bits)) & np.uint8((1 << bits) - 1) for slot in range(per_byte)]
     return np.stack(slots, axis=-1).reshape(len(packed), -1)[:, :count]
+
+
+def _planes(packed: np.ndarray, planes: tuple[int, ...], count: int) -> list[np.ndarray]:
+    """The planes of packed rows of `count` values."""
+    ends = np.cumsum([row_bytes(count, bits) for bits in planes])
+    return np.split(packed, ends[:-1], axis=1)

@@ -27,6 +27,7 @@ _RANGES = {
     2: np.linspace(1.0, 0.3, 4),
     3: np.linspace(1.0, 0.5, 4),
     4: np.linspace(1.0, 0.7, 4),
+    6: np.linspace(1.0, 0.85, 4),
     8: np.linspace(1.0, 0.95, 3),
 }
 _LANES = 32
@@ -68,7 +69,9 @@ def _quantized(
     rows, columns = weights.shape
     if columns % fmt.block:
         raise ValueError(f"{columns} columns are not a multiple of the block, {fmt.block}")
-    codes = np.empty((rows, fmt.code_bytes(1, columns)), np.uint8)
+    whole = len(fmt.planes) == 1  # else a byte holds a code until all are found
+    width = fmt.code_bytes(1, columns) if whole else columns
+    codes = np.empty((rows, width), np.uint8)
     scales, zeros = np.empty((rows, columns // fmt.block), np.uint16), np.empty((rows, columns // fmt.block), np.uint8)
     _search(
         np.ascontiguousarray(weights).reshape(-1, fmt.block),
@@ -77,12 +80,12 @@ def _quantized(
         fmt.symmetric,
         starts,
         half_step,
-        codes.reshape(-1, fmt.code_bytes(1, fmt.block)),
+        codes.reshape(-1, width * fmt.block // columns),
         scales.reshape(-1),
         zeros.reshape(-1),
     )
     stored = np.empty((rows, 0), np.uint8) if fmt.symmetric else pack(zeros, fmt.bits)
-    return Quantized(fmt, codes, scales.view(np.float16), stored)
+    return Quantized(fmt, codes if whole else pack(codes, fmt.bits), scales.view(np.float16), stored)
 
 
 @compiled(nogil=True)

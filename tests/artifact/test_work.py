@@ -29,6 +29,7 @@ FORMATS = [
     for bits, blocks in FAST_BLOCKS.items()
     for block in blocks
     for symmetric in (True, False)
+    if not (symmetric and bits == 6)
 ]
 
 
@@ -67,7 +68,7 @@ def test_their_ranges_are_all_bytes_once(planned: PlannedMatrix, unit_bytes: int
         for piece in planned.pieces
         for size in (piece.format.code_bytes, piece.format.scale_bytes, piece.format.zero_bytes)
     ]
-    assert list(ends.values()) == [size for size in sizes if size]
+    assert sum(ends.values()) == sum(sizes) == planned.bytes
 
 
 def test_memory_is_that_of_a_unit() -> None:

@@ -17,13 +17,14 @@ from pipeline.quantize import search
 from pipeline.quantize.formats import Quantized, TensorFormat, unpack
 from pipeline.quantize.search import floored, nearest, weighted
 
-FORMATS = ["w2b32s", "w2b64a", "w4b32s", "w4b32a", "w4b16a", "w8b32s", "w8b64a"]
+FORMATS = ["w2b32s", "w2b64a", "w4b32s", "w4b32a", "w4b16a", "w6b64a", "w8b32s", "w8b64a"]
 GOLDEN = {
     # name: (block, codes, scale, zero), every number a power of two times an integer, so exact in float16
     "w4b32a": (np.arange(-4, 12) * 0.25, range(16), 0.25, 4),
     "w4b32s": (np.arange(-8, 8) * 0.5, range(16), 0.5, 8),
     "w2b32a": (np.array([-0.5, 0.0, 0.5, 1.0] * 4), [0, 1, 2, 3] * 4, 0.5, 1),
     "w2b32s": (np.array([2.0, 1.0, 0.0, -1.0] * 4), [0, 1, 2, 3] * 4, -1.0, 2),  # a positive extreme: scale < 0
+    "w6b32a": (np.array([*range(-5, 57, 2), 58]) * 0.25, [*range(0, 62, 2), 63], 0.25, 5),
     "w8b32s": (np.arange(-128, 128, 16) / 128, range(0, 256, 16), 2.0**-7, 128),
     "w8b32a": (np.arange(0, 256, 17) * 2.0, range(0, 256, 17), 2.0, 0),
 }
@@ -72,7 +73,9 @@ def test_weighted_is_never_worse_than_nearest(name: str, seed: int, size: float)
     assert (found <= control * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("name", "gain"), [("w2b64a", 0.75), ("w4b32a", 0.95), ("w4b64a", 0.95), ("w8b32s", 0.97)])
+@pytest.mark.parametrize(
+    ("name", "gain"), [("w2b64a", 0.75), ("w4b32a", 0.95), ("w4b64a", 0.95), ("w6b64a", 0.97), ("w8b32s", 0.97)]
+)
 def test_weighted_is_much_better_than_nearest_on_real_shapes(name: str, gain: float) -> None:
     weights, moments = sample(0, rows=64, columns=512, tails=8)
     fmt = TensorFormat.parse(name)
