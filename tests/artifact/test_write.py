@@ -54,6 +54,13 @@ TABLES = {
     "w4 tables": changed("q4", embedding="w4b64a", head="w4b32s", body=[{"roles": ROLES, "format": "w2b32a"}]),
     "w2 tables": changed("q4", embedding="w2b64s", head="w2b32a", body=[{"roles": ROLES, "format": "w4b16s"}]),
     "w8 tables": changed("q4", embedding="w8b128a", head="w8b64a", body=[{"roles": ROLES, "format": "w8b64a"}]),
+    "w6 tables": changed("q4", embedding="w6b64a", head="w6b128a", body=[{"roles": ROLES, "format": "w6b64a"}]),
+    "w6 split": changed(
+        "q4",
+        embedding="w6b32a",
+        head="w6b32a",
+        body=[{"roles": ROLES, "format": {"high": "w6b32a", "low": "w2b64a", "high_fraction": 0.5}}],
+    ),
     "w4s": changed("q4", embedding="w4b16s", head="w4b128a", body=[{"roles": ROLES, "format": "w2b64s"}]),
 }
 
@@ -78,7 +85,12 @@ class Written:
         self.folder = folder
         self.model = onnx.load(folder / "tiny.onnx", load_external_data=False)
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.cast_of = {node.output[0]: node.input[0] for node in self.model.graph.node if node.op_type == "Cast"}
+        self.cast_of = {node.output[0]: node.input[0] for node in self.nodes("Cast")}
+        self.larger = {
+            node.output[0]: (node.input[0], onnx.numpy_helper.to_array(self.tensors[node.input[1]]))
+            for node in self.nodes("Mul")
+            if node.input[1] in self.tensors
+        }
 
     def value(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
@@ -98,7 +110,8 @@ class Written:
             node.input[position] for position in ((0, 2, 3) if gather else (1, 2, 3)) if position < len(node.input)
         )
         bits, block = attributes["bits"], attributes["block_size"]
-        scale = self.value(self.cast_of[scales]).astype(np.float64)
+        scales, unit = self.larger.get(scales, (scales, 1))
+        scale = self.value(self.cast_of[scales]).astype(np.float64) * unit
         rows, blocks = scale.shape
         codes = fields(self.value(data).reshape(rows, -1), bits)[:, : blocks * block].reshape(rows, blocks, block)
         zero = fields(self.value(zeros[0]), bits)[:, :blocks, None] if zeros else 1 << (bits - 1)
@@ -161,16 +174,15 @@ def check_weights(exported: Exported, drafted: Draft, recipe: RecipeConfig, writ
         whole = np.zeros((matrix.rows, matrix.columns))
         expected = computed(exported, planned, recipe, order)
         for name, piece, columns in zip(outputs, expected, order or (slice(None),), strict=True):
-            node = nodes.pop(name)
-            got = written.weights(node)
+            planes = [name] if name in nodes else [f"{name}.bits4", f"{name}.bits2"]
+            got = sum(written.weights(nodes.pop(plane)) for plane in planes)
             np.testing.assert_array_equal(got, piece)
             whole[:, columns] = got
         for name, indices in zip(channel_names(planned), order, strict=False):
             np.testing.assert_array_equal(written.value(name), indices)
         stored[matrix.name] = whole
     assert not nodes
-    (gather,) = written.nodes("GatherBlockQuantized")
-    table = written.weights(gather)
+    table = sum(written.weights(gather) for gather in written.nodes("GatherBlockQuantized"))
     np.testing.assert_array_equal(table, computed(exported, drafted.plan.tables[0], recipe, ())[0])
     stored["model.embed_tokens.weight"] = table
     return stored
@@ -183,7 +195,7 @@ def check_kernels(written: Written) -> None:
     """
     graph = onnx.GraphProto(name="kernels")
     graph.initializer.extend(written.model.graph.initializer)
-    graph.node.extend(node for node in written.nodes("Cast") if node.input[0].endswith(".scales"))
+    graph.node.extend(node for node in written.model.graph.node if ".scales/float32" in node.output[0])
     widths = set()
     for node in [*written.nodes("MatMulNBits"), *written.nodes("GatherBlockQuantized")]:
         copy = graph.node.add()
