@@ -13,7 +13,8 @@ the block is then rounded with its compensation under some variants of them, and
 
 Sums run over earlier columns, in panels, by matrix products of one shape: a BLAS rounds differently for another number
 of rows, so rows are taken in tiles of 512, the last one padded. The result depends neither on how rows are chunked nor
-on the number of BLAS threads (LAPACK's Cholesky would). Rows are independent: callers work on many at once.
+on the number of BLAS threads (LAPACK's Cholesky would; the factor's own products do on some processors, and get one).
+Rows are independent: callers work on many at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pipeline.compiled import compiled
 from pipeline.errors import PlanError
@@ -54,6 +56,7 @@ class Factor:
     damping: float
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def factor(hessian: np.ndarray, order: np.ndarray | None = None, damping: float = 0.3) -> Factor:
     """Factor Σ x xᵀ of a matrix's inputs, float32 [columns, columns], symmetric; it is left as it is.
 
