@@ -383,7 +383,8 @@ def _entry_clash(tree: AndroidTree) -> Found:
     places = defaultdict(list)
     for asset in tree.assets:
         places[asset.path].append(asset)
-    for path, found in sorted(places.items()):
+    shared = {path: found for path, found in sorted(places.items()) if len(found) > 1}
+    for path, found in shared.items():
         wheres = [f"{asset.module}/{ASSETS}/{path}" for asset in found]
         if len({asset.size for asset in found}) > 1 or len({tree.hash(where) for where in wheres}) > 1:
             packs = ", ".join(asset.module for asset in found)
