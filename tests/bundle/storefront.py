@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,26 @@ TIERS = {
 }
 
 
-def open_shop(maker: Any, where: Path, tiers: dict[str, TierBundle | TierRefusal] = TIERS) -> Shop:
+def open_shop(
+    maker: Any, where: Path, tiers: dict[str, TierBundle | TierRefusal] = TIERS, created: datetime = CREATED
+) -> Shop:
     """Make and sign everything under `where`: q3 with one data part, q4 with two."""
     folders = {}
     for variant, names in (("q3", SMALL), ("q4", list(FILES))):
         folders[variant] = where / "bundles" / variant
         sources = where / f"{variant}-sources"
         sources.mkdir(parents=True)
-        document = maker.document(sources, variant=variant)  # writes the files
+        maker.document(sources)  # writes the files
         paths = {name: sources / name for name in names}
-        document = maker.document(sources, variant=variant, files=release.describe_files(paths))
+        files = release.describe_files(paths)
+        document = maker.document(sources, variant=variant, created=created, files=files)
         release.assemble(folders[variant] / "content", paths, document)
         maker.sign(folders[variant])
     decided = build_tiers(
         model=MODEL,
         signing=maker.config,
         key=maker.key.identity,
-        created=CREATED,
+        created=created,
         context=2048,
         decisions=tiers,
         signatures={variant: sha256_of(folder / "model.sig") for variant, folder in folders.items()},
