@@ -130,12 +130,14 @@ def _commands(index: IosIndex) -> str:
 #   APPLE_ID    the app's numeric Apple ID in App Store Connect
 #   API_KEY     id of an App Store Connect API key; its file is ~/.appstoreconnect/private_keys/AuthKey_$API_KEY.p8
 #   API_ISSUER  the key's issuer
+# Arguments: the packs to upload, default all. A pack that was uploaded is not uploaded again.
 # Selectors in a manifest are relative to this folder. ba-package does not overwrite an archive.
 set -eu
 : "${{APPLE_ID:?}}" "${{API_KEY:?}}" "${{API_ISSUER:?}}"
 cd "$(dirname "$0")"
 mkdir -p build
-for pack in {names}; do
+[ $# -gt 0 ] || set -- {names}
+for pack in "$@"; do
     rm -f "build/$pack.aar"
     xcrun ba-package package "{MANIFESTS}/$pack.json" --output-path "build/$pack.aar"
     xcrun altool --upload-asset-pack "build/$pack.aar" --apple-id "$APPLE_ID" \\

@@ -86,6 +86,9 @@ def test_the_commands_package_and_upload_every_pack(shop: Shop, tmp_path: Path) 
     assert f"ba-package package {MANIFEST} --output-path build/{ONE}.aar" in lines
     assert f"altool --upload-asset-pack build/{TWO}.aar --apple-id 123 --apiKey K --apiIssuer I" in lines
     assert check_ios(root) == []  # archives in build/ are no packs
+    (tmp_path / "log").unlink()
+    subprocess.run(["sh", str(root / "upload.sh"), TWO], env=environment, check=True)
+    assert len((tmp_path / "log").read_text().splitlines()) == 2 + 1
     del environment["API_KEY"]
     done = subprocess.run(["sh", str(root / "upload.sh")], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "API_KEY" in done.stderr
