@@ -8,7 +8,7 @@ place that it has after joining:
     tiers/content/tiers.json, tiers/model.sig        the signed map of tiers
     packs.json                                       in the first pack: this delivery, as `Delivery`
 
-packs.json is not signed and decides nothing: it says what to link where, and the signatures judge the result.
+packs.json is not signed and decides nothing: it says which pack has what, and the signatures judge the result.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def pack_files(tree: Tree[Index], folder: str, delivery: Delivery, number: int) 
     for path in sorted(pack.files.keys() - present.keys()):
         yield f"{folder}/{path}", f"the index lists it in pack {pack.name}, but it is not there"
     for path in sorted(present.keys() - pack.files.keys() - own_index):
-        yield f"{folder}/{path}", f"it is not in the index: no phone would link it ({present[path]:,} bytes)"
+        yield f"{folder}/{path}", f"it is not in the index: no phone would take it ({present[path]:,} bytes)"
     for path in sorted(pack.files.keys() & present.keys()):
         entry = pack.files[path]
         if present[path] != entry.size:
@@ -158,7 +158,7 @@ def joined(tree: Tree[Index], folders: Mapping[str, Delivery]) -> Found:
     for folder, delivery in folders.items():
         places = [place for pack in delivery.packs for place in pack.files]
         if twice := sorted({place for place in places if places.count(place) > 1}):
-            yield folder, f"{', '.join(twice)} in more than one pack: the second link would fail on the phone"
+            yield folder, f"{', '.join(twice)} in more than one pack: on the phone one would replace the other"
         release = _release(tree, f"{folder}/{RELEASE}")
         if release is None:
             yield f"{folder}/{RELEASE}", "the first pack must hold a readable release.json: without it nothing joins"
