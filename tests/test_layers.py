@@ -19,6 +19,7 @@ LAYERS = [
     ("artifact",),
     ("evaluate",),
     ("bundle", "report"),
+    ("stores",),
     ("stages",),
     ("cli", "__main__"),
 ]

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import config
-from pipeline.bundle.android import plan_android, write_android
-from pipeline.bundle.android_rules import check_android, describe_android
-from pipeline.bundle.app_bundle import check_app_bundle, run_bundletool
-from pipeline.bundle.ios import plan_ios, write_ios
-from pipeline.bundle.ios_rules import check_ios, describe_ios
 from pipeline.bundle.keys import announced_key
-from pipeline.bundle.packs import INDEX, Packable, packable
 from pipeline.bundle.release import SIGNATURE, Document, Release
-from pipeline.bundle.store_rules import Problem
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.verify import Report, verify, verify_tiers
 from pipeline.errors import BundleError
 from pipeline.files import atomic_directory, read_json, sha256_of
 from pipeline.stages.workspace import Workspace, public_key_path
+from pipeline.stores.android import plan_android, write_android
+from pipeline.stores.android_rules import check_android, describe_android
+from pipeline.stores.app_bundle import check_app_bundle, run_bundletool
+from pipeline.stores.ios import plan_ios, write_ios
+from pipeline.stores.ios_rules import check_ios, describe_ios
+from pipeline.stores.packs import INDEX, Packable, packable
+from pipeline.stores.rules import Problem
 
 
 def run(model: str) -> None:

@@ -148,11 +148,3 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pem() -> Callable[..., bytes]:
     """`private_pem`, for tests."""
     return private_pem
-
-
-@pytest.fixture(scope="session")
-def shop(maker: Maker, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Signed bundles and tiers, never changed by a test."""
-    from tests.bundle.storefront import open_shop
-
-    return open_shop(maker, tmp_path_factory.mktemp("shop"))

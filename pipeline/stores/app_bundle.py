@@ -14,9 +14,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from pipeline.bundle.android_rules import ASSETS, AndroidTree
-from pipeline.bundle.store_rules import Problem
 from pipeline.errors import BundleError
+from pipeline.stores.android_rules import ASSETS, AndroidTree
+from pipeline.stores.rules import Problem
 
 GROUPS = "BUNDLE-METADATA/com.android.tools.build.bundletool/DeviceGroupConfig"
 _CHUNK = 1 << 22

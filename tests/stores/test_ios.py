@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.ios import Choice, manifest, pack_id, plan_ios, write_ios
-from pipeline.bundle.ios_rules import RULES, check_ios, describe_ios
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
-from tests.bundle.storefront import GB, PACK_BYTES, Shop, tier
-from tests.bundle.test_android import STRANGER, add, edit_index, grow, swap
+from pipeline.stores.ios import Choice, manifest, pack_id, plan_ios, write_ios
+from pipeline.stores.ios_rules import RULES, check_ios, describe_ios
+from tests.stores.storefront import GB, PACK_BYTES, Shop, tier
+from tests.stores.test_android import STRANGER, add, edit_index, grow, swap
 
 ONE, TWO = "demo-q4-r7-p1", "demo-q4-r7-p2"
 MANIFEST = f"manifests/{ONE}.json"

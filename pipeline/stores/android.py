@@ -18,12 +18,12 @@ from xml.sax.saxutils import quoteattr
 
 from pydantic import Field, StringConstraints
 
-from pipeline.bundle.packs import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 from pipeline.bundle.release import Record
 from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument
 from pipeline.config import Name
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes, write_json
+from pipeline.stores.packs import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 
 AI_PACK = "com.android.ai-pack"
 AGP = "8.10.0"  # the first Android Gradle Plugin with device targeting; AI packs alone need 8.8

@@ -12,11 +12,11 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.bundle.packs import BUNDLE, INDEX, TIERS, Delivery, Pack, pack_digest, total
 from pipeline.bundle.release import CONTENT, SIGNATURE, Record, Release
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
+from pipeline.stores.packs import BUNDLE, INDEX, TIERS, Delivery, Pack, pack_digest, total
 
 _SMALL = 16 << 20  # bytes; no text of a store folder comes near it
 RELEASE = f"{BUNDLE}/{CONTENT}/{Release.file_name}"

@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.bundle.android import Selector, plan_android, ram_groups, write_android
-from pipeline.bundle.android_rules import RULES, check_android, describe_android
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
-from tests.bundle.storefront import GB, TIERS, Shop, tier
+from pipeline.stores.android import Selector, plan_android, ram_groups, write_android
+from pipeline.stores.android_rules import RULES, check_android, describe_android
+from tests.stores.storefront import GB, TIERS, Shop, tier
 
 APP = "app/build.gradle"
 GROUPS = "app/device_targeting_config.xml"
@@ -420,8 +420,8 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_shipped_tiers_keep_the_margin() -> None:
     """Thresholds of configs/tiers.yaml as Play's, whatever each class gets."""
-    from pipeline.bundle.android_rules import SOLD
     from pipeline.config import load_tiers
+    from pipeline.stores.android_rules import SOLD
 
     for item in load_tiers().tiers.values():
         if item.platform == "android":

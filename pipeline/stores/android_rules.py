@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pipeline.bundle.android import (
+from pipeline.stores.android import (
     AGP,
     AI_PACK,
     FLAG,
@@ -29,8 +29,8 @@ from pipeline.bundle.android import (
     AndroidIndex,
     Selector,
 )
-from pipeline.bundle.packs import INDEX, Delivery
-from pipeline.bundle.store_rules import (
+from pipeline.stores.packs import INDEX, Delivery
+from pipeline.stores.rules import (
     Found,
     Problem,
     Rule,

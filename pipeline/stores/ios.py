@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.bundle.packs import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 from pipeline.bundle.release import Record
 from pipeline.bundle.tiers import TierBundle, TiersDocument
 from pipeline.config import Name
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes, write_json
+from pipeline.stores.packs import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 
 MANIFESTS = "manifests"
 ENTITLEMENTS = "App.entitlements"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bundle import release
-from pipeline.bundle.android import AndroidIndex, plan_android, write_android
-from pipeline.bundle.ios import IosIndex, plan_ios, write_ios
-from pipeline.bundle.packs import Packable, packable
 from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument, build_tiers
 from pipeline.files import sha256_of
+from pipeline.stores.android import AndroidIndex, plan_android, write_android
+from pipeline.stores.ios import IosIndex, plan_ios, write_ios
+from pipeline.stores.packs import Packable, packable
 from tests.bundle.conftest import CREATED, FILES
 
 MODEL = "demo"

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle.ios import COMMANDS, ENTITLEMENT, ENTITLEMENTS, MANIFESTS, IosIndex, pack_id
-from pipeline.bundle.packs import INDEX, Delivery, Pack
-from pipeline.bundle.store_rules import (
+from pipeline.stores.ios import COMMANDS, ENTITLEMENT, ENTITLEMENTS, MANIFESTS, IosIndex, pack_id
+from pipeline.stores.packs import INDEX, Delivery, Pack
+from pipeline.stores.rules import (
     Found,
     Problem,
     Rule,
