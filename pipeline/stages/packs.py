@@ -31,8 +31,7 @@ def run(model: str) -> None:
         write_ios(folder / "ios", ios, bundles)
         problems = check_android(folder / "android") + check_ios(folder / "ios")
         if errors := [problem for problem in problems if not problem.note]:
-            listing = "\n".join(f"  {problem}" for problem in errors)
-            raise BundleError(f"{model}: the stores would refuse these packs:\n{listing}")
+            raise BundleError(f"{model}: the stores would refuse these packs: {'; '.join(map(str, errors))}")
     _print(problems)
     print(describe_android(workspace.packs / "android"))
     print(describe_ios(workspace.packs / "ios"))
