@@ -53,6 +53,7 @@ SOLD = (3, 4, 6, 8, 12, 16, 24, 32)  # GB of RAM, marketing figures
 ASSETS = "src/main/assets"
 _GROUP_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")
 _PACK_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")
+_BYTES = re.compile(r"[0-9]{1,18}")
 _TAG = f"{{{NAMESPACE}}}"
 
 
@@ -211,12 +212,13 @@ def _flag(tree: AndroidTree) -> Found:
 def _plugin_version(tree: AndroidTree) -> Found:
     wanted = tuple(map(int, AGP.split(".")))
     found = re.findall(
-        r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9.]+)""", tree.text("build.gradle")
+        r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)""",
+        tree.text("build.gradle"),
     )
     for plugin in {"com.android.application", AI_PACK} - {name for name, _ in found}:
         yield "build.gradle", f"no version of {plugin}; device targeting needs {AGP} or later"
     for plugin, version in found:
-        if tuple(map(int, version.strip(".").split("."))) < wanted:
+        if tuple(map(int, version.split("."))) < wanted:
             yield "build.gradle", f"{plugin} {version} is too old: device targeting needs {AGP} or later"
 
 
@@ -261,9 +263,7 @@ def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
     for name, selectors in tree.declared:
         for selector in selectors:
             least, most = selector.get("ram-min-bytes", "0"), selector.get("ram-max-bytes")
-            if not (least.isascii() and least.isdigit()) or (
-                most is not None and not (most.isascii() and most.isdigit())
-            ):
+            if not all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
                 yield name, f"ram-min-bytes {least!r} and ram-max-bytes {most!r} must be whole numbers of bytes"
                 continue
             yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))

@@ -53,7 +53,7 @@ class IosTree(Tree[IosIndex]):
             try:
                 value = json.loads(self.text(f"{MANIFESTS}/{name}"))
                 found[f"{MANIFESTS}/{name}"] = value if isinstance(value, dict) else "expected a JSON object"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 found[f"{MANIFESTS}/{name}"] = f"it is no JSON: {error}"
         return found
 

@@ -57,6 +57,9 @@ class Tree(Generic[Index]):
     def _walk(self, below: str) -> None:
         for name in sorted(os.listdir(self.folder / below)):
             path = f"{below}/{name}" if below else name
+            if not (name.isascii() and name.isprintable()):
+                self.strange[ascii(path)] = "a name that is not printable ASCII"
+                continue
             mode = (self.folder / path).lstat()
             if stat.S_ISDIR(mode.st_mode):
                 self._walk(path)
