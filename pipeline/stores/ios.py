@@ -75,7 +75,9 @@ def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_byte
     Raises:
         BundleError: a file is larger than a pack, or two variants would share an id.
     """
-    given = {tier.variant: tier for tier in document.tiers.values() if _on_ios(tier)}
+    ours = [tier for tier in document.tiers.values() if isinstance(tier, TierBundle) and tier.platform == "ios"]
+    # Should two classes count one variant differently, the larger need is the later and stays.
+    given = {tier.variant: tier for tier in sorted(ours, key=lambda tier: tier.need_bytes)}
     deliveries = {}
     for variant in sorted(given):
         deliveries[variant] = deliver(
@@ -91,10 +93,6 @@ def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_byte
         for variant, tier in sorted(given.items(), key=lambda item: (item[1].kl_mean, item[1].need_bytes, item[0]))
     ]
     return IosIndex(model=document.model, release=document.release, deliveries=deliveries, choices=choices)
-
-
-def _on_ios(tier: Any) -> bool:
-    return isinstance(tier, TierBundle) and tier.platform == "ios"
 
 
 def write_ios(folder: Path, index: IosIndex, bundles: Mapping[str, Packable]) -> None:
