@@ -176,6 +176,23 @@ def tiers(model: str) -> None:
 
 
 @cli.command()
+@_MODEL
+def packs(model: str) -> None:
+    """Write store-ready folders of the signed bundles: Android AI packs and iOS asset packs."""
+    _stage("packs")(model)
+
+
+@cli.command("check-packs")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--previous", type=click.Path(path_type=Path), help="iOS: an earlier release's folder; ids keep bytes.")
+@click.option("--aab", type=click.Path(path_type=Path), help="Android: the app bundle that Gradle built with FOLDER.")
+@click.option("--bundletool", type=click.Path(path_type=Path), help="Android: bundletool's jar, run on --aab.")
+def check_packs(folder: Path, **options: Any) -> None:
+    """Check an android or ios FOLDER of `packs` against every store rule; status 1 if one is broken."""
+    sys.exit(_stage("packs", "check")(folder, **options))
+
+
+@cli.command()
 def report() -> None:
     """Write the table, the HTML page and the Pareto plot of the run."""
     _stage("report")()

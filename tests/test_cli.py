@@ -28,7 +28,8 @@ from tests.conftest import ROOT
 
 COMMANDS = (
     "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
-    "bundle", "sign", "tiers", "report", "show", "gate", "escalate", "record-release", "verify", "key-id",
+    "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
+    "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -143,7 +144,7 @@ def test_a_misspelt_command_is_named_with_its_neighbour(arguments: list[str], co
     assert f"No such command {arguments[0]!r}. Did you mean 'quantize'?" in outcome.err
 
 
-@pytest.mark.parametrize("stage", ["download", "export", "calibrate", "parity", "tiers"])
+@pytest.mark.parametrize("stage", ["download", "export", "calibrate", "parity", "tiers", "packs"])
 def test_a_misspelt_model_is_named_with_its_neighbour(stage: str, project: Path, command: Command) -> None:
     message = paragraph(command(stage, "tinny"))
     assert "configs/models/tinny.yaml: no such file. Did you mean 'tiny'?" in message

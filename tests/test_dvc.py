@@ -27,7 +27,7 @@ import yaml
 from tests import tiny
 from tests.conftest import ROOT
 
-MODEL_STAGES = {"download", "export", "calibrate", "sensitivity", "parity", "reference", "tiers"}
+MODEL_STAGES = {"download", "export", "calibrate", "sensitivity", "parity", "reference", "tiers", "packs"}
 QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
 VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
 PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
@@ -98,9 +98,10 @@ def ran(output: str) -> list[str]:
 
 
 def after(stage: str, *variants: str) -> set[str]:
-    """`stage` of some variants and the stages of those variants that follow it, tiers and report included."""
+    """`stage` of some variants and the stages of those variants that follow it, tiers, packs and report included."""
     following = VARIANT_STAGES[VARIANT_STAGES.index(stage) :]
-    return {f"{name}@tiny-{variant}" for name in following for variant in variants} | {"tiers@tiny", "report"}
+    own = {f"{name}@tiny-{variant}" for name in following for variant in variants}
+    return own | {"tiers@tiny", "packs@tiny", "report"}
 
 
 def all_of(model: str) -> set[str]:
@@ -344,7 +345,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
     """The bundle names its key, so it is assembled again; models are neither built nor measured."""
     edit(project, "signing.yaml", lambda signing: signing.update(key_id="0" * 64))
     stale = {f"{stage}@tiny-{variant}" for stage in ("bundle", "sign") for variant in tiny.VARIANTS}
-    assert project.status() == stale | {"tiers@tiny"}
+    assert project.status() == stale | {"tiers@tiny", "packs@tiny"}
 
 
 @pytest.mark.usefixtures("built", "undo")

@@ -19,12 +19,13 @@ LAYERS = [
     ("artifact",),
     ("evaluate",),
     ("bundle", "report"),
+    ("stores",),
     ("stages",),
     ("cli", "__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(Path("pipeline").rglob("*.py"))
-CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "report"]
+CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "packs", "report"]
 
 
 def imported(path: Path) -> set[str]:

@@ -91,6 +91,7 @@ class PartWriter:
         for number, size in enumerate(drafted.layout.parts):
             fd = os.open(folder / drafted.part_file(number), os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, fd)
+            os.fchmod(fd, 0o644)  # as every other file of ours, whatever the umask
             self.fds.append(fd)
             _reserve(fd, size)
 

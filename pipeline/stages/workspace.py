@@ -102,6 +102,11 @@ class Workspace:
         """The signed tiers.json: content/ and model.sig."""
         return ARTIFACTS / "tiers" / self.model
 
+    @property
+    def packs(self) -> Path:
+        """Store-ready folders: android/ and ios/."""
+        return ARTIFACTS / "packs" / self.model
+
     def file_stem(self, variant: str) -> str:
         """Name of an artifact's files, as apps name them: mimo_8b_q4."""
         return f"{self.model}_{variant}".replace("-", "_")
