@@ -1,7 +1,7 @@
 """GPTQ on a real 3-bit grid, which no kernel runs: simulated, to see what q3's mixture of 4 and 2 bits gives up.
 
 The body's weights are quantized with error compensation as `search: gptq` does it and written back as float32, the
-table of embedding and head in 8 bits as in q3, and the result is measured like every file. It computes with float
+table of embedding and head in 6 bits as in q3, and the result is measured like every file. It computes with float
 activations, where files use int8 ones. Its bits are counted as a file would store them: codes, float16 scales, 3-bit
 zero points.
 """
@@ -41,7 +41,7 @@ from pipeline.stages.texts import input_ids
 
 BITS = 3
 BLOCKS = (64, 32)
-_TABLE = TensorFormat(8, 32, True)
+_TABLE = TensorFormat(6, 64, False)
 _SIZE = "size.json"
 _CODE = ("quantize/gptq.py", "quantize/search.py", "quantize/formats.py", "evaluate/stream.py", "graph/slices.py")
 
@@ -98,7 +98,7 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
     body = sum(matrix.rows * matrix.columns for matrix in _body(architecture))
     norms = 4 * (architecture.parameters - body - head.rows * head.columns)
     bits = bits_per_weight(block)
-    stored = table.codes.nbytes + table.scales.nbytes + norms + int(body * bits / 8)
+    stored = sum(array.nbytes for array in table.stored()) + norms + int(body * bits / 8)
     write_json(folder / _SIZE, {"bytes": stored, "body_bits": bits})
 
 
