@@ -75,7 +75,7 @@ def _skeleton(dossier: Dossier) -> str:
     from cyclonedx.model.tool import ToolRepository
     from cyclonedx.output.json import JsonV1Dot6
 
-    tool = Component(name=PIPELINE, type=ComponentType.APPLICATION, bom_ref=PIPELINE)
+    tool = Component(name=PIPELINE, type=ComponentType.APPLICATION, bom_ref=PIPELINE, version=dossier.commit)
     model, runtimes = _model(dossier), _runtimes(dossier)
     metadata = BomMetaData(component=model, timestamp=dossier.created, tools=ToolRepository(components=[tool]))
     bom = Bom(components=[*runtimes, *_files(dossier)], metadata=metadata, serial_number=uuid.UUID(int=0))

@@ -23,7 +23,8 @@ class Dossier:
     """One variant that passed its gates, before release.json lists its files.
 
     `config` is the checkpoint's config.json, `plan` the artifact's plan, `metrics` the variant's measurements, `texts`
-    the names of the held-out text that judged it. `files` are the artifact's, without the documents made from this.
+    the names of the held-out text that judged it, `commit` the pipeline's. `files` are the artifact's, without the
+    documents made from this.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Dossier:
     verdict: Verdict
     texts: tuple[str, ...]
     note: str
+    commit: str | None
     files: Mapping[str, FileEntry]
 
     @property
