@@ -345,6 +345,7 @@ def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command
 def _decide(project: Path, variant: str, verdict: str) -> None:
     line = GateLine("kl_mean", verdict, n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
     _write(project, variant, verdict, line)
+    write_json(project / f"artifacts/metrics/tiny/{variant}.json", {"divergence": {"kl_mean": 0.2, "tokens": 100}})
 
 
 def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bundle import licence, origin
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cyclonedx.model import HashType
     from cyclonedx.model.component import Component
     from cyclonedx.model.license import License
+    from cyclonedx.validation.json import JsonStrictValidator
 
 FILE = "bom.cdx.json"
 PIPELINE = "phone-model-pipeline"
@@ -46,19 +48,25 @@ def build(dossier: Dossier) -> bytes:
 
 def problem_of(raw: bytes) -> str | None:
     """Why `raw` is not a valid bill of materials (strict schema of CycloneDX 1.6), or None."""
+    try:
+        text = raw.decode()
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON ({one_line(error)[:200]})"
+    if error := _validator().validate_str(text):
+        path = getattr(error.data, "json_path", "$")
+        return f"it is not CycloneDX 1.6 at {path}: {one_line(getattr(error.data, 'message', error.data))[:200]}"
+    if document["specVersion"] != "1.6":  # the schema of each version allows the names of all
+        return f"it is not CycloneDX 1.6 at $.specVersion: {document['specVersion']!a}"
+    return None
+
+
+@cache
+def _validator() -> JsonStrictValidator:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
-    try:
-        text = raw.decode()
-        json.loads(text)
-    except ValueError as error:
-        return f"it is not JSON ({error})"
-    error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
-    if error is None:
-        return None
-    path = getattr(error.data, "json_path", "$")
-    return f"it is not CycloneDX 1.6 at {path}: {getattr(error.data, 'message', str(error.data))[:300]}"
+    return JsonStrictValidator(SchemaVersion.V1_6)
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def build(dossier: Dossier) -> bytes:
 
 
 def problem_of(raw: bytes) -> str | None:
-    """Why `raw` is not a model card with a licence, a base or a name, and a readable model-index; or None."""
+    """Why `raw` is not a model card with licence, library, tags, text and a readable model-index; or None."""
     import yaml
     from huggingface_hub import ModelCard
 
@@ -135,7 +135,7 @@ def _body(dossier: Dossier) -> str:
         measured_by=measured_by(dossier),
         figures=figures(dossier),
         limits=limits(dossier),
-        number=number,
+        short=_short,
         interval=_interval,
     )
 
@@ -151,4 +151,8 @@ def _formats(tensors: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _interval(figure: Figure) -> str:
-    return "–" if figure.low is None or figure.high is None else f"{number(figure.low)} to {number(figure.high)}"
+    return "–" if figure.low is None or figure.high is None else f"{_short(figure.low)} to {_short(figure.high)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

@@ -78,7 +78,7 @@ def one_line(text: object) -> str:
 
 
 def number(value: float) -> str:
-    """Six significant digits: more than any sample here supports, and the same text on every machine."""
+    """Six significant digits for machines: more than any sample here supports, and the same text everywhere."""
     return f"{value:.6g}"
 
 
@@ -103,7 +103,6 @@ def _divergence(dossier: Dossier) -> Iterator[Figure]:
         ("kl_p99", "99th percentile of the KL divergence", "nats"),
         ("top1", "agreement of the most likely token", "share"),
         ("perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
-        ("perplexity", "perplexity", "perplexity"),
     )
     for key, title, unit in rows:
         yield from _figure(section, key, title=title, unit=unit, n=n, dataset=dataset, detail=detail)
@@ -145,7 +144,7 @@ def limits(dossier: Dossier) -> list[str]:
     divergence = dossier.metrics.get("divergence", {})
     if (detectable := divergence.get("kl_mean_detectable")) is not None:
         sentences.append(
-            f"{divergence['tokens']:,} tokens detect a mean KL of {number(detectable)} nats above its limit; a smaller "
+            f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit; a smaller "
             f"excess can go unseen."
         )
     for line in dossier.verdict.lines:

@@ -62,7 +62,7 @@ def build(
         "buildType": BUILD_TYPE,
         "externalParameters": dict(external),
         "internalParameters": dict(internal),
-        "resolvedDependencies": sorted(dependencies, key=lambda item: json.dumps(item, sort_keys=True)),
+        "resolvedDependencies": sorted(dependencies, key=_order),
     }
     subject = [{"name": name, "digest": {"sha256": entry.sha256}} for name, entry in sorted(subjects.items())]
     identity = hashlib.sha256(json.dumps([definition, subject], sort_keys=True).encode()).hexdigest()
@@ -82,6 +82,11 @@ def build(
     if problem := problem_of(raw):
         raise BundleError(f"{FILE} cannot be written: {problem}.")
     return raw
+
+
+def _order(dependency: Mapping[str, Any]) -> tuple[str, str]:
+    """By name, packages without one last and by URI; equal ones by all that they say."""
+    return dependency.get("name", "~"), json.dumps(dependency, sort_keys=True)
 
 
 def problem_of(raw: bytes) -> str | None:

@@ -120,7 +120,7 @@ def _ignored() -> pathspec.PathSpec:
 def _listing(folder: Path, ignored: pathspec.PathSpec) -> list[Path]:
     """The files of a folder that DVC sees, in the order of its record."""
     files = [file for file in folder.rglob("*") if file.is_file() and not ignored.match_file(file.as_posix())]
-    return sorted(files, key=lambda file: file.relative_to(folder).parts)
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _md5(path: Path, ignored: pathspec.PathSpec) -> str:
