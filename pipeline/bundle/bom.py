@@ -51,9 +51,10 @@ def problem_of(raw: bytes) -> str | None:
     try:
         text = raw.decode()
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"it is not JSON ({one_line(error)[:200]})"
-    if error := _validator().validate_str(text):
+        error = _validator().validate_str(text)
+    except (ValueError, RecursionError) as failure:
+        return f"it is not JSON ({one_line(failure)[:200]})"
+    if error:
         path = getattr(error.data, "json_path", "$")
         return f"it is not CycloneDX 1.6 at {path}: {one_line(getattr(error.data, 'message', error.data))[:200]}"
     if document["specVersion"] != "1.6":  # the schema of each version allows the names of all

@@ -48,7 +48,7 @@ def problem_of(raw: bytes) -> str | None:
 
     try:
         card = ModelCard(raw.decode())
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return f"it is not a model card ({one_line(error)[:200]})"
     missing = [name for name in ("license", "library_name", "tags") if not getattr(card.data, name)]
     if missing:

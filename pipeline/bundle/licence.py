@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
 
 from pipeline.bundle.dossier import one_line
+
+if TYPE_CHECKING:
+    from license_expression import Licensing
 
 STATEMENT = "LICENSE-STATEMENT.txt"
 _PAGE = "https://spdx.org/licenses/{}.html"
@@ -12,16 +17,8 @@ _PAGE = "https://spdx.org/licenses/{}.html"
 
 def spdx(stated: str) -> str | None:
     """The SPDX expression that `stated` is, in SPDX's own spelling, or None: "apache-2.0" is Apache-2.0."""
-    from license_expression import get_spdx_licensing
-
-    found = get_spdx_licensing().validate(stated)
+    found = _spdx().validate(stated)
     return found.normalized_expression if stated.strip() and not found.errors else None
-
-
-def _keys(expression: str) -> list[str]:
-    from license_expression import get_spdx_licensing
-
-    return sorted(set(get_spdx_licensing().license_keys(expression)))
 
 
 def is_text(name: str) -> bool:
@@ -45,3 +42,14 @@ def statement(title: str, revision: str, stated: str, names: Iterable[str]) -> b
         lines.append(f"Their source states the licence {expression} (SPDX), and ships no text of it. The terms:")
         lines += [_PAGE.format(key) for key in _keys(expression)]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _keys(expression: str) -> list[str]:
+    return sorted(set(_spdx().license_keys(expression)))
+
+
+@cache
+def _spdx() -> Licensing:
+    from license_expression import get_spdx_licensing
+
+    return get_spdx_licensing()

@@ -12,11 +12,15 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.bundle.dossier import one_line
 from pipeline.bundle.release import FileEntry
 from pipeline.errors import BundleError
+
+if TYPE_CHECKING:
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
 FILE = "provenance.json"
 BUILD_TYPE = "urn:phone-model-pipeline:build-type:bundle:1"
@@ -95,16 +99,13 @@ def problem_of(raw: bytes) -> str | None:
     The formats' own protocol buffers refuse unknown fields and other types; what SLSA and our build type ask for beyond
     that is checked here.
     """
-    from google.protobuf.json_format import Parse, ParseDict, ParseError
-    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
-    from in_toto_attestation.v1 import statement_pb2
+    from google.protobuf.json_format import ParseError
     from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
     from in_toto_attestation.v1.statement import Statement
 
     try:
-        parsed = Parse(raw, statement_pb2.Statement())
+        parsed, provenance = _parse(raw)
         Statement.copy_from_pb(parsed).validate()
-        provenance = ParseDict(json.loads(raw)["predicate"], Provenance())
         for dependency in provenance.build_definition.resolved_dependencies:
             ResourceDescriptor.copy_from_pb(dependency).validate()
     except (ParseError, ValueError, UnicodeDecodeError, RecursionError) as error:
@@ -117,3 +118,20 @@ def problem_of(raw: bytes) -> str | None:
     if not definition.external_parameters or not definition.resolved_dependencies:
         return "it names no parameters, or no material"
     return None
+
+
+def read(raw: bytes) -> dict[str, Any]:
+    """The statement in the formats' own spelling, without empty fields: for bytes that have no problem."""
+    from google.protobuf.json_format import MessageToDict
+
+    statement, provenance = _parse(raw)
+    return MessageToDict(statement) | {"predicate": MessageToDict(provenance)}
+
+
+def _parse(raw: bytes) -> tuple[StatementMessage, Provenance]:
+    from google.protobuf.json_format import MessageToDict, Parse, ParseDict
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
+
+    statement = Parse(raw, StatementMessage())
+    return statement, ParseDict(MessageToDict(statement).get("predicate", {}), Provenance())

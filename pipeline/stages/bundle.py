@@ -51,7 +51,9 @@ def _run(model: str, variant: str, folder: Path) -> None:
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
     runtime = Runtime(onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET)
     files = {file.name: file for file in sorted(artifact.iterdir())}
-    files |= documents.write(folder, workspace, variant, runtime, common["created"], verdict)
+    entries = describe_files(files)
+    papers = documents.write(folder, workspace, variant, runtime, common["created"], verdict, entries)
+    files, entries = files | papers, entries | describe_files(papers)
     release = build_release(
         **common,
         runtime=runtime,
@@ -59,7 +61,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         licence=lock.licence,
         context=entry.context,
         kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
-        files=describe_files(files),
+        files=entries,
     )
     assemble(content, files, release)
     print(f"{model} {variant}: bundle of {sum(file.stat().st_size for file in files.values()):,} bytes in {content}")

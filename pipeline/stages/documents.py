@@ -7,7 +7,7 @@ The bundle stage writes them beside the artifact's files, so that release.json l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import config
 from pipeline.bundle import bom, card, licence, provenance
 from pipeline.bundle.dossier import Dossier
-from pipeline.bundle.release import CONTENT, Runtime, describe_files
+from pipeline.bundle.release import CONTENT, FileEntry, Refusal, Runtime, describe_files
 from pipeline.errors import BundleError
 from pipeline.evaluate.gates import Verdict
 from pipeline.files import write_bytes
@@ -28,9 +28,15 @@ _MOST_BYTES = 16 << 20  # no document of ours comes near it
 
 
 def write(
-    folder: Path, workspace: Workspace, variant: str, runtime: Runtime, created: datetime, verdict: Verdict
+    folder: Path,
+    workspace: Workspace,
+    variant: str,
+    runtime: Runtime,
+    created: datetime,
+    verdict: Verdict,
+    files: Mapping[str, FileEntry],
 ) -> dict[str, Path]:
-    """Write the documents of a passing variant into `folder`; their paths by bundle name.
+    """Write the documents of a passing variant, whose artifact's files are `files`; their paths by bundle name.
 
     Raises:
         BundleError: the artifact holds a file of the same name, or dvc.lock says that a file is another than it was.
@@ -54,25 +60,28 @@ def write(
         texts=tuple(sorted(config.load_suite(config.load_pipeline().suite).divergence.texts)),
         note=entry.note,
         commit=materials.commit,
-        files=describe_files({file.name: file for file in artifact.iterdir()}),
+        files=files,
     )
-    paths = {}
+    paths: dict[str, Path] = {}
+
+    def present() -> Dossier:
+        return replace(dossier, files={**files, **describe_files(paths)})
 
     def add(name: str, content: bytes | None) -> None:
         if content is not None:
-            if name in dossier.files:
+            if name in files:
                 raise BundleError(
                     f"{artifact / name} has the name of a document that the bundle stage writes. Rename it."
                 )
             paths[name] = folder / name
             write_bytes(paths[name], content)
 
-    add(licence.STATEMENT, licence.statement(entry.title, lock.revision, lock.licence, dossier.files))
-    add(card.FILE, card.build(dossier))
-    dossier = replace(dossier, files=dossier.files | describe_files(paths))
-    add(bom.FILE, bom.build(dossier))
-    subjects = dossier.files | describe_files(paths)
-    add(provenance.FILE, provenance.build(subjects, materials.external, materials.internal, materials.items))
+    # Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it.
+    add(licence.STATEMENT, licence.statement(entry.title, lock.revision, lock.licence, files))
+    add(card.FILE, card.build(present()))
+    add(bom.FILE, bom.build(present()))
+    build = (present().files, materials.external, materials.internal, materials.items)
+    add(provenance.FILE, provenance.build(*build))
     return paths
 
 
@@ -87,7 +96,7 @@ def inspect(bundle: Path) -> int:
     content = bundle / CONTENT
     if not content.is_dir():
         raise BundleError(f"{content} is not there: {bundle} is no bundle. Name the folder that holds {CONTENT}/.")
-    if (content / "refusal.json").exists():
+    if (content / Refusal.file_name).exists():
         print(f"{bundle}: a refusal, which has no documents")
         return 0
     status = 0
@@ -137,15 +146,15 @@ def _licence_of(component: dict[str, Any]) -> str:
 
 
 def _provenance_facts(raw: bytes) -> list[str]:
-    statement = json.loads(raw)
+    statement = provenance.read(raw)
     definition = statement["predicate"]["buildDefinition"]
     materials = definition["resolvedDependencies"]
-    hashed = sum("sha256" in material.get("digest", {}) for material in materials)
+    hashed = sum("sha256" in material.get("digest", ()) for material in materials)
     commits = [material for material in materials if material.get("name") == bom.PIPELINE]
     lines = [
         f"{definition['buildType']} of {json.dumps(definition['externalParameters'])}",
         f"{len(statement['subject'])} files from {len(materials)} materials, {hashed} of them by SHA-256",
-        *[f"pipeline at {item['digest'].get('gitCommit')}{_changed(item)}" for item in commits],
+        *[f"pipeline at {item.get('digest', {}).get('gitCommit')}{_changed(item)}" for item in commits],
         f"internal parameters: {json.dumps(definition.get('internalParameters', {}))}",
     ]
     return _printable(lines)

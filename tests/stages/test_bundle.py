@@ -151,6 +151,7 @@ def test_a_source_without_a_licence_text_gets_a_statement(tmp_path: Path, monkey
     monkeypatch.chdir(make_project(tmp_path / "project", texts=()))
     folder = content()
     assert "Apache-2.0" in (folder / licence.STATEMENT).read_text()
+    assert f"see {licence.STATEMENT}" in (folder / card.FILE).read_text()
     assert licence.STATEMENT in json.loads((folder / "release.json").read_text())["files"]
 
 
