@@ -465,6 +465,17 @@ def test_a_development_bundle_needs_permission(signed: tuple[Path, Path], comman
     assert "development-key" in refused.out
 
 
+def test_inspect_turns_invalid_documents_into_a_status(signed: tuple[Path, Path], command: Command) -> None:
+    outcome = command("inspect", str(signed[0]))
+    assert outcome.status == 0, outcome
+    assert [line for line in outcome.out.splitlines() if not line.startswith(" ")] == [
+        "bom.cdx.json", "provenance.json", "README.md",
+    ]  # fmt: skip
+    (signed[0] / "content/provenance.json").write_text("{}")
+    assert command("inspect", str(signed[0])).status == 1
+    assert "is no bundle" in paragraph(command("inspect", str(signed[0] / "content")))
+
+
 def test_verify_names_the_tampered_file(signed: tuple[Path, Path], command: Command) -> None:
     part = signed[0] / "content/tiny_q4.data.0"
     content = bytearray(part.read_bytes())
