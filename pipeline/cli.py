@@ -259,6 +259,13 @@ def verify(bundle: Path, public_key: Path, **options: Any) -> None:
     sys.exit(0 if result.ok else 1)
 
 
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def inspect(bundle: Path) -> None:
+    """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
+    sys.exit(_stage("documents", "inspect")(bundle))
+
+
 @cli.command("key-id")
 @click.argument("public_key", type=click.Path(path_type=Path))
 def key_id(public_key: Path) -> None:

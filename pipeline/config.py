@@ -22,6 +22,7 @@ CONFIGS = Path("configs")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
 KvCache = Literal["float32", "int8"]
 Role = Literal[
@@ -42,7 +43,7 @@ class HubSource(Frozen):
     """A Hugging Face Hub repository at an immutable revision."""
 
     kind: Literal["hub"]
-    repo: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+    repo: HubName
     revision: str
 
     @model_validator(mode="after")
@@ -115,7 +116,15 @@ class ModelConfig(Frozen):
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    base_model: HubName | None = Field(
+        default=None, description="Hub repository that the checkpoint is a copy of, where its source is another place"
+    )
     licence_page: str | None = Field(default=None, description="shown when the Hub asks for an accepted licence")
+
+    @property
+    def hub_name(self) -> str | None:
+        """The Hub repository that the model is known by, as far as the entry says."""
+        return self.source.repo if isinstance(self.source, HubSource) else self.base_model
 
 
 # --- configs/recipes/<variant>.yaml ----------------------------------------------------------------------------------

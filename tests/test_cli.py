@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 COMMANDS = (
     "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
-    "key-id",
+    "inspect", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -346,6 +346,7 @@ def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command
 def _decide(project: Path, variant: str, verdict: str) -> None:
     line = GateLine("kl_mean", verdict, n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
     _write(project, variant, verdict, line)
+    write_json(project / f"artifacts/metrics/tiny/{variant}.json", {"divergence": {"kl_mean": 0.2, "tokens": 100}})
 
 
 def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
@@ -463,6 +464,17 @@ def test_a_development_bundle_needs_permission(signed: tuple[Path, Path], comman
     refused = _verify(command, *signed)
     assert refused.status == 1
     assert "development-key" in refused.out
+
+
+def test_inspect_turns_invalid_documents_into_a_status(signed: tuple[Path, Path], command: Command) -> None:
+    outcome = command("inspect", str(signed[0]))
+    assert outcome.status == 0, outcome
+    assert [line for line in outcome.out.splitlines() if not line.startswith(" ")] == [
+        "bom.cdx.json", "provenance.json", "README.md",
+    ]  # fmt: skip
+    (signed[0] / "content/provenance.json").write_text("{}")
+    assert command("inspect", str(signed[0])).status == 1
+    assert "is no bundle" in paragraph(command("inspect", str(signed[0] / "content")))
 
 
 def test_verify_names_the_tampered_file(signed: tuple[Path, Path], command: Command) -> None:

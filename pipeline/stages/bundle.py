@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from pipeline import config
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
 from pipeline.evaluate.gates import PASS, Verdict
 from pipeline.graph.nodes import OPSET
+from pipeline.stages import documents
 from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.verdict import describe_line, read_verdict
 from pipeline.stages.workspace import Workspace
@@ -23,7 +26,12 @@ def commit_time() -> datetime:
 
 
 def run(model: str, variant: str) -> None:
-    """Write artifacts/bundles/<model>/<variant>/content: the artifact with release.json, or refusal.json alone."""
+    """Write artifacts/bundles/<model>/<variant>/content: artifact, documents, release.json; or refusal.json alone."""
+    with tempfile.TemporaryDirectory() as folder:  # for the documents, until the bundle has links to them
+        _run(model, variant, Path(folder))
+
+
+def _run(model: str, variant: str, folder: Path) -> None:
     entry, signing, workspace = config.load_model(model), config.load_signing(), Workspace(model)
     verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
     common = {
@@ -41,17 +49,19 @@ def run(model: str, variant: str) -> None:
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
+    runtime = Runtime(onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET)
     files = {file.name: file for file in sorted(artifact.iterdir())}
+    entries = describe_files(files)
+    papers = documents.write(folder, workspace, variant, runtime, common["created"], verdict, entries)
+    files, entries = files | papers, entries | describe_files(papers)
     release = build_release(
         **common,
-        runtime=Runtime(
-            onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET
-        ),
+        runtime=runtime,
         source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
         licence=lock.licence,
         context=entry.context,
         kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
-        files=describe_files(files),
+        files=entries,
     )
     assemble(content, files, release)
     print(f"{model} {variant}: bundle of {sum(file.stat().st_size for file in files.values()):,} bytes in {content}")

@@ -29,7 +29,7 @@ _PACKAGE = Path(pipeline.__file__).parent
 _SCORING = ("evaluate", "graph", "stages/texts.py", "stages/validation")
 _NEUTRAL = {"stages/validation/subject.py"}  # hands a model over; what runs it is listed by `Section.runs_graph`
 _SUMMARY = "evaluate/statistics.py"
-_DESCRIPTIVE = {"title", "note", "source", "gate_class", "licence_page"}  # of a model's entry
+_DESCRIPTIVE = {"title", "note", "source", "gate_class", "base_model", "licence_page"}  # of a model's entry
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""README.md: a Hugging Face model card whose model-index holds what was measured, and nothing else.
+
+https://huggingface.co/docs/hub/model-cards. The front matter is written and read by huggingface_hub's own classes; the
+Hub's online validation is not asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.bundle import licence
+from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
+from pipeline.bundle.release import TELEMETRY
+from pipeline.errors import BundleError
+
+FILE = "README.md"
+_TASK = "text-generation"
+# figure → id of its metric on the Hub; the others are in the table only
+_METRICS = {
+    "kl_mean": "kl_divergence",
+    "top1": "top1_agreement",
+    "perplexity_ratio": "perplexity_ratio",
+    "accuracy": "accuracy",
+    "pass_at_1": "pass@1",
+}
+_DATASETS = {"MMLU": ("cais/mmlu", "test"), "HumanEval": ("openai/openai_humaneval", "test")}
+
+
+def build(dossier: Dossier) -> bytes:
+    """The model card of a bundle, as UTF-8 Markdown with YAML front matter.
+
+    Raises:
+        BundleError: what was made is not a card that huggingface_hub reads back.
+    """
+    raw = f"---\n{_front_matter(dossier)}\n---\n\n{_body(dossier)}".encode()
+    if problem := problem_of(raw):
+        raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
+    return raw
+
+
+def problem_of(raw: bytes) -> str | None:
+    """Why `raw` is not a model card with licence, library, tags, text and a readable model-index; or None."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(raw.decode())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        return f"it is not a model card ({one_line(error)[:200]})"
+    missing = [name for name in ("license", "library_name", "tags") if not getattr(card.data, name)]
+    if missing:
+        return f"its front matter lacks {', '.join(missing)}"
+    if not card.text.strip():
+        return "it has no text"
+    return None
+
+
+def _front_matter(dossier: Dossier) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.key in _METRICS]
+    base = {"base_model": dossier.base_model, "base_model_relation": "quantized"} if dossier.base_model else {}
+    data = ModelCardData(
+        **_licence(dossier),
+        **base,
+        library_name="onnxruntime-genai",
+        pipeline_tag=_TASK,
+        tags=["onnx", "onnxruntime", "quantized", dossier.variant],
+        model_name=dossier.name,
+        eval_results=results or None,
+    )
+    return data.to_yaml(line_break="\n")
+
+
+def _licence(dossier: Dossier) -> dict[str, str]:
+    """The Hub knows lower-case SPDX ids; everything else is `other` with a name and, where a text is here, a link."""
+    stated = dossier.source.licence
+    expression = licence.spdx(stated)
+    if expression and len(expression.split()) == 1:
+        return {"license": expression.lower()}
+    texts = _licence_files(dossier)
+    link = {"license_link": texts[0]} if texts else {}
+    return {"license": "other", "license_name": one_line(stated) or "unknown", **link}
+
+
+def _licence_files(dossier: Dossier) -> list[str]:
+    return [name for name in sorted(dossier.files) if licence.is_text(name)]
+
+
+def _result(figure: Figure) -> dict[str, Any]:
+    """One entry of the model-index. How it was asked goes with it: accuracies of other modes do not compare."""
+    identifier, split = _DATASETS.get(figure.dataset, (figure.dataset, None))
+    return {
+        "task_type": _TASK,
+        "dataset_type": identifier,
+        "dataset_name": figure.detail,
+        "dataset_split": split,
+        "dataset_args": {"n": figure.n} if figure.n is not None else None,
+        "metric_type": _METRICS[figure.key],
+        "metric_name": f"{figure.title} ({figure.unit}), {figure.detail}",
+        "metric_value": float(number(figure.value)),
+    }
+
+
+def _body(dossier: Dossier) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # Markdown; texts that are not ours pass `one_line`
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    source = dossier.base_model or one_line(dossier.title)
+    return environment.get_template("card.md.j2").render(
+        title=one_line(dossier.title),
+        variant=dossier.variant,
+        bits=dossier.plan["bits_per_weight"],
+        parameters=dossier.plan["parameters"],
+        bytes=dossier.plan["bytes"],
+        kv_cache=dossier.plan["kv_cache"]["type"],
+        recipe=dossier.recipe,
+        tensors=_formats(dossier.plan.get("tensors", {})),
+        runtime=dossier.runtime,
+        context=dossier.context,
+        origin=f"{source}, {one_line(dossier.source.revision)}",
+        licence=one_line(dossier.source.licence),
+        licence_files=_licence_files(dossier),
+        telemetry=TELEMETRY,
+        measured_by=measured_by(dossier),
+        figures=figures(dossier),
+        limits=limits(dossier),
+        short=_short,
+        interval=_interval,
+    )
+
+
+def _formats(tensors: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Formats by name, with how many tensors they hold and in how many bytes."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor["format"])] += 1
+        sizes[str(tensor["format"])] += tensor["bytes"]
+    return [(name, counts[name], sizes[name]) for name in sorted(counts)]
+
+
+def _interval(figure: Figure) -> str:
+    return "–" if figure.low is None or figure.high is None else f"{_short(figure.low)} to {_short(figure.high)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,161 @@
+"""What is known about a bundle, in figures and sentences: what its bill of materials and its model card say alike.
+
+Figures are those of the measurements, with their intervals; speed and memory are left out, because they belong to the
+machine that measured and differ from run to run. Limits are sentences about what was not measured, or not well enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipeline.bundle.release import FileEntry, Runtime
+from pipeline.checkpoint.sources import SourceLock
+from pipeline.evaluate.gates import REPORTED, Verdict
+
+_LINES = {"mmlu": "MMLU drop", "mmlu_probability": "MMLU probability drop", "humaneval": "HumanEval drop"}
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """One variant that passed its gates, before release.json lists its files.
+
+    `config` is the checkpoint's config.json, `plan` the artifact's plan, `metrics` the variant's measurements, `texts`
+    the names of the held-out text that judged it, `commit` the pipeline's. `files` are the artifact's, without the
+    documents made from this.
+    """
+
+    model: str
+    title: str
+    variant: str
+    release: int
+    created: datetime
+    source: SourceLock
+    base_model: str | None
+    context: int
+    runtime: Runtime
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    verdict: Verdict
+    texts: tuple[str, ...]
+    note: str
+    commit: str | None
+    files: Mapping[str, FileEntry]
+
+    @property
+    def name(self) -> str:
+        """The bundle's name: mimo-8b-q4."""
+        return f"{self.model}-{self.variant}"
+
+    @property
+    def recipe(self) -> str:
+        """How the weights were quantized, in a line."""
+        recipe = self.plan["recipe"]
+        return f"{one_line(recipe['title'])}, recipe version {recipe['version']}, search {recipe['search']}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement. `value` and its two-sided 90 % interval are in `unit`; `detail` says on what it was measured."""
+
+    key: str
+    title: str
+    unit: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    dataset: str
+    detail: str
+
+
+def one_line(text: object) -> str:
+    """Text of a checkpoint or a configuration on one line, so that it cannot break out of a list or a table."""
+    return " ".join(str(text).split())
+
+
+def number(value: float) -> str:
+    """Six significant digits for machines: more than any sample here supports, and the same text everywhere."""
+    return f"{value:.6g}"
+
+
+def figures(dossier: Dossier) -> list[Figure]:
+    """What was measured, in a fixed order; what was not is left out."""
+    return [*_divergence(dossier), *_mmlu(dossier.metrics.get("mmlu", {})), *_humaneval(dossier.metrics)]
+
+
+def _figure(section: Mapping[str, Any], key: str, **fields: Any) -> Iterator[Figure]:
+    if section.get(key) is not None:
+        yield Figure(
+            key=key, value=section[key], low=section.get(f"{key}_low"), high=section.get(f"{key}_high"), **fields
+        )
+
+
+def _divergence(dossier: Dossier) -> Iterator[Figure]:
+    section = dossier.metrics.get("divergence", {})
+    n, dataset = section.get("tokens"), ", ".join(dossier.texts)
+    detail = f"{n:,} tokens of {dataset}" if n else dataset
+    rows = (
+        ("kl_mean", "mean KL divergence from the full-precision model", "nats per token"),
+        ("kl_p99", "99th percentile of the KL divergence", "nats"),
+        ("top1", "agreement of the most likely token", "share"),
+        ("perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
+    )
+    for key, title, unit in rows:
+        yield from _figure(section, key, title=title, unit=unit, n=n, dataset=dataset, detail=detail)
+
+
+def _mmlu(section: Mapping[str, Any]) -> Iterator[Figure]:
+    n, mode = section.get("n"), section.get("mode")
+    common = {"n": n, "dataset": "MMLU", "detail": f"MMLU, mode {mode}, {n} questions"}
+    yield from _figure(section, "accuracy", title="MMLU accuracy", unit="share", **common)
+    yield from _figure(section, "drop_points", title="MMLU drop", unit="percentage points", **common)
+
+
+def _humaneval(metrics: Mapping[str, Any]) -> Iterator[Figure]:
+    section = metrics.get("humaneval", {})
+    n = section.get("n")
+    asked = "greedy" if section.get("temperature") == 0 else f"temperature {section.get('temperature')}"
+    detail = f"HumanEval, {section.get('prompt')} prompts, {asked}, {n} problems"
+    common = {"n": n, "dataset": "HumanEval", "detail": detail}
+    yield from _figure(section, "pass_at_1", title="HumanEval pass@1", unit="share", **common)
+
+
+def measured_by(dossier: Dossier) -> str:
+    """The system and runtimes that measured: "onnxruntime 1.31.1, onnxruntime-genai 0.18.0 on Linux x86_64"."""
+    identity = dossier.metrics.get("identity", {})
+    runtimes = [f"{name} {identity[name]}" for name in ("onnxruntime", "onnxruntime-genai") if name in identity]
+    return f"{', '.join(runtimes) or 'unknown runtimes'} on {identity.get('system', 'an unrecorded system')}"
+
+
+def limits(dossier: Dossier) -> list[str]:
+    """What a user must know that the figures do not say, a sentence each."""
+    sentences = [
+        f"No phone was used: everything was measured with {measured_by(dossier)}. A phone's kernels round otherwise, "
+        f"and its speed and memory are its own.",
+        "Compared with the full-precision model only. Safety, bias, truthfulness and languages were not measured; "
+        "expect at least that model's weaknesses.",
+        f"The graph holds at most {dossier.context:,} tokens. Quality was measured in short windows, not near that "
+        f"length.",
+    ]
+    divergence = dossier.metrics.get("divergence", {})
+    if (detectable := divergence.get("kl_mean_detectable")) is not None:
+        sentences.append(
+            f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit; a smaller "
+            f"excess can go unseen."
+        )
+    for line in dossier.verdict.lines:
+        if line.name in _LINES and line.verdict == REPORTED and line.note:
+            sentences.append(f"{_LINES[line.name]}: {one_line(line.note)}.")
+    sentences += [f"{title} was not measured." for title in _unmeasured(dossier)]
+    if dossier.note:
+        sentences.append(one_line(dossier.note))
+    return sentences
+
+
+def _unmeasured(dossier: Dossier) -> list[str]:
+    wanted = {"divergence": "Divergence", "mmlu": "MMLU", "humaneval": "HumanEval"}
+    return [title for section, title in wanted.items() if not dossier.metrics.get(section)]

@@ -1,0 +1,55 @@
+"""The licence that a source states: its SPDX form where it has one, and a statement where the source ships no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
+
+from pipeline.bundle.dossier import one_line
+
+if TYPE_CHECKING:
+    from license_expression import Licensing
+
+STATEMENT = "LICENSE-STATEMENT.txt"
+_PAGE = "https://spdx.org/licenses/{}.html"
+
+
+def spdx(stated: str) -> str | None:
+    """The SPDX expression that `stated` is, in SPDX's own spelling, or None: "apache-2.0" is Apache-2.0."""
+    found = _spdx().validate(stated)
+    return found.normalized_expression if stated.strip() and not found.errors else None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of a checkpoint is its licence text."""
+    return name.upper().startswith(("LICENSE", "LICENCE"))
+
+
+def statement(title: str, revision: str, stated: str, names: Iterable[str]) -> bytes | None:
+    """What stands in place of a licence text that the source does not ship, or None where it ships one.
+
+    A text is never made up: which of many wordings the authors meant, and whose copyright it is, only they can say.
+    """
+    if any(is_text(name) for name in names):
+        return None
+    expression = spdx(stated)
+    lines = [f"The weights in this bundle are made from {one_line(title)}, {one_line(revision)}."]
+    if expression is None:
+        lines.append(f"Their source states this licence, and ships no text of it: {one_line(stated) or 'none'}.")
+        lines.append("Read the terms at the source before you use or pass on this bundle.")
+    else:
+        lines.append(f"Their source states the licence {expression} (SPDX), and ships no text of it. The terms:")
+        lines += [_PAGE.format(key) for key in _keys(expression)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _keys(expression: str) -> list[str]:
+    return sorted(set(_spdx().license_keys(expression)))
+
+
+@cache
+def _spdx() -> Licensing:
+    from license_expression import get_spdx_licensing
+
+    return get_spdx_licensing()

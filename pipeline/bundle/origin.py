@@ -1,0 +1,34 @@
+"""Package URLs (purl) of what a bundle was made from and runs on: https://github.com/package-url/purl-spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from packageurl import PackageURL
+
+from pipeline.checkpoint.sources import SourceLock
+
+
+def pypi(name: str, version: str) -> PackageURL:
+    """A release of a package on PyPI."""
+    return PackageURL("pypi", None, name.lower().replace("_", "-"), version)
+
+
+def hugging_face(repo: str, revision: str) -> PackageURL:
+    """A repository on the Hugging Face Hub at a commit."""
+    owner, name = repo.split("/")
+    return PackageURL("huggingface", owner, name, revision)
+
+
+def source(lock: SourceLock) -> PackageURL | None:
+    """Where a checkpoint came from; None for a folder of somebody's machine, whose path is nobody's business."""
+    return _of(lock.source)
+
+
+def _of(source: Mapping[str, Any]) -> PackageURL | None:
+    if source.get("kind") == "hub":
+        return hugging_face(source["repo"], source["revision"])
+    if source.get("kind") == "pypi":
+        return pypi(source["package"], source["version"])
+    return None

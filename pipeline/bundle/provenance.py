@@ -1,0 +1,137 @@
+"""provenance.json: an in-toto Statement v1 with a SLSA v1 provenance predicate, described in docs/provenance.md.
+
+It binds every file of a bundle to the materials it was made from, by SHA-256: checkpoint, data, configuration, code,
+packages. No time and no place of the build is in it, so equal materials and files give equal bytes; the bundle's own
+signature covers it like any other file. Formats: https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.bundle.dossier import one_line
+from pipeline.bundle.release import FileEntry
+from pipeline.errors import BundleError
+
+if TYPE_CHECKING:
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
+
+FILE = "provenance.json"
+BUILD_TYPE = "urn:phone-model-pipeline:build-type:bundle:1"
+BUILDER = "urn:phone-model-pipeline:builder:unisolated:1"  # whoever holds the signing key: SLSA Build L1, no more
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://slsa.dev/provenance/v1"
+
+
+@dataclass(frozen=True)
+class Material:
+    """Something that decided the bundle's bytes: an in-toto ResourceDescriptor with a name, a URI or both.
+
+    `digest` is by algorithm (`sha256`, or `gitCommit` for a commit); a package that is known by name and version only
+    has none.
+    """
+
+    name: str | None = None
+    uri: str | None = None
+    digest: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The descriptor, without fields that say nothing."""
+        fields = {"name": self.name, "uri": self.uri, "digest": self.digest, "annotations": self.annotations}
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in fields.items() if value}
+
+
+def build(
+    subjects: Mapping[str, FileEntry],
+    external: Mapping[str, Any],
+    internal: Mapping[str, Any],
+    materials: Iterable[Material],
+) -> bytes:
+    """The statement about `subjects`, as UTF-8 JSON. Independent of the order of its arguments' items.
+
+    `external` are the parameters that the user of the pipeline chose, `internal` what else is to be known of the build.
+
+    Raises:
+        BundleError: what was made is not a valid statement.
+    """
+    dependencies = [material.to_json() for material in materials]
+    definition = {
+        "buildType": BUILD_TYPE,
+        "externalParameters": dict(external),
+        "internalParameters": dict(internal),
+        "resolvedDependencies": sorted(dependencies, key=_order),
+    }
+    subject = [{"name": name, "digest": {"sha256": entry.sha256}} for name, entry in sorted(subjects.items())]
+    identity = hashlib.sha256(json.dumps([definition, subject], sort_keys=True).encode()).hexdigest()
+    statement = {
+        "_type": _STATEMENT,
+        "subject": subject,
+        "predicateType": _PREDICATE,
+        "predicate": {
+            "buildDefinition": definition,
+            "runDetails": {
+                "builder": {"id": BUILDER},
+                "metadata": {"invocationId": uuid.uuid5(uuid.NAMESPACE_URL, f"{BUILD_TYPE}:{identity}").urn},
+            },
+        },
+    }
+    raw = (json.dumps(statement, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    if problem := problem_of(raw):
+        raise BundleError(f"{FILE} cannot be written: {problem}.")
+    return raw
+
+
+def _order(dependency: Mapping[str, Any]) -> tuple[str, str]:
+    """By name, packages without one last and by URI; equal ones by all that they say."""
+    return dependency.get("name", "~"), json.dumps(dependency, sort_keys=True)
+
+
+def problem_of(raw: bytes) -> str | None:
+    """Why `raw` is not a statement of ours, or None.
+
+    The formats' own protocol buffers refuse unknown fields and other types; what SLSA and our build type ask for beyond
+    that is checked here.
+    """
+    from google.protobuf.json_format import ParseError
+    from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
+    from in_toto_attestation.v1.statement import Statement
+
+    try:
+        parsed, provenance = _parse(raw)
+        Statement.copy_from_pb(parsed).validate()
+        for dependency in provenance.build_definition.resolved_dependencies:
+            ResourceDescriptor.copy_from_pb(dependency).validate()
+    except (ParseError, ValueError, UnicodeDecodeError, RecursionError) as error:
+        return f"it is not an in-toto statement with SLSA provenance ({one_line(error)[:200]})"
+    definition, builder = provenance.build_definition, provenance.run_details.builder.id
+    if parsed.predicate_type != _PREDICATE:
+        return f"its predicate is {parsed.predicate_type!a}, not {_PREDICATE}"
+    if (definition.build_type, builder) != (BUILD_TYPE, BUILDER):
+        return f"its build type is {definition.build_type!a} by {builder!a}, not {BUILD_TYPE} by {BUILDER}"
+    if not definition.external_parameters or not definition.resolved_dependencies:
+        return "it names no parameters, or no material"
+    return None
+
+
+def read(raw: bytes) -> dict[str, Any]:
+    """The statement in the formats' own spelling, without empty fields: for bytes that have no problem."""
+    from google.protobuf.json_format import MessageToDict
+
+    statement, provenance = _parse(raw)
+    return MessageToDict(statement) | {"predicate": MessageToDict(provenance)}
+
+
+def _parse(raw: bytes) -> tuple[StatementMessage, Provenance]:
+    from google.protobuf.json_format import MessageToDict, Parse, ParseDict
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
+
+    statement = Parse(raw, StatementMessage())
+    return statement, ParseDict(MessageToDict(statement).get("predicate", {}), Provenance())
