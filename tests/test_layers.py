@@ -19,6 +19,7 @@ LAYERS = [
     ("artifact",),
     ("evaluate",),
     ("bundle", "report"),
+    ("publish",),
     ("stages",),
     ("cli", "__main__"),
 ]
