@@ -5,7 +5,7 @@
     new pages         4 KiB pages whose bytes are nowhere in the old bundle, at any page of any file
     delta             `zstd --patch-from=OLD NEW`, the bytes of its output; a new file counts whole
 
-Tensors lie in a stable order, each large one on a page of its own, so that a tensor that changes moves no other: that is
+Tensors lie in a stable order, each large one on pages of its own, so that one that changes moves no other: that is
 what the columns show. Digests are those of release.json; this reads bundles and proves nothing about them.
 """
 
