@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 
 from pipeline import files
 from pipeline.bundle.release import CONTENT, SIGNATURE, Release
+from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
-from pipeline.publish.push import Verified, require_next
+from pipeline.publish.push import Verified, require_bundle, require_next
 from pipeline.publish.stores import shown
 
 CARD = "README.md"
@@ -46,12 +48,16 @@ def push_to_hub(verified: Verified, repository: str) -> str:
     same = None
     if tag in tags:
         path = f"{place}/{SIGNATURE}"
-        same = hub.holds(tag, {path: sources[path]}) == []
+        same = hub.differs(tag, {path: sources[path]}) == []
     require_next(verified, published, same)
+    if isinstance(verified.document, TiersDocument):
+        hub.require_bundles(verified.document, tags)
     if same:
         return f"{verified.title}: tag {tag} of {hub.shown} holds it already"
-    commit = hub.commit(sources, hub.stale(place, sources), head, f"{verified.title}, signed")
-    if wrong := hub.holds(commit, sources):
+    stale, commit = hub.stale(place, sources), head
+    if stale or hub.differs(head, sources):  # else an earlier run made the commit, and was cut off before the tag
+        commit = hub.commit(sources, stale, head, f"{verified.title}, signed")
+    if wrong := hub.differs(commit, sources):
         raise BundleError(f"{hub.shown}@{commit}: {', '.join(wrong)} is not there as it was sent. It was not tagged.")
     hub.tag(tag, commit)
     return f"{verified.title}: {len(sources)} files in {hub.shown}, tag {tag}, commit {commit}"
@@ -120,7 +126,7 @@ class _Hub:
             info = self.api.repo_info(self.repository, revision=revision, files_metadata=True)
             return {sibling.rfilename: sibling for sibling in info.siblings or []}
 
-    def holds(self, revision: str, sources: dict[str, Path]) -> list[str]:
+    def differs(self, revision: str, sources: dict[str, Path]) -> list[str]:
         """The paths of `sources` that the Hub does not state with the right hash (SHA-256 in LFS, else git's)."""
         there, wrong = self._files(revision), []
         for path, source in sources.items():
@@ -132,6 +138,19 @@ class _Hub:
             if not right:
                 wrong.append(path)
         return wrong
+
+    def require_bundles(self, document: TiersDocument, tags: list[str]) -> None:
+        """Refuse tiers that pin a bundle which is not published here, or not with that signature."""
+        for variant, reference in sorted(document.bundles.items()):
+            tag = f"{variant}-r{reference.release}"
+            there = None
+            if tag in tags:
+                with self._errors(f"reading {tag}"), tempfile.TemporaryDirectory() as folder:
+                    path = f"{variant}/{SIGNATURE}"
+                    there = Path(
+                        self.api.hf_hub_download(self.repository, path, revision=tag, local_dir=folder)
+                    ).read_bytes()
+            require_bundle(document, variant, there, self.shown)
 
     def stale(self, place: str, sources: dict[str, Path]) -> list[str]:
         """Files of an earlier release that this one does not have: beside it they would make the folder fail."""

@@ -123,16 +123,24 @@ def _publish(verified: Verified, store: Store) -> str:
 
 
 def _require_bundles(document: TiersDocument, store: Store) -> None:
-    """Each bundle that the tiers pin must be published: a phone that follows them must find it."""
     for variant, reference in sorted(document.bundles.items()):
         path = layout.signature(layout.bundles(document.model, variant), reference.release)
-        there = store.read(path)
-        if there is None or hashlib.sha256(there).hexdigest() != reference.signature_sha256:
-            found = "is not published" if there is None else "is published with another signature"
-            raise BundleError(
-                f"{title(document)} names {variant} release {reference.release}, which {found} in {store.shown}. Push "
-                f"that bundle first."
-            )
+        require_bundle(document, variant, store.read(path), store.shown)
+
+
+def require_bundle(document: TiersDocument, variant: str, published: bytes | None, where: str) -> None:
+    """Refuse tiers unless the bundle that they pin is published: a phone that follows them must find it.
+
+    Raises:
+        BundleError: `published`, the signature that is there, is None or another than the pinned one.
+    """
+    reference = document.bundles[variant]
+    if published is None or hashlib.sha256(published).hexdigest() != reference.signature_sha256:
+        found = "is not published" if published is None else "is published with another signature"
+        raise BundleError(
+            f"{title(document)} names {variant} release {reference.release}, which {found} in {where}. Push that "
+            f"bundle first."
+        )
 
 
 def _put_blobs(verified: Verified, store: Store) -> dict[str, int]:

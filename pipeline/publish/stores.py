@@ -171,8 +171,11 @@ class ObjectStore:
             return None
 
     def put(self, source: Path, path: str, sha256: str) -> None:
-        with self._errors(path):
-            self.filesystem.put_file(str(source), self._key(path))
+        try:
+            with self._errors(path):
+                self.filesystem.put_file(str(source), self._key(path))
+        except Missing:  # said of a bucket: the object itself is not expected
+            raise BundleError(f"{self.shown}: there is no such bucket. Make it first.") from None
         wanted, found = source.stat().st_size, self.size(path)
         if found != wanted:
             raise BundleError(f"{self.shown}/{path} has {found} bytes after the upload, {source.name} has {wanted:,}.")
