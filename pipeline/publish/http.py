@@ -36,6 +36,8 @@ class Http:
     """A store behind `address`. Proxies, certificates and .netrc are those of the environment."""
 
     def __init__(self, address: str) -> None:
+        if urlsplit(address).query or urlsplit(address).fragment:
+            raise BundleError(f"{shown(address)}: a store's address ends with its path, without ? and #.")
         self.base, self.shown = address.rstrip("/"), shown(address).rstrip("/")
         self.session = _Session()
 
@@ -60,6 +62,8 @@ def _body(response: requests.Response, where: str, start: int) -> Body:
         raise Interrupted(f"HTTP {status}", response.raw)
     if status in _ABSENT:
         raise Missing(f"{where} is not there (HTTP {status}).")
+    if status == 416:
+        raise BundleError(f"{where} ends before byte {start:,}: the store's copy is shorter than it should be.")
     if status not in (200, 206):
         raise BundleError(f"{where}: HTTP {status}. Check the address and whether it needs a login.")
     if headers.get("Content-Encoding", "identity") != "identity":

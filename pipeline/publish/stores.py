@@ -16,8 +16,6 @@ from urllib.parse import unquote, urlsplit
 from pipeline import files
 from pipeline.errors import BundleError
 
-S3_EXTRA = "s3fs==2026.2.0"
-
 
 class Interrupted(Exception):
     """A transfer that broke and may be tried again. `response`: the server's answer (urllib3), if there was one."""
@@ -231,7 +229,9 @@ def _s3(bucket: str, path: str) -> ObjectStore:
     try:
         import s3fs
     except ImportError:
-        raise BundleError(f"s3:// needs the package s3fs. Install it with `pip install '{S3_EXTRA}'`.") from None
+        raise BundleError(
+            "s3:// needs the package s3fs. Install it with `pip install -r requirements-s3.txt -c constraints.txt`."
+        ) from None
     root = f"{bucket}/{path.strip('/')}".rstrip("/")
     return ObjectStore(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
 

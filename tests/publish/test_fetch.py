@@ -100,6 +100,21 @@ def test_busy_answers_are_waited_out(web: Web, get: Any, target: Path, public_ke
     assert_installed(target, public_key)
 
 
+def test_a_server_cannot_make_us_wait_for_ever(web: Web, get: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waited.append)
+    web.statuses, web.headers = [503], {"Retry-After": "86400"}
+    get()
+    assert waited == [transfer.MOST_SECONDS]
+
+
+def test_a_copy_that_is_too_short_is_refused(web: Web, get: Any, store: Path, target: Path) -> None:
+    os.truncate(store / blob_of(store, 1), 10_000)
+    with pytest.raises(BundleError, match=r"ends before byte 10,000: the store's copy is shorter than"):
+        get()
+    assert not target.exists()
+
+
 def test_a_store_without_range_is_read_past_what_is_here(web: Web, get: Any, target: Path, public_key: Path) -> None:
     web.ranges = False
     web.cut = lambda: 500 * len(web.requests)
@@ -168,7 +183,10 @@ def test_a_document_that_does_not_end_is_given_up(web: Web, get: Any) -> None:
     ("headers", "message"),
     [
         ({"Content-Encoding": "gzip"}, "turn compression off"),
-        ({"Content-Length": "9000000", "Connection": "close"}, "attempts in a row"),  # promises more than it sends
+        (
+            {"Content-Length": "9000000", "Connection": "close"},
+            "shorter than it should be",
+        ),  # promises more than it sends
     ],
 )
 def test_answers_that_are_not_the_file(headers: dict[str, str], message: str, web: Web, get: Any) -> None:
@@ -410,7 +428,8 @@ def test_a_full_disk_is_known_before_the_first_part(web: Web, get: Any, monkeypa
         ("file://host/x", "is no store"),
         ("gopher://me:secret@host/x", "is no store"),
         ("s3://me:secret@bucket/x", "holds no key and no password"),
-        ("http://me:secret@127.0.0.1:9/x?token=secret", "attempts in a row"),
+        ("http://me:secret@127.0.0.1:9/x", "attempts in a row"),
+        ("https://me:secret@host/x?token=secret", "without"),
     ],
 )
 def test_addresses_that_are_none_are_refused_without_their_secrets(address: str, message: str, get: Any) -> None:
@@ -458,7 +477,7 @@ def test_s3_without_its_package_says_what_to_install(get: Any, monkeypatch: pyte
     import sys
 
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(BundleError, match=r"needs the package s3fs\. Install it with `pip install 's3fs=="):
+    with pytest.raises(BundleError, match=r"needs the package s3fs\. Install it with `pip install -r requirements-s3"):
         get("s3://bucket/folder")
 
 

@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: PLR0911 (one answer for each fault)
         web, path = self.server.web, self.path.lstrip("/")
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.seen = Request(path, start)
@@ -63,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
             data[len(data) // 2] ^= 1
         if path in web.endless:
             return self._endless(bytes(data))
+        if web.ranges and start >= len(data):
+            return self._answer(416, {}, b"")
         if not web.ranges or not start:
             return self._answer(200, {}, bytes(data))
         return self._answer(206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, bytes(data[start:]))
