@@ -28,7 +28,8 @@ from tests.conftest import ROOT
 
 COMMANDS = (
     "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
-    "bundle", "sign", "tiers", "report", "show", "gate", "escalate", "record-release", "verify", "key-id",
+    "bundle", "sign", "tiers", "report", "show", "gate", "escalate", "record-release", "verify",
+    "update-size", "push", "fetch", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]

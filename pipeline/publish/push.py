@@ -75,7 +75,8 @@ def _verified(directory: Path, public_key: Path, now: datetime | None, allow_dev
     is_tiers = (directory / CONTENT / TiersDocument.file_name).is_file()
     report = (verify_tiers if is_tiers else verify)(directory, public_key, now=now, allow_development=allow_development)
     if not report.ok or not isinstance(report.document, Release | TiersDocument):
-        raise BundleError(f"only what verifies is published. {report.describe()}")
+        wrong = "; ".join(map(str, report.findings))
+        raise BundleError(f"{directory} does not verify under {report.key}, so it is not published: {wrong}.")
     signature = (directory / SIGNATURE).read_bytes()
     return Verified(directory, report.document, signature, open_signature(signature, load_public_key(public_key)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -267,6 +268,13 @@ def test_a_superseded_release_leaves_nothing(
 ) -> None:
     interrupt(web, get)
     push(line.bundle(8, part_0=b"new"), str(store), public_key, now=NOW)
+    old, new = (f"blobs/sha256/{hashlib.sha256(data).hexdigest()}" for data in (PARTS["demo_q4.onnx.data.0"], b"new"))
+    web.corrupt = {new}
+    assert list(target.parent.rglob(f"{Path(old).name}*"))
+    with pytest.raises(BundleError, match="wrong bytes"):
+        get()
+    assert not list(target.parent.rglob(f"{Path(old).name}*"))
+    web.corrupt = set()
     get()
     assert sorted(path.name for path in target.parent.iterdir()) == ["bundle", "releases.json"]
     assert (target / "content" / "demo_q4.onnx.data.0").read_bytes() == b"new"
