@@ -243,11 +243,15 @@ def record_release(model: str, variant: str) -> None:
     _stage("released", "record")(model, variant)
 
 
+_TRUSTED = click.option("--public-key", required=True, type=click.Path(path_type=Path), help="PEM of the key to trust.")
+_DEVELOPMENT = click.option("--allow-development", is_flag=True, help="Accept a bundle of the development channel.")
+
+
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--public-key", required=True, type=click.Path(path_type=Path), help="PEM of the key to trust.")
+@_TRUSTED
 @click.option("--highest-release", type=int, help="Highest release number accepted so far; a lower one is a downgrade.")
-@click.option("--allow-development", is_flag=True, help="Accept a bundle of the development channel.")
+@_DEVELOPMENT
 @click.option("--model", help="The model that was asked for.")
 @click.option("--variant", help="The variant that was asked for.")
 def verify(bundle: Path, public_key: Path, **options: Any) -> None:
@@ -264,6 +268,60 @@ def verify(bundle: Path, public_key: Path, **options: Any) -> None:
 def inspect(bundle: Path) -> None:
     """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
     sys.exit(_stage("documents", "inspect")(bundle))
+
+
+@cli.command("update-size")
+@click.argument("old_bundle", type=click.Path(path_type=Path))
+@click.argument("new_bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def update_size(old_bundle: Path, new_bundle: Path, as_json: bool) -> None:
+    """Say what a phone with OLD_BUNDLE downloads to get NEW_BUNDLE: by part, by page, as a delta."""
+    import json
+
+    from pipeline.publish.update_size import compare
+
+    update = compare(old_bundle, new_bundle)
+    click.echo(json.dumps(update.to_json(), indent=2) if as_json else update.describe())
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("destination")
+@_TRUSTED
+@_DEVELOPMENT
+def push(bundle: Path, destination: str, **options: Any) -> None:
+    """Verify BUNDLE (or a signed tiers folder) and publish it; what was published is never changed.
+
+    DESTINATION is a folder, s3://bucket/folder or a Hub repository, hf://owner/name. Credentials come from the
+    environment: the usual AWS variables with AWS_ENDPOINT_URL for other stores, HF_TOKEN for the Hub.
+    """
+    from pipeline.publish.push import push as publish
+
+    click.echo(publish(bundle, destination, **options))
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("model")
+@click.option("--variant", help="Fetch this variant's newest release …")
+@click.option("--tier", help="… or what the signed tiers.json gives this class of devices.")
+@_TRUSTED
+@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="Record of the highest releases accepted; default: releases.json beside the folder.",
+)
+@_DEVELOPMENT
+def fetch(source: str, model: str, **options: Any) -> None:
+    """Bring a folder to MODEL's newest published release: resumed, verified, swapped in whole.
+
+    SOURCE is where `push` published: an https:// or http:// address, a folder or s3://bucket/folder. Files of the
+    release in the folder that did not change are not downloaded again.
+    """
+    from pipeline.publish.fetch import fetch as get
+
+    click.echo(get(source, model, **options).describe())
 
 
 @cli.command("key-id")

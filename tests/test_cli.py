@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 COMMANDS = (
     "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
-    "inspect", "key-id",
+    "inspect", "update-size", "push", "fetch", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]

@@ -19,7 +19,7 @@ LAYERS = [
     ("artifact",),
     ("evaluate",),
     ("bundle", "report"),
-    ("stores",),
+    ("stores", "publish"),
     ("stages",),
     ("cli", "__main__"),
 ]

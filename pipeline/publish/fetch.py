@@ -1,0 +1,364 @@
+"""fetch: what an app does to get a bundle, as a command. Nothing is used before it is proven.
+
+The signature comes first, from `latest.sig` or from a signed tiers.json that pins it; it gives every file's digest, and
+release.json, checked against its digest, every size. Parts are then taken from an installed older release by digest, or
+downloaded and hashed on the way. The whole is verified once more and renamed into place.
+
+    DIR                 the bundle in use, whole: the old one until the new one is
+    DIR.partial/        parts/<sha256> and parts/<sha256>.partial: what an interrupted run left for the next
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline import files
+from pipeline.bundle.keys import load_public_key
+from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Release, Stamp
+from pipeline.bundle.signing import SignatureError, open_signature
+from pipeline.bundle.tiers import TierRefusal, TiersDocument
+from pipeline.bundle.trust import State
+from pipeline.bundle.verify import Kind, Report, verify, verify_tiers
+from pipeline.config import Name
+from pipeline.errors import BundleError
+from pipeline.progress import Progress
+from pipeline.publish import layout
+from pipeline.publish.stores import Reader, open_store
+from pipeline.publish.transfer import CHUNK, read_all, stream
+
+SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
+STATE = "releases.json"  # beside DIR, unless another file is named
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What is installed now, and where its bytes came from."""
+
+    directory: Path
+    document: Release
+    downloaded: int  # bytes, without signature and documents
+    reused: int  # bytes that were here: of an installed release, or of an interrupted run
+
+    def describe(self) -> str:
+        """One line for people."""
+        what = f"{self.document.model} {self.document.variant} release {self.document.release}"
+        return f"{self.directory}: {what}, verified; {self.downloaded:,} bytes downloaded, {self.reused:,} were here"
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Whom to ask, whom to trust, what was accepted so far."""
+
+    reader: Reader
+    public_key: Path
+    model: str
+    highest: int | None
+    allow_development: bool
+    now: datetime | None
+
+
+def open_reader(address: str) -> Reader:
+    """The store at a folder's path, or at a file://, s3://, https:// or http:// address.
+
+    Raises:
+        BundleError: another scheme, or s3fs is not installed.
+    """
+    if urlsplit(address).scheme in ("http", "https"):
+        from pipeline.publish.http import Http
+
+        return Http(address)
+    return open_store(address)
+
+
+def fetch(
+    address: str,
+    model: str,
+    directory: Path,
+    public_key: Path,
+    *,
+    variant: str | None = None,
+    tier: str | None = None,
+    state: Path | None = None,
+    allow_development: bool = False,
+    now: datetime | None = None,
+) -> Fetched:
+    """Bring `directory` to the newest published release of a model's variant, or of what its tiers.json gives `tier`.
+
+    `state` keeps the highest release accepted (default: releases.json beside `directory`). An interrupted run is gone
+    on with by the next. On any error `directory` is what it was before.
+
+    Raises:
+        BundleError: not published, not signed by `public_key`, expired, rolled back, wrong bytes, no bundle for the
+            tier, the store does not answer, or `directory` holds something else.
+        ResourceError: the disk is too small, known before the first part moves.
+    """
+    for what, name in (("model", model), ("variant", variant), ("tier", tier)):
+        _require_name(what, name)
+    if (variant is None) == (tier is None):
+        raise BundleError("name either the variant or the tier to fetch.")
+    target = directory.absolute()
+    accepted = State(state or target.parent / STATE)
+    client = _Client(open_reader(address), public_key, model, accepted.highest(model), allow_development, now)
+    with _staging(target) as staging:
+        _recover(target)
+        proven = _of_tier(client, tier, staging) if tier else _latest(client, str(variant), staging)
+        fetched = _install(client, proven, staging, target)
+    accepted.record(model, fetched.document.release)
+    return fetched
+
+
+def _require_name(what: str, name: str | None) -> None:
+    try:
+        TypeAdapter(Name | None).validate_python(name)
+    except ValidationError:
+        raise BundleError(f"{name!a} cannot be the name of a {what}: small letters, digits, '_' and '-'.") from None
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """DIR.partial, held alone; removed once the bundle is installed, kept on an error for the next run."""
+    staging = target.with_name(f"{target.name}.partial")
+    with files.disk_full(f"fetch into {target}"):
+        (staging / "parts").mkdir(parents=True, exist_ok=True)
+        with open(staging / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes, also after a crash
+            except BlockingIOError:
+                raise BundleError(f"another fetch into {target} is running.") from None
+            yield staging
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Put back what a run moved aside that was killed between two renames; refuse to replace what is no bundle."""
+    if not target.exists():
+        for aside in sorted(target.parent.glob(f".{target.name}.old.*")):
+            if (aside / SIGNATURE).is_file():
+                os.replace(aside, target)
+                break
+    if target.exists() and not (target.is_dir() and set(os.listdir(target)) <= {CONTENT, SIGNATURE}):
+        raise BundleError(f"{target} holds other things than a bundle, which would be lost. Name another folder.")
+    files.remove_leftovers(target)
+
+
+def _lay_out(folder: Path, signature: bytes, document: type[Stamp], raw: bytes) -> Path:
+    """A bundle's folder with its signature and document, and no other file yet."""
+    shutil.rmtree(folder, ignore_errors=True)
+    files.write_bytes(folder / SIGNATURE, signature)
+    files.write_bytes(folder / CONTENT / document.file_name, raw)
+    return folder
+
+
+# --- signature and document ------------------------------------------------------------------------------------------
+
+
+def _document(client: _Client, path: str, kind: type[Stamp], folder: Path, pinned: str | None = None) -> Path:
+    """Fetch a signature and, by the digest that it proves, its document; laid out in `folder`."""
+    signature = read_all(client.reader, path, SMALL)
+    if pinned is not None and hashlib.sha256(signature).hexdigest() != pinned:
+        raise BundleError(f"{client.reader.shown}/{path} is not the signature that tiers.json pins, {pinned}.")
+    try:
+        digests = open_signature(signature, load_public_key(client.public_key))
+    except SignatureError as error:
+        raise BundleError(f"{client.reader.shown}/{path}: {error}. Nothing else was fetched.") from None
+    if kind.file_name not in digests:
+        raise BundleError(f"{client.reader.shown}/{path} signs no {kind.file_name}: this is something else.")
+    blob = layout.blob(digests[kind.file_name])
+    raw = read_all(client.reader, blob, SMALL)
+    if hashlib.sha256(raw).hexdigest() != digests[kind.file_name]:
+        raise BundleError(f"{client.reader.shown}/{blob}: wrong bytes for {kind.file_name}. Nothing was kept.")
+    return _lay_out(folder, signature, kind, raw)
+
+
+def _check(report: Report, *passing: Kind) -> Report:
+    """Refuse whatever is wrong with it, except for findings of a `passing` kind."""
+    wrong = [finding for finding in report.findings if finding.kind not in passing]
+    if wrong or report.document is None:
+        raise BundleError("not accepted: " + "; ".join(map(str, wrong)))
+    return report
+
+
+def _latest(client: _Client, variant: str, staging: Path) -> Report:
+    path = layout.pointer(layout.bundles(client.model, variant))
+    return _bundle(client, path, variant, staging)
+
+
+def _bundle(client: _Client, path: str, variant: str, staging: Path, pinned: str | None = None) -> Report:
+    """The proven release.json of the bundle whose signature is at `path`; its files are missing as yet."""
+    folder = _document(client, path, Release, staging / "bundle", pinned)
+    return _check(_verify(client, folder, variant), Kind.MISSING)
+
+
+def _verify(client: _Client, folder: Path, variant: str) -> Report:
+    return verify(
+        folder,
+        client.public_key,
+        now=client.now,
+        highest_release=client.highest,
+        allow_development=client.allow_development,
+        model=client.model,
+        variant=variant,
+    )
+
+
+def _of_tier(client: _Client, tier: str, staging: Path) -> Report:
+    """The release that the newest signed tiers.json gives `tier`; a refusal is an error with its figures."""
+    folder = _document(client, layout.pointer(layout.tiers(client.model)), TiersDocument, staging / "tiers")
+    report = verify_tiers(
+        folder,
+        client.public_key,
+        now=client.now,
+        highest_release=client.highest,
+        allow_development=client.allow_development,
+        model=client.model,
+    )
+    document = _check(report).document
+    assert isinstance(document, TiersDocument)
+    decision = document.tiers.get(tier)
+    if decision is None:
+        raise BundleError(f"{client.model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
+    if isinstance(decision, TierRefusal):
+        raise BundleError(_refused(document, tier, decision))
+    reference = document.bundles.get(decision.variant)
+    if reference is None:
+        raise BundleError(f"tiers.json of {client.model} gives {tier} {decision.variant}, and pins no bundle of it.")
+    path = layout.signature(layout.bundles(client.model, decision.variant), reference.release)
+    return _bundle(client, path, decision.variant, staging, reference.signature_sha256)
+
+
+def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
+    need = "no variant passed its gates"
+    if refusal.smallest_need_bytes is not None:
+        need = f"the smallest need is {refusal.smallest_need_bytes:,} bytes, {refusal.shortfall_bytes:,} more than that"
+    return (
+        f"{tier} gets no bundle of {document.model} release {document.release}: an app may use "
+        f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes of memory; {need}. {'; '.join(refusal.reasons)}."
+    )
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _install(client: _Client, proven: Report, staging: Path, target: Path) -> Fetched:
+    document, bundle, parts = proven.document, proven.directory, staging / "parts"
+    assert isinstance(document, Release)
+    if _installed(client, bundle, target, document.variant):
+        return Fetched(target, document, 0, sum(entry.size for entry in document.files.values()))
+    wanted = {entry.sha256: entry for entry in document.files.values()}
+    names = {entry.sha256: name for name, entry in document.files.items()}
+    _forget(parts, wanted)
+    _reuse(target / CONTENT, wanted, parts)
+    kept = {digest: _kept(parts, digest) for digest in wanted}
+    left = sum(wanted[digest].size - kept[digest] for digest in wanted)
+    files.require_free_space(staging, left, f"fetch {document.model} {document.variant}")
+    with Progress(f"fetch {document.model} {document.variant}", len(wanted), "files", left) as progress:
+        for digest, entry in sorted(wanted.items(), key=lambda item: names[item[0]]):
+            if not (parts / digest).is_file():
+                _download(client.reader, names[digest], entry, parts, progress)
+            progress.advance()
+    for name, entry in sorted(document.files.items()):
+        files.link_or_copy(parts / entry.sha256, bundle / CONTENT / name)
+    try:
+        _check(_verify(client, bundle, document.variant))
+    except BundleError:
+        shutil.rmtree(parts)  # they were right when they arrived: what is on the disk now is not
+        raise
+    files.fsync_directory(bundle / CONTENT)
+    files.fsync_directory(bundle)
+    files.replace_directory(bundle, target)
+    files.fsync_directory(target.parent)
+    return Fetched(target, document, left, sum(kept.values()))
+
+
+def _installed(client: _Client, bundle: Path, target: Path, variant: str) -> bool:
+    """Whether `target` holds these very bytes, signature included, and still verifies."""
+    signature = target / SIGNATURE
+    if not signature.is_file() or signature.read_bytes() != (bundle / SIGNATURE).read_bytes():
+        return False
+    return _verify(client, target, variant).ok
+
+
+def _forget(parts: Path, wanted: dict[str, FileEntry]) -> None:
+    """Remove what an interrupted run fetched for a release that has been superseded."""
+    for path in parts.iterdir():
+        if path.name.removesuffix(".partial") not in wanted:
+            path.unlink()
+
+
+def _reuse(installed: Path, wanted: dict[str, FileEntry], parts: Path) -> None:
+    """Give files of an installed release that have a wanted digest a second name in `parts`."""
+    sizes = {entry.size for entry in wanted.values()}
+    for file in sorted(installed.iterdir()) if installed.is_dir() else []:
+        found = file.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_size in sizes:
+            digest = files.sha256_of(file)
+            if digest in wanted:
+                files.link_or_copy(file, parts / digest)
+
+
+def _kept(parts: Path, digest: str) -> int:
+    """Bytes of a file that are here, whole or in part."""
+    for path in (parts / digest, parts / f"{digest}.partial"):
+        if path.is_file():
+            return path.stat().st_size
+    return 0
+
+
+def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress: Progress) -> None:
+    """Fetch one file to parts/<sha256>, going on behind what an earlier run left.
+
+    What that run left is hashed again; if the whole is wrong then, it is fetched once more from its first byte.
+
+    Raises:
+        BundleError: the store has other bytes; none of them is kept.
+    """
+    partial = parts / f"{entry.sha256}.partial"
+    with open(partial, "a+b") as file:
+        resumed = os.fstat(file.fileno()).st_size
+        actual = _append(reader, entry, file, progress)
+        if actual != entry.sha256 and resumed:
+            file.truncate(0)
+            actual = _append(reader, entry, file, progress)
+        os.fsync(file.fileno())
+    if actual != entry.sha256:
+        partial.unlink()
+        raise BundleError(
+            f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes), got "
+            f"{actual}. None of them was kept; what was installed stays. Try again; if it happens twice, the store or "
+            f"something before it changes the file."
+        )
+    os.replace(partial, parts / entry.sha256)
+
+
+def _append(reader: Reader, entry: FileEntry, file: BinaryIO, progress: Progress) -> str:
+    """Complete `file` up to the promised size; the SHA-256 of all its bytes."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    if size > entry.size:
+        file.truncate(0)
+        digest, size = hashlib.sha256(), 0
+    for chunk in stream(reader, layout.blob(entry.sha256), size, entry.size):
+        file.write(chunk)
+        digest.update(chunk)
+        progress.advance(0, len(chunk))
+    file.flush()
+    return digest.hexdigest()
