@@ -9,8 +9,10 @@ from importlib.metadata import version
 from pipeline import config
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
+from pipeline.bundle.tiers import fitting_tiers
 from pipeline.evaluate.gates import PASS, Verdict
 from pipeline.graph.nodes import OPSET
+from pipeline.stages.candidate import candidate
 from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.verdict import describe_line, read_verdict
 from pipeline.stages.workspace import Workspace
@@ -42,6 +44,7 @@ def run(model: str, variant: str) -> None:
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
     files = {file.name: file for file in sorted(artifact.iterdir())}
+    tiers = config.load_tiers()
     release = build_release(
         **common,
         runtime=Runtime(
@@ -51,6 +54,7 @@ def run(model: str, variant: str) -> None:
         licence=lock.licence,
         context=entry.context,
         kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
+        tiers=fitting_tiers(candidate(workspace, variant, tiers.context), tiers),
         files=describe_files(files),
     )
     assemble(content, files, release)
