@@ -259,6 +259,25 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
     sys.exit(0 if result.ok else 1)
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def vectors(folder: Path) -> None:
+    """Write test vectors to FOLDER: good and spoilt bundles, and what a verifier must say about each."""
+    from pipeline.bundle import vectors as test_vectors
+
+    click.echo(f"{len(test_vectors.write(folder))} vectors in {folder}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def schema(folder: Path) -> None:
+    """Write the JSON Schemas of release.json, refusal.json and tiers.json to FOLDER."""
+    from pipeline.bundle import schemas
+
+    for path in schemas.write(folder):
+        click.echo(path)
+
+
 @cli.command("key-id")
 @click.argument("public_key", type=click.Path(path_type=Path))
 def key_id(public_key: Path) -> None:

@@ -125,7 +125,8 @@ def pae(payload: bytes) -> bytes:
     return f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(payload)} ".encode() + payload
 
 
-def _root_digest(digests: list[str]) -> str:
+def root_digest(digests: list[str]) -> str:
+    """The statement's digest of all files: SHA-256 over their digests in the order listed."""
     return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
 
@@ -164,7 +165,7 @@ def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
     names = sorted(digests)
     return {
         "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": _root_digest([digests[file] for file in names])}}],
+        "subject": [{"name": name, "digest": {"sha256": root_digest([digests[file] for file in names])}}],
         "predicateType": _PREDICATE_TYPE,
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
@@ -281,7 +282,7 @@ def read_statement(payload: bytes) -> dict[str, str]:
         raise SignatureError(Flaw.MALFORMED, "the signed statement names a file twice")
     if len({name.casefold() for name in digests}) != len(digests):
         raise SignatureError(Flaw.MALFORMED, "the signed statement names two files that differ only in case")
-    if _root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
+    if root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
         raise SignatureError(Flaw.MALFORMED, "the signed statement's root digest is not that of its files")
     return digests
 
