@@ -199,7 +199,9 @@ class _Signed:
 def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
     """One file against its signed digest, and against its size in release.json where that is known."""
     file, size, entry = f"{CONTENT}/{path.name}", path.lstat().st_size, signed.entries.get(path.name)
-    actual = _sha256(path) if signed.may_be_listed(size) or (entry is None and size <= _SMALL) else None
+    documents = (Release.file_name, Refusal.file_name, TiersDocument.file_name)
+    plausible = size <= _SMALL if path.name in documents else signed.may_be_listed(size)
+    actual = _sha256(path) if plausible else None
     digest = signed.digests[path.name]
     if actual == digest and (entry is None or entry.size == size):
         return
@@ -213,7 +215,8 @@ def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
         yield Finding(Kind.EXTENDED, file, message)
     else:
         sizes = f" ({entry.size:,} bytes)" if entry else ""
-        yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {actual} ({size:,} bytes)")
+        found = actual or "too many bytes to be it"
+        yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
 
 
 def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterator[Finding]:
