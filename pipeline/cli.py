@@ -243,7 +243,14 @@ def record_release(model: str, variant: str) -> None:
     _stage("released", "record")(model, variant)
 
 
-_TRUSTED = click.option("--public-key", required=True, type=click.Path(path_type=Path), help="PEM of the key to trust.")
+_TRUSTED = click.option(
+    "--public-key",
+    "public_keys",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="PEM of a key to trust; repeat it for the next key of a rotation.",
+)
 _DEVELOPMENT = click.option("--allow-development", is_flag=True, help="Accept a bundle of the development channel.")
 
 
@@ -251,14 +258,24 @@ _DEVELOPMENT = click.option("--allow-development", is_flag=True, help="Accept a 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_TRUSTED
 @click.option("--highest-release", type=int, help="Highest release number accepted so far; a lower one is a downgrade.")
+@click.option("--state", type=click.Path(path_type=Path), help="File with the highest release accepted of each model.")
+@click.option("--record", is_flag=True, help="Note the release in --state if nothing is wrong.")
 @_DEVELOPMENT
+@click.option("--app-version", type=int, help="Version of the app that wants it.")
+@click.option("--tier", help="The tier of configs/tiers.yaml that wants it.")
 @click.option("--model", help="The model that was asked for.")
 @click.option("--variant", help="The variant that was asked for.")
-def verify(bundle: Path, public_key: Path, **options: Any) -> None:
-    """Say what is wrong with BUNDLE, from itself and a trusted public key; status 0 if nothing is."""
+def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, record: bool, **options: Any) -> None:
+    """Say what is wrong with BUNDLE, from itself and trusted public keys; status 0 if nothing is."""
+    from pipeline.bundle.trust import ReleaseMemory
     from pipeline.bundle.verify import verify as check
 
-    result = check(bundle, public_key, **options)
+    if record and state is None:
+        raise click.UsageError("--record needs --state FILE to record in.")
+    memory = ReleaseMemory(state) if state else None
+    result = check(bundle, public_keys, memory=memory, **options)
+    if record and memory and result.ok and result.document:
+        memory.record(result.document.model, result.document.release)
     click.echo(result.describe())
     sys.exit(0 if result.ok else 1)
 
@@ -322,6 +339,25 @@ def fetch(source: str, model: str, **options: Any) -> None:
     from pipeline.publish.fetch import fetch as get
 
     click.echo(get(source, model, **options).describe())
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def vectors(folder: Path) -> None:
+    """Write test vectors to FOLDER: good and spoilt bundles, and what a verifier must say about each."""
+    from pipeline.bundle import vectors as test_vectors
+
+    click.echo(f"{len(test_vectors.write(folder))} vectors in {folder}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def schema(folder: Path) -> None:
+    """Write the JSON Schemas of release.json, refusal.json and tiers.json to FOLDER."""
+    from pipeline.bundle import schemas
+
+    for path in schemas.write(folder):
+        click.echo(path)
 
 
 @cli.command("key-id")

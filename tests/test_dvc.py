@@ -29,6 +29,7 @@ from tests.conftest import ROOT
 
 MODEL_STAGES = {"download", "export", "calibrate", "sensitivity", "parity", "reference", "tiers", "packs"}
 QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
+BUNDLE = [f"bundle@tiny-{variant}" for variant in tiny.VARIANTS]
 VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
 PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
 SLOW_WRITES = """
@@ -365,7 +366,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
         ("released.yaml", lambda released: released.update(models={"other": {}}), verdicts()),
         ("calibration.yaml", lambda calibration: calibration.update(window=32), {"calibrate@tiny"} | bundles()),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"} | bundles()),
-        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, "tiers@tiny"}),
+        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, *BUNDLE, "tiers@tiny"}),
         (
             "evaluation/seconds.yaml",
             lambda suite: suite["mmlu"].update(questions=58),

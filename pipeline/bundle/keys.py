@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
             f"`openssl ec -in PRIVATE.pem -pubout` makes one."
         ) from None
     return _require_p256(key, str(path))
+
+
+def load_public_keys(paths: Path | Sequence[Path]) -> list[ec.EllipticCurvePublicKey]:
+    """The key of each PEM file: one, or the current and the next of a rotation. Raises BundleError as for one."""
+    return [load_public_key(path) for path in ([paths] if isinstance(paths, Path) else paths)]
 
 
 def _require_p256(key: Any, where: str) -> Any:

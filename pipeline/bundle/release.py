@@ -14,7 +14,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from pipeline import files as file_tools
 from pipeline.config import KvCache, Name, Sha256, SigningConfig
@@ -45,7 +54,8 @@ def _checked_time(text: str) -> str:
     return text
 
 
-Time = Annotated[str, AfterValidator(_checked_time)]
+_TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$"}
+Time = Annotated[str, AfterValidator(_checked_time), WithJsonSchema(_TIME_SCHEMA)]
 FileName = Annotated[str, StringConstraints(pattern=rf"^{SAFE_NAME.pattern}$")]
 
 
@@ -88,6 +98,7 @@ class Stamp(Record):
     """What every signed document carries, so that an old, foreign or development one is recognised.
 
     `release` only ever grows: the app stores the highest number it has accepted and refuses a lower one.
+    `next_key_id` names the key that will follow `key`, so that an app can pin it before it signs anything.
     """
 
     file_name: ClassVar[str]
@@ -100,13 +111,15 @@ class Stamp(Record):
     min_app_version: int = Field(ge=0)
     max_app_version: int | None
     key: KeyIdentity
+    next_key_id: Sha256 | None = None
 
 
 class Release(Stamp):
     """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file.
 
     `kv_cache` is the type of the graph's keys and values, which an app without onnxruntime-genai must feed; releases
-    from before it was a choice have float32.
+    from before it was a choice have float32. `tiers` names the classes of devices (configs/tiers.yaml) whose memory
+    budget holds this variant.
     """
 
     file_name: ClassVar[str] = "release.json"
@@ -119,6 +132,7 @@ class Release(Stamp):
     licence: str
     context: int = Field(gt=0)
     kv_cache: KvCache = "float32"
+    tiers: list[Name] = []
     verdict: dict[str, JsonValue]
     files: dict[FileName, FileEntry] = Field(min_length=1)
     telemetry: str
@@ -188,6 +202,7 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
         "min_app_version": signing.min_app_version,
         "max_app_version": signing.max_app_version,
         "key": key,
+        "next_key_id": signing.next_key_id,
     }
 
 
@@ -235,13 +250,15 @@ def build_release(
     licence: str,
     context: int,
     kv_cache: KvCache,
+    tiers: Iterable[str],
     verdict: Mapping[str, Any],
     files: Mapping[str, FileEntry],
 ) -> Release:
     """release.json for a variant that passed its gates.
 
     `created` must be the same for every build of the same inputs (see `build_time`). `source` holds `revision` and
-    `files` (name → SHA-256). `verdict` is the gates' verdict as plain JSON, without timings.
+    `files` (name → SHA-256). `tiers` are those whose budget holds the variant (see `tiers.fitting_tiers`). `verdict`
+    is the gates' verdict as plain JSON, without timings.
 
     Raises:
         BundleError: a field is not valid, or the release channel meets a development key.
@@ -254,6 +271,7 @@ def build_release(
         "licence": licence,
         "context": context,
         "kv_cache": kv_cache,
+        "tiers": list(tiers),
         "verdict": dict(verdict),
         "files": dict(files),
         "telemetry": TELEMETRY,

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
 from pipeline.bundle.release import FileName
+from pipeline.bundle.strict_json import parse
 from pipeline.config import Sha256
 from pipeline.errors import BundleError
 
@@ -123,7 +125,8 @@ def pae(payload: bytes) -> bytes:
     return f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(payload)} ".encode() + payload
 
 
-def _root_digest(digests: list[str]) -> str:
+def root_digest(digests: list[str]) -> str:
+    """The statement's digest of all files: SHA-256 over their digests in the order listed."""
     return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
 
@@ -162,7 +165,7 @@ def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
     names = sorted(digests)
     return {
         "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": _root_digest([digests[file] for file in names])}}],
+        "subject": [{"name": name, "digest": {"sha256": root_digest([digests[file] for file in names])}}],
         "predicateType": _PREDICATE_TYPE,
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
@@ -212,61 +215,83 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
 
 def _decode(text: str, what: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise SignatureError(Flaw.MALFORMED, f"its {what} is not base64") from None
+        data = None
+    if data is None or base64.b64encode(data).decode() != text:
+        raise SignatureError(Flaw.MALFORMED, f"its {what} is not base64")
+    return data
 
 
-def _authentic_payload(raw: bytes, public_key: ec.EllipticCurvePublicKey) -> bytes:
+def _envelope(raw: bytes) -> _SigstoreBundle:
     try:
-        bundle = _SigstoreBundle.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise SignatureError(Flaw.MALFORMED, f"it is not an OMS signature ({where}: {first['msg']})") from None
-    proof = bundle.dsseEnvelope.signatures[0]
-    payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
-    expected = key_id(public_key)
+        return parse(_SigstoreBundle, raw)
+    except ValueError as error:
+        raise SignatureError(Flaw.MALFORMED, f"it is not an OMS signature ({error})") from None
+
+
+def _signed_by(public_key: ec.EllipticCurvePublicKey, signature: bytes, payload: bytes) -> bool:
     try:
         public_key.verify(signature, pae(payload), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
-        if proof.keyid != expected:
-            raise SignatureError(
-                Flaw.OTHER_KEY, f"signed with the key {proof.keyid!a}, but the key to trust is {expected}"
-            ) from None
-        raise SignatureError(
-            Flaw.INVALID, f"it names the key {expected}, but that key did not sign this statement"
-        ) from None
-    hint = hashlib.sha256(public_pem(public_key)).hexdigest()
-    if proof.keyid != expected or bundle.verificationMaterial.publicKey.hint != hint:
-        raise SignatureError(
-            Flaw.MALFORMED, f"the key {expected} signed it, but it names another (its label was changed)"
-        )
-    return payload
+        return False
+    return True
 
 
-def open_signature(raw: bytes, public_key: ec.EllipticCurvePublicKey) -> dict[str, str]:
-    """The signed digests, name → SHA-256 (64 hex digits), of a signature file's bytes.
-
-    Nothing in the statement is read before `public_key` has verified it. Names are plain file names, and are still
-    only to be compared with names found in the folder, never opened.
+def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -> tuple[str, bytes]:
+    """The id of the one of `public_keys` that made a signature file's bytes, and the statement that it signed, unread.
 
     Raises:
         SignatureError: malformed, made with another key, or not made by the key it names.
     """
-    payload = _authentic_payload(raw, public_key)
-    try:
-        statement = _Statement.model_validate_json(payload)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole statement"
+    bundle = _envelope(raw)
+    proof = bundle.dsseEnvelope.signatures[0]
+    payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
+    signer = next((key for key in public_keys if _signed_by(key, signature, payload)), None)
+    if signer is None:
+        trusted = [key_id(key) for key in public_keys]
+        if proof.keyid not in trusted:
+            message = f"signed with the key {proof.keyid!a}, but the key to trust is {' or '.join(trusted)}"
+            raise SignatureError(Flaw.OTHER_KEY, message)
+        raise SignatureError(Flaw.INVALID, f"it names the key {proof.keyid}, but that key did not sign this statement")
+    expected, hint = key_id(signer), hashlib.sha256(public_pem(signer)).hexdigest()
+    if proof.keyid != expected or bundle.verificationMaterial.publicKey.hint != hint:
         raise SignatureError(
-            Flaw.MALFORMED, f"the signed statement is none that this pipeline makes ({where}: {first['msg']})"
+            Flaw.MALFORMED, f"the key {expected} signed it, but it names another (its label was changed)"
+        )
+    return expected, payload
+
+
+def read_statement(payload: bytes) -> dict[str, str]:
+    """The digests of an authenticated statement, name → SHA-256 (64 hex digits).
+
+    Names are plain file names, and are still only to be compared with names found in the folder, never opened.
+
+    Raises:
+        SignatureError: it is none that `sign` makes.
+    """
+    try:
+        statement = parse(_Statement, payload)
+    except ValueError as error:
+        raise SignatureError(
+            Flaw.MALFORMED, f"the signed statement is none that this pipeline makes ({error})"
         ) from None
     resources = statement.predicate.resources
     digests = {resource.name: resource.digest for resource in resources}
     if len(digests) != len(resources):
         raise SignatureError(Flaw.MALFORMED, "the signed statement names a file twice")
-    if _root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
+    if len({name.casefold() for name in digests}) != len(digests):
+        raise SignatureError(Flaw.MALFORMED, "the signed statement names two files that differ only in case")
+    if root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
         raise SignatureError(Flaw.MALFORMED, "the signed statement's root digest is not that of its files")
     return digests
+
+
+def open_signature(raw: bytes, *public_keys: ec.EllipticCurvePublicKey) -> dict[str, str]:
+    """The signed digests of a signature file's bytes: nothing in the statement is read before one of the
+    keys verified it.
+
+    Raises:
+        SignatureError: see `authenticate` and `read_statement`.
+    """
+    return read_statement(authenticate(raw, public_keys)[1])

@@ -86,6 +86,12 @@ def budget_bytes(tier: Tier) -> int:
     return math.floor(tier.ram_bytes * tier.usable_fraction)
 
 
+def fitting_tiers(candidate: Candidate, tiers_config: TiersConfig) -> list[str]:
+    """Names of the tiers whose budget holds `candidate` and `runtime_bytes`, in the configuration's order."""
+    need = candidate.memory_bytes + tiers_config.runtime_bytes
+    return [name for name, tier in tiers_config.tiers.items() if need <= budget_bytes(tier)]
+
+
 def _reasons(needs: Mapping[Candidate, int], budget: int) -> list[str]:
     if not needs:
         return ["no variant was built"]

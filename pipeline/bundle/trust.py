@@ -1,43 +1,72 @@
-"""The highest release of each model that was accepted here, so that an older one is recognised as a rollback."""
+"""The highest release of each model that was ever accepted: what makes an old release, still well signed, a rollback.
+
+A signature and an expiry cannot tell that a newer release exists; only a memory of the phone's own can. This is the
+one that `verify --state` keeps.
+"""
 
 from __future__ import annotations
 
+import fcntl
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import RootModel, ValidationError
+from pydantic import Field
 
 from pipeline import files
+from pipeline.bundle.release import Record
+from pipeline.bundle.strict_json import parse
 from pipeline.config import Name
 from pipeline.errors import BundleError
 
 
-class _Highest(RootModel[dict[Name, int]]):
-    pass
+class _State(Record):
+    releases: dict[Name, int] = Field(default_factory=dict)
 
 
-class State:
-    """A small JSON file, model → release number. No file means that nothing was accepted yet."""
+@dataclass(frozen=True)
+class ReleaseMemory:
+    """The state file at `path`. A missing one remembers nothing; an unreadable one is an error, never a fresh start."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def _read(self) -> dict[str, int]:
-        try:
-            return _Highest.model_validate_json(self.path.read_bytes(), strict=True).root
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValidationError):
-            raise BundleError(
-                f"{self.path} is not a record of accepted releases. Restore it; without it an old release would be "
-                f"taken for a new one."
-            ) from None
+    path: Path
 
     def highest(self, model: str) -> int | None:
-        """The highest release of `model` accepted so far. Raises BundleError when the file is damaged."""
-        return self._read().get(model)
+        """The highest release of `model` accepted so far, None before the first.
+
+        Raises:
+            BundleError: the file cannot be read, or is not one of these.
+        """
+        return self._read().releases.get(model)
 
     def record(self, model: str, release: int) -> None:
-        """Note that `release` was accepted; a lower one than before changes nothing."""
-        known = self._read()
-        if release > known.get(model, 0):
-            files.write_json(self.path, known | {model: release})
+        """Remember that `release` of `model` was accepted; atomic, and safe beside other processes that record.
+
+        Raises:
+            BundleError: a higher release was accepted before, or the file is unreadable. Nothing is written then.
+            ResourceError: the disk is full or not writable.
+        """
+        with files.disk_full(f"write {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path.with_name(f".{self.path.name}.lock"), "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                releases = dict(self._read().releases)
+                known = releases.get(model, release)
+                if release < known:
+                    raise BundleError(
+                        f"{self.path}: release {known} of {model} was accepted before, so {release} is a rollback and "
+                        f"is not recorded. Publish a release with a higher number."
+                    )
+                if releases.get(model) != release:
+                    files.write_json(self.path, _State(releases=releases | {model: release}).model_dump(mode="json"))
+
+    def _read(self) -> _State:
+        try:
+            return parse(_State, self.path.read_bytes())
+        except FileNotFoundError:
+            return _State()
+        except OSError as error:
+            raise BundleError(f"the record of releases {self.path} cannot be read: {error.strerror}.") from None
+        except ValueError as error:
+            raise BundleError(
+                f"{self.path} is no record of releases ({error}). Without it a rollback cannot be seen: restore it, or "
+                f"remove it to trust the next release that verifies."
+            ) from None

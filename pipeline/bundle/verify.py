@@ -10,22 +10,23 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import ValidationError
-
-from pipeline.bundle.keys import key_id, load_public_key
+from pipeline.bundle.keys import key_id, load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Refusal, Release, Stamp, parse_time
-from pipeline.bundle.signing import SignatureError, open_signature
+from pipeline.bundle.signing import SignatureError, authenticate, read_statement
+from pipeline.bundle.strict_json import parse
 from pipeline.bundle.tiers import TiersDocument
+from pipeline.bundle.trust import ReleaseMemory
 from pipeline.errors import BundleError
 
 _SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
+_CLOCK_SKEW = timedelta(days=1)  # two honest clocks may differ by this much
 
 
 class Kind(StrEnum):
@@ -39,15 +40,20 @@ class Kind(StrEnum):
     EXTRA = "extra"
     UNLISTED = "unlisted"
     RENAMED = "renamed"
+    EXCHANGED = "exchanged"
     MODIFIED = "modified"
     TRUNCATED = "truncated"
+    EXTENDED = "extended"
     SYMLINK = "symlink"
     NOT_A_FILE = "not-a-file"
     MALFORMED_DOCUMENT = "malformed-document"
     DISAGREES = "disagrees"
     SWAPPED = "swapped"
+    SWAPPED_TIER = "swapped-tier"
     EXPIRED = "expired"
+    NOT_YET_VALID = "not-yet-valid"
     DOWNGRADED = "downgraded"
+    APP_VERSION = "app-version"
     DEVELOPMENT_KEY = "development-key"
     REFUSAL = "refusal"
 
@@ -66,10 +72,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What verification found, sorted. `document` is set once its signature and digest are proven, and not before."""
+    """What verification found, sorted. `trusted` are the ids of the pinned keys, `signer` is the one that signed.
+
+    `signer` is set once the signature is proven, `document` once its digest is too, and not before.
+    """
 
     directory: Path
-    key: str
+    trusted: tuple[str, ...]
+    signer: str | None
     findings: tuple[Finding, ...]
     document: Stamp | None
 
@@ -87,8 +97,8 @@ class Report:
         """The report for people: one line if all is well, else a line per finding."""
         if self.ok and self.document is not None:
             what = f"{self.document.model} release {self.document.release}"
-            return f"{self.directory}: OK, {what}, signed by {self.key}, fresh until {self.document.expires}"
-        lines = [f"{self.directory}: {len(self.findings)} problem(s); trusted key {self.key}"]
+            return f"{self.directory}: OK, {what}, signed by {self.signer}, fresh until {self.document.expires}"
+        lines = [f"{self.directory}: {len(self.findings)} problem(s); trusted key {' or '.join(self.trusted)}"]
         return "\n".join(lines + [f"  {finding}" for finding in self.findings])
 
 
@@ -98,9 +108,17 @@ class _Expected:
 
     now: datetime
     highest_release: int | None
+    memory: ReleaseMemory | None
     allow_development: bool
+    app_version: int | None
+    tier: str | None
     model: str | None
     variant: str | None
+
+    def floor(self, model: str) -> int:
+        """The lowest release number of `model` that is no rollback."""
+        remembered = self.memory.highest(model) if self.memory is not None else None
+        return max(self.highest_release or 0, remembered or 0)
 
 
 # --- reading without following anything ----------------------------------------------------------------------------
@@ -162,24 +180,48 @@ def _check_layout(directory: Path) -> Iterator[Finding]:
 # --- files against digests -----------------------------------------------------------------------------------------
 
 
-def _check_file(path: Path, digest: str, entry: FileEntry | None) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Signed:
+    """Digests that the signature proves, and the sizes that the document adds where it can be read."""
+
+    digests: Mapping[str, str]
+    entries: Mapping[str, FileEntry]
+
+    def may_be_listed(self, size: int) -> bool:
+        """Whether a listed file can have this size: others are not worth the time that hashing them takes."""
+        return not self.entries or any(entry.size == size for entry in self.entries.values())
+
+    def name_of(self, digest: str) -> str | None:
+        """The first file with this digest."""
+        return min((name for name, signed in self.digests.items() if signed == digest), default=None)
+
+
+def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
     """One file against its signed digest, and against its size in release.json where that is known."""
-    file, size, actual = f"{CONTENT}/{path.name}", path.lstat().st_size, _sha256(path)
-    if actual == digest:
-        if entry is not None and entry.size != size:
-            message = f"{path.name}: it says {entry.size:,} bytes, the signed file has {size:,}"
-            yield Finding(Kind.DISAGREES, f"{CONTENT}/{Release.file_name}", message)
+    file, size, entry = f"{CONTENT}/{path.name}", path.lstat().st_size, signed.entries.get(path.name)
+    documents = (Release.file_name, Refusal.file_name, TiersDocument.file_name)
+    plausible = size <= _SMALL if path.name in documents else signed.may_be_listed(size)
+    actual = _sha256(path) if plausible else None
+    digest = signed.digests[path.name]
+    if actual == digest and (entry is None or entry.size == size):
         return
-    if entry is not None and size < entry.size:
+    if actual is not None and actual != digest and (other := signed.name_of(actual)) is not None:
+        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {other}, sha256 {actual}")
+    elif entry is not None and size < entry.size:
         message = f"expected {entry.size:,} bytes, found {size:,}: {entry.size - size:,} bytes are missing"
         yield Finding(Kind.TRUNCATED, file, message)
-        return
-    sizes = f" ({entry.size:,} bytes)" if entry else ""
-    yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {actual} ({size:,} bytes)")
+    elif entry is not None and size > entry.size:
+        message = f"expected {entry.size:,} bytes, found {size:,}: {size - entry.size:,} bytes too many"
+        yield Finding(Kind.EXTENDED, file, message)
+    else:
+        sizes = f" ({entry.size:,} bytes)" if entry else ""
+        found = actual or "too many bytes to be it"
+        yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
 
 
-def _check_strangers(content: Path, names: list[str]) -> Iterator[Finding]:
+def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterator[Finding]:
     """Findings about entries that no signature names: hidden files and git's are entries like all others."""
+    folded = {name.casefold(): name for name in signed.digests}
     for name in names:
         path, file = content / name, f"{CONTENT}/{_shown(name)}"
         if stat.S_ISDIR(path.lstat().st_mode):
@@ -187,16 +229,26 @@ def _check_strangers(content: Path, names: list[str]) -> Iterator[Finding]:
         elif finding := _type_finding(path, file):
             yield finding
         else:
-            size = path.lstat().st_size
-            yield Finding(Kind.EXTRA, file, f"a file of {size:,} bytes that the signature does not cover")
+            size, twin = path.lstat().st_size, folded.get(name.casefold())
+            case = f"; it differs only in case from {twin}, and on a phone one may replace the other" if twin else ""
+            yield Finding(Kind.EXTRA, file, f"a file of {size:,} bytes that the signature does not cover{case}")
 
 
-def _check_content(content: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
+def _find_renamed(content: Path, strangers: list[str], signed: _Signed) -> dict[str, str]:
+    """Strangers that have the bytes of a listed file, by their digest."""
+    stats = {name: (content / name).lstat() for name in strangers}
+    return {
+        _sha256(content / name): name
+        for name, found in stats.items()
+        if stat.S_ISREG(found.st_mode) and signed.may_be_listed(found.st_size)
+    }
+
+
+def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
     """Findings about every entry of the folder against the signed digests."""
-    present = set(os.listdir(content))
+    digests, present = signed.digests, set(os.listdir(content))
     missing, strangers = sorted(digests.keys() - present), sorted(present - digests.keys())
-    candidates = [name for name in strangers if missing and stat.S_ISREG((content / name).lstat().st_mode)]
-    moved = {_sha256(content / name): name for name in candidates}
+    moved = _find_renamed(content, strangers, signed) if missing else {}
     for name in missing:
         if (found := moved.get(digests[name])) is not None:
             message = f"it is here as {_shown(found)}, with the same sha256 {digests[name]}"
@@ -204,12 +256,12 @@ def _check_content(content: Path, digests: Mapping[str, str], entries: Mapping[s
             strangers = [stranger for stranger in strangers if stranger != found]
         else:
             yield Finding(Kind.MISSING, f"{CONTENT}/{name}", f"expected sha256 {digests[name]}, found no such file")
-    yield from _check_strangers(content, strangers)
+    yield from _check_strangers(content, strangers, signed)
     for name in sorted(digests.keys() & present):
         if finding := _type_finding(content / name, f"{CONTENT}/{name}"):
             yield finding
         else:
-            yield from _check_file(content / name, digests[name], entries.get(name))
+            yield from _check_file(content / name, signed)
 
 
 # --- the signed document -------------------------------------------------------------------------------------------
@@ -227,15 +279,14 @@ def _read_document(content: Path, kind: type[Stamp], digest: str) -> tuple[Stamp
     if raw is None or hashlib.sha256(raw).hexdigest() != digest:
         return None, None
     try:
-        return kind.model_validate_json(raw), None
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        message = f"it is signed, but not a {kind.file_name} as this version knows it: {problems}"
+        return parse(kind, raw), None
+    except ValueError as error:
+        message = f"it is signed, but not a {kind.file_name} as this version knows it: {error}"
         return None, Finding(Kind.MALFORMED_DOCUMENT, f"{CONTENT}/{kind.file_name}", message)
 
 
-def _check_stamp(stamp: Stamp, key: str, expected: _Expected) -> Iterator[Finding]:
-    """Findings about the key, freshness and identity of any signed document."""
+def _check_key(stamp: Stamp, key: str, expected: _Expected) -> Iterator[Finding]:
+    """Findings about who signed a document and for whom."""
     file = f"{CONTENT}/{stamp.file_name}"
     if stamp.key.id != key:
         yield Finding(Kind.DISAGREES, file, f"it names the key {stamp.key.id}, but {key} signed it")
@@ -245,16 +296,35 @@ def _check_stamp(stamp: Stamp, key: str, expected: _Expected) -> Iterator[Findin
     elif development and not expected.allow_development:
         message = f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key"
         yield Finding(Kind.DEVELOPMENT_KEY, file, message)
+
+
+def _check_freshness(stamp: Stamp, expected: _Expected) -> Iterator[Finding]:
+    """Findings about a document's time, release number and the app versions it is for."""
+    file, now = f"{CONTENT}/{stamp.file_name}", expected.now.astimezone(UTC).isoformat(timespec="seconds")
     if expected.now >= parse_time(stamp.expires):
-        now = expected.now.astimezone(UTC).isoformat(timespec="seconds")
         yield Finding(Kind.EXPIRED, file, f"it expired on {stamp.expires}; the time is {now}")
-    if expected.highest_release is not None and stamp.release < expected.highest_release:
-        message = f"expected release {expected.highest_release} or later, found {stamp.release}: it was rolled back"
+    if expected.now + _CLOCK_SKEW < parse_time(stamp.created):
+        message = f"it was created on {stamp.created}, after the time, which is {now}: with such a clock none expires"
+        yield Finding(Kind.NOT_YET_VALID, file, message)
+    if stamp.release < (floor := expected.floor(stamp.model)):
+        message = f"expected release {floor} or later, found {stamp.release}: it was rolled back"
         yield Finding(Kind.DOWNGRADED, file, message)
+    app, least, most = expected.app_version, stamp.min_app_version, stamp.max_app_version
+    if app is not None and (app < least or (most is not None and app > most)):
+        wanted = f"{least} or later" if most is None else f"{least} to {most}"
+        yield Finding(Kind.APP_VERSION, file, f"it is for app versions {wanted}; this app has version {app}")
+
+
+def _check_identity(stamp: Stamp, expected: _Expected) -> Iterator[Finding]:
+    """Findings where a document is not the one that was asked for."""
+    file = f"{CONTENT}/{stamp.file_name}"
     for field in ("model", "variant"):
         wanted, found = getattr(expected, field), getattr(stamp, field, None)
         if wanted is not None and found != wanted:
             yield Finding(Kind.SWAPPED, file, f"expected {field} {wanted!r}, found {found!r}")
+    if expected.tier is not None and isinstance(stamp, Release | TiersDocument) and expected.tier not in stamp.tiers:
+        named = f"it is for {', '.join(stamp.tiers)}" if stamp.tiers else "it is for no tier"
+        yield Finding(Kind.SWAPPED_TIER, file, f"expected tier {expected.tier!r}, but {named}")
 
 
 def _check_agreement(document: Stamp, digests: Mapping[str, str]) -> Iterator[Finding]:
@@ -290,75 +360,89 @@ def _check_signed(
     if len(named) != 1:
         wanted = " or ".join(kind.file_name for kind in kinds)
         message = f"expected one {wanted} in the signed content, found {len(named)}: this is something else"
-        return [Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message), *_check_content(content, digests, {})], None
+        strange = Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message)
+        return [strange, *_check_content(content, _Signed(digests, {}))], None
     document, malformed = _read_document(content, named[0], digests[named[0].file_name])
-    entries = document.files if isinstance(document, Release) else {}
     findings = [malformed] if malformed else []
-    findings += _check_content(content, digests, entries)
+    entries = document.files if isinstance(document, Release) else {}
+    findings += _check_content(content, _Signed(digests, entries))
     if document is not None:
-        findings += _check_stamp(document, key, expected)
+        findings += _check_key(document, key, expected)
+        findings += _check_freshness(document, expected)
+        findings += _check_identity(document, expected)
         findings += _check_agreement(document, digests)
         findings += _check_refusal(document)
     return findings, document
 
 
-def _verify(directory: Path, public_key: Path, kinds: tuple[type[Stamp], ...], expected: _Expected) -> Report:
+def _verify(
+    directory: Path, public_keys: Path | Sequence[Path], kinds: tuple[type[Stamp], ...], expected: _Expected
+) -> Report:
     if expected.now.tzinfo is None:
         raise BundleError(f"the time {expected.now.isoformat()} has no time zone: pass an aware datetime.")
-    trusted = load_public_key(public_key)
-    key = key_id(trusted)
+    trusted = load_public_keys(public_keys)
+    if not trusted:
+        raise BundleError(f"{directory} cannot be verified without a public key to trust.")
+    signer = document = None
     try:
         findings = list(_check_layout(directory))
-        document = None
         if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
-            raw = _read_small(directory / SIGNATURE)
-            digests = open_signature(raw if raw is not None else b"", trusted)
-            signed, document = _check_signed(directory, digests, kinds, key, expected)
+            signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
+            signed, document = _check_signed(directory, read_statement(payload), kinds, signer, expected)
             findings += signed
     except SignatureError as error:
         findings.append(Finding(Kind(error.flaw.value), SIGNATURE, str(error)))
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else str(directory)
         raise BundleError(f"{_shown(where)} cannot be read: {error.strerror}. Nothing was verified.") from None
-    return Report(directory, key, tuple(sorted(set(findings))), document)
+    return Report(directory, tuple(map(key_id, trusted)), signer, tuple(sorted(set(findings))), document)
 
 
 def verify(
     bundle: Path,
-    public_key: Path,
+    public_keys: Path | Sequence[Path],
     *,
     now: datetime | None = None,
     highest_release: int | None = None,
+    memory: ReleaseMemory | None = None,
     allow_development: bool = False,
+    app_version: int | None = None,
+    tier: str | None = None,
     model: str | None = None,
     variant: str | None = None,
 ) -> Report:
-    """Check a bundle folder (`content/` and `model.sig`) from nothing but itself and a trusted public key (PEM).
+    """Check a bundle folder (`content/` and `model.sig`) from nothing but itself and trusted public keys (PEM files).
 
-    `now` (aware; default: the clock) is compared with the expiry, `highest_release` is the highest number accepted so
-    far, `model` and `variant` are what was asked for. Files are hashed in bounded memory. A bundle that was tampered
-    with is a report with findings, never an exception.
+    Any one of the keys may have signed: an app pins the current and the next. `now` (aware; default: the clock) is
+    compared with the expiry, `highest_release` and `memory` are what was accepted so far, `app_version`, `tier`,
+    `model` and `variant` what the bundle is wanted for. Files are hashed in bounded memory. A bundle that was tampered
+    with is a report with findings, never an exception; nothing is recorded in `memory`.
 
     Raises:
-        BundleError: the folder or the public key cannot be read, or `now` has no time zone.
+        BundleError: the folder, a public key or the memory cannot be read, or `now` has no time zone.
     """
-    expected = _Expected(now or datetime.now(UTC), highest_release, allow_development, model, variant)
-    return _verify(bundle, public_key, (Release, Refusal), expected)
+    when = now or datetime.now(UTC)
+    expected = _Expected(when, highest_release, memory, allow_development, app_version, tier, model, variant)
+    return _verify(bundle, public_keys, (Release, Refusal), expected)
 
 
 def verify_tiers(
     directory: Path,
-    public_key: Path,
+    public_keys: Path | Sequence[Path],
     *,
     now: datetime | None = None,
     highest_release: int | None = None,
+    memory: ReleaseMemory | None = None,
     allow_development: bool = False,
+    app_version: int | None = None,
+    tier: str | None = None,
     model: str | None = None,
 ) -> Report:
     """Check a signed tiers.json folder as `verify` checks a bundle; the report's document is a `TiersDocument`.
 
     Raises:
-        BundleError: the folder or the public key cannot be read, or `now` has no time zone.
+        BundleError: the folder, a public key or the memory cannot be read, or `now` has no time zone.
     """
-    expected = _Expected(now or datetime.now(UTC), highest_release, allow_development, model, None)
-    return _verify(directory, public_key, (TiersDocument,), expected)
+    when = now or datetime.now(UTC)
+    expected = _Expected(when, highest_release, memory, allow_development, app_version, tier, model, None)
+    return _verify(directory, public_keys, (TiersDocument,), expected)

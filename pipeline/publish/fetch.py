@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,11 +26,11 @@ from urllib.parse import urlsplit
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import files
-from pipeline.bundle.keys import load_public_key
+from pipeline.bundle.keys import load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Release, Stamp
 from pipeline.bundle.signing import SignatureError, open_signature
 from pipeline.bundle.tiers import TierRefusal, TiersDocument
-from pipeline.bundle.trust import State
+from pipeline.bundle.trust import ReleaseMemory
 from pipeline.bundle.verify import Kind, Report, verify, verify_tiers
 from pipeline.config import Name
 from pipeline.errors import BundleError
@@ -63,7 +63,7 @@ class _Client:
     """Whom to ask, whom to trust, what was accepted so far."""
 
     reader: Reader
-    public_key: Path
+    public_keys: Path | Sequence[Path]
     model: str
     highest: int | None
     allow_development: bool
@@ -87,7 +87,7 @@ def fetch(
     address: str,
     model: str,
     directory: Path,
-    public_key: Path,
+    public_keys: Path | Sequence[Path],
     *,
     variant: str | None = None,
     tier: str | None = None,
@@ -101,8 +101,8 @@ def fetch(
     on with by the next. On any error `directory` is what it was before.
 
     Raises:
-        BundleError: not published, not signed by `public_key`, expired, rolled back, wrong bytes, no bundle for the
-            tier, the store does not answer, or `directory` holds something else.
+        BundleError: not published, signed by none of `public_keys`, expired, rolled back, wrong bytes, no bundle for
+            the tier, the store does not answer, or `directory` holds something else.
         ResourceError: the disk is too small, known before the first part moves.
     """
     for what, name in (("model", model), ("variant", variant), ("tier", tier)):
@@ -110,8 +110,8 @@ def fetch(
     if (variant is None) == (tier is None):
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
-    accepted = State(state or target.parent / STATE)
-    client = _Client(open_reader(address), public_key, model, accepted.highest(model), allow_development, now)
+    accepted = ReleaseMemory(state or target.parent / STATE)
+    client = _Client(open_reader(address), public_keys, model, accepted.highest(model), allow_development, now)
     with _staging(target) as staging:
         _recover(target)
         proven = _of_tier(client, tier, staging) if tier else _latest(client, str(variant), staging)
@@ -174,7 +174,7 @@ def _document(client: _Client, path: str, kind: type[Stamp], folder: Path, pinne
     if pinned is not None and hashlib.sha256(signature).hexdigest() != pinned:
         raise BundleError(f"{client.reader.shown}/{path} is not the signature that tiers.json pins, {pinned}.")
     try:
-        digests = open_signature(signature, load_public_key(client.public_key))
+        digests = open_signature(signature, *load_public_keys(client.public_keys))
     except SignatureError as error:
         raise BundleError(f"{client.reader.shown}/{path}: {error}. Nothing else was fetched.") from None
     if kind.file_name not in digests:
@@ -208,7 +208,7 @@ def _bundle(client: _Client, path: str, variant: str, staging: Path, pinned: str
 def _verify(client: _Client, folder: Path, variant: str) -> Report:
     return verify(
         folder,
-        client.public_key,
+        client.public_keys,
         now=client.now,
         highest_release=client.highest,
         allow_development=client.allow_development,
@@ -222,7 +222,7 @@ def _of_tier(client: _Client, tier: str, staging: Path) -> Report:
     folder = _document(client, layout.pointer(layout.tiers(client.model)), TiersDocument, staging / "tiers")
     report = verify_tiers(
         folder,
-        client.public_key,
+        client.public_keys,
         now=client.now,
         highest_release=client.highest,
         allow_development=client.allow_development,

@@ -7,12 +7,12 @@ finds everything. A killed push leaves unreferenced files and goes on where it w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.bundle.keys import load_public_key
+from pipeline.bundle.keys import load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, Release, Stamp
 from pipeline.bundle.signing import open_signature
 from pipeline.bundle.tiers import TiersDocument
@@ -49,7 +49,7 @@ def title(document: Stamp) -> str:
 def push(
     directory: Path,
     destination: str,
-    public_key: Path,
+    public_keys: Path | Sequence[Path],
     *,
     now: datetime | None = None,
     allow_development: bool = False,
@@ -63,7 +63,7 @@ def push(
             higher one is; tiers name a bundle that is not published; the store refuses or does not keep what it got.
         ResourceError: a folder's disk is too small.
     """
-    verified = _verified(directory, public_key, now, allow_development)
+    verified = _verified(directory, public_keys, now, allow_development)
     if destination.startswith(HUB):
         from pipeline.publish.hub import push_to_hub
 
@@ -71,14 +71,18 @@ def push(
     return _publish(verified, open_store(destination))
 
 
-def _verified(directory: Path, public_key: Path, now: datetime | None, allow_development: bool) -> Verified:
+def _verified(
+    directory: Path, public_keys: Path | Sequence[Path], now: datetime | None, allow_development: bool
+) -> Verified:
     is_tiers = (directory / CONTENT / TiersDocument.file_name).is_file()
-    report = (verify_tiers if is_tiers else verify)(directory, public_key, now=now, allow_development=allow_development)
+    report = (verify_tiers if is_tiers else verify)(
+        directory, public_keys, now=now, allow_development=allow_development
+    )
     if not report.ok or not isinstance(report.document, Release | TiersDocument):
         wrong = "; ".join(map(str, report.findings))
-        raise BundleError(f"{directory} does not verify under {report.key}, so it is not published: {wrong}.")
+        raise BundleError(f"{directory} does not verify under {' or '.join(report.trusted)}, so it is not published: {wrong}.")
     signature = (directory / SIGNATURE).read_bytes()
-    return Verified(directory, report.document, signature, open_signature(signature, load_public_key(public_key)))
+    return Verified(directory, report.document, signature, open_signature(signature, *load_public_keys(public_keys)))
 
 
 def require_next(verified: Verified, published: list[int], same: bool | None) -> None:

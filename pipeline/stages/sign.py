@@ -8,12 +8,12 @@ from pipeline import config
 from pipeline.bundle.keys import SigningKey, announced_key, export_public_key, load_signer
 from pipeline.bundle.release import CONTENT, SIGNATURE, assemble, build_time
 from pipeline.bundle.signing import sign
-from pipeline.bundle.tiers import Candidate, assign, build_tiers
+from pipeline.bundle.tiers import assign, build_tiers
 from pipeline.bundle.verify import Report, verify, verify_tiers
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
 from pipeline.stages.bundle import commit_time
-from pipeline.stages.verdict import read_verdict
+from pipeline.stages.candidate import candidate
 from pipeline.stages.workspace import Workspace, public_key_path
 
 
@@ -34,7 +34,7 @@ def tiers(model: str) -> None:
     """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with figures."""
     workspace, signing, wanted = Workspace(model), config.load_signing(), config.load_tiers()
     variants = config.load_pipeline().variants
-    decisions = assign(wanted, [_candidate(workspace, variant, wanted.context) for variant in variants])
+    decisions = assign(wanted, [candidate(workspace, variant, wanted.context) for variant in variants])
     signatures = {
         variant: sha256_of(workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant))
         for variant in variants
@@ -56,22 +56,6 @@ def tiers(model: str) -> None:
     )
     for name, decision in decisions.items():
         print(f"{model} {name}: {decision.variant if decision.decision == 'bundle' else 'nothing'}")
-
-
-def _candidate(workspace: Workspace, variant: str, context: int) -> Candidate:
-    """What a variant needs on a device: its measured peak in this runtime, plus the KV cache at the tiers' context.
-
-    The measurement already holds an interpreter and a short cache; that errs on the safe side.
-    """
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
-    cache = metrics["size"]["kv_cache"]["bytes_per_token"] * context
-    return Candidate(
-        variant=variant,
-        bundle_bytes=metrics["size"]["bytes_on_disk"],
-        memory_bytes=metrics["speed"]["peak_memory_bytes"] + cache,
-        verdict=read_verdict(workspace, variant).verdict,
-        kl_mean=metrics["divergence"]["kl_mean"],
-    )
 
 
 def _sign(folder: Path, signing: config.SigningConfig) -> SigningKey:

@@ -69,6 +69,7 @@ class Maker:
             "licence": "MIT",
             "context": 2048,
             "kv_cache": "float32",
+            "tiers": ["android-8gb", "ios-8gb"],
             "verdict": {"verdict": "PASS", "kl_mean": 0.05},
             "files": release.describe_files({name: sources / name for name in FILES}),
         }

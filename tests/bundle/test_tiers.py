@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.tiers import Candidate, TierBundle, TierRefusal, assign, budget_bytes, build_tiers
+from pipeline.bundle.tiers import Candidate, TierBundle, TierRefusal, assign, budget_bytes, build_tiers, fitting_tiers
 from pipeline.config import Tier, TiersConfig, load_tiers
 from pipeline.errors import BundleError
 
@@ -61,6 +61,12 @@ def test_only_a_pass_ships(verdict: str) -> None:
     refusal = assign(TIERS, [best])["large"]
     assert refusal.smallest_need_bytes is None and refusal.shortfall_bytes is None
     assert refusal.reasons == [f"q4_k_m: verdict {verdict}, needs 1,100 bytes"]
+
+
+def test_the_tiers_that_hold_a_variant() -> None:
+    assert fitting_tiers(Q4, TIERS) == ["middle", "large"]  # 1,000 with the runtime: exactly the budget of middle
+    assert fitting_tiers(Q4_K_M, TIERS) == ["large"]
+    assert fitting_tiers(Candidate("q8", 1, 10**6, "PASS", 0.01), TIERS) == []
 
 
 def test_nothing_built_is_a_refusal() -> None:

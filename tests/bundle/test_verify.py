@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.bundle import release, signing, tiers
+from pipeline.bundle.keys import public_pem
 from pipeline.bundle.release import FileEntry
+from pipeline.bundle.trust import ReleaseMemory
 from pipeline.bundle.verify import Finding, Kind, Report, verify, verify_tiers
 from pipeline.errors import BundleError
 
@@ -38,7 +41,7 @@ def test_a_good_bundle_is_ok(good_bundle: Path, public_key: Path) -> None:
     report = check(good_bundle, public_key)
     assert report.ok and report.intact and report.findings == ()
     assert isinstance(report.document, release.Release) and report.document.variant == "q4"
-    assert "OK, demo release 7" in report.describe() and report.key in report.describe()
+    assert "OK, demo release 7" in report.describe() and report.trusted[0] in report.describe()
 
 
 # --- tampering without a key ---------------------------------------------------------------------------------------
@@ -96,6 +99,32 @@ def add(path: Path) -> None:
 def accept_evil(statement: dict[str, Any]) -> None:
     """What an attacker would like the statement to say about the first part."""
     statement["predicate"]["resources"][1]["digest"] = hashlib.sha256(b"evil").hexdigest()
+
+
+def to_socket(path: Path) -> None:
+    """A socket; its path is short because the system allows about 100 characters."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def repeat_key(bundle: Path) -> None:
+    text = (bundle / "model.sig").read_text()
+    (bundle / "model.sig").write_text(text.replace('"mediaType"', '"mediaType": "text/plain", "mediaType"', 1))
+
+
+def loosen_base64(value: dict[str, Any]) -> None:
+    """Other text for the same bytes: bits that base64 ignores are set."""
+    proof = value["dsseEnvelope"]["signatures"][0]
+    body = proof["sig"].rstrip("=")
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    loose = body[:-1] + alphabet[alphabet.index(body[-1]) + 1]
+    proof["sig"] = loose + "=" * (len(proof["sig"]) - len(body))
+    assert len(proof["sig"]) > len(body), "needs a signature whose base64 is padded"
 
 
 def undo_signature_and_relabel(bundle: Path) -> None:
@@ -166,11 +195,23 @@ TAMPERS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         ["malformed-signature"],
         "its label was changed",
     ),
+    "a key twice in the envelope": (repeat_key, ["malformed-signature"], "'mediaType' stands twice"),
+    "text after the envelope": (
+        lambda b: (b / "model.sig").open("a").write("{}"),
+        ["malformed-signature"],
+        "not an OMS signature",
+    ),
+    "envelope in UTF-16": (
+        lambda b: (b / "model.sig").write_text((b / "model.sig").read_text(), encoding="utf-16"),
+        ["malformed-signature"],
+        "not an OMS signature",
+    ),
+    "signature is a pipe": (lambda b: to_fifo(b / "model.sig"), ["not-a-file"], "prw"),
     "signature is a symlink": (lambda b: replace_by_link(b, "model.sig"), ["symlink"], "elsewhere"),
     "signature is a folder": (lambda b: to_directory(b / "model.sig"), ["not-a-file"], "expected a regular file"),
     # files
     "one bit flipped": (lambda b: flip(b / PART), ["modified"], "expected sha256"),
-    "bytes appended": (lambda b: (b / PART).open("ab").write(b"x"), ["modified"], "16,385 bytes"),
+    "bytes appended": (lambda b: (b / PART).open("ab").write(b"x"), ["extended"], "found 16,385: 1 bytes too many"),
     "truncated": (lambda b: os.truncate(b / PART, 16_000), ["truncated"], "expected 16,384 bytes, found 16,000: 384"),
     "emptied": (lambda b: os.truncate(b / "content/tokenizer.json", 0), ["truncated"], "found 0: 19"),
     "removed": (lambda b: (b / PART).unlink(), ["missing"], "found no such file"),
@@ -182,8 +223,8 @@ TAMPERS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     ),
     "two parts exchanged": (
         lambda b: swap(b / PART, b / "content/demo_q4.onnx.data.1"),
-        ["modified", "modified"],
-        "found ",
+        ["exchanged", "exchanged"],
+        "holds the bytes of demo_q4.onnx.data.1",
     ),
     "extra file": (lambda b: add(b / "content/evil.so"), ["extra"], "a file of 4 bytes"),
     "extra hidden file": (lambda b: add(b / "content/.evil"), ["extra"], "a file of 4 bytes"),
@@ -199,6 +240,33 @@ TAMPERS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "file became a folder": (lambda b: to_directory(b / PART), ["not-a-file"], "expected a regular file"),
     "file became a pipe": (lambda b: to_fifo(b / PART), ["not-a-file"], "prw"),
     "extra pipe": (lambda b: os.mkfifo(b / "content/pipe"), ["not-a-file"], "prw"),
+    "extra socket": (lambda b: to_socket(b / "content/socket"), ["not-a-file"], "srw"),
+    "extra symlink to a folder": (lambda b: (b / "content/x").symlink_to("/tmp"), ["symlink"], "/tmp"),
+    "extra symlink to nothing": (lambda b: (b / "content/x").symlink_to("nowhere"), ["symlink"], "nowhere"),
+    "extra symlink to itself": (lambda b: (b / "content/x").symlink_to("x"), ["symlink"], "x"),
+    "extra name with a line break": (lambda b: add(b / "content/a\nOK"), ["extra"], "a file of 4 bytes"),
+    "extra name that turns text around": (lambda b: add(b / "content/a\u202egnp.so"), ["extra"], "a file of 4 bytes"),
+    "extra twin in other case": (lambda b: add(b / "content/license"), ["extra"], "differs only in case from LICENSE"),
+    "a part of a terabyte": (
+        lambda b: os.truncate(b / PART, 1 << 40),
+        ["extended"],
+        "1,099,511,611,392 bytes too many",
+    ),
+    "an extra file of a terabyte for a missing one": (
+        lambda b: (os.truncate(b / PART, 1 << 40), (b / PART).rename(b / "content/big")),
+        ["extra", "missing"],
+        "a file of 1,099,511,627,776 bytes",
+    ),
+    "release.json of a terabyte": (
+        lambda b: os.truncate(b / "content/release.json", 1 << 40),
+        ["modified"],
+        "1,099,511,627,776 bytes",
+    ),
+    "two names exchanged with a document": (
+        lambda b: swap(b / "content/release.json", b / "content/LICENSE"),
+        ["exchanged", "exchanged"],
+        "holds the bytes of release.json",
+    ),
     "release.json edited": (
         lambda b: (b / "content/release.json").write_text(
             (b / "content/release.json").read_text().replace('"release": 7', '"release": 9')
@@ -236,11 +304,41 @@ def test_tampering_is_found_under_its_own_name(bundle: Path, public_key: Path, c
     assert report.describe().replace("\n", "").isprintable() and not report.ok and not report.intact
 
 
+def test_there_are_enough_cases() -> None:
+    assert len(TAMPERS) >= 60
+
+
+def test_one_flipped_bit_of_any_file(good_bundle: Path, public_key: Path, tmp_path: Path) -> None:
+    """Each file of the content in turn; of the signature file every byte in some places of each level."""
+    for name in sorted(os.listdir(good_bundle / "content")):
+        bundle = Path(shutil.copytree(good_bundle, tmp_path / name))
+        flip(bundle / "content" / name)
+        findings = check(bundle, public_key).findings
+        assert [(finding.kind, finding.file) for finding in findings] == [(Kind.MODIFIED, f"content/{name}")]
+    bundle = Path(shutil.copytree(good_bundle, tmp_path / "signature"))
+    original = (bundle / "model.sig").read_bytes()
+    for place in range(0, len(original), 41):
+        if not original[place : place + 1].isspace():
+            (bundle / "model.sig").write_bytes(original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :])
+            assert not check(bundle, public_key).ok, place
+
+
+def test_base64_has_one_form(bundle: Path, public_key: Path, maker: Any) -> None:
+    """Equal signatures in other text would be other files under the digest that tiers.json pins."""
+    path = bundle / "content/LICENSE"
+    while not json.loads((bundle / "model.sig").read_text())["dsseEnvelope"]["signatures"][0]["sig"].endswith("="):
+        path.write_bytes(path.read_bytes() + b".")
+        maker.sign(bundle)
+    edit_signature(bundle, loosen_base64)
+    report = check(bundle, public_key)
+    assert kinds(report) == ["malformed-signature"] and "signature is not base64" in report.describe()
+
+
 def test_a_file_is_modified_with_both_digests_and_sizes(bundle: Path, public_key: Path) -> None:
     before = hashlib.sha256((bundle / PART).read_bytes()).hexdigest()
-    (bundle / PART).write_bytes(b"x" * 20_000)
-    after = hashlib.sha256(b"x" * 20_000).hexdigest()
-    message = f"expected sha256 {before} (16,384 bytes), found {after} (20,000 bytes)"
+    (bundle / PART).write_bytes(b"x" * 16_384)
+    after = hashlib.sha256(b"x" * 16_384).hexdigest()
+    message = f"expected sha256 {before} (16,384 bytes), found {after} (16,384 bytes)"
     assert check(bundle, public_key).findings == (Finding(Kind.MODIFIED, PART, message),)
 
 
@@ -264,7 +362,7 @@ def test_signed_with_another_key_names_both(bundle: Path, public_key: Path, stra
     stranger.sign(bundle)
     report = check(bundle, public_key)
     assert kinds(report) == ["other-key"]
-    assert stranger.key.identity.id in report.describe() and report.key in report.describe()
+    assert stranger.key.identity.id in report.describe() and report.trusted[0] in report.describe()
 
 
 def test_another_key_under_the_trusted_keys_label(bundle: Path, public_key: Path, stranger: Any, maker: Any) -> None:
@@ -290,6 +388,80 @@ def test_swapped_bundle(good_bundle: Path, public_key: Path, asked: str, value: 
 def test_downgrade(good_bundle: Path, public_key: Path) -> None:
     report = check(good_bundle, public_key, highest_release=8)
     assert kinds(report) == ["downgraded"] and "expected release 8 or later, found 7" in report.describe()
+
+
+@pytest.mark.parametrize(
+    ("version", "least", "most", "ok"),
+    [
+        (1, 1, None, True),
+        (0, 1, None, False),
+        (99, 1, None, True),
+        (5, 1, 5, True),
+        (6, 1, 5, False),
+        (None, 9, 9, True),
+    ],
+)
+def test_app_versions(
+    maker: Any, public_key: Path, tmp_path: Path, version: int | None, least: int, most: int | None, ok: bool
+) -> None:
+    signing = maker.config.model_copy(update={"min_app_version": least, "max_app_version": most})
+    report = check(maker.bundle(tmp_path / "made", signing=signing), public_key, app_version=version)
+    assert kinds(report) == ([] if ok else ["app-version"])
+    assert ok or f"this app has version {version}" in report.describe()
+
+
+@pytest.mark.parametrize(
+    ("tiers_named", "tier", "message"),
+    [
+        (["android-8gb"], "android-8gb", None),
+        (["android-8gb", "ios-8gb"], "android-4gb", "expected tier 'android-4gb', but it is for android-8gb, ios-8gb"),
+        ([], "android-8gb", "expected tier 'android-8gb', but it is for no tier"),
+    ],
+)
+def test_a_bundle_for_another_tier(
+    maker: Any, public_key: Path, tmp_path: Path, tiers_named: list[str], tier: str, message: str | None
+) -> None:
+    report = check(maker.bundle(tmp_path / "made", tiers=tiers_named), public_key, tier=tier)
+    assert kinds(report) == (["swapped-tier"] if message else [])
+    assert message is None or message in report.describe()
+
+
+def test_a_clock_from_before_the_release_proves_no_freshness(good_bundle: Path, public_key: Path) -> None:
+    assert check(good_bundle, public_key, now=CREATED - timedelta(days=1)).ok
+    report = check(good_bundle, public_key, now=CREATED - timedelta(days=1, seconds=1))
+    assert kinds(report) == ["not-yet-valid"] and "with such a clock none expires" in report.describe()
+
+
+def test_either_of_two_pinned_keys_may_sign(
+    good_bundle: Path, public_key: Path, maker: Any, stranger: Any, tmp_path: Path
+) -> None:
+    """A rotation: the app pins both, and the next key signs; whoever pins only the old one refuses it."""
+    (tmp_path / "next.pem").write_bytes(public_pem(stranger.private.public_key()))
+    pins = [public_key, tmp_path / "next.pem"]
+    rotated = stranger.bundle(tmp_path / "rotated")
+    before, after = check(good_bundle, pins), check(rotated, pins)
+    assert before.ok and after.ok
+    assert (before.signer, after.signer) == (maker.key.identity.id, stranger.key.identity.id)
+    assert kinds(check(rotated, public_key)) == ["other-key"]
+    with pytest.raises(BundleError, match="without a public key"):
+        check(rotated, [])
+
+
+def test_the_next_key_is_announced(maker: Any, stranger: Any, public_key: Path, tmp_path: Path) -> None:
+    signing = maker.config.model_copy(update={"next_key_id": stranger.key.identity.id})
+    report = check(maker.bundle(tmp_path / "made", signing=signing), public_key)
+    assert report.ok and report.document.next_key_id == stranger.key.identity.id
+
+
+def test_a_rollback_against_the_memory(good_bundle: Path, public_key: Path, tmp_path: Path) -> None:
+    memory = ReleaseMemory(tmp_path / "state.json")
+    assert check(good_bundle, public_key, memory=memory, highest_release=None).ok
+    memory.record("other", 99)
+    memory.record("demo", 7)
+    assert check(good_bundle, public_key, memory=memory, highest_release=None).ok
+    memory.record("demo", 8)
+    report = check(good_bundle, public_key, memory=memory, highest_release=3)
+    assert kinds(report) == ["downgraded"] and "expected release 8 or later" in report.describe()
 
 
 @pytest.mark.parametrize(("moment", "ok"), [(timedelta(days=365, seconds=-1), True), (timedelta(days=365), False)])
@@ -325,14 +497,16 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], str]] = {
     "lists a file too many": (lambda v: v["files"].update(more=ENTRY), ["disagrees"], "more: it lists this file"),
     "lists a file too few": (lambda v: v["files"].pop("LICENSE"), ["disagrees"], "LICENSE: it does not list"),
     "another sha256": (lambda v: v["files"]["LICENSE"].update(sha256="d" * 64), ["disagrees"], "the signature says"),
-    "a larger size": (lambda v: v["files"]["LICENSE"].update(size=8), ["disagrees"], "it says 8 bytes"),
-    "a smaller size": (lambda v: v["files"]["LICENSE"].update(size=6), ["disagrees"], "it says 6 bytes"),
+    "a larger size": (lambda v: v["files"]["LICENSE"].update(size=8), ["truncated"], "expected 8 bytes, found 7"),
+    "a smaller size": (lambda v: v["files"]["LICENSE"].update(size=6), ["extended"], "expected 6 bytes, found 7"),
     "another key": (lambda v: v["key"].update(id="d" * 64), ["disagrees"], "it names the key ddd"),
     "an unknown field": (lambda v: v.update(more=1), ["malformed-document"], "more"),
     "a missing field": (lambda v: v.pop("expires"), ["malformed-document"], "expires"),
     "a number as text": (lambda v: v.update(release="7"), ["malformed-document"], "release"),
     "no such date": (lambda v: v.update(expires="2026-02-30T00:00:00Z"), ["malformed-document"], "expires"),
     "a path as a file name": (lambda v: v["files"].update({"../x": ENTRY}), ["malformed-document"], "../x"),
+    "the release twice": (None, ["malformed-document"], "'release' stands twice"),
+    "a next key that is none": (lambda v: v.update(next_key_id="soon"), ["malformed-document"], "next_key_id"),
     "a development key": (lambda v: v["key"].update(kind="development"), ["development-key"], "channel 'release' was"),
     "the development channel": (lambda v: v.update(channel="development"), ["development-key"], "expected a release"),
 }
@@ -343,7 +517,13 @@ def test_a_signed_document_must_agree_with_what_was_signed(
     bundle: Path, public_key: Path, maker: Any, case: str
 ) -> None:
     change, expected, fragment = MISTAKES[case]
-    report = check(resigned(bundle, maker, change), public_key)
+    if change is None:
+        path = bundle / "content/release.json"
+        path.write_text(path.read_text().replace('"release": 7', '"release": 7, "release": 9'))
+        maker.sign(bundle)
+    else:
+        resigned(bundle, maker, change)
+    report = check(bundle, public_key)
     assert kinds(report) == expected and fragment in report.describe()
 
 
@@ -372,6 +552,9 @@ STATEMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another hash": lambda s: s["predicate"]["serialization"].update(hash_type="blake3"),
     "a name that leaves the folder": lambda s: s["predicate"]["resources"][0].update(name="../../etc/passwd"),
     "a name twice": name_twice,
+    "two names that differ in case": lambda s: s["predicate"]["resources"].append(
+        s["predicate"]["resources"][0] | {"name": "license"}
+    ),
     "another root digest": lambda s: s["subject"][0]["digest"].update(sha256="d" * 64),
     "another predicate": lambda s: s.update(predicateType="https://model_signing/Digests/v0.1"),
     "no files": lambda s: s["predicate"].update(resources=[]),
@@ -453,8 +636,6 @@ def test_tiers_and_bundles_are_not_taken_for_each_other(
 
 
 def test_another_curve_is_no_key_to_trust(good_bundle: Path, tmp_path: Path) -> None:
-    from pipeline.bundle.keys import public_pem
-
     (tmp_path / "p384.pem").write_bytes(public_pem(ec.generate_private_key(ec.SECP384R1()).public_key()))
     with pytest.raises(BundleError, match="secp384r1"):
         check(good_bundle, tmp_path / "p384.pem")

@@ -66,7 +66,7 @@ def assert_installed(target: Path, public_key: Path) -> None:
     report = verify(target, public_key, now=NOW, model="demo", variant="q4")
     assert report.ok, report.describe()
     assert {name: (target / "content" / name).read_bytes() for name in PARTS} == PARTS
-    assert sorted(path.name for path in target.parent.iterdir()) == ["bundle", "releases.json"]
+    assert sorted(path.name for path in target.parent.glob("[!.]*")) == ["bundle", "releases.json"]
 
 
 # --- stores that misbehave -------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_a_bundle_is_installed_and_its_release_recorded(get: Any, target: Path, 
     fetched = get()
     assert_installed(target, public_key)
     assert (fetched.downloaded, fetched.reused) == (TOTAL, 0)
-    assert json.loads((target.parent / "releases.json").read_text()) == {"demo": 7}
+    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo": 7}
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -276,7 +276,7 @@ def test_a_superseded_release_leaves_nothing(
     assert not list(target.parent.rglob(f"{Path(old).name}*"))
     web.corrupt = set()
     get()
-    assert sorted(path.name for path in target.parent.iterdir()) == ["bundle", "releases.json"]
+    assert sorted(path.name for path in target.parent.glob("[!.]*")) == ["bundle", "releases.json"]
     assert (target / "content" / "demo_q4.onnx.data.0").read_bytes() == b"new"
 
 
@@ -303,7 +303,7 @@ def test_unchanged_parts_of_the_installed_release_are_not_downloaded_again(
     assert (fetched.document.release, fetched.downloaded) == (8, 50_000)
     assert (target / "content" / "demo_q4.onnx.data.0").stat().st_ino == before
     assert len(web.to("blobs/")) == 2  # release.json and the part
-    assert json.loads((target.parent / "releases.json").read_text()) == {"demo": 8}
+    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo": 8}
 
 
 def test_nothing_is_downloaded_twice(web: Web, get: Any, target: Path, public_key: Path) -> None:
@@ -325,7 +325,7 @@ def test_an_installed_bundle_that_went_bad_is_mended(web: Web, get: Any, target:
 
 
 def test_an_older_release_than_accepted_is_refused(web: Web, get: Any, target: Path) -> None:
-    (target.parent / "releases.json").write_text('{"demo": 8}')
+    (target.parent / "releases.json").write_text('{"releases": {"demo": 8}}')
     with pytest.raises(BundleError, match=r"downgraded: .*expected release 8 or later, found 7"):
         get()
     assert not target.exists()
@@ -333,8 +333,8 @@ def test_an_older_release_than_accepted_is_refused(web: Web, get: Any, target: P
 
 
 def test_a_damaged_record_is_not_taken_for_a_fresh_start(get: Any, target: Path) -> None:
-    (target.parent / "releases.json").write_text('{"demo": "x"}')
-    with pytest.raises(BundleError, match="is not a record of accepted releases"):
+    (target.parent / "releases.json").write_text('{"releases": {"demo": "x"}}')
+    with pytest.raises(BundleError, match="is no record of releases"):
         get()
 
 

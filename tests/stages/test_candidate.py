@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.evaluate.gates import PASS, GateLine, Verdict
 from pipeline.files import write_json
-from pipeline.stages import sign
+from pipeline.stages.candidate import candidate
 from pipeline.stages.workspace import Workspace
 
 
@@ -26,5 +26,5 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
         write_json(
             workspace.verdict(variant), Verdict(PASS, (GateLine("kl_mean", PASS),), f"random/{variant}").to_json()
         )
-        needed[variant] = sign._candidate(workspace, variant, 4096).memory_bytes
+        needed[variant] = candidate(workspace, variant, 4096).memory_bytes
     assert needed == {"q4": 2 * 10**6 + 4096 * 1536, "q4_kv8": 2 * 10**6 + 4096 * 384}
