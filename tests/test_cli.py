@@ -27,7 +27,7 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
+    "preflight", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "report", "show", "gate", "escalate", "record-release", "verify", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")

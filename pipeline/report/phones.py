@@ -21,7 +21,7 @@ from pipeline.planning.devices import (
 WIDTH = 118
 _VARIANTS = ("variant", "download, bytes", "weights", "activations", "KV cache", "loading", "peak", "basis", "KL, nats")
 _TIERS = ("tier", "may use", "gets")
-_DEVICES = ("phone", "tier", "GB/s", "at most, full–empty", "expected", "tokens/s of")
+_DEVICES = ("phone", "tier", "GB/s", "at most", "expected", "tokens/s of")
 LEGEND = (
     "Peak: the larger of loading, and of weights as loaded, activations and KV cache together; then the runtime. Only "
     "private memory counts against a tier; weights mapped from a prepacked file have to stay in RAM besides (docs/"
@@ -179,7 +179,8 @@ def _runs(runs: Suggestion | None) -> str:
     if runs is None:
         return "nothing fits"
     name = f"{runs.model} {runs.candidate.variant}" if runs.model else runs.candidate.variant
-    changes = [change for change in runs.changes if change != "smaller-model"]
+    shorter = f"{runs.way.context:,} tokens"
+    changes = [shorter if change == "shorter-context" else change for change in runs.changes if change in _CHANGES]
     return f"{name}, {', '.join(changes)}" if changes else name
 
 
