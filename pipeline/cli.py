@@ -49,6 +49,7 @@ def cli() -> None:
 
     \b
     Try it         make demo
+    Phones         python -m pipeline plan --model phi-4 --device galaxy-s24-ultra
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
     Full size      make repro MODELS="mimo-8b phi-4"
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
@@ -84,6 +85,19 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 def preflight(model: tuple[str, ...]) -> None:
     """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
     sys.exit(_stage("preflight")(model))
+
+
+@cli.command()
+@click.option("--model", multiple=True, help="Only this model (repeatable); default: all of configs/models.")
+@click.option("--tier", help="Only this class of phones.")
+@click.option("--device", help="Only this phone.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens to plan for; default: configs/tiers.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="For machines; pipeline/stages/plan.py describes the keys.")
+def plan(model: tuple[str, ...], tier: str | None, device: str | None, context: int | None, as_json: bool) -> None:
+    """Say what phones get of each model, or why nothing, and what would fit. Needs no download."""
+    if tier and device:
+        raise click.UsageError("--tier and --device exclude each other: a phone belongs to one tier.")
+    _stage("plan")(model, tier, device, context, as_json)
 
 
 @cli.command()
@@ -172,7 +186,7 @@ def sign(model: str, variant: str) -> None:
 @_MODEL
 def tiers(model: str) -> None:
     """Map every tier to its bundle or its refusal; sign the map."""
-    _stage("sign", "tiers")(model)
+    _stage("tiers")(model)
 
 
 @cli.command()

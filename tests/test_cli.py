@@ -27,7 +27,7 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "preflight", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
+    "preflight", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
     "inspect", "update-size", "push", "fetch", "key-id",
 )  # fmt: skip

@@ -25,7 +25,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(Path("pipeline").rglob("*.py"))
-CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "packs", "report"]
+CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "tiers", "packs", "plan", "report"]
 
 
 def imported(path: Path) -> set[str]:

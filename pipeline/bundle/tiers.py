@@ -9,33 +9,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.bundle.release import KeyIdentity, Record, Stamp, make, stamp
-from pipeline.config import Name, Sha256, SigningConfig, Tier, TiersConfig
+from pipeline.config import KvCache, Name, Sha256, SigningConfig, Tier, TiersConfig
 from pipeline.errors import BundleError
+from pipeline.planning.devices import (
+    Candidate,
+    Change,
+    Need,
+    Suggestion,
+    best,
+    budget_bytes,
+    need,
+    parts_in_words,
+    plain,
+    suggest,
+)
 
 Bytes = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A variant that a tier may get.
-
-    `bundle_bytes` is the download; `memory_bytes` the model's own peak (weights as loaded, KV cache at the tiers'
-    context, activations) without TiersConfig.runtime_bytes; `verdict` the gates' word; `kl_mean` in nats per token,
-    None where it could not be measured.
-    """
-
-    variant: str
-    bundle_bytes: int
-    memory_bytes: int
-    verdict: str
-    kl_mean: float | None
 
 
 class _Budget(Record):
@@ -54,6 +49,20 @@ class TierBundle(_Budget):
     kl_mean: float
 
 
+class TierSuggestion(Record):
+    """A way to run a variant that the tier does hold: its changes, the fewest first, and what it takes then.
+
+    `need_bytes` are private; `mapped_bytes` of weights in a prepacked file must stay in RAM besides.
+    """
+
+    variant: Name
+    changes: list[Change] = Field(min_length=1)
+    context: int = Field(gt=0)
+    kv_cache: KvCache
+    need_bytes: Bytes
+    mapped_bytes: Bytes
+
+
 class TierRefusal(_Budget):
     """The tier gets nothing. `smallest_need_bytes` is None when no variant passed its gates."""
 
@@ -61,6 +70,7 @@ class TierRefusal(_Budget):
     smallest_need_bytes: Bytes | None
     shortfall_bytes: Bytes | None
     reasons: list[str] = Field(min_length=1)
+    suggestions: list[TierSuggestion] = Field(default=[])
 
 
 class BundleReference(Record):
@@ -81,43 +91,43 @@ class TiersDocument(Stamp):
     bundles: dict[Name, BundleReference]
 
 
-def budget_bytes(tier: Tier) -> int:
-    """Bytes that the app may use at its peak on a phone at the lower edge of the tier."""
-    return math.floor(tier.ram_bytes * tier.usable_fraction)
-
-
-def fitting_tiers(candidate: Candidate, tiers_config: TiersConfig) -> list[str]:
-    """Names of the tiers whose budget holds `candidate` and `runtime_bytes`, in the configuration's order."""
-    need = candidate.memory_bytes + tiers_config.runtime_bytes
-    return [name for name, tier in tiers_config.tiers.items() if need <= budget_bytes(tier)]
-
-
-def _reasons(needs: Mapping[Candidate, int], budget: int) -> list[str]:
+def _reasons(needs: Mapping[Candidate, Need], budget: int) -> list[str]:
     if not needs:
         return ["no variant was built"]
     reasons = []
-    for candidate, need in needs.items():
-        over = f"needs {need:,} bytes, {need - budget:,} over the budget" if need > budget else f"needs {need:,} bytes"
-        reasons.append(f"{candidate.variant}: verdict {candidate.verdict}, {over}")
+    for candidate, found in needs.items():
+        over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
+        reasons.append(
+            f"{candidate.variant}: verdict {candidate.verdict}, needs {found.private:,} bytes{over} "
+            f"({parts_in_words(found)})"
+        )
     return reasons
 
 
-def _decide(tier: Tier, needs: Mapping[Candidate, int]) -> TierBundle | TierRefusal:
-    budget = budget_bytes(tier)
-    passing = {candidate: need for candidate, need in needs.items() if candidate.verdict == "PASS"}
-    fitting = [candidate for candidate, need in passing.items() if need <= budget]
-    if fitting:
-        best = min(fitting, key=lambda candidate: (candidate.kl_mean, needs[candidate], candidate.variant))
+def _suggestion(found: Suggestion) -> TierSuggestion:
+    return TierSuggestion(
+        variant=found.candidate.variant,
+        changes=list(found.changes),
+        context=found.way.context,
+        kv_cache=found.way.kv_cache,
+        need_bytes=found.need.private,
+        mapped_bytes=found.need.mapped,
+    )
+
+
+def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> TierBundle | TierRefusal:
+    budget, passing = budget_bytes(tier), [candidate for candidate in needs if candidate.verdict == "PASS"]
+    if chosen := best(passing, tier, tiers, tiers.context):
         return TierBundle(
             platform=tier.platform,
             ram_bytes=tier.ram_bytes,
             budget_bytes=budget,
-            variant=best.variant,
-            need_bytes=needs[best],
-            bundle_bytes=best.bundle_bytes,
-            kl_mean=best.kl_mean,
+            variant=chosen.variant,
+            need_bytes=needs[chosen].private,
+            bundle_bytes=chosen.footprint.download.bytes,
+            kl_mean=chosen.kl_mean,
         )
-    smallest = min(passing.values(), default=None)
+    smallest = min((needs[candidate].private for candidate in passing), default=None)
     return TierRefusal(
         platform=tier.platform,
         ram_bytes=tier.ram_bytes,
@@ -125,14 +135,15 @@ def _decide(tier: Tier, needs: Mapping[Candidate, int]) -> TierBundle | TierRefu
         smallest_need_bytes=smallest,
         shortfall_bytes=None if smallest is None else smallest - budget,
         reasons=_reasons(needs, budget),
+        suggestions=[_suggestion(found) for found in suggest(passing, tier, tiers, tiers.context)],
     )
 
 
 def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> dict[str, TierBundle | TierRefusal]:
     """For each tier the passing candidate of lowest mean KL that fits its budget, else a refusal with the numbers.
 
-    The need of a candidate is its memory plus the tiers' `runtime_bytes`; ties go to the smaller need. Independent of
-    the candidates' order.
+    What a candidate needs is the arithmetic of `pipeline.planning.devices`; ties go to the lighter weights.
+    Independent of the candidates' order.
 
     Raises:
         BundleError: a variant is given twice, or one passed its gates without a finite KL.
@@ -147,8 +158,11 @@ def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> dict[str, Tie
                 f"variant {candidate.variant} has the verdict PASS but a mean KL of {candidate.kl_mean}: no variant "
                 f"passes unmeasured. Validate it again."
             )
-    needs = {candidate: candidate.memory_bytes + tiers.runtime_bytes for candidate in ordered}
-    return {name: _decide(tier, needs) for name, tier in tiers.tiers.items()}
+    needs = {
+        candidate: need(candidate.footprint, plain(candidate.footprint, tiers.context), tiers.runtime_bytes)
+        for candidate in ordered
+    }
+    return {name: _decide(tier, tiers, needs) for name, tier in tiers.tiers.items()}
 
 
 def build_tiers(

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.checkpoint.untrusted import read_json, shown
+from pipeline.config import Shapes
 from pipeline.errors import CheckpointError
 
 # What an untrusted config may claim at most: several times the largest decoders, and small enough that nothing sized
@@ -318,6 +319,61 @@ def _factors(scaling: dict[str, Any], key: str, count: int, path: Path) -> tuple
             f"{shown(values)}. Run the download stage again."
         )
     return tuple(_number({key: value}, key, path, math.nan, 1e-3, 1e6) for value in values)
+
+
+def shapes_of(architecture: Architecture) -> Shapes:
+    """What sizes depend on. shapes_of(expected_architecture(shapes)) == shapes"""
+    rope = architecture.rope
+    return Shapes(
+        family=architecture.family,
+        layers=architecture.layers,
+        hidden=architecture.hidden,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        intermediate=architecture.intermediate,
+        vocab=architecture.vocab,
+        original_max_position=rope.original_max_position if rope.long_factor else None,
+        rotary_dims=rope.dims,
+        tied=architecture.tied,
+    )
+
+
+def expected_architecture(shapes: Shapes) -> Architecture:
+    """An architecture of these shapes, for sizes only: what no size depends on (theta, epsilon, factors) is made up.
+
+    Raises CheckpointError for an unknown family.
+    """
+    if shapes.family not in _FAMILIES:
+        raise CheckpointError(
+            f"family {shown(shapes.family)} of configs/shapes.yaml is unknown; there are {', '.join(_FAMILIES)}."
+        )
+    ones = (1.0,) * (shapes.rotary_dims // 2) if shapes.original_max_position else None
+    return Architecture(
+        family=shapes.family,
+        layers=shapes.layers,
+        hidden=shapes.hidden,
+        heads=shapes.heads,
+        kv_heads=shapes.kv_heads,
+        head_dim=shapes.head_dim,
+        intermediate=shapes.intermediate,
+        vocab=shapes.vocab,
+        rms_eps=1e-5,
+        max_position=MAX_POSITION,
+        sliding_window=None,
+        rope=Rope(1e4, shapes.rotary_dims, shapes.original_max_position or MAX_POSITION, 1.0, ones, ones),
+        tied=shapes.tied,
+    )
+
+
+def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> None:
+    """Raise CheckpointError, with every field that differs, unless config.json in `path` has the expected shapes."""
+    found, wanted = shapes_of(architecture).model_dump(), expected.model_dump()
+    if wrong := [f"{key} {found[key]}, expected {wanted[key]}" for key in found if found[key] != wanted[key]]:
+        raise CheckpointError(
+            f"{path}: not the model that configs/shapes.yaml describes: {'; '.join(wrong)}. If the source is right, "
+            f"correct that file; sizes planned from it were wrong."
+        )
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:

@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config import Budget, KvCache, Pin, SplitFormat
 from pipeline.errors import PlanError
-from pipeline.planning.memory import weight_memory
+from pipeline.planning.memory import Memory, packed_memory, use_memory, weight_memory
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format, cache_of
 from pipeline.quantize.formats import TensorFormat
 
@@ -28,6 +28,7 @@ _SOLVER_SECONDS = 60.0
 _RELATIVE_GAP = 1e-4
 _OF = {"bytes": "", "body": " of the body", "memory": " of memory"}
 _CHANNEL_BYTES = 4  # an int32 index per gathered channel
+_BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of three tensors on their own pages, and nodes
 
 
 @dataclass(frozen=True)
@@ -280,3 +281,49 @@ def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) ->
         raise PlanError(f"the budget could not be solved ({result.message}). Allow fewer formats, or raise the budget.")
     taken = [flat[index] for index in np.flatnonzero(result.x > 0.5)]
     return taken, float(result.mip_dual_bound) * unit / len(flat)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What any plan within a budget takes at most.
+
+    `bytes` on disk; `memory` in use; `packed`: of its weights, those that each token reads; `read`: as stored, the
+    bytes that a token reads.
+    """
+
+    bytes: int
+    memory: Memory
+    packed: int
+    read: int
+
+
+def bound(
+    architecture: Architecture, budget: Budget, limits: Mapping[str, int], context: int, kv_cache: KvCache = "float32"
+) -> Bound:
+    """The most that a plan within `limits` (as for `solve`) can take, from shapes alone; `context` in tokens."""
+    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
+    kinds = [[apply_format(name, matrix) for name in _formats_of(matrix, budget)] for matrix in body]
+    tables = [[apply_format(name, matrix) for name in _formats_of(matrix, budget)] for matrix in architecture.tables]
+    largest = [max(item.bytes for item in choices) for choices in (*tables, *kinds)]
+    table_bytes, matrices = sum(largest[: len(tables)]), (*architecture.tables, *body)
+    body_bytes = min(sum(largest[len(tables) :]), *(limits[name] for name in ("bytes", "body") if name in limits))
+    beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in body}.values())
+    beside += _BESIDE_MATRIX * len(matrices)
+    beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
+    size = min(limits.get("bytes", 1 << 62), table_bytes + body_bytes + beside)
+    growth = max(weight_memory(item) / item.bytes for choices in kinds for item in choices)
+    packed_body = int(body_bytes * growth)
+    table_memory = [max(map(weight_memory, choices)) for choices in tables]
+    weights = min(limits.get("memory", 1 << 62), packed_body + sum(table_memory))
+    memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
+    head_bytes = largest[len(tables) - 1]
+    packed = min(weights, packed_body + max(map(packed_memory, tables[-1])))
+    return Bound(size, memory, packed, min(size, head_bytes + body_bytes + beside))
+
+
+def _formats_of(matrix: Matrix, budget: Budget) -> Sequence[str]:
+    """Every whole format that a budget may give to a matrix or to a part of its channels."""
+    pin = _pin_of(matrix, budget.pin)
+    if pin:
+        return (pin.format,) if isinstance(pin.format, str) else (pin.format.high, pin.format.low)
+    return _table_formats(matrix, budget) if matrix.role in {"embedding", "head"} else budget.formats

@@ -28,11 +28,15 @@ def _packed_bytes(fmt: TensorFormat, weights: int) -> int:
 
 def weight_memory(planned: PlannedMatrix) -> int:
     """Private bytes of a matrix after loading: packed for its product; a table is looked up as it is stored."""
-    rows, is_table = planned.matrix.rows, "embed_tokens" in planned.matrix.name
-    lookup = planned.bytes if is_table else 0
+    is_table = "embed_tokens" in planned.matrix.name
+    return packed_memory(planned) + (planned.bytes if is_table else 0)
+
+
+def packed_memory(planned: PlannedMatrix) -> int:
+    """Bytes of a matrix as its product reads them; 0 for an embedding, of which a token reads one row."""
     if planned.matrix.role == "embedding":
-        return lookup
-    return lookup + sum(_packed_bytes(piece.format, rows * piece.columns) for piece in planned.pieces)
+        return 0
+    return sum(_packed_bytes(piece.format, planned.matrix.rows * piece.columns) for piece in planned.pieces)
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ def _verified(
         directory, public_keys, now=now, allow_development=allow_development
     )
     if not report.ok or not isinstance(report.document, Release | TiersDocument):
-        wrong = "; ".join(map(str, report.findings))
-        raise BundleError(f"{directory} does not verify under {' or '.join(report.trusted)}, so it is not published: {wrong}.")
+        keys, wrong = " or ".join(report.trusted), "; ".join(map(str, report.findings))
+        raise BundleError(f"{directory} does not verify under {keys}, so it is not published: {wrong}.")
     signature = (directory / SIGNATURE).read_bytes()
     return Verified(directory, report.document, signature, open_signature(signature, *load_public_keys(public_keys)))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from pipeline import config
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
-from pipeline.bundle.tiers import fitting_tiers
 from pipeline.evaluate.gates import PASS, Verdict
 from pipeline.graph.nodes import OPSET
+from pipeline.planning.devices import fitting_tiers
 from pipeline.stages import documents
-from pipeline.stages.candidate import candidate
+from pipeline.stages.footprints import judged
 from pipeline.stages.quantize import PLAN_FILE
 from pipeline.stages.verdict import describe_line, read_verdict
 from pipeline.stages.workspace import Workspace
@@ -64,7 +64,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         licence=lock.licence,
         context=entry.context,
         kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
-        tiers=fitting_tiers(candidate(workspace, variant, tiers.context), tiers),
+        tiers=fitting_tiers(judged(workspace, variant), tiers),
         files=entries,
     )
     assemble(content, files, release)

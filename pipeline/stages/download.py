@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from pipeline import config
-from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
 from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
@@ -31,6 +31,8 @@ def run(model: str) -> None:
     folder = workspace.link(lock, store)
     checkpoint = Checkpoint(folder)
     architecture = read_architecture(folder / "config.json")
+    if expected := config.load_shapes().models.get(model):
+        check_shapes(architecture, expected, folder / "config.json")
     notes = check_tensors(architecture, checkpoint)
     if (tokens := read_tokenizer(folder).get_vocab_size()) > architecture.vocab:
         raise CheckpointError(

@@ -30,7 +30,7 @@ from pipeline.stages.workspace import Workspace
 _REQUIREMENTS = (Path("requirements.txt"), Path("constraints.txt"))
 # What makes the bundle itself, as dvc.yaml names it for this stage: no recorded stage before it depends on these.
 _BUNDLE = ("release.py", "dossier.py", "licence.py", "origin.py", "bom.py", "provenance.py", "card.py", "card.md.j2")
-_STAGE = ("bundle.py", "documents.py", "lockfile.py", "materials.py")
+_STAGE = ("bundle.py", "documents.py", "footprints.py", "lockfile.py", "materials.py")
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)")
 _REACHABLE = {"http", "https", "ssh", "git"}  # schemes of a remote that is no folder
 
@@ -118,8 +118,8 @@ def _own_code() -> list[Path]:
 
 def _configs(model: str, variant: str, suite: str) -> list[Path]:
     names = [f"models/{model}", f"recipes/{variant}", f"evaluation/{suite}"]
-    names += ["calibration", "datasets", "gates", "parity", "signing"]
-    names += ["sensitivity", "tiers"] if config.has_budget([variant]) else []
+    names += ["calibration", "datasets", "gates", "parity", "signing", "tiers"]
+    names += ["sensitivity"] if config.has_budget([variant]) else []
     return [config.CONFIGS / f"{name}.yaml" for name in names]
 
 

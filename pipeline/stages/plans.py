@@ -10,11 +10,11 @@ import onnx
 
 from pipeline import config
 from pipeline.artifact.write import Draft, draft
-from pipeline.bundle.tiers import budget_bytes
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
-from pipeline.planning.budget import Sensitivity, Solution, groups, smallest, solve
+from pipeline.planning.budget import Bound, Sensitivity, Solution, bound, groups, smallest, solve
+from pipeline.planning.devices import budget_bytes
 from pipeline.planning.memory import Memory, plan_memory, use_memory
 from pipeline.planning.recipes import Plan, make_plan
 from pipeline.stages.sensitivity import read_sensitivity
@@ -110,8 +110,15 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     return limits
 
 
+def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int) -> Bound:
+    """What the artifact of a budget takes at most, before anything is measured of the model.
+
+    `context` in tokens. Raises PlanError for a budget that the cache alone exceeds.
+    """
+    limits = _limits(recipe, architecture, context)
+    return bound(architecture, recipe.budget, limits, context, recipe.kv_cache)
+
+
 def bytes_bound(recipe: BudgetRecipe, architecture: Architecture) -> int:
     """What the artifact of a budget takes at most on the disk, before anything is measured of the model."""
-    limits = _limits(recipe, architecture, recipe.budget.context or config.load_tiers().context)
-    tables = sum(2 * matrix.rows * matrix.columns for matrix in architecture.tables)
-    return min(limits.get("bytes", limits.get("memory", 1 << 62)), limits.get("body", 1 << 62) + tables)
+    return budget_bound(recipe, architecture, recipe.budget.context or config.load_tiers().context).bytes

@@ -185,7 +185,7 @@ def stage_needs(
     """
     entry, suite = config.load_model(model), config.load_suite(config.load_pipeline().suite)
     architecture = read_architecture(source.config)
-    refs = _references(architecture, source.weight_bytes)
+    refs = references(architecture, source.weight_bytes)
     yield needs.export(architecture, entry.context)
     yield needs.calibrate(architecture, config.load_calibration(), rates)
     if config.has_budget(variants):
@@ -206,7 +206,7 @@ def _weight_bytes(sizes: dict[str, int]) -> int:
     return sum(size for name, size in sizes.items() if name.endswith(_WEIGHTS))
 
 
-def _references(architecture: Architecture, weight_bytes: int) -> dict[str, TensorRef]:
+def references(architecture: Architecture, weight_bytes: int) -> dict[str, TensorRef]:
     """A checkpoint's tensors without its files, in the type that its size tells: what plans are made of."""
     dtype = "F32" if weight_bytes >= 4 * architecture.parameters else "BF16"
     refs: dict[str, TensorRef] = {}

@@ -140,13 +140,14 @@ def _code() -> list[Path]:
     """The code of the package up to the artifact layer, what streams text through a model, and this stage."""
     package = Path(pipeline.__file__).parent
     layers = ("checkpoint", "graph", "quantize", "planning", "artifact")
+    unused = {package / "planning" / "devices.py"}  # phones decide no byte
     return [
         Path(__file__),
         Path(__file__).with_name("plans.py"),
         package / "compiled.py",
         package / "evaluate" / "runtime.py",
         package / "evaluate" / "stream.py",
-        *sorted(f for name in layers for f in (package / name).glob("*.py")),
+        *sorted(f for name in layers for f in (package / name).glob("*.py") if f not in unused),
     ]
 
 

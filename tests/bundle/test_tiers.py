@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.tiers import Candidate, TierBundle, TierRefusal, assign, budget_bytes, build_tiers, fitting_tiers
+from pipeline.bundle.tiers import TierBundle, TierRefusal, TierSuggestion, assign, budget_bytes, build_tiers
 from pipeline.config import Tier, TiersConfig, load_tiers
 from pipeline.errors import BundleError
+from pipeline.planning.devices import Candidate, Figure, Footprint
 
 TIERS = TiersConfig(
     context=2048,
@@ -21,9 +22,17 @@ TIERS = TiersConfig(
         "large": Tier(platform="ios", ram_bytes=5_000, usable_fraction=0.6),
     },
 )
-Q3 = Candidate("q3", bundle_bytes=600, memory_bytes=700, verdict="PASS", kl_mean=0.12)
-Q4 = Candidate("q4", bundle_bytes=800, memory_bytes=900, verdict="PASS", kl_mean=0.08)
-Q4_K_M = Candidate("q4_k_m", bundle_bytes=900, memory_bytes=1_000, verdict="PASS", kl_mean=0.05)
+
+
+def candidate(variant: str, download: int, memory: int, verdict: str, kl_mean: float | None) -> Candidate:
+    """A measured variant: all its memory is weights but 40 of activations; a token's cache takes nothing."""
+    figures = (Figure(size, "measured") for size in (download, memory - 40, 40, memory - 40, memory - 40))
+    return Candidate(Footprint(variant, *figures, kv_cache="float32", cache_bytes=0), verdict, kl_mean)
+
+
+Q3 = candidate("q3", 600, 700, "PASS", 0.12)
+Q4 = candidate("q4", 800, 900, "PASS", 0.08)
+Q4_K_M = candidate("q4_k_m", 900, 1_000, "PASS", 0.05)
 
 
 @pytest.mark.parametrize("order", itertools.permutations([Q3, Q4, Q4_K_M]))
@@ -36,9 +45,12 @@ def test_each_tier_gets_the_best_that_fits(order: tuple[Candidate, ...]) -> None
         smallest_need_bytes=800,
         shortfall_bytes=300,
         reasons=[
-            "q3: verdict PASS, needs 800 bytes, 300 over the budget",
-            "q4: verdict PASS, needs 1,000 bytes, 500 over the budget",
-            "q4_k_m: verdict PASS, needs 1,100 bytes, 600 over the budget",
+            "q3: verdict PASS, needs 800 bytes, 300 over the budget (weights 660, activations 40, KV cache 0 at 2,048 "
+            "tokens, runtime 100)",
+            "q4: verdict PASS, needs 1,000 bytes, 500 over the budget (weights 860, activations 40, KV cache 0 at "
+            "2,048 tokens, runtime 100)",
+            "q4_k_m: verdict PASS, needs 1,100 bytes, 600 over the budget (weights 960, activations 40, KV cache 0 at "
+            "2,048 tokens, runtime 100)",
         ],
     )
     # q4 needs exactly the budget of 1,000 and fits; q4_k_m is better but 100 over.
@@ -56,17 +68,13 @@ def test_each_tier_gets_the_best_that_fits(order: tuple[Candidate, ...]) -> None
 
 @pytest.mark.parametrize("verdict", ["FAIL", "INCONCLUSIVE", "ERROR"])
 def test_only_a_pass_ships(verdict: str) -> None:
-    best = Candidate("q4_k_m", 900, 1_000, verdict, None if verdict == "ERROR" else 0.001)
+    best = candidate("q4_k_m", 900, 1_000, verdict, None if verdict == "ERROR" else 0.001)
     assert assign(TIERS, [best, Q4])["large"].variant == "q4"
     refusal = assign(TIERS, [best])["large"]
     assert refusal.smallest_need_bytes is None and refusal.shortfall_bytes is None
-    assert refusal.reasons == [f"q4_k_m: verdict {verdict}, needs 1,100 bytes"]
-
-
-def test_the_tiers_that_hold_a_variant() -> None:
-    assert fitting_tiers(Q4, TIERS) == ["middle", "large"]  # 1,000 with the runtime: exactly the budget of middle
-    assert fitting_tiers(Q4_K_M, TIERS) == ["large"]
-    assert fitting_tiers(Candidate("q8", 1, 10**6, "PASS", 0.01), TIERS) == []
+    figures = "weights 960, activations 40, KV cache 0 at 2,048 tokens, runtime 100"
+    assert refusal.reasons == [f"q4_k_m: verdict {verdict}, needs 1,100 bytes ({figures})"]
+    assert refusal.suggestions == []
 
 
 def test_nothing_built_is_a_refusal() -> None:
@@ -74,14 +82,14 @@ def test_nothing_built_is_a_refusal() -> None:
 
 
 def test_equal_quality_goes_to_the_smaller_need() -> None:
-    twin = Candidate("a", 800, 901, "PASS", Q4.kl_mean)
+    twin = candidate("a", 800, 901, "PASS", Q4.kl_mean)
     assert assign(TIERS, [twin, Q4])["large"].variant == "q4"
 
 
 @pytest.mark.parametrize("kl", [None, float("nan"), float("inf")])
 def test_no_variant_passes_unmeasured(kl: float | None) -> None:
     with pytest.raises(BundleError, match="variant q3 has the verdict PASS but a mean KL of"):
-        assign(TIERS, [Candidate("q3", 1, 1, "PASS", kl)])
+        assign(TIERS, [candidate("q3", 1, 50, "PASS", kl)])
 
 
 def test_a_variant_is_given_once() -> None:
@@ -103,6 +111,18 @@ def test_the_document_pins_the_bundles_it_names(maker: Any) -> None:
     assert type(document).model_validate_json(document.model_dump_json()) == document
     with pytest.raises(BundleError, match="names q4 without a signed bundle"):
         build_tiers(**fields, signatures={"q4_k_m": "e" * 64})
+
+
+def test_a_refusal_says_what_would_fit() -> None:
+    """An int8 cache of 100 tokens takes 100 bytes in place of 400, which is what the tier lacks."""
+    tiers = TIERS.model_copy(update={"context": 100})
+    figures = (Figure(size, "measured") for size in (600, 600, 40, 600, 600))
+    found = Candidate(Footprint("q4", *figures, kv_cache="float32", cache_bytes=4), "PASS", 0.1)
+    refusal = assign(tiers, [found])["middle"]
+    assert (refusal.smallest_need_bytes, refusal.shortfall_bytes) == (1_140, 140)
+    assert refusal.suggestions == [
+        TierSuggestion(variant="q4", changes=["int8-kv"], context=100, kv_cache="int8", need_bytes=840, mapped_bytes=0)
+    ]
 
 
 def test_the_shipped_tiers_keep_their_classes_apart() -> None:

@@ -1,0 +1,218 @@
+"""The tiers stage and the plan command: what a variant needs on a phone, measured and computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config
+from pipeline.checkpoint.architecture import check_shapes, expected_architecture, shapes_of
+from pipeline.errors import CheckpointError, ConfigError, PipelineError
+from pipeline.evaluate.gates import PASS, GateLine, Verdict
+from pipeline.files import write_json
+from pipeline.planning.devices import Figure, fitting_tiers, need, plain
+from pipeline.report.phones import WIDTH, lines
+from pipeline.stages import footprints, plan, tiers
+from pipeline.stages.workspace import Workspace
+from tests.conftest import ROOT
+from tests.real_configs import REAL_CONFIGS, architecture_of
+
+MB = 10**6
+README = {
+    ("mimo-8b", "q4"): 4_462_735_136,
+    ("phi-4", "q4"): 8_195_142_771,
+    ("phi-4-mini", "q4"): 2_391_989_522,
+    ("mimo-8b", "q4_k_m"): 5_113_899_424,
+    ("phi-4", "q4_k_m"): 9_915_458_909,
+    ("phi-4-mini", "q4_k_m"): 2_814_300_241,
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the shipped configurations where nothing was downloaded, built or measured."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def measure(workspace: Workspace, variant: str, kind: str = "float32", per_token: int = 1536) -> None:
+    """Metrics and a PASS of a variant that takes 2 MB at its peak, 1.2 of them once loaded."""
+    metrics = {
+        "size": {"bytes_on_disk": MB, "kv_cache": {"type": kind, "bytes_per_token": per_token}},
+        "speed": {"peak_memory_bytes": 2 * MB, "load_peak_private_bytes": 1_200_000, "load_peak_mapped_bytes": 300_000},
+        "divergence": {"kl_mean": 0.1},
+    }
+    write_json(workspace.metrics(variant), metrics)
+    verdict = Verdict(PASS, (GateLine("kl_mean", PASS),), f"random/{variant}")
+    write_json(workspace.verdict(variant), verdict.to_json())
+
+
+def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace("tiny")
+    needed = {}
+    for variant, kind, per_token in (("q4", "float32", 1536), ("q4_kv8", "int8", 384)):
+        measure(workspace, variant, kind, per_token)
+        footprint = tiers.candidate(workspace, variant).footprint
+        needed[variant] = need(footprint, plain(footprint, 4096), runtime_bytes=7).private
+    assert needed == {"q4": 2 * MB + 4096 * 1536 + 7, "q4_kv8": 2 * MB + 4096 * 384 + 7}
+
+
+def test_metrics_without_a_figure_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    measure(Workspace("tiny"), "q4")
+    write_json(Workspace("tiny").metrics("q4"), {"size": {}, "speed": None})
+    with pytest.raises(PipelineError, match="the metrics of q4 lack a figure"):
+        tiers.candidate(Workspace("tiny"), "q4")
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", REAL_CONFIGS)
+def test_the_shapes_are_those_of_the_published_configurations(model: str, tmp_path: Path) -> None:
+    shapes = config.load_shapes().models[model]
+    architecture = architecture_of(model, tmp_path)
+    assert shapes_of(architecture) == shapes == shapes_of(expected_architecture(shapes))
+    assert expected_architecture(shapes).expected_tensors() == architecture.expected_tensors()
+    check_shapes(architecture, shapes, tmp_path / "config.json")
+
+
+def test_another_models_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    architecture = architecture_of("phi-4-mini", tmp_path)
+    with pytest.raises(CheckpointError, match="layers 32, expected 40; hidden 3072, expected 5120"):
+        check_shapes(architecture, config.load_shapes().models["phi-4"], tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("model", ["mimo-8b", "phi-4", "phi-4-mini"])
+def test_sizes_are_exact_before_anything_is_downloaded(model: str, desk: Path) -> None:
+    """What the README states, to the byte; a budget by its bound."""
+    found = footprints.known(model)
+    assert found.origin.startswith("configs/shapes.yaml")
+    for variant in ("q4", "q4_k_m"):
+        footprint = footprints.computed(found, variant, 2048)
+        assert footprint.download == Figure(README[model, variant], "computed")
+        assert footprint.read.bytes < footprint.download.bytes < footprint.weights.bytes
+    q3 = footprints.computed(found, "q3", 2048)
+    assert {figure.basis for figure in (q3.download, q3.weights, q3.read)} == {"bound"}
+    assert 0.75 * README[model, "q4"] < q3.download.bytes < README[model, "q4"]
+
+
+def test_an_unknown_model_says_what_to_do(desk: Path) -> None:
+    (desk / "configs").unlink()
+    entry = (ROOT / "configs/models/phi-4.yaml").read_text()
+    for name in ("models/new.yaml", "shapes.yaml"):
+        (desk / "configs" / name).parent.mkdir(parents=True, exist_ok=True)
+    (desk / "configs/models/new.yaml").write_text(entry)
+    (desk / "configs/shapes.yaml").write_text("models: {}")
+    with pytest.raises(PipelineError, match=r"download new`, or add its shapes"):
+        footprints.known("new")
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    asked = {"models": (), "tier": None, "device": None, "context": None, "as_json": True} | options
+    plan.run(**asked)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, models=("mimo-8b", "phi-4", "phi-4-mini"))
+    got = {
+        model: {name: row["variant"] for name, row in item["tiers"].items()} for model, item in found["models"].items()
+    }
+    nothing = dict.fromkeys(config.load_tiers().tiers)
+    assert got == {
+        "mimo-8b": nothing | {"android-16gb": "q4", "android-24gb": "q4_k_m", "ios-12gb": "q4"},
+        "phi-4": nothing | {"android-24gb": "q4"},
+        "phi-4-mini": nothing
+        | dict.fromkeys(("android-12gb", "android-16gb", "android-24gb", "ios-12gb"), "q4_k_m")
+        | {"ios-8gb": "q3"},
+    }
+
+
+def test_the_answer_for_a_phone_has_a_roofline_and_a_way_out(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, models=("mimo-8b",), device="galaxy-s24-ultra")
+    assert list(found["tiers"]) == ["android-12gb"]
+    row = found["models"]["mimo-8b"]["tiers"]["android-12gb"]
+    assert (row["decision"], row["closest"]) == ("refuse", "q3")
+    first = row["suggestions"][0]
+    assert (first["variant"], first["changes"], first["context"]) == ("q4", ["prepacked"], 2048)
+    assert first["need"]["private_bytes"] < found["tiers"]["android-12gb"]["budget_bytes"]
+    resident = first["need"]["private_bytes"] + first["need"]["mapped_bytes"]
+    assert resident <= found["tiers"]["android-12gb"]["resident_bytes"]
+    (phone,) = found["models"]["mimo-8b"]["devices"].values()
+    speed, read = phone["tokens_per_second"], found["models"]["mimo-8b"]["variants"]["q4"]["read"]["bytes"]
+    assert speed["most_empty"] == pytest.approx(76.8e9 / read)
+    assert speed["low"] == pytest.approx(0.4 * speed["most_full"])
+    assert speed["most_full"] == pytest.approx(76.8e9 / (read + 2048 * 294_912))
+
+
+def test_a_smaller_model_is_suggested_by_arithmetic(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, models=("phi-4",), tier="android-8gb")
+    last = found["models"]["phi-4"]["tiers"]["android-8gb"]["suggestions"][-1]
+    assert (last["model"], last["changes"]) == ("phi-4-mini", ["smaller-model", "prepacked"])
+
+
+def test_claims_stand_beside_their_checks(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claims = {item["claim"]: item for item in plan_json(capsys, models=("phi-4",))["claims"]}
+    assert [item["possible"] for item in claims.values()] == [False, False, False, False, None]
+    assert "3.93 bits each" in claims["Phi-4 Q4 is 7.2 GB"]["check"]
+    assert any("= 159 GB/s; Samsung Galaxy S24 Ultra has 76.8" in item["check"] for item in claims.values())
+
+
+def test_what_was_measured_is_not_computed(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure(Workspace("phi-4"), "q4")
+    found = plan_json(capsys, models=("phi-4",), tier="android-4gb")["models"]["phi-4"]
+    assert found["variants"]["q4"]["download"] == {"basis": "measured", "bytes": MB}
+    assert (found["variants"]["q4"]["verdict"], found["variants"]["q4"]["kl_mean"]) == ("PASS", 0.1)
+    assert found["variants"]["q4_k_m"]["download"]["basis"] == "computed"
+    assert found["tiers"]["android-4gb"]["variant"] == "q4"
+
+
+def test_people_read_lines_of_a_page(desk: Path) -> None:
+    text = lines(plan.answer())
+    assert max(map(len, text)) <= WIDTH
+    assert any("nothing: q3 needs" in line for line in text)
+    assert any("IMPOSSIBLE" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ("phi4",)}, "Did you mean 'phi-4'"),
+        ({"tier": "android-9gb"}, "Did you mean 'android-8gb'"),
+        ({"device": "iphone-15-por"}, "Did you mean 'iphone-15-pro'"),
+        ({"models": ("phi-4",), "context": 5000}, "--context is 5,000 tokens, more than .*: phi-4 4,096"),
+    ],
+)
+def test_a_mistake_is_named(options: dict[str, Any], message: str, desk: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan.answer(**options)
+
+
+def test_every_tier_has_a_phone_and_every_phone_its_tier() -> None:
+    assert {device.tier for device in config.load_devices().devices.values()} == set(config.load_tiers().tiers)
+
+
+def test_a_phone_in_the_wrong_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    for name in ("tiers.yaml", "devices.yaml"):
+        text = (ROOT / "configs" / name).read_text()
+        (tmp_path / "configs" / name).write_text(text.replace("tier: ios-8gb", "tier: ios-6gb"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"devices.iphone-15-pro: 8,000,000,000 bytes of RAM are tier 'ios-8gb'"):
+        config.load_devices()
+
+
+def test_fitting_tiers_name_every_class_that_holds_a_variant(desk: Path) -> None:
+    found = footprints.candidate(footprints.known("phi-4-mini"), "q4", 2048)
+    assert fitting_tiers(found, config.load_tiers()) == ("android-12gb", "android-16gb", "android-24gb", "ios-12gb")
