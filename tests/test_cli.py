@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 COMMANDS = (
     "preflight", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
-    "inspect", "update-size", "push", "fetch", "key-id",
+    "inspect", "update-size", "push", "fetch", "vectors", "schema", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -352,6 +352,18 @@ def _decide(project: Path, variant: str, verdict: str) -> None:
 def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
     judged = Verdict(verdict, lines, f"random/{variant}")
     write_json(project / f"artifacts/verdicts/tiny/{variant}.json", judged.to_json())
+    _measure(project, variant, {"kl_mean": 0.2})
+
+
+def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
+    """Metrics as far as a bundle reads them."""
+    cache = {"type": "float32", "bytes_per_token": 512}
+    metrics = {
+        "size": {"bytes_on_disk": 10**6, "kv_cache": cache},
+        "speed": {"peak_memory_bytes": 10**7},
+        "divergence": divergence,
+    }
+    write_json(project / f"artifacts/metrics/tiny/{variant}.json", metrics)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +578,7 @@ def _release(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch, k
     line = GateLine("kl_mean", "PASS", n=TOKENS, estimate=kl, low=kl / 2, high=kl * 2, limit=1.0)
     _write(project, "q4", "PASS", line)
     divergence = {"kl_mean": kl, "tokens": TOKENS, "perplexity_reference": PERPLEXITY}
-    write_json(project / "artifacts/metrics/tiny/q4.json", {"divergence": divergence})
+    _measure(project, "q4", divergence)
     key = project / "release.pem"
     if not key.exists():
         _new_key(project / "release")

@@ -170,6 +170,11 @@ def test_a_release_refuses_the_development_key(tmp_path: Path) -> None:
     assert "key-id" in message
 
 
+def test_the_next_key_is_another_one(tmp_path: Path) -> None:
+    twice = changed("signing.yaml", key_id="a" * 64, next_key_id="a" * 64)
+    assert "next_key_id is key_id itself" in message_of(config.SigningConfig, twice, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -347,8 +347,7 @@ class Verification {
     const { size } = fs.lstatSync(entry);
     const listed = this.sizes.get(file);
     const digest = this.digests.get(file);
-    const isDocument = Object.hasOwn(FORMS, file);
-    const worthHashing = isDocument ? size <= SMALL : this.mayBeListed(size);
+    const worthHashing = size <= SMALL || (!Object.hasOwn(FORMS, file) && this.mayBeListed(size));
     const actual = worthHashing ? hashFile(entry) : null;
     if (actual === digest && (listed === undefined || listed === size)) return;
     const other = [...this.digests].find(([, signed]) => signed === actual);

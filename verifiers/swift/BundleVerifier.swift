@@ -523,7 +523,7 @@ public struct BundleVerifier {
 
     private mutating func checkFile(_ name: String, _ digest: String, _ size: Int64) throws {
         let listed = document?.files[name]?.size
-        let worthHashing = forms[name] != nil ? size <= small : mayBeListed(size)
+        let worthHashing = size <= small || (forms[name] == nil && mayBeListed(size))
         let actual = worthHashing ? try hashFile(path(name)) : nil
         if actual == digest && (listed == nil || listed == size) { return }
         let file = "\(contentName)/\(name)"
