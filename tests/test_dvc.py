@@ -23,7 +23,10 @@ from typing import Any
 import onnxruntime
 import pytest
 import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from pipeline.bundle.keys import key_id, public_pem
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -431,3 +434,79 @@ def test_a_machine_without_the_references_memory_pulls_its_results(project: Proj
     ours, theirs = (json.loads(one.artifact("metrics/tiny/q4.json").read_text()) for one in (project, other))
     assert theirs["divergence"]["perplexity_reference"] == ours["divergence"]["perplexity_reference"]
     assert theirs["divergence"]["kl_mean"] > ours["divergence"]["kl_mean"]
+
+
+# --- a release, from its tag ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """What the release machines get: the repository with its tag, the DVC remote, and the two halves of the key."""
+
+    repository: Path
+    remote: Path
+    key: Path
+    public: Path
+
+
+@pytest.fixture(scope="session")
+def tagged(project: Project, built: str, tmp_path_factory: pytest.TempPathFactory) -> Tagged:
+    """The built project pushed and tagged as release 1 of a release key that the build machine does not have."""
+    folder = tmp_path_factory.mktemp("release")
+    private = ec.generate_private_key(ec.SECP256R1())
+    (folder / "release.pem").write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    (folder / "release.pub.pem").write_bytes(public_pem(private.public_key()))
+    subprocess.run(["git", "clone", "-q", str(project.folder), str(folder / "repository")], check=True)
+    release = Project(folder / "repository", project.environment)
+    edit(
+        release, "signing.yaml", lambda signing: signing.update(channel="release", key_id=key_id(private.public_key()))
+    )
+    tiny.commit(release.folder, "Release 1")
+    subprocess.run(["git", "tag", "release-1"], cwd=release.folder, check=True)
+    project.dvc("remote", "add", "--local", "--default", "shared", str(folder / "remote"))
+    project.dvc("push", "-q")
+    project.dvc("remote", "remove", "--local", "shared")
+    return Tagged(release.folder, folder / "remote", folder / "release.pem", folder / "release.pub.pem")
+
+
+def release_machine(folder: Path, tagged: Tagged, project: Project) -> tuple[Project, str]:
+    """A clean clone of the tag with nothing but the remote and the key, and what `dvc repro` said there."""
+    subprocess.run(["git", "clone", "-q", "--branch", "release-1", str(tagged.repository), str(folder)], check=True)
+    own = {"PIPELINE_STORE": str(folder.parent / "no-store"), "PIPELINE_SIGNING_KEY_FILE": str(tagged.key)}
+    machine = Project(folder, project.environment | own)
+    machine.dvc("remote", "add", "--local", "--default", "shared", str(tagged.remote))
+    return machine, machine.dvc("repro", "--pull", "--allow-missing")
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """All bytes that leave the building: bundles, tiers and packs."""
+    roots = [folder / "artifacts" / name for name in ("bundles", "tiers", "packs")]
+    files = [file for root in roots for file in root.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def test_a_tag_becomes_published_bundles_and_the_same_bytes_again(
+    tagged: Tagged, project: Project, tmp_path: Path
+) -> None:
+    first, output = release_machine(tmp_path / "first" / "clone", tagged, project)
+    variants = [f"{stage}@tiny-{variant}" for stage in ("bundle", "sign") for variant in tiny.VARIANTS]
+    assert set(ran(output)) == {*variants, "tiers@tiny", "packs@tiny", "report"}, "nothing is measured again"
+    assert not (tmp_path / "first" / "no-store" / "sha256").exists(), "no checkpoint is needed"
+    first.run("pipeline", "gate", "--variant", "q4", "--variant", "q4_k_m")
+    key, store = ("--public-key", str(tagged.public)), str(tmp_path / "store")
+    for variant in ("q4", "q4_k_m"):
+        first.run("pipeline", "push", f"artifacts/bundles/tiny/{variant}", store, *key)
+    first.run("pipeline", "push", "artifacts/tiers/tiny", store, *key)
+    phone = str(tmp_path / "phone" / "bundle")
+    first.run("pipeline", "fetch", store, "tiny", "--tier", "android-24gb", *key, "--to", phone)
+    first.run("pipeline", "verify", phone, *key, "--model", "tiny", "--tier", "android-24gb")
+
+    again, _ = release_machine(tmp_path / "second" / "elsewhere", tagged, project)
+    ours, theirs = published(first.folder), published(again.folder)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert "artifacts/bundles/tiny/q4/model.sig" in ours
