@@ -346,13 +346,12 @@ def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command
 def _decide(project: Path, variant: str, verdict: str) -> None:
     line = GateLine("kl_mean", verdict, n=100, estimate=0.2, low=0.1, high=0.3, limit=0.25)
     _write(project, variant, verdict, line)
-    write_json(project / f"artifacts/metrics/tiny/{variant}.json", {"divergence": {"kl_mean": 0.2, "tokens": 100}})
 
 
 def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
     judged = Verdict(verdict, lines, f"random/{variant}")
     write_json(project / f"artifacts/verdicts/tiny/{variant}.json", judged.to_json())
-    _measure(project, variant, {"kl_mean": 0.2})
+    _measure(project, variant, {"kl_mean": 0.2, "tokens": 100})
 
 
 def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
@@ -360,7 +359,7 @@ def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
     cache = {"type": "float32", "bytes_per_token": 512}
     metrics = {
         "size": {"bytes_on_disk": 10**6, "kv_cache": cache},
-        "speed": {"peak_memory_bytes": 10**7},
+        "speed": {"peak_memory_bytes": 10**7, "load_peak_private_bytes": 10**6, "load_peak_mapped_bytes": 10**6},
         "divergence": divergence,
     }
     write_json(project / f"artifacts/metrics/tiny/{variant}.json", metrics)

@@ -15,6 +15,13 @@ from pipeline.evaluate.gates import PASS, REPORTED, GateLine, Verdict
 REVISION = "c" * 40
 NOTE = "gates nothing: the reference has 25.0 %, no more than chance"
 METRICS = {
+    "size": {"bytes_on_disk": 10**6, "kv_cache": {"type": "float32", "bytes_per_token": 512}},
+    "speed": {
+        "tokens_per_second": 123.456,
+        "peak_memory_bytes": 10**7,
+        "load_peak_private_bytes": 10**6,
+        "load_peak_mapped_bytes": 10**6,
+    },
     "divergence": {
         "kl_mean": 0.16460672274,
         "kl_mean_low": 0.14,
@@ -27,7 +34,6 @@ METRICS = {
     "mmlu": {"accuracy": 0.25, "accuracy_low": 0.2, "accuracy_high": 0.3, "n": 114, "mode": "cloze"},
     "humaneval": {"pass_at_1": 0.0, "n": 20, "prompt": "chat", "temperature": 0},
     "identity": {"onnxruntime": "1.31.1", "onnxruntime-genai": "0.18.0", "system": "Linux x86_64"},
-    "speed": {"tokens_per_second": 123.456},
 }
 PLAN = {
     "recipe": {"title": "Q4", "version": 2, "search": "gptq"},

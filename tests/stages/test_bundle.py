@@ -183,7 +183,7 @@ def test_the_same_bytes_elsewhere_and_later(
     git(other, "commit", "-qm", "later")
     monkeypatch.chdir(other)
     monkeypatch.setenv("USER", "another")
-    metrics = METRICS | {"speed": {"tokens_per_second": 1.5}}
+    metrics = METRICS | {"speed": METRICS["speed"] | {"tokens_per_second": 1.5}}
     write_json(WORKSPACE.metrics(VARIANT), metrics)
     write_record(record())
     second = {file.name: file.read_bytes() for file in content().iterdir()}

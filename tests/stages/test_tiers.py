@@ -15,19 +15,19 @@ from pipeline.evaluate.gates import PASS, GateLine, Verdict
 from pipeline.files import write_json
 from pipeline.planning.devices import Figure, fitting_tiers, need, plain
 from pipeline.report.phones import WIDTH, lines
-from pipeline.stages import footprints, plan, tiers
+from pipeline.stages import footprints, plan
 from pipeline.stages.workspace import Workspace
 from tests.conftest import ROOT
 from tests.real_configs import REAL_CONFIGS, architecture_of
 
 MB = 10**6
 README = {
-    ("mimo-8b", "q4"): 4_462_735_136,
-    ("phi-4", "q4"): 8_195_142_771,
-    ("phi-4-mini", "q4"): 2_391_989_522,
-    ("mimo-8b", "q4_k_m"): 5_113_899_424,
-    ("phi-4", "q4_k_m"): 9_915_458_909,
-    ("phi-4-mini", "q4_k_m"): 2_814_300_241,
+    ("mimo-8b", "q4"): 4_295_281_173,
+    ("phi-4", "q4"): 8_056_657_762,
+    ("phi-4-mini", "q4"): 2_226_344_619,
+    ("mimo-8b", "q4_k_m"): 4_735_105_400,
+    ("phi-4", "q4_k_m"): 9_152_456_562,
+    ("phi-4-mini", "q4_k_m"): 2_492_779_772,
 }
 
 
@@ -58,7 +58,7 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
     needed = {}
     for variant, kind, per_token in (("q4", "float32", 1536), ("q4_kv8", "int8", 384)):
         measure(workspace, variant, kind, per_token)
-        footprint = tiers.candidate(workspace, variant).footprint
+        footprint = footprints.judged(workspace, variant).footprint
         needed[variant] = need(footprint, plain(footprint, 4096), runtime_bytes=7).private
     assert needed == {"q4": 2 * MB + 4096 * 1536 + 7, "q4_kv8": 2 * MB + 4096 * 384 + 7}
 
@@ -68,7 +68,7 @@ def test_metrics_without_a_figure_are_named(tmp_path: Path, monkeypatch: pytest.
     measure(Workspace("tiny"), "q4")
     write_json(Workspace("tiny").metrics("q4"), {"size": {}, "speed": None})
     with pytest.raises(PipelineError, match="the metrics of q4 lack a figure"):
-        tiers.candidate(Workspace("tiny"), "q4")
+        footprints.judged(Workspace("tiny"), "q4")
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -131,11 +131,11 @@ def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.Captur
     }
     nothing = dict.fromkeys(config.load_tiers().tiers)
     assert got == {
-        "mimo-8b": nothing | {"android-16gb": "q4", "android-24gb": "q4_k_m", "ios-12gb": "q4"},
+        "mimo-8b": nothing | {"android-16gb": "q4_k_m", "android-24gb": "q4_k_m", "ios-12gb": "q4"},
         "phi-4": nothing | {"android-24gb": "q4"},
         "phi-4-mini": nothing
         | dict.fromkeys(("android-12gb", "android-16gb", "android-24gb", "ios-12gb"), "q4_k_m")
-        | {"ios-8gb": "q3"},
+        | {"ios-8gb": "q4"},
     }
 
 
@@ -215,4 +215,10 @@ def test_a_phone_in_the_wrong_class_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_fitting_tiers_name_every_class_that_holds_a_variant(desk: Path) -> None:
     found = footprints.candidate(footprints.known("phi-4-mini"), "q4", 2048)
-    assert fitting_tiers(found, config.load_tiers()) == ("android-12gb", "android-16gb", "android-24gb", "ios-12gb")
+    assert fitting_tiers(found, config.load_tiers()) == (
+        "android-12gb",
+        "android-16gb",
+        "android-24gb",
+        "ios-8gb",
+        "ios-12gb",
+    )
