@@ -62,11 +62,19 @@ class Memory:
 def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
     """`context` in tokens."""
     weights = sum(map(weight_memory, plan.tables))
-    return Memory(weights, *use_memory(architecture, context, plan.cache.type), max(item.bytes for item in plan.tables))
+    planes = len(plan.head.pieces[0].format.planes)
+    used = use_memory(architecture, context, plan.cache.type, planes)
+    return Memory(weights, *used, max(item.bytes for item in plan.tables))
 
 
-def use_memory(architecture: Architecture, context: int, kv_cache: KvCache = "float32") -> tuple[int, int]:
-    """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill."""
+def use_memory(
+    architecture: Architecture, context: int, kv_cache: KvCache = "float32", planes: int = 2
+) -> tuple[int, int]:
+    """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill.
+
+    A head of two `planes` holds the logits three times over: both products, and their sum.
+    """
     cache = cache_of(architecture, kv_cache).bytes * context
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + architecture.vocab
+    logits = architecture.vocab * (1 if planes == 1 else planes + 1)
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + logits
     return cache, int(4 * floats * min(PREFILL_CHUNK, context))
