@@ -11,6 +11,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one long chain first: the other workers then have something to do beside it to the end."""
+    items.sort(key=lambda item: item.path.name != "test_dvc.py")
+
+
 @pytest.fixture(autouse=True)
 def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run from the project's root, as the pipeline does, whatever directory pytest was started in."""
