@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ def written(folder: Path, layers: int) -> tuple[Exported, int]:
     process = child(grow, folder / "checkpoint", "q3", folder / "artifact", folder / "log", work._UNIT_BYTES, 2)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.is_alive():
-        if found := re.search(r"RssAnon:\s+(\d+) kB", status.read_text()):
+        text = ""
+        with suppress(ProcessLookupError):  # it may end between opening and reading
+            text = status.read_text()
+        if found := re.search(r"RssAnon:\s+(\d+) kB", text):
             peak = max(peak, int(found[1]) * 1024)
         process.join(0.003)
     assert finish(process) == 0
