@@ -294,7 +294,10 @@ def _check_key(stamp: Stamp, key: str, expected: _Expected) -> Iterator[Finding]
     if stamp.key.kind == "development" and stamp.channel == "release":
         yield Finding(Kind.DEVELOPMENT_KEY, file, f"channel 'release' was signed with the development key {key}")
     elif development and not expected.allow_development:
-        message = f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key"
+        message = (
+            f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key; to try it all the same, "
+            f"--allow-development"
+        )
         yield Finding(Kind.DEVELOPMENT_KEY, file, message)
 
 

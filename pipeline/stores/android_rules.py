@@ -518,7 +518,7 @@ def check_android(folder: Path) -> list[Problem]:
 def describe_android(folder: Path) -> str:
     """What each group downloads, against both of Play's totals, and the number of packs."""
     tree = AndroidTree(folder)
-    lines = [f"{folder}: {len(tree.modules)} packs of {PACKS_LIMIT}"]
+    lines = [f"{folder}: packs: {len(tree.modules)} of {PACKS_LIMIT}"]
     for group, packs in _per_device(tree).items():
         size = sum(packs.values())
         shares = " and ".join(f"{size / limit:.1%} of {limit / 10**9:.0f} GB" for limit in TOTAL_LIMITS)

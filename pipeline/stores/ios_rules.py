@@ -277,7 +277,7 @@ def describe_ios(folder: Path) -> str:
     tree = IosTree(folder)
     size = sum(sum(tree.below(top).values()) for top in tree.tops)
     share = f"{size:,} bytes, {size / TOTAL_LIMIT:.2%} of {TOTAL_LIMIT / 10**9:.0f} GB"
-    lines = [f"{folder}: {len(tree.tops)} packs of {PACKS_LIMIT}; {share}"]
+    lines = [f"{folder}: packs: {len(tree.tops)} of {PACKS_LIMIT}; {share}"]
     for variant, delivery in tree.deliveries.items():
         lines.append(f"  {variant}: {delivery.bytes:,} bytes in {len(delivery.packs)} packs")
     return "\n".join(lines)

@@ -84,7 +84,7 @@ def test_the_written_folder_keeps_every_rule(shop: Shop, tmp_path: Path) -> None
 def test_totals_are_told_against_both_limits(shop: Shop, tmp_path: Path) -> None:
     text = describe_android(shop.write_android(tmp_path / "android"))
     size = shop.android.groups["ram_12gb"].delivery.bytes
-    assert "2 packs of 100" in text and "of 4 GB and" in text and "of 30 GB" in text
+    assert "packs: 2 of 100" in text and "of 4 GB and" in text and "of 30 GB" in text
     found = next(line for line in text.splitlines() if "ram_12gb" in line)
     shown = int(found.split(":")[1].split()[0].replace(",", ""))
     assert shown == size + (tmp_path / "android" / ONE / "packs.json").stat().st_size
