@@ -51,7 +51,7 @@ def test_the_written_folder_keeps_every_rule(shop: Shop, tmp_path: Path) -> None
     index = json.loads((root / "packs.json").read_text())
     assert index["deliveries"]["q4"]["min_app_version"] == 1 and index["deliveries"]["q4"]["max_app_version"] is None
     text = describe_ios(root)
-    assert "3 packs of 100" in text and "of 200 GB" in text and f"{index['deliveries']['q4']['bytes']:,} bytes" in text
+    assert "packs: 3 of 100" in text and "of 200 GB" in text and f"{index['deliveries']['q4']['bytes']:,} bytes" in text
 
 
 def test_the_app_picks_the_best_that_fits(shop: Shop) -> None:
