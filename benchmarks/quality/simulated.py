@@ -1,15 +1,15 @@
 """GPTQ on a real 3-bit grid, which no kernel runs: simulated, to see what q3's mixture of 4 and 2 bits gives up.
 
-The body's weights are quantized with error compensation as `search: gptq` does it and written back as float32, the
-table of embedding and head in 6 bits as in q3, and the result is measured like every file. It computes with float
-activations, where files use int8 ones. Its bits are counted as a file would store them: codes, float16 scales, 3-bit
-zero points.
+The body's weights are quantized with GPTQ's error compensation, the first half of `search: gptq`, and written back as
+float32, the table of embedding and head in 6 bits as in q3, and the result is measured like every file. It computes
+with float activations, where files use int8 ones. Its bits are counted as a file would store them: codes, float16
+scales, 3-bit zero points.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from pipeline.files import read_json, scratch_directory, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.quantize.formats import TensorFormat
-from pipeline.quantize.gptq import TILE, Factor, compensated, factor
+from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
 from pipeline.quantize.search import weighted
 from pipeline.stages.texts import input_ids
 
@@ -90,9 +90,9 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
     table = weighted(checkpoint.rows(head.name), moments[head.input], _TABLE)
     _replace(folder, checkpoint, head.name, table.dequantize())
     with threadpool_limits(1, "blas"), scratch_directory(prepared.project.work / "states") as states:
-        hessian = _hessians(prepared, states)
+        factors = _factors(prepared, states)
         for name, sharing in groupby(_body(architecture), key=lambda matrix: matrix.input):
-            found = factor(hessian(name))
+            found = factors(name)
             for matrix in sharing:
                 _replace(folder, checkpoint, matrix.name, compensated_3_bit(checkpoint.rows(matrix.name), found, block))
     body = sum(matrix.rows * matrix.columns for matrix in _body(architecture))
@@ -102,12 +102,18 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
     write_json(folder / _SIZE, {"bytes": stored, "body_bits": bits})
 
 
-def _hessians(prepared: Prepared, states: Path) -> Hessians:
-    """Σ x·xᵀ over the calibration text, as the quantize stage streams it."""
+def _factors(prepared: Prepared, states: Path) -> Callable[[str], Factor]:
+    """The factor of Σ x·xᵀ over the calibration text by an input's name, as the quantize stage has it."""
     graph = onnx.load(prepared.reference / REFERENCE_GRAPH, load_external_data=False)
     with chdir(prepared.project.folder):
         windows = input_ids(config.load_calibration(), prepared.reference, Store(prepared.project.store))
-    return Hessians(DecoderSlices(graph, prepared.architecture), prepared.reference, windows, states)
+    hessians = Hessians(DecoderSlices(graph, prepared.architecture), prepared.reference, windows, states)
+
+    def of(name: str) -> Factor:
+        hessian = hessians(name)
+        return factor(hessian, damping_for(len(hessian), sum(map(len, windows))))
+
+    return of
 
 
 def _body(architecture: Architecture) -> Iterator[Matrix]:

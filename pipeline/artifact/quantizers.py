@@ -16,8 +16,9 @@ from pipeline.artifact.graph import channel_names
 from pipeline.checkpoint.architecture import Matrix
 from pipeline.errors import PlanError
 from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.quantize.descent import descended
 from pipeline.quantize.formats import Quantized, TensorFormat
-from pipeline.quantize.gptq import TILE, Factor, compensated, factor
+from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
 from pipeline.quantize.search import nearest, weighted
 
 Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
@@ -64,39 +65,49 @@ class Weighted:
 
 
 class Compensated(Weighted):
-    """GPTQ for the body, whose errors accumulate; the embedding and the head are searched as in `Weighted`.
+    """GPTQ and coordinate descent for the body, whose errors accumulate; the embedding and the head are searched as in
+    `Weighted`.
 
     Args:
         hessian: Σ x·xᵀ of an input by its name, float32 [channels, channels]; asked for in the order of execution.
+        tokens: how many tokens are summed there.
     """
 
     tile = TILE
 
-    def __init__(self, moments: Moments, hessian: Callable[[str], np.ndarray]):
+    def __init__(self, moments: Moments, hessian: Callable[[str], np.ndarray], tokens: int):
         super().__init__(moments)
-        self._hessian = hessian
+        self._hessian, self._tokens = hessian, tokens
         self._lock = Lock()
         self._input = ""
-        self._factor: Factor | None = None
+        self._kept: tuple[np.ndarray, Factor] | None = None
 
     def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
         """Under the whole second moment matrix of the matrix's input, for a matrix of the body."""
         if planned.matrix.role in {"embedding", "head"}:
             return super().of(planned, channels)
         order = np.concatenate([channels[name] for name in channel_names(planned)]) if planned.split else None
-        found = self._factor_of(planned.matrix.input, order)
+        hessian, found = self._statistics(planned.matrix.input, order)
         formats = [(piece.format, piece.columns) for piece in planned.pieces]
-        return lambda weights: compensated(
-            weights if order is None else np.take(weights, order, axis=1), found, formats
-        )
 
-    def _factor_of(self, name: str, order: np.ndarray | None) -> Factor:
-        """The factor of the input asked for last is kept: matrices that share it follow one another."""
+        def quantize(weights: np.ndarray) -> list[Quantized]:
+            ordered = weights if order is None else np.take(weights, order, axis=1)
+            return descended(ordered, hessian, found.damping, compensated(ordered, found, formats))
+
+        return quantize
+
+    def _statistics(self, name: str, order: np.ndarray | None) -> tuple[np.ndarray, Factor]:
+        """Σ x·xᵀ with its channels in `order`, and its factor. Those of the input asked for last are kept: matrices
+        that share it follow one another."""
         with self._lock:
-            if self._factor is None or self._input != name:
-                self._factor = None  # two of them at a time would be the peak of memory
-                self._factor, self._input = factor(self._hessian(name), order), name
-            return self._factor
+            if self._kept is None or self._input != name:
+                self._kept = None  # more than two such matrices at a time would be the peak of memory
+                hessian = self._hessian(name)
+                if order is not None:
+                    hessian = hessian[np.ix_(order, order)]
+                damping = damping_for(len(hessian), self._tokens)
+                self._kept, self._input = (hessian, factor(hessian, damping)), name
+            return self._kept
 
 
 def _by_piece(

@@ -12,6 +12,7 @@ product with both planes under one scale is the sum of two products.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,21 +117,41 @@ class Quantized:
     scales: np.ndarray
     zeros: np.ndarray
 
+    def rows(self, part: slice) -> Quantized:
+        """Some of the rows."""
+        return Quantized(self.format, self.codes[part], self.scales[part], self.zeros[part])
+
     def stored(self) -> list[np.ndarray]:
         """The arrays as they are stored: the planes of the codes, the scales, the planes of the zero points."""
         planes, blocks = self.format.planes, self.scales.shape[1]
         found = [*_planes(self.codes, planes, blocks * self.format.block), self.scales]
         return found if self.format.symmetric else [*found, *_planes(self.zeros, planes, blocks)]
 
+    @property
+    def columns(self) -> int:
+        """Input channels."""
+        return self.scales.shape[1] * self.format.block
+
+    def zero_points(self) -> np.ndarray:
+        """The code of a weight of 0 in each block, uint8 [rows, columns/block]."""
+        if self.format.symmetric:
+            return np.full(self.scales.shape, self.format.middle, np.uint8)
+        return unpack(self.zeros, self.format.bits, self.scales.shape[1])
+
+    def levels(self) -> np.ndarray:
+        """Codes less their zero points, float32 [rows, columns]."""
+        codes = unpack(self.codes, self.format.bits, self.columns).astype(np.float32)
+        return codes - np.repeat(self.zero_points().astype(np.float32), self.format.block, axis=1)
+
     def dequantize(self) -> np.ndarray:
         """The weights that the runtime computes with, float32 [rows, columns]."""
-        fmt, (rows, blocks) = self.format, self.scales.shape
-        codes = unpack(self.codes, fmt.bits, blocks * fmt.block).reshape(rows, blocks, fmt.block)
-        zeros = np.full((rows, blocks), fmt.middle) if fmt.symmetric else unpack(self.zeros, fmt.bits, blocks)
-        values = (codes.astype(np.float32) - zeros[..., None].astype(np.float32)) * self.scales[..., None].astype(
-            np.float32
-        )
-        return values.reshape(rows, blocks * fmt.block)
+        return self.levels() * np.repeat(self.scales.astype(np.float32), self.format.block, axis=1)
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Rows of one format, those of each part behind the other's."""
+    arrays = zip(*((part.codes, part.scales, part.zeros) for part in parts), strict=True)
+    return Quantized(parts[0].format, *map(np.concatenate, arrays))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

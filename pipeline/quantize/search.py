@@ -30,7 +30,7 @@ _RANGES = {
     6: np.linspace(1.0, 0.85, 4),
     8: np.linspace(1.0, 0.95, 3),
 }
-_LANES = 32
+LANES = 32
 # A channel that calibration never excited must not become free to destroy: a floor far below its block's mean.
 _FLOOR = np.float32(1e-3)
 
@@ -91,31 +91,31 @@ def _quantized(
 @compiled(nogil=True)
 def _search(blocks, shares, bits, symmetric, starts, half_step, codes, scales, zeros):
     top = np.float32((1 << bits) - 1)
-    w, m = np.zeros((blocks.shape[1], _LANES), np.float32), np.zeros((blocks.shape[1], _LANES), np.float32)
-    grid, sums = np.zeros(3 * _LANES, np.float32), np.zeros(3 * _LANES, np.float32)
-    trial, kept = np.zeros(3 * _LANES, np.float32), np.zeros(4 * _LANES, np.float32)
-    unit, middle, plain = np.zeros((3, _LANES), np.float32)
-    half = np.zeros((2, _LANES), np.uint16)
-    packed = np.zeros((codes.shape[1], _LANES), np.uint8)
-    for start in range(0, len(blocks), _LANES):
-        count = min(_LANES, len(blocks) - start)
+    w, m = np.zeros((blocks.shape[1], LANES), np.float32), np.zeros((blocks.shape[1], LANES), np.float32)
+    grid, sums = np.zeros(3 * LANES, np.float32), np.zeros(3 * LANES, np.float32)
+    trial, kept = np.zeros(3 * LANES, np.float32), np.zeros(4 * LANES, np.float32)
+    unit, middle, plain = np.zeros((3, LANES), np.float32)
+    half = np.zeros((2, LANES), np.uint16)
+    packed = np.zeros((codes.shape[1], LANES), np.uint8)
+    for start in range(0, len(blocks), LANES):
+        count = min(LANES, len(blocks) - start)
         _load(blocks, shares, start, count, w, m)
         _full_range(w, symmetric, top, unit, middle)
         kept[:] = np.inf
         for k in range(len(starts)):
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 _aim(lane, starts[k, 0], middle[lane] + starts[k, 1], unit, top, trial)
             _try(w, m, top, len(starts) > 1, trial, kept, grid, sums)
         if len(starts) > 1:
             _refine(w, m, top, half_step, unit, trial, kept, grid, sums)
-        _round_scales(kept[:_LANES], half[0], trial[:_LANES])
+        round_scales(kept[:LANES], half[0], trial[:LANES])
         if len(starts) > 1:
             _keep_nearest(w, m, top, unit, middle, half, trial, kept, grid, sums, plain)
-        trial[_LANES : 2 * _LANES] = kept[_LANES : 2 * _LANES]
+        trial[LANES : 2 * LANES] = kept[LANES : 2 * LANES]
         _set_grid(trial, grid)
         _pack_codes(w, grid, top, bits, packed)
         for lane in range(count):
-            scales[start + lane], zeros[start + lane] = half[0, lane], np.uint8(kept[_LANES + lane])
+            scales[start + lane], zeros[start + lane] = half[0, lane], np.uint8(kept[LANES + lane])
             for byte in range(len(packed)):
                 codes[start + lane, byte] = packed[byte, lane]
 
@@ -133,13 +133,13 @@ def _load(blocks, shares, start, count, w, m):
 @compiled(nogil=True)
 def _full_range(w, symmetric, top, unit, middle):
     """Scale and zero point of the range divided evenly. A block of zeros has scale 1: its codes are its zero point."""
-    low, high = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    low, high = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for j in range(len(w)):
-        for lane in range(_LANES):
+        for lane in range(LANES):
             low[lane] = min(low[lane], w[j, lane])
             high[lane] = max(high[lane], w[j, lane])
     reach = np.float32((top + 1) // 2)
-    for lane in range(_LANES):
+    for lane in range(LANES):
         if symmetric:
             extreme = high[lane] if high[lane] > -low[lane] else low[lane]
             unit[lane], middle[lane] = extreme / -reach, reach
@@ -153,8 +153,8 @@ def _full_range(w, symmetric, top, unit, middle):
 @compiled(nogil=True)
 def _aim(lane, share, zero, unit, top, trial):
     trial[lane] = unit[lane] * share
-    trial[_LANES + lane] = min(max(zero, np.float32(0)), top)
-    trial[2 * _LANES + lane] = share
+    trial[LANES + lane] = min(max(zero, np.float32(0)), top)
+    trial[2 * LANES + lane] = share
 
 
 @compiled(nogil=True)
@@ -162,10 +162,10 @@ def _refine(w, m, top, half_step, unit, trial, kept, grid, sums):
     """Half a step to both sides of the best range, then the codes that the best scale itself gives."""
     best = kept.copy()
     for side in (-half_step, half_step):
-        for lane in range(_LANES):
-            _aim(lane, best[2 * _LANES + lane] + side, best[_LANES + lane], unit, top, trial)
+        for lane in range(LANES):
+            _aim(lane, best[2 * LANES + lane] + side, best[LANES + lane], unit, top, trial)
         _try(w, m, top, True, trial, kept, grid, sums)
-    trial[:] = kept[: 3 * _LANES]
+    trial[:] = kept[: 3 * LANES]
     _try(w, m, top, True, trial, kept, grid, sums)
 
 
@@ -179,25 +179,25 @@ def _try(w, m, top, fit, trial, kept, grid, sums):
     """
     _set_grid(trial, grid)
     _sums(w, m, grid, top, sums)
-    for lane in range(_LANES):
-        cross, square = sums[_LANES + lane], sums[2 * _LANES + lane]
+    for lane in range(LANES):
+        cross, square = sums[LANES + lane], sums[2 * LANES + lane]
         step = cross / square if fit and square > 0 else np.float32(0)
         error = sums[lane] - step * cross
         # The first candidate is kept even if its error overflows: the caller sees an infinite scale.
-        better = error < kept[3 * _LANES + lane] or kept[lane] == np.inf
+        better = error < kept[3 * LANES + lane] or kept[lane] == np.inf
         kept[lane] = trial[lane] + step if better else kept[lane]
-        kept[_LANES + lane] = trial[_LANES + lane] if better else kept[_LANES + lane]
-        kept[2 * _LANES + lane] = trial[2 * _LANES + lane] if better else kept[2 * _LANES + lane]
-        kept[3 * _LANES + lane] = error if better else kept[3 * _LANES + lane]
+        kept[LANES + lane] = trial[LANES + lane] if better else kept[LANES + lane]
+        kept[2 * LANES + lane] = trial[2 * LANES + lane] if better else kept[2 * LANES + lane]
+        kept[3 * LANES + lane] = error if better else kept[3 * LANES + lane]
 
 
 @compiled(nogil=True)
 def _set_grid(trial, grid):
-    for lane in range(_LANES):
+    for lane in range(LANES):
         scale = trial[lane]
         grid[lane] = scale
-        grid[_LANES + lane] = np.float32(1) / scale if scale != 0 else np.float32(0)
-        grid[2 * _LANES + lane] = trial[_LANES + lane]
+        grid[LANES + lane] = np.float32(1) / scale if scale != 0 else np.float32(0)
+        grid[2 * LANES + lane] = trial[LANES + lane]
 
 
 @compiled(nogil=True)
@@ -209,44 +209,44 @@ def _sums(w, m, grid, top, sums):
     """
     sums[:] = 0
     for j in range(len(w)):
-        for lane in range(_LANES):
-            zero = grid[2 * _LANES + lane]
-            c = np.rint(w[j, lane] * grid[_LANES + lane]) + zero
+        for lane in range(LANES):
+            zero = grid[2 * LANES + lane]
+            c = np.rint(w[j, lane] * grid[LANES + lane]) + zero
             c = top if c > top else c
             c = np.float32(0) if c < np.float32(0) else c
             c -= zero
             r = w[j, lane] - c * grid[lane]
             t = m[j, lane] * r
             sums[lane] += t * r
-            sums[_LANES + lane] += t * c
-            sums[2 * _LANES + lane] += m[j, lane] * c * c
+            sums[LANES + lane] += t * c
+            sums[2 * LANES + lane] += m[j, lane] * c * c
 
 
 @compiled(nogil=True)
 def _keep_nearest(w, m, top, unit, middle, half, trial, kept, grid, sums, plain):
     """Take round-to-nearest back where the search, under scales as they are stored, is no better."""
-    trial[_LANES : 2 * _LANES] = kept[_LANES : 2 * _LANES]
+    trial[LANES : 2 * LANES] = kept[LANES : 2 * LANES]
     searched = trial.copy()
     _set_grid(searched, grid)
     _sums(w, m, grid, top, sums)
-    plain[:] = sums[:_LANES]
-    _round_scales(unit, half[1], trial[:_LANES])
-    trial[_LANES : 2 * _LANES] = middle
+    plain[:] = sums[:LANES]
+    round_scales(unit, half[1], trial[:LANES])
+    trial[LANES : 2 * LANES] = middle
     _set_grid(trial, grid)
     _sums(w, m, grid, top, sums)
-    for lane in range(_LANES):
+    for lane in range(LANES):
         if plain[lane] < sums[lane]:
             trial[lane] = searched[lane]
         else:
             half[0, lane] = half[1, lane]
-            kept[_LANES + lane] = middle[lane]
+            kept[LANES + lane] = middle[lane]
 
 
 @compiled(nogil=True)
-def _round_scales(scales, half, rounded):
+def round_scales(scales, half, rounded):
     """float32 to the bits of the nearest float16 (ties to even, overflow to infinity), and its value."""
     bits, values = scales.view(np.uint32), rounded.view(np.uint32)
-    for lane in range(_LANES):
+    for lane in range(LANES):
         sign, size = bits[lane] & np.uint32(0x80000000), bits[lane] & np.uint32(0x7FFFFFFF)
         if size < np.uint32(0x38800000):  # below 2⁻¹⁴: a subnormal, a multiple of 2⁻²⁴
             steps = np.rint(np.abs(scales[lane]) * np.float32(16777216))
@@ -268,8 +268,8 @@ def _pack_codes(w, grid, top, bits, packed):
     per_byte = 8 // bits
     for byte in range(len(packed)):
         for slot in range(per_byte):
-            for lane in range(_LANES):
-                c = np.rint(w[byte * per_byte + slot, lane] * grid[_LANES + lane]) + grid[2 * _LANES + lane]
+            for lane in range(LANES):
+                c = np.rint(w[byte * per_byte + slot, lane] * grid[LANES + lane]) + grid[2 * LANES + lane]
                 c = top if c > top else c
                 c = np.float32(0) if c < np.float32(0) else c
                 code = np.uint8(np.int32(c)) << np.uint8(slot * bits)

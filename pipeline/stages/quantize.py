@@ -97,7 +97,8 @@ def _search(
     states = stack.enter_context(scratch_directory(partial.folder.with_name(f"{partial.folder.name}.states")))
     # Units of rows keep all cores busy; a product that took them all too would only get in their way.
     stack.enter_context(threadpool_limits(1, "blas"))
-    return Compensated(moments, Hessians(DecoderSlices(graph, architecture), folder, windows, states))
+    hessians = Hessians(DecoderSlices(graph, architecture), folder, windows, states)
+    return Compensated(moments, hessians, sum(map(len, windows)))
 
 
 def _digests(folder: Path) -> dict[str, str]:

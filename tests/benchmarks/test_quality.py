@@ -104,7 +104,7 @@ def test_products_that_are_no_plain_product_are_refused() -> None:
 def test_the_simulated_grid_has_eight_levels_per_block() -> None:
     weights = np.random.default_rng(0).standard_normal((4, 128), np.float32)
     for block in simulated.BLOCKS:
-        restored = simulated.compensated_3_bit(weights, factor(np.eye(128, dtype=np.float32)), block)
+        restored = simulated.compensated_3_bit(weights, factor(np.eye(128, dtype=np.float32), 0.3), block)
         levels = [len(np.unique(part)) for row in restored for part in row.reshape(-1, block)]
         assert max(levels) == 8
         assert np.linalg.norm(weights - restored) / np.linalg.norm(weights) < 0.25  # 2 bits leave .4

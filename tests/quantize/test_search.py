@@ -185,12 +185,12 @@ def test_sizes_are_those_of_the_format(name: str) -> None:
 
 def rounded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bits and values of the compiled rounding to float16; any count."""
-    lanes = search._LANES
+    lanes = search.LANES
     padded = np.zeros(-(-len(values) // lanes) * lanes, np.float32)
     padded[: len(values)] = values
     bits, floats = np.empty(len(padded), np.uint16), np.empty_like(padded)
     for start in range(0, len(padded), lanes):
-        search._round_scales(padded[start : start + lanes], bits[start : start + lanes], floats[start : start + lanes])
+        search.round_scales(padded[start : start + lanes], bits[start : start + lanes], floats[start : start + lanes])
     return bits[: len(values)], floats[: len(values)]
 
 

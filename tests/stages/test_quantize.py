@@ -392,9 +392,11 @@ def test_the_body_is_compensated_and_the_head_is_searched(compensating: Workspac
     architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
     slices = DecoderSlices(onnx.load(folder / "model.onnx", load_external_data=False), architecture)
     Path("states").mkdir()
-    hessians = Hessians(slices, folder, input_ids(config.load_calibration(), folder, store), Path("states"))
+    windows = input_ids(config.load_calibration(), folder, store)
+    hessians = Hessians(slices, folder, windows, Path("states"))
     asked: dict[str, np.ndarray] = {}
-    search = Compensated(read_moments(compensating), lambda name: asked.setdefault(name, hessians(name)))
+    tokens = sum(map(len, windows))
+    search = Compensated(read_moments(compensating), lambda name: asked.setdefault(name, hessians(name)), tokens)
     plan = make_plan(architecture, load_recipe("q4"))
     for item in plan.body:
         weights, fmt = checkpoint.rows(item.matrix.name), item.pieces[0].format
