@@ -217,10 +217,22 @@ Recipe = RecipeConfig | BudgetRecipe
 
 
 class CalibrationConfig(Frozen):
-    """Which text drives activation statistics. `texts` maps a dataset name to its number of tokens."""
+    """Which text drives activation statistics. `texts` and `chats` map a dataset's name to its number of tokens; a chat
+    is a file of conversations (`pipeline.evaluate.chat`), read through the model's own chat template."""
 
     texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    chats: dict[Name, Annotated[int, Field(gt=0)]] = {}
     window: int = Field(gt=1, description="tokens per sequence")
+
+    @property
+    def datasets(self) -> frozenset[str]:
+        """Names of all datasets that are read."""
+        return frozenset({*self.texts, *self.chats})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return sum(self.texts.values()) + sum(self.chats.values())
 
 
 class SensitivityConfig(CalibrationConfig):
@@ -232,7 +244,7 @@ class SensitivityConfig(CalibrationConfig):
 
     @model_validator(mode="after")
     def _has_whole_windows(self) -> SensitivityConfig:
-        if all(tokens < self.window for tokens in self.texts.values()):
+        if all(tokens < self.window for tokens in (*self.texts.values(), *self.chats.values())):
             raise ValueError(f"no text has {self.window} tokens, a whole window: raise `texts` or lower `window`")
         return self
 
@@ -749,7 +761,7 @@ def load_parity() -> ParityConfig:
 def needed_datasets() -> dict[str, HubFile | WheelSource]:
     """Entries of configs/datasets.yaml that the selected run reads. Raises ConfigError for an absent one."""
     suite, datasets = load_suite(load_pipeline().suite), load_datasets().datasets
-    texts = {*suite.divergence.texts, *load_calibration().texts, *load_sensitivity().texts}
+    texts = {*suite.divergence.texts, *load_calibration().datasets, *load_sensitivity().datasets}
     needed = {"mmlu", "humaneval", *texts, *["mmlu-dev"] * (suite.mmlu.exemplars == "dev")}
     if unknown := sorted(needed - set(datasets)):
         raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")

@@ -203,6 +203,7 @@ def test_a_missing_file_suggests_its_neighbour() -> None:
         ("pipeline.yaml", {"variants": ["q4", "q5"]}, "recipes/q5.yaml: no such file"),
         ("models/smollm2-135m.yaml", {"gate_class": "tiny"}, "gate_class 'tiny' is not in"),
         ("calibration.yaml", {"texts": {"text-c5": 10}}, "no entry for text-c5"),
+        ("calibration.yaml", {"chats": {"chat-c5": 10}}, "no entry for chat-c5"),
     ],
 )
 def test_files_must_fit_together(

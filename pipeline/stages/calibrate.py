@@ -46,9 +46,9 @@ def run(model: str) -> None:
     architecture = read_architecture(folder / "config.json")
     require(model, needs.calibrate(architecture, calibration))
     windows = input_ids(calibration, folder, store)
-    if shared := text_overlap(calibration.texts, suite.divergence.texts, store):
+    if shared := text_overlap(calibration.datasets, suite.divergence.texts, store):
         raise EvaluationError(
-            f"calibration text {sorted(calibration.texts)} shares {shared} 13-grams with the evaluation text "
+            f"calibration text {sorted(calibration.datasets)} shares {shared} 13-grams with the evaluation text "
             f"{sorted(suite.divergence.texts)}: results would flatter. Choose other text in configs/calibration.yaml."
         )
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture, cache=True)

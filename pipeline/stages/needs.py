@@ -101,7 +101,7 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     """
     sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
     floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * calibration.window
-    tokens = sum(calibration.texts.values())
+    tokens = calibration.tokens
     seconds = None
     if rates:
         seconds = _product_seconds(architecture, tokens, rates) + architecture.parameters / WIDENED_PER_SECOND
@@ -120,7 +120,7 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     """One layer in float32, and the hidden states of a copy of the text for every matrix, before a layer and after."""
     body = architecture.body(0)
     sizes = [matrix.rows * matrix.columns for matrix in body]
-    tokens = sum(wanted.texts.values())
+    tokens = wanted.tokens
     copies = 2 + architecture.layers * len(body)
     states = 4 * copies * tokens * architecture.hidden
     seconds = _product_seconds(architecture, tokens * copies / 2, rates) if rates else None

@@ -12,6 +12,7 @@ from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.checkpoint.store import Store
 from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
 from pipeline.errors import CheckpointError
+from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.texts import input_windows, overlap, scored_windows
 
 
@@ -46,11 +47,9 @@ def _read(name: str, store: Store) -> str:
 def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> list[np.ndarray]:
     """Calibration windows, int64 [window]."""
     encode = encoder(folder)
-    return [
-        ids
-        for name, tokens in calibration.texts.items()
-        for ids in input_windows(_read(name, store), encode, tokens, calibration.window)
-    ]
+    sources = [(_read(name, store), tokens) for name, tokens in calibration.texts.items()]
+    sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]
+    return [ids for text, tokens in sources for ids in input_windows(text, encode, tokens, calibration.window)]
 
 
 def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list[np.ndarray]:

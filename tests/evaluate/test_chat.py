@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.chat import has_thought, read_template, without_thought
+from pipeline.evaluate.chat import has_thought, read_template, transcript, without_thought
 from tests import tiny
 
 
@@ -68,3 +68,38 @@ def test_a_reply_begins_after_a_closed_think_block(reply: str, thinks: bool, exp
     assert without_thought(reply, thinks) == expected
     assert has_thought(expected) == expected.endswith("</think>\n\n")
     assert without_thought(expected, thinks) == expected
+
+
+CONVERSATIONS = """
+categories: [greetings]
+conversations:
+- - Hello?
+  - Hi.
+  - 'Yes'
+- ['What is 1 + 1?', '2']
+- ['What is 1 + 1?', '2']
+"""
+
+
+def test_a_transcript_is_the_template_s_in_turns_each_conversation_once(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.yml"
+    path.write_text(CONVERSATIONS)
+    set_template(folder, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ add_generation_prompt }};")
+    assert transcript(folder, path) == (
+        "<user>Hello?<assistant>Hi.<user>YesFalse;<user>What is 1 + 1?<assistant>2False;"
+    )
+
+
+def test_without_a_template_messages_are_paragraphs(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.yml"
+    path.write_text(CONVERSATIONS)
+    set_template(folder, None)
+    assert transcript(folder, path) == "Hello?\n\nHi.\n\nYes\n\nWhat is 1 + 1?\n\n2\n\n"
+
+
+@pytest.mark.parametrize("text", ["conversations: []", "conversations: [[1, 2]]", "- a", "prose", "a: [", ""])
+def test_a_file_without_conversations_is_named(folder: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "chat.yml"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=r"chat\.yml is not a YAML file of conversations"):
+        transcript(folder, path)

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from pipeline.checkpoint.store import Store
+from pipeline.config import CalibrationConfig
+from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate, download, export
+from pipeline.stages.texts import dataset, encoder, input_ids
 from pipeline.stages.workspace import Workspace
 from tests import tiny
 from tests.artifact.exported import contents
@@ -22,6 +26,9 @@ from tests.conftest import ROOT
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
+from pipeline.checkpoint.store import Store
+from pipeline.config import CalibrationConfig
+from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate
 feeds = LayerStream._feeds
@@ -129,3 +136,24 @@ def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys:
     _calibrate(workspace)
     assert passed == [0, 1, 2, 3]
     assert "dropped" in capsys.readouterr().err
+
+
+def test_conversations_are_calibrated_on_as_the_model_reads_them(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of a chat begin with the template's text, their tokens count, and none of it may judge."""
+    store, folder = Store(), workspace.reference(Store())
+    plain = CalibrationConfig(texts={"text-c4": 128}, window=64)
+    both = CalibrationConfig(texts={"text-c4": 128}, chats={"chat-coding": 192}, window=64)
+    windows, chats = input_ids(plain, folder, store), input_ids(both, folder, store)[2:]
+    assert [len(ids) for ids in chats] == [64, 64, 64] and both.tokens == 320
+    assert all((a == b).all() for a, b in zip(windows, input_ids(both, folder, store), strict=False))
+    rendered = encoder(folder)(transcript(folder, dataset("chat-coding", store)))
+    np.testing.assert_array_equal(chats[0], rendered[:64])
+    Path("configs/calibration.yaml").write_text(both.model_dump_json())
+    compared: set[str] = set()
+    monkeypatch.setattr(calibrate, "text_overlap", lambda names, *_: compared.update(names) or 0)
+    calibrate.run(tiny.MODEL)
+    assert compared == {"text-c4", "chat-coding"}
+    with safe_open(workspace.moments, "numpy") as file:
+        assert file.metadata()["tokens"] == "320"

@@ -67,7 +67,7 @@ def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_p
     assert many.seconds is not None
     assert many.seconds > 10 * few.seconds
     assert many.scratch
-    assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * sum(calibration.texts.values()) * 5120
+    assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * calibration.tokens * 5120
 
 
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
