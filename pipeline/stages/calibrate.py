@@ -26,7 +26,7 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.progress import Progress
 from pipeline.stages import needs
 from pipeline.stages.preflight import require
-from pipeline.stages.texts import input_ids, text_overlap
+from pipeline.stages.texts import check_unseen, input_ids
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
 Statistics = dict[str, np.ndarray]
@@ -38,7 +38,7 @@ def run(model: str) -> None:
     Beside it ranges.safetensors: what int8 scales of the KV cache need, `layers.0.key` and `layers.0.value` of every
     layer, float32 [kv_heads · head_dim] (`quantize.cache.magnitudes`).
 
-    Raises EvaluationError when the calibration text shares 13-grams with the evaluation text.
+    Raises EvaluationError when the calibration text shares 13-grams of words with the text and questions that judge.
     """
     calibration, suite = config.load_calibration(), config.load_suite(config.load_pipeline().suite)
     store, workspace = Store(), Workspace(model)
@@ -46,11 +46,7 @@ def run(model: str) -> None:
     architecture = read_architecture(folder / "config.json")
     require(model, needs.calibrate(architecture, calibration))
     windows = input_ids(calibration, folder, store)
-    if shared := text_overlap(calibration.datasets, suite.divergence.texts, store):
-        raise EvaluationError(
-            f"calibration text {sorted(calibration.datasets)} shares {shared} 13-grams with the evaluation text "
-            f"{sorted(suite.divergence.texts)}: results would flatter. Choose other text in configs/calibration.yaml."
-        )
+    check_unseen(windows, folder, suite, store)
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture, cache=True)
     tokens = sum(map(len, windows))
     with open_partial(workspace.partial("calibration"), _key(workspace, windows)) as partial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ from tokenizers import Tokenizer
 
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.checkpoint.store import Store
-from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
-from pipeline.errors import CheckpointError
+from pipeline.config import CalibrationConfig, DivergenceConfig, EvaluationConfig, load_datasets
+from pipeline.errors import CheckpointError, EvaluationError
 from pipeline.evaluate.chat import transcript
+from pipeline.evaluate.humaneval import load_problems
+from pipeline.evaluate.mmlu import load_questions
 from pipeline.evaluate.texts import input_windows, overlap, scored_windows
 
 
@@ -62,6 +64,21 @@ def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list
     ]
 
 
-def text_overlap(a: Iterable[str], b: Iterable[str], store: Store) -> int:
-    """Number of 13-grams that two sets of datasets share."""
-    return overlap((_read(name, store) for name in a), (_read(name, store) for name in b))
+def evaluation_texts(suite: EvaluationConfig, store: Store) -> Iterator[tuple[str, list[str]]]:
+    """What judges, by dataset: held-out text, every MMLU question with its choices, HumanEval with its solutions."""
+    for name in suite.divergence.texts:
+        yield name, [_read(name, store)]
+    yield "mmlu", [" ".join((item.question, *item.choices)) for item in load_questions(dataset("mmlu", store))]
+    yield "humaneval", [item.prompt + item.canonical_solution for item in load_problems(dataset("humaneval", store))]
+
+
+def check_unseen(windows: Sequence[np.ndarray], folder: Path, suite: EvaluationConfig, store: Store) -> None:
+    """Raise EvaluationError when calibration windows share a 13-gram of words with what judges."""
+    decode = read_tokenizer(folder).decode
+    texts = [decode(ids.tolist(), skip_special_tokens=False) for ids in windows]
+    for name, judging in evaluation_texts(suite, store):
+        if shared := overlap(texts, judging):
+            raise EvaluationError(
+                f"the calibration text shares {shared} 13-grams with {name}, which judges: results would flatter. "
+                f"Choose other text, or another number of tokens, in configs/calibration.yaml."
+            )

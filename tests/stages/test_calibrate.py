@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from pipeline import config
 from pipeline.checkpoint.store import Store
 from pipeline.config import CalibrationConfig
+from pipeline.errors import EvaluationError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate, download, export
-from pipeline.stages.texts import dataset, encoder, input_ids
+from pipeline.stages.texts import check_unseen, dataset, encoder, evaluation_texts, input_ids
 from pipeline.stages.workspace import Workspace
 from tests import tiny
 from tests.artifact.exported import contents
@@ -26,8 +28,10 @@ from tests.conftest import ROOT
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
+from pipeline import config
 from pipeline.checkpoint.store import Store
 from pipeline.config import CalibrationConfig
+from pipeline.errors import EvaluationError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate
@@ -65,7 +69,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take for granted that the texts share nothing: counting takes longer than calibrating."""
-    monkeypatch.setattr(calibrate, "text_overlap", lambda *_: 0)
+    monkeypatch.setattr(calibrate, "check_unseen", lambda *_: None)
 
 
 def _calibrate(workspace: Workspace) -> dict[str, bytes]:
@@ -138,10 +142,9 @@ def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys:
     assert "dropped" in capsys.readouterr().err
 
 
-def test_conversations_are_calibrated_on_as_the_model_reads_them(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Windows of a chat begin with the template's text, their tokens count, and none of it may judge."""
+@pytest.mark.usefixtures("disjoint")
+def test_conversations_are_calibrated_on_as_the_model_reads_them(workspace: Workspace) -> None:
+    """Windows of a chat begin with the template's text, and their tokens count."""
     store, folder = Store(), workspace.reference(Store())
     plain = CalibrationConfig(texts={"text-c4": 128}, window=64)
     both = CalibrationConfig(texts={"text-c4": 128}, chats={"chat-coding": 192}, window=64)
@@ -151,9 +154,20 @@ def test_conversations_are_calibrated_on_as_the_model_reads_them(
     rendered = encoder(folder)(transcript(folder, dataset("chat-coding", store)))
     np.testing.assert_array_equal(chats[0], rendered[:64])
     Path("configs/calibration.yaml").write_text(both.model_dump_json())
-    compared: set[str] = set()
-    monkeypatch.setattr(calibrate, "text_overlap", lambda names, *_: compared.update(names) or 0)
     calibrate.run(tiny.MODEL)
-    assert compared == {"text-c4", "chat-coding"}
     with safe_open(workspace.moments, "numpy") as file:
         assert file.metadata()["tokens"] == "320"
+
+
+@pytest.mark.parametrize("judging", ["text-wiki", "mmlu", "humaneval"])
+def test_what_judges_does_not_calibrate(workspace: Workspace, judging: str) -> None:
+    """A sentence of it in a window is enough."""
+    store, folder = Store(), workspace.reference(Store())
+    suite = config.load_suite("seconds")
+    texts = dict(evaluation_texts(suite, store))
+    sentence = max(texts[judging][-1].splitlines(), key=len)[:400]
+    windows = input_ids(config.load_calibration(), folder, store)
+    check_unseen(windows, folder, suite, store)
+    planted = [*windows, np.array(encoder(folder)(f"Once upon a time. {sentence}"))]
+    with pytest.raises(EvaluationError, match=rf"13-grams with {judging}, which judges"):
+        check_unseen(planted, folder, suite, store)
