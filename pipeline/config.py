@@ -349,6 +349,7 @@ class GateClass(Frozen):
     """A class of models that share limits, with the reason for them."""
 
     reason: str
+    parameters: tuple[int, int] = Field(description="least and most that a model judged by it may have")
     variants: dict[Name, GateLimits] = Field(description="rows by the variant they judge, or the `gate` of its recipe")
 
 

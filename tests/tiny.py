@@ -123,7 +123,10 @@ def configure(configs: Path, checkpoint: Path) -> None:
     (configs / "evaluation" / "seconds.yaml").write_text(yaml.safe_dump(suite))
     (configs / "calibration.yaml").write_text(yaml.safe_dump({"texts": {"text-c4": 256}, "window": 64}))
     limits = {variant: IMPOSSIBLE if variant == "q3" else LIMITS for variant in VARIANTS}
-    gates = {"ratchet": 1.25, "classes": {"random": {"reason": "Random weights.", "variants": limits}}}
+    gates = {
+        "ratchet": 1.25,
+        "classes": {"random": {"reason": "Random weights.", "parameters": [0, 1_000_000], "variants": limits}},
+    }
     (configs / "gates.yaml").write_text(yaml.safe_dump(gates))
 
 

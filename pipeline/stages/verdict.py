@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline import config
-from pipeline.errors import EvaluationError
+from pipeline.errors import ConfigError, EvaluationError
 from pipeline.evaluate.gates import INCONCLUSIVE, GateLine, Policy, Verdict, decide, exit_code, worst
 from pipeline.evaluate.sequential import next_look
 from pipeline.files import read_json, write_json
@@ -11,16 +13,40 @@ from pipeline.stages.workspace import REFERENCE, Workspace
 
 
 def run(model: str, variant: str) -> None:
-    """Write artifacts/verdicts/<model>/<variant>.json. Any verdict is a result: the stage succeeds."""
+    """Write artifacts/verdicts/<model>/<variant>.json. Any verdict is a result: the stage succeeds.
+
+    Raises ConfigError when the model is judged by the limits of another size.
+    """
     workspace = Workspace(model)
+    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
+    _check_class(model, metrics)
     verdict = decide(
-        workspace.read(workspace.metrics(variant), "validate", variant),
+        metrics,
         workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE),
         _policy(model, variant),
         workspace.read(workspace.parity, "parity"),
     )
     write_json(workspace.verdict(variant), verdict.to_json())
     print(f"{model} {variant}: {verdict.verdict}")
+
+
+def _check_class(model: str, metrics: Any) -> None:
+    classes, name = config.load_gates().classes, config.load_model(model).gate_class
+    try:
+        parameters = int(metrics["size"]["parameters"])
+    except (KeyError, TypeError, ValueError):
+        raise EvaluationError(
+            f"the metrics of {model} do not say how many parameters it has. Validate again."
+        ) from None
+    ranges = {other: row.parameters for other, row in classes.items()}
+    fitting = [other for other, (least, most) in ranges.items() if least <= parameters <= most]
+    if name not in fitting:
+        least, most = ranges[name]
+        way_out = f"Use {' or '.join(fitting)}." if fitting else "Add a class to configs/gates.yaml."
+        raise ConfigError(
+            f"configs/models/{model}.yaml: gate_class {name!r} judges models of {least:,} to {most:,} parameters, and "
+            f"this one has {parameters:,}. {way_out}"
+        )
 
 
 def _policy(model: str, variant: str) -> Policy:

@@ -1,0 +1,49 @@
+"""The verdict stage: who is judged by which limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError, EvaluationError
+from pipeline.files import write_json
+from pipeline.stages import verdict
+from pipeline.stages.workspace import REFERENCE, Workspace
+from tests import tiny
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The tiny model's (judged as random), with no measurement but its size."""
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    workspace = Workspace(tiny.MODEL)
+    workspace.metrics(REFERENCE).parent.mkdir(parents=True)
+    for path in (workspace.metrics(REFERENCE), workspace.parity):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {})
+    return workspace
+
+
+def judge(workspace: Workspace, metrics: dict[str, Any]) -> None:
+    write_json(workspace.metrics("q4"), metrics)
+    verdict.run(tiny.MODEL, "q4")
+
+
+def test_a_model_of_another_size_is_not_judged(workspace: Workspace) -> None:
+    for parameters, way_out in ((7_600_000_000, "Use 7b-and-up"), (3_800_000_000, "Use 3b-to-4b"), (10**12, "Add a")):
+        with pytest.raises(ConfigError, match=rf"'random' judges models of 0 to 1,000,000 .*{way_out}"):
+            judge(workspace, {"size": {"parameters": parameters}})
+    assert not workspace.verdict("q4").exists()
+
+
+def test_a_size_that_nobody_measured_judges_nothing(workspace: Workspace) -> None:
+    for metrics in ({}, {"size": {}}, {"size": {"parameters": "many"}}):
+        with pytest.raises(EvaluationError, match="do not say how many parameters"):
+            judge(workspace, metrics)
+
+
+def test_without_measurements_the_verdict_is_an_error(workspace: Workspace) -> None:
+    judge(workspace, {"size": {"parameters": 500_000}})
+    assert verdict.read_verdict(workspace, "q4").verdict == "ERROR"
