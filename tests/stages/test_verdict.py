@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import write_json
 from pipeline.stages import verdict
 from pipeline.stages.workspace import REFERENCE, Workspace
 from tests import tiny
+from tests.conftest import ROOT
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """The tiny model's (judged as random), with no measurement but its size."""
+    """The tiny model's, judged as `random` beside the classes that are shipped, with no measurement but its size."""
     monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    own, shipped = (yaml.safe_load((root / "configs/gates.yaml").read_text())["classes"] for root in (tmp_path, ROOT))
+    tiny.edit(Path("configs/gates.yaml"), classes=own | shipped)
     workspace = Workspace(tiny.MODEL)
     workspace.metrics(REFERENCE).parent.mkdir(parents=True)
     for path in (workspace.metrics(REFERENCE), workspace.parity):
