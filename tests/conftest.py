@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+settings.register_profile("no deadline", deadline=None)  # no test asserts on a time, and the first call compiles
+settings.load_profile("no deadline")
 ROOT = Path(__file__).resolve().parents[1]
 
 

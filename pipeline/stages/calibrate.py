@@ -26,7 +26,8 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.progress import Progress
 from pipeline.stages import needs
 from pipeline.stages.preflight import require
-from pipeline.stages.texts import check_unseen, input_ids
+from pipeline.stages.texts import input_ids
+from pipeline.stages.unseen import check_unseen
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
 Statistics = dict[str, np.ndarray]

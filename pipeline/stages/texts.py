@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,10 @@ from tokenizers import Tokenizer
 
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.checkpoint.store import Store
-from pipeline.config import CalibrationConfig, DivergenceConfig, EvaluationConfig, load_datasets
-from pipeline.errors import CheckpointError, EvaluationError
+from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
+from pipeline.errors import CheckpointError
 from pipeline.evaluate.chat import transcript
-from pipeline.evaluate.humaneval import load_problems
-from pipeline.evaluate.mmlu import load_questions
-from pipeline.evaluate.texts import input_windows, overlap, scored_windows
+from pipeline.evaluate.texts import input_windows, scored_windows
 
 
 def dataset(name: str, store: Store) -> Path:
@@ -42,14 +40,15 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _read(name: str, store: Store) -> str:
+def read_text(name: str, store: Store) -> str:
+    """A pinned text dataset."""
     return dataset(name, store).read_text(encoding="utf-8")
 
 
 def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> list[np.ndarray]:
     """Calibration windows, int64 [window]."""
     encode = encoder(folder)
-    sources = [(_read(name, store), tokens) for name, tokens in calibration.texts.items()]
+    sources = [(read_text(name, store), tokens) for name, tokens in calibration.texts.items()]
     sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]
     return [ids for text, tokens in sources for ids in input_windows(text, encode, tokens, calibration.window)]
 
@@ -60,25 +59,5 @@ def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list
     return [
         ids
         for name, tokens in divergence.texts.items()
-        for ids in scored_windows(_read(name, store), encode, tokens, divergence.window)
+        for ids in scored_windows(read_text(name, store), encode, tokens, divergence.window)
     ]
-
-
-def evaluation_texts(suite: EvaluationConfig, store: Store) -> Iterator[tuple[str, list[str]]]:
-    """What judges, by dataset: held-out text, every MMLU question with its choices, HumanEval with its solutions."""
-    for name in suite.divergence.texts:
-        yield name, [_read(name, store)]
-    yield "mmlu", [" ".join((item.question, *item.choices)) for item in load_questions(dataset("mmlu", store))]
-    yield "humaneval", [item.prompt + item.canonical_solution for item in load_problems(dataset("humaneval", store))]
-
-
-def check_unseen(windows: Sequence[np.ndarray], folder: Path, suite: EvaluationConfig, store: Store) -> None:
-    """Raise EvaluationError when calibration windows share a 13-gram of words with what judges."""
-    decode = read_tokenizer(folder).decode
-    texts = [decode(ids.tolist(), skip_special_tokens=False) for ids in windows]
-    for name, judging in evaluation_texts(suite, store):
-        if shared := overlap(texts, judging):
-            raise EvaluationError(
-                f"the calibration text shares {shared} 13-grams with {name}, which judges: results would flatter. "
-                f"Choose other text, or another number of tokens, in configs/calibration.yaml."
-            )

@@ -584,7 +584,7 @@ HEADER = {
     "b": entry(16, 22, [3], "F16"),
     "c": entry(22, 26, [1, 2], "BF16"),
 }
-FUZZ = settings(max_examples=100, deadline=None)
+FUZZ = settings(max_examples=100)
 
 
 @FUZZ

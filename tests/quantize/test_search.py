@@ -61,7 +61,7 @@ def test_blocks_on_the_grid_are_kept_exactly(name: str) -> None:
         np.testing.assert_array_equal(quantized.dequantize(), weights)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32 - 1), st.sampled_from([1e-8, 1e-4, 1.0, 3e3]))
 def test_weighted_is_never_worse_than_nearest(name: str, seed: int, size: float) -> None:
     """Under the weights that it minimises, with scales as stored, block by block; tiny blocks meet float16's end."""
@@ -87,7 +87,7 @@ def test_weighted_is_much_better_than_nearest_on_real_shapes(name: str, gain: fl
     assert ratio**0.5 < gain
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32 - 1))
 def test_the_order_of_channels_inside_a_block_does_not_matter(name: str, seed: int) -> None:
     fmt = TensorFormat.parse(name)
@@ -101,7 +101,7 @@ def test_the_order_of_channels_inside_a_block_does_not_matter(name: str, seed: i
     np.testing.assert_allclose(a, b, rtol=5e-3)  # sums are rounded in another order: a scale may be one float16 off
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32 - 1), st.integers(-6, 6))
 def test_scaling_weights_scales_only_scales(name: str, seed: int, power: int) -> None:
     fmt = TensorFormat.parse(name)
@@ -211,7 +211,7 @@ def test_scales_are_rounded_to_float16_as_ieee_754_says() -> None:
     np.testing.assert_array_equal(floats.view(np.uint32), expected.astype(np.float32).view(np.uint32))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_any_float32_is_rounded_to_float16(seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 1 << 32, 4096, dtype=np.uint32).view(np.float32)

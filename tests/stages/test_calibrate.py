@@ -18,7 +18,8 @@ from pipeline.errors import EvaluationError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate, download, export
-from pipeline.stages.texts import check_unseen, dataset, encoder, evaluation_texts, input_ids
+from pipeline.stages.texts import dataset, encoder, input_ids
+from pipeline.stages.unseen import check_unseen, evaluation_texts
 from pipeline.stages.workspace import Workspace
 from tests import tiny
 from tests.artifact.exported import contents

@@ -96,7 +96,7 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
 ) -> None:
     wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, config.load_model("phi-4"))
     assert wanted.memory == round(4 / 3 * 87_957_043_200)
-    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 3000
+    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000
     assert wanted.seconds is None
 
 
@@ -106,7 +106,7 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
     wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
     assert wanted.memory <= needs.layered_reference(phi, full, asked("chat")).memory <= 6e9
     assert needs.layered_reference(replace(phi, layers=1), suite, asked("chat")).memory == wanted.memory
-    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 3000 + 2 * 4 * 5120 * 114 * 111
+    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000 + 2 * 4 * 5120 * 114 * 111
     whole = needs.reference(phi, PHI_4_BYTES, suite, asked("chat"), RATES)
     assert wanted.seconds is not None
     assert whole.seconds is not None
@@ -170,7 +170,7 @@ def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, s
 
     assert seconds(suite, 130e9) == pytest.approx(2 * seconds(suite, 260e9))
     assert seconds(config.load_suite("full"), 130e9) > 4 * seconds(suite, 130e9)
-    # Prefill alone: 14.1 billion multiplied weights, two operations each; 21,686 tokens of the demo suite
+    # Prefill alone: 14.1 billion multiplied weights, two operations each; 21,926 tokens of the demo suite
     # (HumanEval's prompts are read twice).
     silent = suite.model_copy(
         update={
@@ -179,7 +179,7 @@ def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, s
         }
     )
     multiplied = architecture.parameters - 100_352 * 5120 - (2 * 40 + 1) * 5120
-    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 21_686 / 130e9)
+    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 21_926 / 130e9)
 
 
 def test_a_bundle_is_no_second_copy() -> None:
