@@ -345,9 +345,9 @@ def f():
     marks = ["".join(["sword", "fish"]), "".join(["assert ", "candidate"])]  # not in this program's own constants
     return [mark for mark in marks if any(mark in text for text in seen)]
 """
-    free: dict[str, Any] = {"traces": ["swordfish", "assert candidate(0, 1) == 1"]}
-    exec(hunt, free)
-    assert len(free["f"]()) == 2
+    control = f"{hunt}\ntraces = ['swordfish', 'assert candidate(0, 1) == 1']\nprint(len(f()))"
+    free = subprocess.run([sys.executable, "-c", control], capture_output=True, check=True)
+    assert int(free.stdout) == 2
     assert collect(hunt) == [[]]
 
 
