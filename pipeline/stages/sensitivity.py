@@ -39,6 +39,7 @@ from pipeline.stages import needs
 from pipeline.stages.calibrate import read_moments
 from pipeline.stages.preflight import require
 from pipeline.stages.texts import input_ids
+from pipeline.stages.unseen import check_unseen
 from pipeline.stages.workspace import MODEL_FILE, Workspace
 
 _ERRORS = "errors.safetensors"
@@ -50,6 +51,8 @@ def run(model: str, if_needed: bool = False) -> None:
 
     With `if_needed`, an empty folder unless a variant of configs/pipeline.yaml has a budget. What the same inputs and
     code gave before is kept either way.
+
+    Raises EvaluationError when its text shares 13-grams of words with the text and questions that judge.
     """
     wanted, store, workspace = config.load_sensitivity(), Store(), Workspace(model)
     folder = workspace.reference(store)
@@ -66,6 +69,7 @@ def run(model: str, if_needed: bool = False) -> None:
         return
     architecture = read_architecture(folder / "config.json")
     require(model, needs.sensitivity(architecture, wanted))
+    check_unseen(windows, folder, config.load_suite(config.load_pipeline().suite), store)
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)

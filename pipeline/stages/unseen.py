@@ -1,4 +1,4 @@
-"""Calibration text is never what judges: both are compared by word 13-grams before anything is calibrated."""
+"""What quantization is tuned on is never what judges: both are compared by word 13-grams, when either changes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import config
 from pipeline.checkpoint.store import Store
 from pipeline.config import EvaluationConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.humaneval import load_problems
 from pipeline.evaluate.mmlu import load_questions
 from pipeline.evaluate.texts import overlap
-from pipeline.stages.texts import dataset, read_text, read_tokenizer
+from pipeline.stages.texts import dataset, input_ids, read_text, read_tokenizer
 
 
 def evaluation_texts(suite: EvaluationConfig, store: Store) -> Iterator[tuple[str, list[str]]]:
@@ -24,13 +25,20 @@ def evaluation_texts(suite: EvaluationConfig, store: Store) -> Iterator[tuple[st
     yield "humaneval", [item.prompt + item.canonical_solution for item in load_problems(dataset("humaneval", store))]
 
 
+def tuning_windows(folder: Path, store: Store) -> list[np.ndarray]:
+    """Token ids of all that is calibrated on or that budgets are measured by."""
+    tuned = (config.load_calibration(), config.load_sensitivity())
+    return [ids for wanted in tuned for ids in input_ids(wanted, folder, store)]
+
+
 def check_unseen(windows: Sequence[np.ndarray], folder: Path, suite: EvaluationConfig, store: Store) -> None:
-    """Raise EvaluationError when calibration windows share a 13-gram of words with what judges."""
+    """Raise EvaluationError when windows that quantization is tuned on share a 13-gram of words with what judges."""
     decode = read_tokenizer(folder).decode
     texts = [decode(ids.tolist(), skip_special_tokens=False) for ids in windows]
     for name, judging in evaluation_texts(suite, store):
         if shared := overlap(texts, judging):
             raise EvaluationError(
-                f"the calibration text shares {shared} 13-grams with {name}, which judges: results would flatter. "
-                f"Choose other text, or another number of tokens, in configs/calibration.yaml."
+                f"the text that quantization is tuned on shares {shared} 13-grams with {name}, which judges: results "
+                f"would flatter. Choose other text, or another number of tokens, in configs/calibration.yaml, "
+                f"configs/sensitivity.yaml or the suite."
             )

@@ -23,6 +23,7 @@ from pipeline.files import sha256_of, write_json
 from pipeline.stages import needs
 from pipeline.stages.preflight import reference_needs, require
 from pipeline.stages.quantize import PLAN_FILE
+from pipeline.stages.unseen import check_unseen, tuning_windows
 from pipeline.stages.validation import agreement, divergence, humaneval, kept, mmlu, speed
 from pipeline.stages.validation.keys import Section, key_of, measured_files
 from pipeline.stages.validation.subject import Subject
@@ -46,10 +47,15 @@ _LAYOUT = "one folder per section"  # of unfinished work; another one is not con
 
 
 def run(model: str, variant: str) -> None:
-    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
+    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics.
+
+    Raises EvaluationError, for the reference, when the suite judges on text that quantization is tuned on.
+    """
     suite = config.load_suite(config.load_pipeline().suite)
     isolation = require_isolation(suite.humaneval.allow_unsafe)  # before an hour of measuring, not after it
     subject = _subject(model, variant, suite, isolation)
+    if variant == REFERENCE:  # calibration looked at the suite of its day
+        check_unseen(tuning_windows(subject.folder, subject.store), subject.folder, suite, subject.store)
     workspace, files = subject.workspace, measured_files(subject)
     metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from pipeline.config import CalibrationConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
-from pipeline.stages import calibrate, download, export
+from pipeline.stages import calibrate, download, export, sensitivity, validate
 from pipeline.stages.texts import dataset, encoder, input_ids
 from pipeline.stages.unseen import check_unseen, evaluation_texts
-from pipeline.stages.workspace import Workspace
+from pipeline.stages.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.artifact.exported import contents
 from tests.conftest import ROOT
@@ -29,11 +30,6 @@ from tests.conftest import ROOT
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from pipeline import config
-from pipeline.checkpoint.store import Store
-from pipeline.config import CalibrationConfig
-from pipeline.errors import EvaluationError
-from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream
 from pipeline.stages import calibrate
 feeds = LayerStream._feeds
@@ -172,3 +168,21 @@ def test_what_judges_does_not_calibrate(workspace: Workspace, judging: str) -> N
     planted = [*windows, np.array(encoder(folder)(f"Once upon a time. {sentence}"))]
     with pytest.raises(EvaluationError, match=rf"13-grams with {judging}, which judges"):
         check_unseen(planted, folder, suite, store)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "output"),
+    [(calibrate, (), "calibration"), (sensitivity, (), "sensitivity"), (validate, (REFERENCE,), "evaluation")],
+    ids=["calibrate", "sensitivity", "reference"],
+)
+def test_no_stage_goes_on_when_the_suite_judges_on_what_was_tuned(
+    workspace: Workspace, stage: ModuleType, arguments: tuple[str, ...], output: str
+) -> None:
+    """The suite may be changed after calibration, whose own stage does not run again then."""
+    if stage is not calibrate:
+        calibrate.run(tiny.MODEL)
+    suite = Path("configs/evaluation/seconds.yaml")
+    tiny.edit(suite, divergence={"texts": {"text-c4": 1280}, "window": 65})
+    with pytest.raises(EvaluationError, match=r"13-grams with text-c4, which judges: .* or the suite"):
+        stage.run(tiny.MODEL, *arguments)
+    assert not (workspace.root / output).exists()
