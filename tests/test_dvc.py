@@ -424,6 +424,7 @@ def test_a_machine_without_the_references_memory_pulls_its_results(project: Proj
     other = Project(tmp_path / "other", project.environment)
     subprocess.run(["git", "clone", "-q", str(project.folder), str(other.folder)], check=True)
     shutil.copy(project.folder / ".dvc/config", other.folder / ".dvc/config")
+    shutil.copytree(project.folder / "pipeline", other.folder / "pipeline", dirs_exist_ok=True)  # with what is compiled
     other.dvc("pull", "-q")
     assert other.status() == set()
     edit(other, "evaluation/seconds.yaml", lambda suite: suite.update(reference="memory"))

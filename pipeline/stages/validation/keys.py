@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import packages_distributions, version
@@ -166,6 +166,12 @@ def _modules(tree: ast.AST) -> Iterator[str]:
 
 def _libraries(code: Iterable[str]) -> dict[str, str]:
     """Versions of the installed packages that the code imports; ONNX Runtime is beneath onnxruntime-genai."""
-    packages = packages_distributions()
+    packages = _packages()
     names = {"onnxruntime"}.union(*(_imports(name)[1] for name in code))
     return {package: version(package) for name in names for package in packages.get(name, ())}
+
+
+@cache
+def _packages() -> Mapping[str, list[str]]:
+    """Distributions by the modules that they install; half a second of reading."""
+    return packages_distributions()
