@@ -42,6 +42,8 @@ HUMANEVAL_TOKENS = 138
 """Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
 GENERATION_LOGIT_BYTES = 1 << 29
 """What the logits of one batch of prompts may take: `pipeline.evaluate.generate` fills batches up to this."""
+LOGIT_COPIES = 3
+"""Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 GENERATION_CACHE_BYTES = 1 << 31
 """What its keys and values may take, a single text aside."""
 SMALL_FILES_BYTES = 32 << 20
@@ -230,13 +232,13 @@ def validate(
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # the runtime's and numpy's
+    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # and numpy's
     logits += 2 * MMLU_LONGEST[entry.mmlu_mode] * cache_bytes  # before a question and after it
     rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
     wanted = suite.humaneval
     text = (HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
     texts = min(rows, wanted.samples if wanted.temperature else wanted.problems) * text
-    generation = GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
+    generation = LOGIT_COPIES * GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
     return Needs(
         "validate",
         variant,
