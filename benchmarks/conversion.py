@@ -5,7 +5,8 @@
 For MiMo-7B and Phi-4 with synthetic weights of exactly their shapes (and the embedded SmolLM2-135M with its own): the
 pipeline's own commands, each in a fresh process with the page cache emptied of the source first, beside the least that
 the disk needs to read the source and write the artifact, measured just before. One variant is on the disk at a time.
-Figures are written to benchmarks/results/ as they are measured; `python -m benchmarks.tables` puts them into README.md.
+Variants are written with the search for tuning; `--variant q4_gptq` is q4 as it is released, and takes hours at these
+sizes. Figures are written to benchmarks/results/ as they are measured; `python -m benchmarks.tables` puts them into README.md.
 """
 
 from __future__ import annotations
@@ -34,19 +35,26 @@ LARGEST = "phi-4"
 MODELS = (SMALL, "mimo-8b", LARGEST)
 # Plain rounding, the control: what the disk and the packing alone cost.
 NEAREST = "q4_nearest"
-VARIANTS = (NEAREST, "q4", "q4_k_m", "q3")
+TUNED = ("q4", "q4_k_m", "q3")
+RELEASED = "q4_gptq"
+VARIANTS = (NEAREST, *TUNED)
 # The statistics only steer the search, which takes the same time whatever they are: one short window is enough here.
-CALIBRATION = {"texts": {"text-c4": 64}, "window": 64}
+CALIBRATION = {"texts": {"text-c4": 64}, "chats": {}, "window": 64}
+SENSITIVITY = {"texts": {"text-c4": 16}, "window": 16}
 # Phi-4's source twice, while it is copied into the store: later peaks are lower. What is there already counts.
 PEAK_BYTES = {"small": 2_000_000_000, "large": 60_000_000_000}
 RUN = Task("", "", None, prompt_tokens=32, segment_tokens=8, segments=3)
 
 
 def configured(work: Path) -> Project:
-    """A project with the control's recipe and a calibration that only steers the search."""
+    """A project with the recipes of the table, and statistics that only steer the search."""
     project = Project(work)
     project.write("calibration.yaml", project.read("calibration.yaml") | CALIBRATION)
+    project.write("sensitivity.yaml", project.read("sensitivity.yaml") | SENSITIVITY)
     project.write(f"recipes/{NEAREST}.yaml", project.read("recipes/q4.yaml") | {"search": "nearest"})
+    project.write(f"recipes/{RELEASED}.yaml", project.read("recipes/q4.yaml"))
+    for variant in TUNED:
+        project.write(f"recipes/{variant}.yaml", project.read(f"recipes/{variant}.yaml") | {"search": "weighted"})
     return project
 
 
@@ -119,8 +127,8 @@ def measure_resume(project: Project, model: str, variant: str, whole: dict[str, 
 
 
 @contextmanager
-def prepared(project: Project, model: str) -> Iterator[dict[str, Any]]:
-    """Make the source, download (link and hash), export, calibrate; remove everything of the model afterwards."""
+def prepared(project: Project, model: str, variants: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Make the source, run the stages before quantize; remove everything of the model afterwards."""
     record: dict[str, Any] = {}
     source = project.work / "sources" / model
     if model != SMALL:
@@ -130,7 +138,8 @@ def prepared(project: Project, model: str) -> Iterator[dict[str, Any]]:
         project.use_source(model, source)
     record["download"] = figures(project.run("download", model))
     shutil.rmtree(source, ignore_errors=True)  # a local source is copied into the store, a download is there only
-    for stage in ("export", "calibrate"):
+    budget = any("budget" in project.read(f"recipes/{variant}.yaml") for variant in variants)
+    for stage in ("export", "calibrate", *(["sensitivity"] if budget else [])):
         record[stage] = figures(project.run(stage, model))
     record["source_bytes"] = sum(file.stat().st_size for file in project.weights(model).glob("*.safetensors"))
     try:
@@ -152,7 +161,7 @@ def drop_source(project: Project, model: str) -> None:
 
 def measure_model(project: Project, model: str, variants: tuple[str, ...], load: bool) -> dict[str, Any]:
     """Every variant of one model, written and removed in turn; q4 last, to be killed, resumed, loaded and run."""
-    with prepared(project, model) as record:
+    with prepared(project, model, variants) as record:
         record["variants"] = []
         for variant in sorted(variants, key=lambda name: name == "q4"):
             click.echo(f"{model} {variant}", err=True)
@@ -179,14 +188,14 @@ def save(record: dict[str, Any]) -> None:
     path = RESULTS / f"conversion-{record['model']}.json"
     if path.exists() and (old := read_json(path))["machine"] == record["machine"]:
         measured = {run["variant"]: run for run in (*old["variants"], *record["variants"])}
-        record = old | record | {"variants": [measured[name] for name in VARIANTS if name in measured]}
+        record = old | record | {"variants": [measured[name] for name in (*VARIANTS, RELEASED) if name in measured]}
     write_json(path, record)
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Scratch folder: 60 GB.")
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS, help="Repeatable.")
-@click.option("--variant", "variants", multiple=True, type=click.Choice(VARIANTS), default=VARIANTS)
+@click.option("--variant", "variants", multiple=True, type=click.Choice((*VARIANTS, RELEASED)), default=VARIANTS)
 @click.option("--load/--no-load", default=True, help="Also load each artifact in the runtimes and decode.")
 def main(work: Path, models: tuple[str, ...], variants: tuple[str, ...], load: bool) -> None:
     """Convert full-size synthetic models; write benchmarks/results/conversion-MODEL.json."""

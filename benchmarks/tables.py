@@ -94,17 +94,21 @@ def stages(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
         "export, s",
         "calibrate (64 tokens), s",
         "private, MB",
+        "sensitivity (16 tokens), s",
+        "private, MB",
     )
     return table(head, [_stage_row(record) for record in records])
 
 
 def _stage_row(record: dict[str, Any]) -> list[str]:
+    found = record.get("sensitivity")
     seconds = [f"{record[stage]['wall_seconds']:.1f}" for stage in ("download", "export", "calibrate")]
     return [
         record["model"],
         f"{record['source_bytes']:,}",
         *seconds,
         f"{record['calibrate']['private_bytes'] / 1e6:,.0f}",
+        *([f"{found['wall_seconds']:.1f}", f"{found['private_bytes'] / 1e6:,.0f}"] if found else ["", ""]),
     ]
 
 
