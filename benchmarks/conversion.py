@@ -6,7 +6,8 @@ For MiMo-7B and Phi-4 with synthetic weights of exactly their shapes (and the em
 pipeline's own commands, each in a fresh process with the page cache emptied of the source first, beside the least that
 the disk needs to read the source and write the artifact, measured just before. One variant is on the disk at a time.
 Variants are written with the search for tuning; `--variant q4_gptq` is q4 as it is released, and takes hours at these
-sizes. Figures are written to benchmarks/results/ as they are measured; `python -m benchmarks.tables` puts them into README.md.
+sizes. Figures are written to benchmarks/results/ as they are measured; `python -m benchmarks.tables` puts them into
+README.md.
 """
 
 from __future__ import annotations

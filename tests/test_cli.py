@@ -19,6 +19,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from pipeline import cli, config
+from pipeline.config.gates import ReleasedBuild
 from pipeline.evaluate.gates import GateLine, Verdict
 from pipeline.files import write_json
 from pipeline.stages import calibrate, download, export, quantize
@@ -600,7 +601,7 @@ def test_a_release_is_recorded_for_the_next_builds_ratchet(
     assert command("record-release", "tiny", "q4").status == 0
     builds = config.load_released().models["tiny"]["q4"]
     assert [(build.release, build.kl_mean) for build in builds] == [(1, KL), (3, 0.3)]
-    assert builds[0] == config.ReleasedBuild(release=1, kl_mean=KL, tokens=TOKENS, perplexity_reference=PERPLEXITY)
+    assert builds[0] == ReleasedBuild(release=1, kl_mean=KL, tokens=TOKENS, perplexity_reference=PERPLEXITY)
     assert (project / "configs/released.yaml").read_text() == _header() + yaml.safe_dump(
         {"models": {"tiny": {"q4": [build.model_dump() for build in builds]}}}, default_flow_style=None, width=110
     )

@@ -10,6 +10,13 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline import config
+from pipeline.config.calibration import CalibrationConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig, PipelineConfig
+from pipeline.config.phones import TiersConfig
+from pipeline.config.recipes import RecipeConfig
+from pipeline.config.signing import SigningConfig
+from pipeline.config.typed_yaml import load
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -19,7 +26,7 @@ def message_of(model: type, text: str, tmp_path: Path) -> str:
     path = tmp_path / "case.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(model, path)
+        load(model, path)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -85,33 +92,33 @@ def test_configuration_is_immutable() -> None:
 @pytest.mark.parametrize(
     ("model", "text", "parts"),
     [
-        (config.RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
-        (config.ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
+        (RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
+        (ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
         (
-            config.EvaluationConfig,
+            EvaluationConfig,
             suite_with(samples=5),
             ["humaneval: 5 greedy samples are 5 times the same", "temperature"],
         ),
         (
-            config.EvaluationConfig,
+            EvaluationConfig,
             suite_with(samples=5, temperature=0.8, k=[1, 10]),
             ["pass@10 needs 10 samples of each problem, not 5"],
         ),
-        (config.EvaluationConfig, suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
-        (config.EvaluationConfig, suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
-        (config.ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),
+        (EvaluationConfig, suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
+        (EvaluationConfig, suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
+        (ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),
         (
-            config.PipelineConfig,
+            PipelineConfig,
             "{models: [a], variants: [q4], suite: demo, xyzzy: 1}",
             ["xyzzy", "known keys: models"],
         ),
         (
-            config.ModelConfig,
+            ModelConfig,
             changed("models/mimo-8b.yaml", source={"kind": "hub", "repo": "a/b", "revison": "0" * 40}),
             ["source.hub.revison", "did you mean 'revision'"],
         ),
         (
-            config.TiersConfig,
+            TiersConfig,
             changed("tiers.yaml", tiers={"t": {"platform": "ios", "ram_bytez": 1, "usable_fraction": 0.5}}),
             ["tiers.t.ram_bytez", "did you mean 'ram_bytes'"],
         ),
@@ -125,13 +132,13 @@ def test_unknown_key_names_the_nearest(model: type, text: str, parts: list[str],
 @pytest.mark.parametrize("revision", ["main", "v1.0", "323400599af3", "g" * 40, "A" * 40])
 def test_branch_names_are_refused_as_revisions(revision: str, tmp_path: Path) -> None:
     source = {"kind": "hub", "repo": "XiaomiMiMo/MiMo-7B-RL-0530", "revision": revision}
-    message = message_of(config.ModelConfig, changed("models/mimo-8b.yaml", source=source), tmp_path)
+    message = message_of(ModelConfig, changed("models/mimo-8b.yaml", source=source), tmp_path)
     assert repr(revision) in message
     assert "40-hex commit" in message
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
-    message = message_of(config.CalibrationConfig, "{texts: {c4: 0}, window: 1}", tmp_path)
+    message = message_of(CalibrationConfig, "{texts: {c4: 0}, window: 1}", tmp_path)
     assert "texts.c4" in message
     assert "window" in message
 
@@ -141,7 +148,7 @@ def test_a_misspelt_role_is_not_ignored(tmp_path: Path) -> None:
         {"roles": ["v_prj"], "layers": "use_more_bits", "format": "w8b32s"},
         {"roles": ["q_proj"], "format": "w4b32a"},
     ]
-    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", body=rules), tmp_path)
+    message = message_of(RecipeConfig, changed("recipes/q4.yaml", body=rules), tmp_path)
     assert "body.0.roles.0" in message
     assert "did you mean 'v_proj'" in message
 
@@ -149,30 +156,30 @@ def test_a_misspelt_role_is_not_ignored(tmp_path: Path) -> None:
 def test_a_split_gives_more_bits_to_what_matters(tmp_path: Path) -> None:
     split = {"high": "w2b64a", "low": "w4b64a", "high_fraction": 0.5}
     body = [{"roles": ["q_proj"], "format": split}]
-    message = message_of(config.RecipeConfig, changed("recipes/q3.yaml", body=body), tmp_path)
+    message = message_of(RecipeConfig, changed("recipes/q3.yaml", body=body), tmp_path)
     assert "w2b64a" in message
     assert "more bits than low" in message
 
 
 def test_a_kv_cache_that_no_kernel_decodes_well_is_refused(tmp_path: Path) -> None:
-    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", kv_cache="int4"), tmp_path)
+    message = message_of(RecipeConfig, changed("recipes/q4.yaml", kv_cache="int4"), tmp_path)
     assert "kv_cache" in message
     assert "'float32' or 'int8'" in message
 
 
 def test_parts_never_exceed_what_stores_accept(tmp_path: Path) -> None:
-    message = message_of(config.RecipeConfig, changed("recipes/q4.yaml", part_bytes=1_400_000_001), tmp_path)
+    message = message_of(RecipeConfig, changed("recipes/q4.yaml", part_bytes=1_400_000_001), tmp_path)
     assert "1400000000" in message
 
 
 def test_a_release_refuses_the_development_key(tmp_path: Path) -> None:
-    message = message_of(config.SigningConfig, changed("signing.yaml", channel="release"), tmp_path)
+    message = message_of(SigningConfig, changed("signing.yaml", channel="release"), tmp_path)
     assert "key-id" in message
 
 
 def test_the_next_key_is_another_one(tmp_path: Path) -> None:
     twice = changed("signing.yaml", key_id="a" * 64, next_key_id="a" * 64)
-    assert "next_key_id is key_id itself" in message_of(config.SigningConfig, twice, tmp_path)
+    assert "next_key_id is key_id itself" in message_of(SigningConfig, twice, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,14 +194,14 @@ def test_the_next_key_is_another_one(tmp_path: Path) -> None:
     ],
 )
 def test_unreadable_files(text: str, part: str, tmp_path: Path) -> None:
-    assert part in message_of(config.PipelineConfig, text, tmp_path)
+    assert part in message_of(PipelineConfig, text, tmp_path)
 
 
 def test_a_missing_file_suggests_its_neighbour() -> None:
     with pytest.raises(ConfigError, match=r"mimo-8\.yaml: no such file\. Did you mean 'mimo-8b'"):
         config.load_model("mimo-8")
     with pytest.raises(ConfigError, match="cannot be read"):
-        config.load(config.ModelConfig, CONFIGS)
+        load(ModelConfig, CONFIGS)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.config import DivergenceConfig, SpeedConfig
+from pipeline.config.evaluation import DivergenceConfig, SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import divergence, speed
 from pipeline.evaluate.divergence import Logits

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from pipeline import files
 from pipeline.bundle.release import KeyIdentity
-from pipeline.config import SigningConfig
+from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 
 DEVELOPMENT_KEY = Path(".keys/development.pem")

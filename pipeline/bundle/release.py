@@ -26,7 +26,9 @@ from pydantic import (
 )
 
 from pipeline import files as file_tools
-from pipeline.config import KvCache, Name, Sha256, SigningConfig
+from pipeline.config.recipes import KvCache
+from pipeline.config.signing import SigningConfig
+from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
 
 CONTENT = "content"

@@ -25,7 +25,7 @@ from pipeline.bundle import release, tiers
 from pipeline.bundle.keys import SigningKey, key_id
 from pipeline.bundle.release import CONTENT, SIGNATURE, KeyIdentity, Runtime
 from pipeline.bundle.signing import pae, root_digest, sign
-from pipeline.config import SigningConfig
+from pipeline.config.signing import SigningConfig
 
 BUNDLE = "bundle"
 _CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)

@@ -27,7 +27,7 @@ from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
 from pipeline.bundle.release import FileName
 from pipeline.bundle.strict_json import parse
-from pipeline.config import Sha256
+from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"

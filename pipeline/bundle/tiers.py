@@ -15,7 +15,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.bundle.release import KeyIdentity, Record, Stamp, make, stamp
-from pipeline.config import KvCache, Name, Sha256, SigningConfig, Tier, TiersConfig
+from pipeline.config.phones import Tier, TiersConfig
+from pipeline.config.recipes import KvCache
+from pipeline.config.signing import SigningConfig
+from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
 from pipeline.planning.devices import (
     Candidate,

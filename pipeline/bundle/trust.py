@@ -15,7 +15,7 @@ from pydantic import Field
 from pipeline import files
 from pipeline.bundle.release import Record
 from pipeline.bundle.strict_json import parse
-from pipeline.config import Name
+from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 
 

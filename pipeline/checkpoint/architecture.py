@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.checkpoint.untrusted import read_json, shown
-from pipeline.config import Shapes
+from pipeline.config.phones import Shapes
 from pipeline.errors import CheckpointError
 
 # What an untrusted config may claim at most: several times the largest decoders, and small enough that nothing sized

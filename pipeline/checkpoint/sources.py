@@ -18,7 +18,8 @@ from typing import Any
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
-from pipeline.config import HubFile, HubSource, LocalSource, ModelConfig, WheelSource
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import copy_stream, read_json, require_free_space, sha256_of, write_json
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pipeline.checkpoint.store import LockedFile, Store
-from pipeline.config import WheelSource
+from pipeline.config.sources import WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space
 

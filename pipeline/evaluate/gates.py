@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import GateLimits, ReleasedBuild
+from pipeline.config.gates import GateLimits, ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import sequential
 from pipeline.evaluate.statistics import paired_interval

@@ -40,7 +40,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from pipeline.config import SpeedConfig
+from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.app import Look, Observed, Task
 from pipeline.evaluate.pagecache import evict

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.checkpoint.architecture import Architecture, read_config
 from pipeline.checkpoint.untrusted import shown
-from pipeline.config import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.errors import CheckpointError
 
 # A prompt is run in chunks, so that its logits (chunk × vocabulary × 4 bytes) stay small on a phone.

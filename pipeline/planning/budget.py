@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import Budget, KvCache, Pin, SplitFormat
+from pipeline.config.recipes import Budget, KvCache, Pin, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.planning.memory import Memory, packed_memory, use_memory, weight_memory
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format, cache_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.config import Claim, Device, MemoryClaim, RateClaim, RuleClaim, SizeClaim
+from pipeline.config.phones import Claim, Device, MemoryClaim, RateClaim, RuleClaim, SizeClaim
 from pipeline.planning.devices import Footprint
 
 

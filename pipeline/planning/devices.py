@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from pipeline.config import Efficiency, KvCache, Tier, TiersConfig
+from pipeline.config.phones import Efficiency, Tier, TiersConfig
+from pipeline.config.recipes import KvCache
 
 PREPACKED_PRIVATE = 150_000_000
 """Private bytes of a process whose weights are mapped from a prepacked file, activations and cache aside. Measured: 34

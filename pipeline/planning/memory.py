@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import KvCache
+from pipeline.config.recipes import KvCache
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 from pipeline.quantize.formats import TensorFormat
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import KvCache, RecipeConfig, RecipeRule, SplitFormat
+from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
 

@@ -32,7 +32,7 @@ from pipeline.bundle.signing import SignatureError, open_signature
 from pipeline.bundle.tiers import TierRefusal, TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.bundle.verify import Kind, Report, verify, verify_tiers
-from pipeline.config import Name
+from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout

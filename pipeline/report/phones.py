@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import Device, Efficiency, TiersConfig
+from pipeline.config.phones import Device, Efficiency, TiersConfig
 from pipeline.planning.claims import Check
 from pipeline.planning.devices import (
     Candidate,

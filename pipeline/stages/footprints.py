@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from pipeline import config
 from pipeline.checkpoint.architecture import Architecture, expected_architecture, read_architecture
 from pipeline.checkpoint.store import Store
+from pipeline.config.recipes import BudgetRecipe
 from pipeline.errors import PipelineError, PlanError
 from pipeline.evaluate.roofline import traffic
 from pipeline.graph.decoder import build_decoder
@@ -121,7 +122,7 @@ def measured(variant: str, metrics: Mapping[str, Any], read: Figure | None = Non
 def computed(found: Known, variant: str, context: int) -> Footprint:
     """From shapes: exact for rules and for budgets whose sensitivities were measured, else the budget's bound."""
     recipe, architecture = config.load_recipe(variant), found.architecture
-    if isinstance(recipe, config.BudgetRecipe) and not Workspace(found.model).nats.exists():
+    if isinstance(recipe, BudgetRecipe) and not Workspace(found.model).nats.exists():
         most = budget_bound(recipe, architecture, recipe.budget.context or context)
         basis, size, memory, packed, read = "bound", most.bytes, most.memory, most.packed, most.read
         cache_bytes = most.memory.cache // (recipe.budget.context or context)

@@ -22,7 +22,7 @@ from pipeline.bundle import origin
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.provenance import Material
 from pipeline.checkpoint.sources import SourceLock
-from pipeline.config import HubFile
+from pipeline.config.sources import HubFile
 from pipeline.files import sha256_of
 from pipeline.stages import lockfile
 from pipeline.stages.workspace import Workspace

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import CalibrationConfig, EvaluationConfig, ModelConfig, SensitivityConfig
+from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig
 from pipeline.evaluate.mmlu import SUBJECTS
 from pipeline.evaluate.mmlu_scoring import CHUNK
 from pipeline.planning.memory import ACTIVATION_COPIES

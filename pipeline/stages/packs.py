@@ -9,6 +9,7 @@ from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import SIGNATURE, Document, Release
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.verify import Report, verify, verify_tiers
+from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 from pipeline.files import atomic_directory, read_json, sha256_of
 from pipeline.stages.workspace import Workspace, public_key_path
@@ -37,7 +38,7 @@ def run(model: str) -> None:
     print(describe_ios(workspace.packs / "ios"))
 
 
-def _verified(workspace: Workspace, signing: config.SigningConfig) -> tuple[TiersDocument, dict[str, Packable]]:
+def _verified(workspace: Workspace, signing: SigningConfig) -> tuple[TiersDocument, dict[str, Packable]]:
     """The signed tiers and the bundles that they name, each verified with the key that signs this release."""
     key, allow = public_key_path(announced_key(signing).id), signing.channel == "development"
     workspace.require(workspace.tiers / SIGNATURE, "tiers")

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import config
-from pipeline.config import Device, TiersConfig
+from pipeline.config.phones import Device, TiersConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.planning.claims import Check, Facts, check, wanted
 from pipeline.planning.devices import (

@@ -11,7 +11,7 @@ import onnx
 from pipeline import config
 from pipeline.artifact.write import Draft, draft
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import BudgetRecipe, Recipe
+from pipeline.config.recipes import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
 from pipeline.planning.budget import Bound, Sensitivity, Solution, bound, groups, smallest, solve
 from pipeline.planning.devices import budget_bytes

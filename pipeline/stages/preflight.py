@@ -17,6 +17,10 @@ from pipeline import config, machine
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import ITEM_BYTES, TensorRef
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.recipes import BudgetRecipe
+from pipeline.config.sources import LocalSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.stages import needs
 from pipeline.stages.needs import Needs, Rates
@@ -142,7 +146,7 @@ def find_source(model: str, store: Store) -> Source | None:
         missing = sum(file.size for file in lock.files if not store.has(file.sha256, file.size))
         sizes = {file.name: file.size for file in lock.files}
         return Source(store.path(lock.file(_CONFIG).sha256), _weight_bytes(sizes), missing)
-    folder = Path(source.path).expanduser() if isinstance(source, config.LocalSource) else None
+    folder = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
     if folder is None or not (folder / _CONFIG).is_file():
         return None
     weights = _weight_bytes({file.name: file.stat().st_size for file in folder.iterdir()})
@@ -164,8 +168,8 @@ def require_download(model: str, store: Store) -> None:
 def reference_needs(
     architecture: Architecture,
     weight_bytes: int,
-    suite: config.EvaluationConfig,
-    entry: config.ModelConfig,
+    suite: EvaluationConfig,
+    entry: ModelConfig,
     memory: int,
     rates: Rates | None = None,
 ) -> tuple[Needs, bool]:
@@ -254,7 +258,7 @@ def _sizes(
     for variant in variants:
         recipe = config.load_recipe(variant)
         cache = cache_of(architecture, recipe.kv_cache).bytes
-        if isinstance(recipe, config.BudgetRecipe) and not workspace.nats.exists():
+        if isinstance(recipe, BudgetRecipe) and not workspace.nats.exists():
             sizes[variant] = bytes_bound(recipe, architecture), cache
         else:
             sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache

@@ -22,6 +22,7 @@ from pipeline.artifact.write import write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.recipes import Recipe
 from pipeline.errors import PlanError
 from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json, remove_leftovers, scratch_directory, sha256_of, write_bytes, write_json
@@ -82,7 +83,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
 
 
 def _search(
-    recipe: config.Recipe, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
+    recipe: Recipe, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
 ) -> Search:
     """What `search` of a recipe names. Error compensation streams the calibration text through the model again."""
     if recipe.search == "nearest":
@@ -118,7 +119,7 @@ def _intact(folder: Path, key: str) -> dict[str, str] | None:
     return record["sha256"] if record.get("key") == key and record["sha256"] == _digests(folder) else None
 
 
-def _key(workspace: Workspace, recipe: config.Recipe, planned: Planned) -> str:
+def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
     """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
     inputs = {
         "source": {file.name: file.sha256 for file in workspace.read_lock().files},
@@ -190,9 +191,7 @@ def describe(planned: Planned, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def plan_record(
-    planned: Planned, recipe: config.Recipe, parameters: int, key: str, digests: dict[str, str]
-) -> dict[str, Any]:
+def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str]) -> dict[str, Any]:
     """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file."""
     drafted, solution = planned.draft, planned.solution
     solved: dict[str, Any] = {}

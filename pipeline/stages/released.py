@@ -7,7 +7,7 @@ import yaml
 from pipeline import config
 from pipeline.bundle.release import CONTENT, Release
 from pipeline.bundle.verify import verify
-from pipeline.config import ReleasedBuild
+from pipeline.config.gates import ReleasedBuild
 from pipeline.errors import BundleError
 from pipeline.evaluate.gates import Verdict
 from pipeline.files import write_bytes

@@ -25,7 +25,7 @@ from pipeline.artifact.partial import open_partial
 from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import SensitivityConfig
+from pipeline.config.calibration import SensitivityConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate.sensitivity import Damage, sensitivities
 from pipeline.files import atomic_directory, read_json, sha256_of, write_bytes, write_json

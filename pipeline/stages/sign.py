@@ -9,6 +9,7 @@ from pipeline.bundle.keys import SigningKey, export_public_key, load_signer
 from pipeline.bundle.release import CONTENT, SIGNATURE
 from pipeline.bundle.signing import sign
 from pipeline.bundle.verify import Report, verify
+from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 from pipeline.stages.workspace import Workspace, public_key_path
 
@@ -30,7 +31,7 @@ def run(model: str, variant: str) -> None:
     print(f"{model} {variant}: signed by {key.identity.kind} key {key.identity.id}, verified from the bundle alone")
 
 
-def sign_folder(folder: Path, signing: config.SigningConfig) -> SigningKey:
+def sign_folder(folder: Path, signing: SigningConfig) -> SigningKey:
     """Sign the content of a bundle or of tiers.json; keep the public half of the key for `verify`."""
     key = load_signer(signing)
     export_public_key(key, public_key_path(key.identity.id))
@@ -38,7 +39,7 @@ def sign_folder(folder: Path, signing: config.SigningConfig) -> SigningKey:
     return key
 
 
-def is_development(signing: config.SigningConfig) -> bool:
+def is_development(signing: SigningConfig) -> bool:
     """Whether a development key may sign here."""
     return signing.channel == "development"
 

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer
 
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.checkpoint.store import Store
-from pipeline.config import CalibrationConfig, DivergenceConfig, load_datasets
+from pipeline.config import load_datasets
+from pipeline.config.calibration import CalibrationConfig
+from pipeline.config.evaluation import DivergenceConfig
 from pipeline.errors import CheckpointError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.texts import input_windows, scored_windows

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import config
 from pipeline.checkpoint.store import Store
-from pipeline.config import EvaluationConfig
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.humaneval import load_problems
 from pipeline.evaluate.mmlu import load_questions

@@ -18,6 +18,7 @@ from pipeline.artifact.partial import open_partial
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.evaluate.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
 from pipeline.stages import needs
@@ -97,7 +98,7 @@ def _measured(
     return metrics
 
 
-def _subject(model: str, variant: str, suite: config.EvaluationConfig, isolation: str) -> Subject:
+def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) -> Subject:
     """What is validated, once this machine is known to have the room."""
     store, workspace, entry = Store(), Workspace(model), config.load_model(model)
     if variant == REFERENCE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import config
+from pipeline.config.gates import ReleasedBuild
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.evaluate.gates import INCONCLUSIVE, GateLine, Policy, Verdict, decide, exit_code, worst
 from pipeline.evaluate.sequential import next_look
@@ -55,7 +56,7 @@ def _policy(model: str, variant: str) -> Policy:
     return Policy(row, limits, permitted, config.load_gates().ratchet, _last_release(model, variant))
 
 
-def _last_release(model: str, variant: str) -> config.ReleasedBuild | None:
+def _last_release(model: str, variant: str) -> ReleasedBuild | None:
     """The latest recorded release before the number in configs/signing.yaml: recording one changes no verdict on it."""
     builds = config.load_released().models.get(model, {}).get(variant, ())
     earlier = [build for build in builds if build.release < config.load_signing().release]

@@ -20,7 +20,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.bundle.release import Record
 from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument
-from pipeline.config import Name
+from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes, write_json
 from pipeline.stores.packs import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack

@@ -25,7 +25,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.bundle.release import CONTENT, SAFE_NAME, SIGNATURE, FileEntry, Record, Release, describe_files
 from pipeline.bundle.tiers import TiersDocument
-from pipeline.config import Name, Sha256
+from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
 from pipeline.files import link_or_copy, write_json
 

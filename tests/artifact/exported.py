@@ -25,7 +25,7 @@ from pipeline.artifact.quantizers import Nearest, Ranges, Weighted
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import RecipeConfig
+from pipeline.config.recipes import RecipeConfig
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.planning.recipes import make_plan
 from tests.conftest import ROOT

@@ -32,7 +32,7 @@ from pipeline.artifact.work import Unit, quantize_unit, units
 from pipeline.artifact.write import Draft, PartWriter
 from pipeline.checkpoint.architecture import Matrix, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import RecipeConfig
+from pipeline.config.recipes import RecipeConfig
 from pipeline.errors import CheckpointError, GraphError, PlanError, ResourceError
 from pipeline.planning.recipes import PlannedMatrix, make_plan
 from pipeline.quantize.formats import Quantized

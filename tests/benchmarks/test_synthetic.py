@@ -22,7 +22,8 @@ from pipeline.checkpoint.architecture import Architecture, check_tensors, read_a
 from pipeline.checkpoint.sources import fetch_model
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import LocalSource, ModelConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.graph.genai import dumps, genai_config
 from tests.real_configs import architecture_of

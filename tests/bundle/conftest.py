@@ -17,7 +17,7 @@ from pipeline.bundle import keys, release
 from pipeline.bundle.keys import SigningKey
 from pipeline.bundle.release import KeyIdentity, Runtime
 from pipeline.bundle.signing import sign
-from pipeline.config import SigningConfig
+from pipeline.config.signing import SigningConfig
 
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 FILES = {

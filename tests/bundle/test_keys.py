@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from pipeline.bundle import keys
-from pipeline.config import SigningConfig
+from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 
 

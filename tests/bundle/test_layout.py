@@ -17,7 +17,8 @@ from pipeline.artifact.layout import PAGE
 from pipeline.artifact.write import Draft
 from pipeline.bundle import release
 from pipeline.bundle.verify import verify
-from pipeline.config import ModelConfig, RecipeConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.recipes import RecipeConfig
 from pipeline.files import sha256_of, write_bytes
 from pipeline.graph.genai import dumps, genai_config
 from tests.artifact.exported import Exported, changed, export

@@ -12,7 +12,7 @@ import pytest
 from pipeline import files as file_tools
 from pipeline.bundle import release
 from pipeline.bundle.release import KeyIdentity
-from pipeline.config import SigningConfig
+from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)

@@ -30,7 +30,7 @@ from pipeline.checkpoint.sources import fetch_model
 from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import INDEX, SINGLE, Checkpoint, read_header
 from pipeline.checkpoint.untrusted import MAX_JSON
-from pipeline.config import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.errors import CheckpointError, PipelineError, SourceError
 from pipeline.graph.decoder import build_decoder
 from pipeline.graph.rope import rope_tables

@@ -16,7 +16,8 @@ from safetensors.numpy import save
 from pipeline.checkpoint import hub as hub_module
 from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model
 from pipeline.checkpoint.store import Store
-from pipeline.config import HubFile, ModelConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import HubFile
 from pipeline.errors import ResourceError, SourceError
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve, sha256
 

@@ -18,7 +18,8 @@ from safetensors.numpy import save
 from pipeline.checkpoint import gguf
 from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model, read_lock, write_lock
 from pipeline.checkpoint.store import Store
-from pipeline.config import ModelConfig, WheelSource
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import WheelSource
 from pipeline.errors import PipelineError, SourceError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"

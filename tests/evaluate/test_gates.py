@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import GateLimits, ReleasedBuild, load_gates
+from pipeline.config import load_gates
+from pipeline.config.gates import GateLimits, ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import sequential
 from pipeline.evaluate.gates import GateLine, Policy, Verdict, decide, exit_code, overall, worst

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import SpeedConfig
+from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate import app, speed
 from pipeline.evaluate.app import Generation, Look, Observed, Task

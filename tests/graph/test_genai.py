@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config import LocalSource, ModelConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
 from pipeline.evaluate.parity import NEAR_TIE
 from pipeline.graph.decoder import build_decoder, save_decoder

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config import Budget, Pin, SplitFormat
+from pipeline.config.recipes import Budget, Pin, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.planning.budget import Option, Sensitivity, Solution, _front, groups, smallest, solve
 from pipeline.planning.memory import weight_memory

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import (
+from pipeline.config import load_recipe
+from pipeline.config.phones import (
     Device,
     Efficiency,
     MemoryClaim,
@@ -17,7 +18,6 @@ from pipeline.config import (
     SizeClaim,
     Tier,
     TiersConfig,
-    load_recipe,
 )
 from pipeline.planning.budget import bound, groups, solve
 from pipeline.planning.claims import Facts, check

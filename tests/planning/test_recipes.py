@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.artifact.write import draft
 from pipeline.checkpoint.architecture import Architecture
-from pipeline.config import RecipeConfig
+from pipeline.config.recipes import RecipeConfig
 from pipeline.errors import PlanError
 from pipeline.graph.decoder import build_decoder
 from pipeline.planning.recipes import Plan, make_plan, use_more_bits

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import RecipeConfig, load
+from pipeline.config.recipes import RecipeConfig
+from pipeline.config.typed_yaml import load
 
 FOLDER = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from pipeline import config
 from pipeline.checkpoint.store import Store
-from pipeline.config import CalibrationConfig
+from pipeline.config.calibration import CalibrationConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.chat import transcript
 from pipeline.evaluate.stream import LayerStream

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
+from pipeline.config.calibration import CalibrationConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig
 from pipeline.stages import needs
 from pipeline.stages.needs import Rates
 from tests.real_configs import architecture_of
@@ -14,12 +17,12 @@ PHI_4_BYTES = 29_319_014_400
 RATES = Rates(flops=130e9, cores=2)
 
 
-def asked(prompt: str) -> config.ModelConfig:
+def asked(prompt: str) -> ModelConfig:
     return config.load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt, "mmlu_mode": "letter"})
 
 
 @pytest.fixture
-def suite() -> config.EvaluationConfig:
+def suite() -> EvaluationConfig:
     return config.load_suite("demo")
 
 
@@ -54,7 +57,7 @@ def test_calibration_takes_what_was_measured(
     shape = {"hidden": hidden, "intermediate": intermediate, "vocab": vocab}
     shape |= {"heads": hidden // 128, "kv_heads": hidden // 512}
     architecture = replace(architecture_of("phi-4", tmp_path), **shape)
-    wanted = needs.calibrate(architecture, config.CalibrationConfig(texts={"text-c4": 512}, window=window))
+    wanted = needs.calibrate(architecture, CalibrationConfig(texts={"text-c4": 512}, window=window))
     measured = measured_mib << 20
     assert measured <= wanted.memory <= 1.1 * measured + needs.PROCESS_BYTES
 
@@ -92,7 +95,7 @@ def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) 
 
 
 def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
-    tmp_path: Path, suite: config.EvaluationConfig
+    tmp_path: Path, suite: EvaluationConfig
 ) -> None:
     wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, config.load_model("phi-4"))
     assert wanted.memory == round(4 / 3 * 87_957_043_200)
@@ -100,7 +103,7 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
     assert wanted.seconds is None
 
 
-def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: config.EvaluationConfig) -> None:
+def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: EvaluationConfig) -> None:
     """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
     phi, full = architecture_of("phi-4", tmp_path), config.load_suite("full")
     wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
@@ -114,7 +117,7 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
     assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds  # type: ignore[operator]
 
 
-def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: config.EvaluationConfig) -> None:
+def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: EvaluationConfig) -> None:
     architecture, entry = architecture_of("mimo-8b", tmp_path), asked("completion")
     small, large = (needs.validate(architecture, "q4", size, 0, suite, entry, RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
@@ -128,7 +131,7 @@ def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: 
 
 
 def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
-    tmp_path: Path, suite: config.EvaluationConfig
+    tmp_path: Path, suite: EvaluationConfig
 ) -> None:
     architecture = architecture_of("mimo-8b", tmp_path)
     token = 2 * 4 * 36 * 8 * 128
@@ -143,7 +146,7 @@ def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_on
 
 
 def test_thinking_takes_room_for_its_tokens_but_no_more_than_a_batch_may(
-    tmp_path: Path, suite: config.EvaluationConfig
+    tmp_path: Path, suite: EvaluationConfig
 ) -> None:
     architecture, token = architecture_of("mimo-8b", tmp_path), 2 * 4 * 36 * 8 * 128
     memory = {
@@ -161,10 +164,10 @@ def test_thinking_takes_room_for_its_tokens_but_no_more_than_a_batch_may(
     assert wanted.memory - needs.PROCESS_BYTES == logits + text * token
 
 
-def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: config.EvaluationConfig) -> None:
+def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: EvaluationConfig) -> None:
     architecture = architecture_of("phi-4", tmp_path)
 
-    def seconds(wanted: config.EvaluationConfig, flops: float) -> float:
+    def seconds(wanted: EvaluationConfig, flops: float) -> float:
         result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, asked("completion"), Rates(flops, 2)).seconds
         assert result is not None
         return result

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.store import Store
-from pipeline.config import EvaluationConfig, ModelConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig
 from pipeline.evaluate.layered import Asked, LayeredDecoder
 from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.stages.workspace import Workspace

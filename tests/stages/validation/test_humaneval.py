@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import config
 from pipeline.checkpoint.store import Store
+from pipeline.config.evaluation import HumanEvalConfig
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.generate import Limits, Sampling, Written
 from pipeline.evaluate.humaneval import Problem, load_problems
@@ -95,7 +96,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def subject(tmp_path: Path, prompt: str = "completion", variant: str = REFERENCE, **changes: Any) -> Subject:
     entry = config.load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
     suite = config.load_suite("demo")
-    asked = config.HumanEvalConfig(**(suite.humaneval.model_dump() | {"problems": 8} | changes))
+    asked = HumanEvalConfig(**(suite.humaneval.model_dump() | {"problems": 8} | changes))
     suite = suite.model_copy(update={"humaneval": asked})
     architecture = architecture_of("mimo-8b", tmp_path)
     return Subject(

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import config
 from pipeline.checkpoint.store import Store
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.stages.validate import SECTIONS
 from pipeline.stages.validation import keys
 from pipeline.stages.validation.keys import Key, Section, imported, key_of
@@ -45,7 +46,7 @@ def with_suite(subject: Subject, part: str, **changes: Any) -> Subject:
 
 def test_every_section_is_a_part_of_the_suite() -> None:
     parts = [section.part for section in SECTIONS if not section.reads]
-    assert sorted(parts) == sorted(set(config.EvaluationConfig.model_fields) - {"reference"})
+    assert sorted(parts) == sorted(set(EvaluationConfig.model_fields) - {"reference"})
     assert {section.reads for section in SECTIONS if section.reads} <= set(parts)
 
 

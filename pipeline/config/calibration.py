@@ -1,0 +1,43 @@
+"""configs/calibration.yaml, configs/sensitivity.yaml"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipeline.config.recipes import FormatName
+from pipeline.config.typed_yaml import Frozen, Name
+
+
+class CalibrationConfig(Frozen):
+    """Which text drives activation statistics. `texts` and `chats` map a dataset's name to its number of tokens; a chat
+    is a file of conversations (`pipeline.evaluate.chat`), read through the model's own chat template."""
+
+    texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    chats: dict[Name, Annotated[int, Field(gt=0)]] = Field(default={})
+    window: int = Field(gt=1, description="tokens per sequence")
+
+    @property
+    def datasets(self) -> frozenset[str]:
+        """Names of all datasets that are read."""
+        return frozenset({*self.texts, *self.chats})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return sum(self.texts.values()) + sum(self.chats.values())
+
+
+class SensitivityConfig(CalibrationConfig):
+    """What is measured of each matrix for budgets: the error of every format, and the damage of one of them."""
+
+    formats: tuple[FormatName, ...] = Field(min_length=1)
+    damage: FormatName = Field(description="the format in which each matrix's KL divergence is measured")
+    rows: int = Field(gt=0, description="rows of each matrix that errors are measured on, evenly spaced")
+
+    @model_validator(mode="after")
+    def _has_whole_windows(self) -> SensitivityConfig:
+        if all(tokens < self.window for tokens in (*self.texts.values(), *self.chats.values())):
+            raise ValueError(f"no text has {self.window} tokens, a whole window: raise `texts` or lower `window`")
+        return self

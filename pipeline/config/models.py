@@ -1,0 +1,51 @@
+"""configs/pipeline.yaml, configs/models/<name>.yaml"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config.sources import HubName, HubSource, Source
+from pipeline.config.typed_yaml import Frozen, Name
+
+
+class PipelineConfig(Frozen):
+    """What one `dvc repro` covers: models × variants, measured with one evaluation suite."""
+
+    models: tuple[Name, ...] = Field(min_length=1)
+    variants: tuple[Name, ...] = Field(min_length=1)
+    suite: Name
+
+
+class ModelConfig(Frozen):
+    """A model entry: where its checkpoint comes from and how the product runs it."""
+
+    title: str
+    source: Source
+    context: int = Field(gt=0, description="context cap of the exported graph, tokens")
+    gate_class: Name = Field(description="row of configs/gates.yaml that judges its variants")
+    note: str = Field(default="", description="a caveat printed with the model's figures")
+    mmlu_mode: Literal["five-shot", "letter", "chat", "cloze"] = Field(
+        description="five-shot is the field's default; cloze for models too small to answer with letters"
+    )
+    mmlu_close_think: bool = Field(
+        default=False,
+        description="for a model that thinks unasked: mode chat closes an empty <think> block before the letter",
+    )
+    humaneval_prompt: Literal["completion", "chat", "thinking"] = Field(
+        default="completion",
+        description="completion: go on with the code; chat: answer a request; thinking: chat that begins with <think>",
+    )
+    extra_stop_ids: tuple[int, ...] = ()
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    base_model: HubName | None = Field(
+        default=None, description="Hub repository that the checkpoint is a copy of, where its source is another place"
+    )
+    licence_page: str | None = Field(default=None, description="shown when the Hub asks for an accepted licence")
+
+    @property
+    def hub_name(self) -> str | None:
+        """The Hub repository that the model is known by, as far as the entry says."""
+        return self.source.repo if isinstance(self.source, HubSource) else self.base_model

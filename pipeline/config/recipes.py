@@ -1,0 +1,98 @@
+"""configs/recipes/<variant>.yaml"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from pipeline.config.typed_yaml import Frozen, Name
+
+FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
+KvCache = Literal["float32", "int8"]
+Role = Literal[
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+]  # fmt: skip
+
+
+class SplitFormat(Frozen):
+    """A matrix split along its input channels: the most important ones in `high`, the rest in `low`."""
+
+    high: FormatName
+    low: FormatName
+    high_fraction: float = Field(gt=0, lt=1, description="share of input channels in `high`, before block rounding")
+
+    @model_validator(mode="after")
+    def _high_has_more_bits(self) -> SplitFormat:
+        high, low = (int(name[1 : name.index("b")]) for name in (self.high, self.low))
+        if high <= low:
+            raise ValueError(f"high ({self.high}) needs more bits than low ({self.low}): it takes what matters most")
+        return self
+
+
+class RecipeRule(Frozen):
+    """A format for some roles, optionally only where a layer rule holds. The first matching rule wins."""
+
+    roles: tuple[Role, ...] = Field(min_length=1)
+    layers: Literal["all", "use_more_bits"] = "all"
+    format: FormatName | SplitFormat
+
+
+class Pin(Frozen):
+    """Tensors whose format an engineer decides, whatever the budget: a shell pattern on their names."""
+
+    tensors: str = Field(description="such as model.layers.0.*, *.v_proj.weight or lm_head.weight")
+    format: FormatName | SplitFormat
+
+
+class Budget(Frozen):
+    """What an artifact may take, one limit at least, and the formats that may be chosen to stay within it.
+
+    `memory` and `tier` count the peak in use: weights as loaded, the KV cache at `context`, activations, loading; and,
+    for a tier, `runtime_bytes` of configs/tiers.yaml.
+    """
+
+    bytes: int | None = Field(default=None, gt=0, description="graph and parts on disk, exactly as written")
+    body_bits: float | None = Field(default=None, gt=0, description="bits per weight of the body, scales included")
+    memory: int | None = Field(default=None, gt=0, description="peak private bytes in use")
+    tier: Name | None = Field(default=None, description="row of configs/tiers.yaml: its memory is the limit")
+    context: int | None = Field(default=None, gt=0, description="tokens of KV cache; configs/tiers.yaml's by default")
+    formats: tuple[FormatName, ...] = Field(default=("w2b64a", "w4b64a", "w4b32a", "w6b64a", "w8b32s"), min_length=1)
+    tables: tuple[FormatName, ...] = Field(default=("w4b32a", "w6b64a", "w8b32s"), min_length=1)
+    embedding: FormatName | None = Field(default=None, description="of an embedding that is not the head's table too")
+    splits: bool = Field(default=True, description="may split matrices along their input channels")
+    pin: tuple[Pin, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_limited(self) -> Budget:
+        if all(limit is None for limit in (self.bytes, self.body_bits, self.memory, self.tier)):
+            raise ValueError("no limit is given; name one or more of bytes, body_bits, memory, tier")
+        return self
+
+
+class RecipeBase(Frozen):
+    """What every recipe has."""
+
+    version: int = Field(gt=0)
+    title: str
+    search: Literal["nearest", "weighted", "gptq"] = "weighted"
+    kv_cache: KvCache = "float32"
+    part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
+    gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
+
+
+class RecipeConfig(RecipeBase):
+    """A recipe: a rule from tensor roles and layer numbers to tensor formats."""
+
+    embedding: FormatName
+    head: FormatName
+    body: tuple[RecipeRule, ...] = Field(min_length=1)
+
+
+class BudgetRecipe(RecipeBase):
+    """A recipe that is solved for: the formats that lose least within a budget."""
+
+    budget: Budget
+
+
+Recipe = RecipeConfig | BudgetRecipe

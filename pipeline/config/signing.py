@@ -1,0 +1,41 @@
+"""configs/signing.yaml"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.typed_yaml import Frozen, Sha256
+
+
+class SigningConfig(Frozen):
+    """Who signs, and for how long a release is fresh.
+
+    `key_id` is "development" or the SHA-256 of the release public key's DER SubjectPublicKeyInfo. It is a parameter
+    of the sign stage: another key signs again. The private key itself comes from the environment and is no dependency.
+    `next_key_id` announces the key that later releases are signed with: apps pin both (docs/trust.md).
+    """
+
+    channel: Literal["development", "release"]
+    key_id: Literal["development"] | Sha256
+    next_key_id: Sha256 | None = None
+    release: int = Field(ge=1, description="monotonic release number; a phone refuses a lower one")
+    expires_days: int = Field(gt=0)
+    min_app_version: int = Field(ge=0)
+    max_app_version: int | None = None
+
+    @model_validator(mode="after")
+    def _release_needs_a_release_key(self) -> SigningConfig:
+        if self.channel == "release" and self.key_id == "development":
+            raise ValueError(
+                "channel 'release' refuses the development key: set key_id to the release public key's SHA-256 "
+                "(python -m pipeline key-id PUBLIC_KEY.pem prints it)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _next_key_is_another(self) -> SigningConfig:
+        if self.next_key_id == self.key_id:
+            raise ValueError(f"next_key_id is key_id itself ({self.key_id}): name the key that follows it, or none")
+        return self

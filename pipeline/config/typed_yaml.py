@@ -1,0 +1,98 @@
+"""One YAML file as a frozen, typed object: unknown and repeated keys are errors, and errors say what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from pipeline.errors import ConfigError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """Base of all configuration: immutable, and unknown keys are errors rather than silently ignored options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def load(model: type[T], path: Path) -> T:
+    """Read one YAML file into `model`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; every problem is listed.
+    """
+    try:
+        return model.model_validate(read(path))
+    except ValidationError as error:
+        problems = "; ".join(_explain(model, item) for item in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None
+
+
+def read(path: Path) -> Any:
+    """The content of one YAML file. Raises ConfigError, which names the nearest file for one that is missing."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        others = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(path.stem, others, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}: no such file.{hint} Known here: {', '.join(others) or 'nothing'}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    location = error["loc"]
+    where = ".".join(str(part) for part in location) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
+    return f"{where}: {message} (got {error['input']!r}{f'; did you mean {near[0]!r}?' if near else ''})"
+
+
+def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields at `path` inside `model`, as far as the path can be followed through nested classes."""
+
+    def classes(annotation: Any) -> list[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [annotation]
+        return [found for argument in get_args(annotation) for found in classes(argument)]
+
+    current = [model]
+    for step in path:
+        stepped = [
+            found
+            for candidate in current
+            if isinstance(step, str) and step in candidate.model_fields
+            for found in classes(candidate.model_fields[step].annotation)
+        ]
+        current = stepped or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key written twice is an error: PyYAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
