@@ -28,9 +28,16 @@ Quantizer = Callable[[np.ndarray], list[Quantized]]
 
 
 class Search(Protocol):
-    """What the classes below have in common. `moments` is None for a search that needs no calibration."""
+    """What the classes below have in common.
+
+    Attributes:
+        by_layer: a layer must be finished, and its quantizers dropped, before the next one's are asked for: what they
+            hold is large.
+        moments: None for a search that needs no calibration.
+    """
 
     tile: int
+    by_layer: bool
     moments: Moments | None
 
     def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
@@ -41,6 +48,7 @@ class Nearest:
     """Round to nearest: the control."""
 
     tile = 1
+    by_layer = False
     moments = None
 
     def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
@@ -52,6 +60,7 @@ class Weighted:
     """Scales and zero points searched under the second moments of the inputs."""
 
     tile = 1
+    by_layer = False
 
     def __init__(self, moments: Moments):
         self.moments = moments
@@ -74,6 +83,7 @@ class Compensated(Weighted):
     """
 
     tile = TILE
+    by_layer = True
 
     def __init__(self, moments: Moments, hessian: Callable[[str], np.ndarray], tokens: int):
         super().__init__(moments)

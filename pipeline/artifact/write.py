@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,7 +42,6 @@ _FLUSH_BYTES = 256 << 20
 _AHEAD = 16
 
 S, T = TypeVar("S"), TypeVar("T")
-Task = tuple[Unit, Callable[[], Quantizer]]
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ class _Run:
     ):  # fmt: skip
         self.writer, self.partial, self.checkpoint, self.search = writer, partial, checkpoint, search
         self.channels: dict[str, np.ndarray] = {}
+        self.quantizers: dict[str, Callable[[], Quantizer]] = {}  # of the matrices under way, by name
         self.ahead = threads + _AHEAD
         self.pool = stack.enter_context(ThreadPoolExecutor(threads))
         self.flusher = stack.enter_context(ThreadPoolExecutor(1))
@@ -182,7 +183,7 @@ class _Run:
         tables, unflushed, flushes = drafted.plan.tables, 0, list[Future[None]]()
         weight_bytes = sum(self.checkpoint[item.matrix.name].length for item in tables)
         with Progress(f"quantize {drafted.stem}", len(tables), "tensors", weight_bytes) as progress:
-            for (unit, _), digest in self._in_order(self._tasks(drafted.plan), self._write_unit):
+            for unit, digest in self._in_order(self._units(drafted.plan), self._write_unit):
                 written = self._account(unit.name, unit.ranges(), digest)
                 unflushed += written
                 if unflushed > _FLUSH_BYTES:
@@ -193,42 +194,48 @@ class _Run:
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
-    def _tasks(self, plan: Plan) -> Iterator[Task]:
-        """The units of all matrices in order. A matrix's quantizer is prepared when its first unfinished unit is due,
-        on this thread: what it needs of the model (a Hessian) is made in the order of execution, and once."""
-        groups = sharers(plan)
+    def _units(self, plan: Plan) -> Iterator[Unit | None]:
+        """The units of all matrices in order; None where those before must be finished first.
+
+        A matrix's quantizer is prepared when its first unfinished unit is due, on this thread: what it needs of the
+        model (a Hessian) is made in the order of execution, and once.
+        """
+        groups, layer = sharers(plan), None
         for planned in plan.tables:
+            name = planned.matrix.name
+            if self.search.by_layer and planned.matrix.layer != layer:
+                yield None
+                self.quantizers.clear()
+            layer = planned.matrix.layer
             if planned.split and channel_names(planned)[0] not in self.channels:
                 self._choose_channels(groups[planned.matrix.input])
-            quantizer = cache(partial(self.search.of, planned, self.channels))
+            self.quantizers[name] = cache(partial(self.search.of, planned, self.channels))
             for unit in units(planned, tile=self.search.tile):
                 if unit.name not in self.partial.digests:
-                    self.checkpoint.prefetch(planned.matrix.name, unit.start, unit.stop)
-                    quantizer()
-                yield unit, quantizer
+                    self.checkpoint.prefetch(name, unit.start, unit.stop)
+                    self.quantizers[name]()
+                yield unit
 
     def _item_bytes(self, unit: Unit) -> int:
         ref = self.checkpoint[unit.planned.matrix.name]
         return ref.length // ref.elements
 
-    def _in_order(self, items: Iterable[S], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
-        """(item, result) in the items' order, whichever thread was faster."""
+    def _in_order(self, items: Iterable[S | None], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+        """(item, result) in the items' order, whichever thread was faster. None waits for all items before it."""
         pending: deque[tuple[S, Future[T]]] = deque()
-        for item in items:
-            pending.append((item, self.pool.submit(work, item)))
-            if len(pending) > self.ahead:
+        for item in chain(items, [None]):
+            if item is not None:
+                pending.append((item, self.pool.submit(work, item)))
+            while len(pending) > (self.ahead if item is not None else 0):
                 first, future = pending.popleft()
                 yield first, future.result()
-        for item, future in pending:
-            yield item, future.result()
 
-    def _write_unit(self, task: Task) -> str:
+    def _write_unit(self, unit: Unit) -> str:
         """Quantize and write a unit, unless its bytes are there; their SHA-256."""
-        unit, quantizer = task
         ranges = list(unit.ranges())
         if known := self._finished(unit.name, ranges):
             return known
-        chosen = quantize_unit(unit, self.checkpoint, quantizer())
+        chosen = quantize_unit(unit, self.checkpoint, self.quantizers[unit.planned.matrix.name]())
         return self._put(ranges, [array for item in chosen for array in item.stored()])
 
     def _put(self, ranges: list[Range], arrays: list[np.ndarray]) -> str:

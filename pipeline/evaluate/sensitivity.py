@@ -30,7 +30,8 @@ Damage = Callable[[Matrix, np.ndarray], np.ndarray]
 
 CLEAN = ""
 """Name of the copy that no matrix has damaged."""
-_BATCH_TOKENS = 4096  # of one run of a layer: products are as fast as they get, activations stay small
+BATCH_TOKENS = 1024
+"""Of one run of a layer: products are as fast as they get, activations stay small."""
 _HEAD_ROWS = 4096
 
 
@@ -107,7 +108,7 @@ def _advance(copies: Copies, slices: DecoderSlices, folder: Path, checkpoint: Ch
 
 def _batches(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     copies, windows, tokens, _ = shape
-    step = max(1, _BATCH_TOKENS // (windows * tokens))
+    step = max(1, BATCH_TOKENS // (windows * tokens))
     return ((start, min(start + step, copies)) for start in range(0, copies, step))
 
 

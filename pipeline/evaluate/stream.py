@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import repeat
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from onnxruntime import InferenceSession
+from threadpoolctl import threadpool_limits
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluate.runtime import open_slice
 from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.machine import cores
 from pipeline.quantize.cache import magnitudes
 
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
@@ -180,8 +183,14 @@ def _add(total: np.ndarray, x: np.ndarray) -> None:
     if total.ndim == 1:
         total += np.einsum("tc,tc->c", x, x)
         return
-    for start, stop in _panels(total):  # no second matrix is made
+
+    def add(panel: tuple[int, int]) -> None:
+        start, stop = panel  # no second matrix is made
         total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+    # Panels side by side, each product on one thread: the sum does not depend on the number of cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(add, _panels(total)))
 
 
 def _mirrored(total: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.models import ModelConfig
 from pipeline.evaluate.mmlu import SUBJECTS
 from pipeline.evaluate.mmlu_scoring import CHUNK
+from pipeline.evaluate.sensitivity import BATCH_TOKENS
 from pipeline.planning.memory import ACTIVATION_COPIES
 
 PROCESS_BYTES = 200_000_000
@@ -100,39 +101,38 @@ def export(architecture: Architecture, context: int) -> Needs:
 
 
 def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates | None = None) -> Needs:
-    """The text run through the model layer by layer (`pipeline.evaluate.stream`): one layer's weights in float32.
-
-    On top of them either the widest matrix once more, while it is widened, or a window's activations.
-    """
-    sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * calibration.window
+    """The text run through the model layer by layer (`pipeline.evaluate.stream`): one layer's weights in float32."""
     tokens = calibration.tokens
-    seconds = None
-    if rates:
-        seconds = _product_seconds(architecture, tokens, rates) + architecture.parameters / WIDENED_PER_SECOND
     return Needs(
         "calibrate",
         None,
-        PROCESS_BYTES + 4 * sum(sizes) + round(4 * max(*sizes, floats)),
+        PROCESS_BYTES + _layer_bytes(architecture, calibration.window),
         2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
-        seconds,
+        _pass_seconds(architecture, tokens, rates) if rates else None,
         f"one layer in float32 and {calibration.window:,} tokens of activations; hidden states of {tokens:,} tokens",
         scratch=True,
     )
 
 
 def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates | None = None) -> Needs:
-    """One layer in float32, and the hidden states of a copy of the text for every matrix, before a layer and after."""
+    """One layer in float32, a quantized matrix of it, and the activations of a batch of copies of the text.
+
+    There is a copy for every matrix; their hidden states are held before a layer and after it.
+    """
     body = architecture.body(0)
     sizes = [matrix.rows * matrix.columns for matrix in body]
     tokens = wanted.tokens
     copies = 2 + architecture.layers * len(body)
     states = 4 * copies * tokens * architecture.hidden
-    seconds = _product_seconds(architecture, tokens * copies / 2, rates) if rates else None
+    activations = _activation_bytes(architecture, max(tokens, BATCH_TOKENS))
+    seconds = None
+    if rates:
+        seconds = _pass_seconds(architecture, tokens * copies / 2, rates)
+        seconds += architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
     return Needs(
         "sensitivity",
         None,
-        PROCESS_BYTES + 4 * sum(sizes) + 2 * 4 * max(sizes) + 2 * states + GENERATION_LOGIT_BYTES,
+        PROCESS_BYTES + 4 * sum(sizes) + 4 * max(sizes) + activations + 2 * states,
         2 * states + SMALL_FILES_BYTES,
         seconds,
         f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
@@ -157,16 +157,27 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
 
 
 def quantize(
-    variant: str, artifact_bytes: int, architecture: Architecture, search: str, rates: Rates | None = None
+    variant: str,
+    artifact_bytes: int,
+    architecture: Architecture,
+    search: str,
+    calibration: CalibrationConfig,
+    rates: Rates | None = None,
 ) -> Needs:
-    """A recipe applied: `artifact_bytes` is the plan's exact size. GPTQ holds a Hessian and its factor, or a layer."""
+    """A recipe applied: `artifact_bytes` is the plan's exact size.
+
+    GPTQ runs a layer as `calibrate` does, beside the second moments of its inputs. When they are factored, the layer's
+    weights are gone: the widest input's take twice their bytes then, thrice while a split's channels are ordered.
+    """
     seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
-        sizes = [(matrix.rows * matrix.columns, matrix.columns) for matrix in architecture.body(0)]
-        layer = 4 * sum(size for size, _ in sizes) + 4 * max(size for size, _ in sizes)
-        memory += layer + 2 * 4 * max(columns for _, columns in sizes) ** 2
-        why = "a layer in float32, the widest input's second moments and their factor; the plan's exact bytes"
+        moments = [4 * columns**2 for columns in {m.input: m.columns for m in architecture.body(0)}.values()]
+        memory += max(_layer_bytes(architecture, calibration.window) + sum(moments), sum(moments) + 2 * max(moments))
+        why = "a layer in float32 and its inputs' second moments; the plan's exact bytes"
+        if rates and seconds:
+            products = calibration.tokens * architecture.layers * sum(moments) / 4
+            seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
     return Needs("quantize", variant, memory, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
 
 
@@ -195,10 +206,7 @@ def layered_reference(
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
-    sizes = [matrix.rows * matrix.columns for matrix in architecture.body(0)]
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate)
-    floats *= max(suite.divergence.window, CHUNK)
-    layer = 4 * sum(sizes) + round(4 * max(*sizes, floats))
+    layer = _layer_bytes(architecture, max(suite.divergence.window, CHUNK))
     logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
     tokens = {
@@ -207,8 +215,7 @@ def layered_reference(
     }
     seconds = None
     if rates:
-        passes = len(tokens) * architecture.parameters / WIDENED_PER_SECOND
-        seconds = _product_seconds(architecture, sum(tokens.values()), rates) + passes
+        seconds = sum(_pass_seconds(architecture, count, rates) for count in tokens.values())
     states = 2 * 4 * architecture.hidden * max(tokens.values())
     return Needs(
         "reference",
@@ -264,6 +271,21 @@ def widened_bytes(weight_bytes: int, parameters: int) -> int:
 def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:
     """The reference's kept log-probabilities."""
     return 2 * architecture.vocab * sum(suite.divergence.texts.values())
+
+
+def _layer_bytes(architecture: Architecture, window: int) -> int:
+    """A layer in float32; on top the widest matrix once more, while it is widened, or a window's activations."""
+    sizes = [4 * matrix.rows * matrix.columns for matrix in architecture.body(0)]
+    return sum(sizes) + max(*sizes, _activation_bytes(architecture, window))
+
+
+def _activation_bytes(architecture: Architecture, tokens: int) -> int:
+    return round(4 * ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
+
+
+def _pass_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
+    """All layers widened from half precision, and their products with so many tokens."""
+    return _product_seconds(architecture, tokens, rates) + architecture.parameters / WIDENED_PER_SECOND
 
 
 def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:

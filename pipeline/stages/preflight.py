@@ -198,7 +198,7 @@ def stage_needs(
     sizes = _sizes(model, variants, architecture, refs, entry.context)
     for variant, (size, _) in sizes.items():
         search = config.load_recipe(variant).search
-        yield needs.quantize(variant, size, architecture, search, rates)
+        yield needs.quantize(variant, size, architecture, search, config.load_calibration(), rates)
     yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)[0]
     for variant, (size, cache) in sizes.items():
         yield needs.validate(architecture, variant, size, cache, suite, entry, rates)

@@ -68,7 +68,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         return
     with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
         left = max(0, drafted.bytes - partial.bytes)
-        require(model, needs.quantize(variant, left, architecture, recipe.search))
+        require(model, needs.quantize(variant, left, architecture, recipe.search, config.load_calibration()))
         search = _search(recipe, workspace, architecture, partial, stack)
         ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
         write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)

@@ -82,14 +82,16 @@ def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) -> None:
     phi = architecture_of("phi-4", tmp_path)
-    few = replace(phi, layers=1)
+    few, calibration = replace(phi, layers=1), config.load_calibration()
     for search in ("nearest", "weighted", "gptq"):
         small, large = (
-            needs.quantize("q4", size, model, search, RATES) for size, model in ((10**6, few), (10**10, phi))
+            needs.quantize("q4", size, model, search, calibration, RATES)
+            for size, model in ((10**6, few), (10**10, phi))
         )
         assert small.memory == large.memory <= 6e9
         assert large.disk - small.disk == 10**10 - 10**6
-    seconds = [needs.quantize("q4", 10**6, phi, search, RATES).seconds for search in ("nearest", "weighted", "gptq")]
+    searches = ("nearest", "weighted", "gptq")
+    seconds = [needs.quantize("q4", 10**6, phi, search, calibration, RATES).seconds for search in searches]
     assert None not in seconds
     assert seconds == sorted(seconds)  # type: ignore[type-var]
 
