@@ -1,16 +1,24 @@
-"""Private memory while an artifact is written: that of a few units of work, however many layers there are."""
+"""Memory while an artifact is written: that of a few units of work, and of one layer's quantizers."""
 
 from __future__ import annotations
 
 import re
+import time
+import weakref
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pipeline.artifact import work
+from pipeline.artifact import work, write
+from pipeline.artifact.partial import open_partial
+from pipeline.artifact.quantizers import Channels, Nearest, Quantizer
+from pipeline.planning.recipes import PlannedMatrix
+from pipeline.quantize.formats import Quantized
 from tests.artifact.exported import Exported, child, export, finish, grow, make_bfloat16
-from tests.families import CASES
+from tests.families import CASES, make_checkpoint
 from tests.recipes import load_recipe
 
 WIDTHS = {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -46,3 +54,39 @@ def test_memory_does_not_grow_with_layers_and_sizes_are_as_planned(tmp_path: Pat
     assert peaks[8] - peaks[2] < SLACK
     assert peaks[8] < 1 << 30
     assert peaks[2] > 30e6, "nothing was measured"
+
+
+class LargeQuantizers(Nearest):
+    """Rounding to nearest, with an eye on the quantizers of other layers that are alive when one is asked for."""
+
+    def __init__(self, by_layer: bool) -> None:
+        self.by_layer = by_layer
+        self.made: list[tuple[int, weakref.ref[Quantizer]]] = []
+        self.kept: list[int] = []
+
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """The function of a matrix, slow enough that its units are still under way when the next matrix is due."""
+        layer, nearest = planned.matrix.layer, super().of(planned, channels)
+
+        def quantize(weights: np.ndarray) -> list[Quantized]:
+            time.sleep(0.002)
+            return nearest(weights)
+
+        self.kept += [owner for owner, made in self.made if owner != layer and made() is not None]
+        self.made.append((layer, weakref.ref(quantize)))
+        return quantize
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_a_layer_s_quantizers_go_before_the_next_layer_s_come(
+    by_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ's hold second moments: without, those of a layer would lie beside the next layer's weights."""
+    make_checkpoint(tmp_path / "checkpoint", CASES["llama-untied"])
+    exported = export(tmp_path / "checkpoint")
+    monkeypatch.setattr(write, "units", partial(work.units, unit_bytes=8 * 4 * 128))
+    search = LargeQuantizers(by_layer)
+    with open_partial(tmp_path / "partial", "key") as growing:
+        write.write_artifact(growing, exported.draft(load_recipe("q4")), exported.checkpoint, exported.folder, search)
+    assert len({layer for layer, _ in search.made}) > 2
+    assert bool(search.kept) is not by_layer
