@@ -84,7 +84,7 @@ def test_each_matrix_does_what_it_does_to_the_whole_graph(
     assert got.keys() == want.keys()
     for key, value in want.items():
         assert got[key] == pytest.approx(value, rel=2e-3), key
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 2 * ids.size)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 2 * ids.size)
     monkeypatch.setattr(module, "_HEAD_ROWS", 77)
     shutil.rmtree(tmp_path / "model/partial")
     assert measure(tmp_path / "model", decoder, ids=ids) == pytest.approx(got, rel=1e-3)
