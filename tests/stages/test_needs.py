@@ -73,6 +73,17 @@ def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_p
     assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * calibration.tokens * 5120
 
 
+def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:
+    """Private bytes at the peaks of the stages, on synthetic weights of these widths in bfloat16 (ONNX Runtime 1.31)."""
+    architecture = replace(architecture_of("phi-4", tmp_path), layers=2)
+    text = {"texts": {"text-c4": 128}, "window": 128}
+    sensitivity = needs.sensitivity(architecture, config.load_sensitivity().model_copy(update=text))
+    assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
+    calibration = CalibrationConfig(texts={"text-c4": 1024}, window=512)
+    assert 2.334e9 <= needs.calibrate(architecture, calibration).memory <= 1.1 * 2.334e9
+    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", calibration).memory <= 1.2 * 3.895e9
+
+
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
     wanted = needs.parity(500_000_000, 1_000_000_000)
     assert wanted.memory == needs.PROCESS_BYTES + 16 * 500_000_000
