@@ -18,7 +18,7 @@ from pipeline.evaluate.sensitivity import BATCH_TOKENS
 from pipeline.planning.memory import ACTIVATION_COPIES
 
 PROCESS_BYTES = 250_000_000
-"""A stage before any model: 70 MB of interpreter and libraries, measured; compiled kernels, text, the allocator's slack."""
+"""A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
 WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}

@@ -74,7 +74,7 @@ def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_p
 
 
 def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:
-    """Private bytes at the peaks of the stages, on synthetic weights of these widths in bfloat16 (ONNX Runtime 1.31)."""
+    """Private bytes at the stages' peaks, on synthetic weights of these widths in bfloat16 (ONNX Runtime 1.31)."""
     architecture = replace(architecture_of("phi-4", tmp_path), layers=2)
     text = {"texts": {"text-c4": 128}, "window": 128}
     sensitivity = needs.sensitivity(architecture, config.load_sensitivity().model_copy(update=text))
