@@ -23,14 +23,18 @@ README = Path(__file__).with_name("README.md")
 
 
 def the_machine(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
-    """What the figures were measured on."""
+    """What the figures were measured on, but for tables that name another."""
     found = records[0]["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    vectors = ", ".join(found["vector_extensions"])
     return (
-        f"{found['cpu']}, {found['cores']} cores ({vectors}), {found['cache_bytes'] / 2**20:.0f} MiB of cache, "
+        f"{_processor(records[0])}, {found['cache_bytes'] / 2**20:.0f} MiB of cache, "
         f"{found['memory_bytes'] / 2**30:.0f} GiB of memory; {found['kernel']}, Python {found['python']}, {packages}."
     )
+
+
+def _processor(record: dict[str, Any]) -> str:
+    found = record["machine"]
+    return f"{found['cpu']}, {found['cores']} cores ({', '.join(found['vector_extensions'])})"
 
 
 def conversion(records: list[dict[str, Any]], searches: dict[str, Any]) -> str:
@@ -199,7 +203,7 @@ def reference(found: dict[str, Any]) -> str:
             f"{record['model']}{cut}", *(f"{size:.2f}" for size in gigabytes), f"{record['tokens']:,}",
             f"{record['pass_seconds']:.0f}", f"{record['answer_seconds']:.0f}",
         ])  # fmt: skip
-    return table(head, rows)
+    return f"{table(head, rows)}\n\nMeasured on {_processor(found)}."
 
 
 TABLES = {
@@ -227,7 +231,7 @@ def mmlu(found: dict[str, Any]) -> str:
     for count, tokens in found["five_shot_tokens"].items():
         told = f"{tokens['ours']:,} · {tokens['harness']:,}"
         rows.append([f"five-shot, {int(count):,}, counted", "", "", "", "", told, "", f"{tokens['ratio']:.1f}"])
-    return table(head, rows)
+    return f"{table(head, rows)}\n\nMeasured on {_processor(found)}."
 
 
 def on_arm64(found: dict[str, Any]) -> str:

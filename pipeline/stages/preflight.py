@@ -188,17 +188,18 @@ def stage_needs(
     Raises PipelineError for what cannot be planned.
     """
     entry, suite = config.load_model(model), config.load_suite(config.load_pipeline().suite)
+    calibration = config.load_calibration()
     architecture = read_architecture(source.config)
     refs = references(architecture, source.weight_bytes)
     yield needs.export(architecture, entry.context)
-    yield needs.calibrate(architecture, config.load_calibration(), rates)
+    yield needs.calibrate(architecture, calibration, rates)
     if config.has_budget(variants):
         yield needs.sensitivity(architecture, config.load_sensitivity(), rates)
     yield _parity(architecture, refs)
     sizes = _sizes(model, variants, architecture, refs, entry.context)
     for variant, (size, _) in sizes.items():
         search = config.load_recipe(variant).search
-        yield needs.quantize(variant, size, architecture, search, config.load_calibration(), rates)
+        yield needs.quantize(variant, size, architecture, search, calibration, rates)
     yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)[0]
     for variant, (size, cache) in sizes.items():
         yield needs.validate(architecture, variant, size, cache, suite, entry, rates)

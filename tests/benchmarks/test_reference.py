@@ -28,6 +28,8 @@ def test_a_part_of_a_model_is_shown_as_such() -> None:
         "model": "phi-4", "cut_to_layers": None, "whole_model_bytes": 88e9, "weight_bytes": 29e9, "tokens": 512,
         "private_bytes": 3e9, "pass_seconds": 300.0, "answer_seconds": 9.0, "disk_growth_bytes": 1e8,
     }  # fmt: skip
-    text = reference_table({"records": [whole, whole | {"cut_to_layers": 4}]})
+    machine = {"cpu": "Any CPU", "cores": 2, "vector_extensions": ["avx2"]}
+    text = reference_table({"machine": machine, "records": [whole, whole | {"cut_to_layers": 4}]})
     assert "| phi-4 |" in text
     assert "| phi-4, first 4 layers |" in text
+    assert text.endswith("Measured on Any CPU, 2 cores (avx2).")
