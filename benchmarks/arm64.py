@@ -33,8 +33,8 @@ from benchmarks.emulator import CPUS, Emulator
 from benchmarks.foreign import Request
 from benchmarks.probes import Probe
 from pipeline.errors import EvaluationError, PipelineError
-from pipeline.evaluate.divergence import log_normalisers
 from pipeline.files import link_or_copy, read_json, scratch_directory, write_json
+from pipeline.tasks.divergence_scores import log_normalisers
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.6

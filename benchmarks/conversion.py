@@ -29,8 +29,8 @@ from benchmarks.engines import Task
 from benchmarks.project import RESULTS, ROOT, SMALL, Project
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import PipelineError
-from pipeline.evaluate.pagecache import evict
 from pipeline.files import read_json, require_free_space, write_json
+from pipeline.runtime.pagecache import evict
 
 LARGEST = "phi-4"
 MODELS = (SMALL, "mimo-8b", LARGEST)

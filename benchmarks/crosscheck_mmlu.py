@@ -38,15 +38,15 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.engines import settings
-from pipeline.checkpoint.store import Store
+from pipeline.calibrate.texts import dataset, encoder
+from pipeline.checkpoint.blobs import Store
 from pipeline.errors import PipelineError
-from pipeline.evaluate import mmlu
-from pipeline.evaluate.mmlu_prompts import Mode, Prompt, asker
-from pipeline.evaluate.mmlu_scoring import Encode, Scorer
-from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.files import link_or_copy, read_json, write_json
-from pipeline.stages.texts import dataset, encoder
-from pipeline.stages.workspace import GENAI_CONFIG
+from pipeline.runtime.session import OnnxDecoder
+from pipeline.tasks import mmlu_questions as mmlu
+from pipeline.tasks.mmlu_prompts import Mode, Prompt, asker
+from pipeline.tasks.mmlu_scoring import Encode, Scorer
+from pipeline.workspace import GENAI_CONFIG
 
 MODES: dict[Mode, tuple[str, int]] = {
     "letter": ("default", 0),

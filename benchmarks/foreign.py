@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from pipeline.evaluate.runtime import OnnxDecoder, open_session
+from pipeline.runtime.session import OnnxDecoder, open_session
 
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 # Bits of the kernel's feature words on arm64 (Linux, arch/arm64/include/uapi/asm/hwcap.h).

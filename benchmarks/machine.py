@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.bandwidth import largest_cache, memory_bandwidth
-from pipeline.evaluate.pagecache import evict, regular_files
 from pipeline.files import disk_full, require_free_space
 from pipeline.machine import cores, resident_memory
+from pipeline.runtime.bandwidth import largest_cache, memory_bandwidth
+from pipeline.runtime.pagecache import evict, regular_files
 
 _BLOCK = 8 << 20  # bytes of one plain read or write
 _INTERVAL = 50  # milliseconds between two looks at a watched command

@@ -3,7 +3,7 @@
     python -m benchmarks.reference --model phi-4
 
 The divergence section's own code on a synthetic checkpoint of exactly the model's shapes, in a fresh process with the
-page cache emptied of the weights: windows of random tokens pass layer by layer (`pipeline.evaluate.layered`), then
+page cache emptied of the weights: windows of random tokens pass layer by layer (`pipeline.runtime.layered`), then
 their log-probabilities are kept. With `--layers` the model has only so many, and the record says so: passes grow with
 layers, memory does not. Figures go to benchmarks/results/reference.json, by model and number of layers.
 """
@@ -26,12 +26,12 @@ from benchmarks.project import RESULTS, ROOT
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import PipelineError
-from pipeline.evaluate import divergence
-from pipeline.evaluate.layered import LayeredDecoder
-from pipeline.evaluate.pagecache import evict
 from pipeline.files import read_json, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.stages.needs import widened_bytes
+from pipeline.preflight.needs import widened_bytes
+from pipeline.runtime.layered import LayeredDecoder
+from pipeline.runtime.pagecache import evict
+from pipeline.tasks import divergence_scores as divergence
 
 RECORDS = RESULTS / "reference.json"
 _GRAPH = "model.onnx"

@@ -30,11 +30,11 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.engines import Task, settings
 from pipeline.errors import EvaluationError, PipelineError, ResourceError
-from pipeline.evaluate.bandwidth import LARGEST_WORKING_SET, memory_bandwidth
-from pipeline.evaluate.pagecache import evict
-from pipeline.evaluate.roofline import Traffic, traffic
 from pipeline.files import link_or_copy, require_free_space, scratch_directory, write_json
 from pipeline.machine import cores
+from pipeline.runtime.bandwidth import LARGEST_WORKING_SET, memory_bandwidth
+from pipeline.runtime.pagecache import evict
+from pipeline.runtime.roofline import Traffic, traffic
 
 _QUIET = 10  # percent of the cores; above it rates are not the machine's
 _WIDTH = 160  # characters of the table where there is no terminal

@@ -57,19 +57,21 @@ def cli() -> None:
 
 
 def _stage(module: str, function: str = "run") -> Any:
-    return getattr(importlib.import_module(f"pipeline.stages.{module}"), function)
+    """A stage's function, or that of another module of the package, given as room.module."""
+    path = module if "." in module else f"stages.{module}"
+    return getattr(importlib.import_module(f"pipeline.{path}"), function)
 
 
 def _known_model(_ctx: click.Context, _parameter: click.Parameter, model: str) -> str:
-    from pipeline.config import load_model
+    from pipeline.config.models import load_model
 
     load_model(model)  # "did you mean", before a stage tells of missing files
     return model
 
 
 def _known_variant(ctx: click.Context, _parameter: click.Parameter, variant: str) -> str:
-    from pipeline.config import load_recipe
-    from pipeline.stages.workspace import REFERENCE
+    from pipeline.config.recipes import load_recipe
+    from pipeline.workspace import REFERENCE
 
     if not (ctx.info_name == "validate" and variant == REFERENCE):
         load_recipe(variant)
@@ -84,7 +86,7 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 @click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
 def preflight(model: tuple[str, ...]) -> None:
     """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
-    sys.exit(_stage("preflight")(model))
+    sys.exit(_stage("preflight.machine")(model))
 
 
 @cli.command()
@@ -92,12 +94,12 @@ def preflight(model: tuple[str, ...]) -> None:
 @click.option("--tier", help="Only this class of phones.")
 @click.option("--device", help="Only this phone.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens to plan for; default: configs/tiers.yaml.")
-@click.option("--json", "as_json", is_flag=True, help="For machines; pipeline/stages/plan.py describes the keys.")
+@click.option("--json", "as_json", is_flag=True, help="For machines; pipeline/report/plan.py describes the keys.")
 def plan(model: tuple[str, ...], tier: str | None, device: str | None, context: int | None, as_json: bool) -> None:
     """Say what phones get of each model, or why nothing, and what would fit. Needs no download."""
     if tier and device:
         raise click.UsageError("--tier and --device exclude each other: a phone belongs to one tier.")
-    _stage("plan")(model, tier, device, context, as_json)
+    _stage("report.plan")(model, tier, device, context, as_json)
 
 
 @cli.command()
@@ -223,13 +225,13 @@ def show() -> None:
 @click.option("--variant", multiple=True, help="Only this variant (repeatable).")
 def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     """Turn verdicts into an exit status: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR (the worst of all)."""
-    from pipeline.config import load_model, load_pipeline
+    from pipeline.config.models import load_model, load_pipeline
 
     try:
         run = load_pipeline()
         for name in model:
             load_model(name)
-        status = _stage("verdict", "gate")(list(model or run.models), list(variant or run.variants))
+        status = _stage("judge.verdicts", "gate")(list(model or run.models), list(variant or run.variants))
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         status = 3
@@ -241,12 +243,12 @@ def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
 @click.option("--variant", multiple=True, help="Only this variant (repeatable).")
 def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     """Say how many questions each INCONCLUSIVE MMLU line needs next, and the command that asks them."""
-    from pipeline.config import load_model, load_pipeline
+    from pipeline.config.models import load_model, load_pipeline
 
     run = load_pipeline()
     for name in model:
         load_model(name)
-    _stage("verdict", "escalate")(list(model or run.models), list(variant or run.variants))
+    _stage("judge.verdicts", "escalate")(list(model or run.models), list(variant or run.variants))
 
 
 @cli.command("record-release")
@@ -254,7 +256,7 @@ def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
 @_VARIANT
 def record_release(model: str, variant: str) -> None:
     """Note a signed bundle as released: the next build is compared with it. Commit configs/released.yaml."""
-    _stage("released", "record")(model, variant)
+    _stage("bundle.released", "record")(model, variant)
 
 
 _TRUSTED = click.option(
@@ -298,7 +300,7 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
 @click.argument("bundle", type=click.Path(path_type=Path))
 def inspect(bundle: Path) -> None:
     """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
-    sys.exit(_stage("documents", "inspect")(bundle))
+    sys.exit(_stage("bundle.documents", "inspect")(bundle))
 
 
 @cli.command("update-size")

@@ -30,9 +30,9 @@ def _project_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dataset(name: str) -> Path:
     """A pinned dataset file, fetched into the store on first use."""
+    from pipeline.checkpoint.blobs import Store
     from pipeline.checkpoint.sources import fetch_dataset
-    from pipeline.checkpoint.store import Store
-    from pipeline.config import load_datasets
+    from pipeline.config.sources import load_datasets
 
     return fetch_dataset(name, load_datasets().datasets[name], Store())
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_model, write_lock
-from pipeline.checkpoint.store import Store
-from pipeline.config import load_model
+from pipeline.config.models import load_model
 from pipeline.stages import export
-from pipeline.stages.workspace import Workspace
+from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2-135m"

@@ -18,12 +18,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from pipeline import cli, config
-from pipeline.config.gates import ReleasedBuild
-from pipeline.evaluate.gates import GateLine, Verdict
+from pipeline import cli
+from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.files import write_json
+from pipeline.judge.gates import GateLine, Verdict
+from pipeline.judge.verdicts import _last_release
 from pipeline.stages import calibrate, download, export, quantize
-from pipeline.stages.verdict import _last_release
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -599,7 +599,7 @@ def test_a_release_is_recorded_for_the_next_builds_ratchet(
     _release(project, command, monkeypatch, kl=0.3, number=3)
     assert _last_release("tiny", "q4").kl_mean == KL
     assert command("record-release", "tiny", "q4").status == 0
-    builds = config.load_released().models["tiny"]["q4"]
+    builds = load_released().models["tiny"]["q4"]
     assert [(build.release, build.kl_mean) for build in builds] == [(1, KL), (3, 0.3)]
     assert builds[0] == ReleasedBuild(release=1, kl_mean=KL, tokens=TOKENS, perplexity_reference=PERPLEXITY)
     assert (project / "configs/released.yaml").read_text() == _header() + yaml.safe_dump(
@@ -623,7 +623,7 @@ def test_a_release_number_is_given_once(project: Path, command: Command, monkeyp
     _release(project, command, monkeypatch, kl=0.4)
     message = paragraph(command("record-release", "tiny", "q4"))
     assert "has release 1 of tiny q4 with a mean KL of 0.2 nats, this bundle has 0.4" in message
-    assert config.load_released().models["tiny"]["q4"][0].kl_mean == KL
+    assert load_released().models["tiny"]["q4"][0].kl_mean == KL
 
 
 def test_only_verified_releases_are_recorded(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,7 +636,7 @@ def test_only_verified_releases_are_recorded(project: Path, command: Command, mo
     part.unlink()
     part.write_text(text.replace("0.2", "0.1"))
     assert "only a release that verifies is recorded" in command("record-release", "tiny", "q4").err
-    assert not config.load_released().models
+    assert not load_released().models
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

@@ -9,15 +9,17 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config
 from pipeline.config.calibration import CalibrationConfig
-from pipeline.config.evaluation import EvaluationConfig
-from pipeline.config.models import ModelConfig, PipelineConfig
+from pipeline.config.evaluation import EvaluationConfig, load_suite
+from pipeline.config.gates import load_gates
+from pipeline.config.models import ModelConfig, PipelineConfig, load_model
 from pipeline.config.phones import TiersConfig
-from pipeline.config.recipes import RecipeConfig
+from pipeline.config.recipes import RecipeConfig, load_recipe
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import load
 from pipeline.errors import ConfigError
+from pipeline.judge.policy import gate_row
+from pipeline.preflight.check import check_all
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -43,7 +45,7 @@ def suite_with(**changes: object) -> str:
 
 
 def test_limits_of_a_solution_follow_how_the_model_is_asked() -> None:
-    entry, wanted = config.load_model("mimo-8b"), config.load_suite("full").humaneval
+    entry, wanted = load_model("mimo-8b"), load_suite("full").humaneval
     limits = {}
     for prompt in ("completion", "chat", "thinking"):
         asked = entry.model_copy(update={"humaneval_prompt": prompt})
@@ -57,36 +59,36 @@ def test_limits_of_a_solution_follow_how_the_model_is_asked() -> None:
 
 
 def test_everything_in_configs_loads() -> None:
-    config.check_all()
+    check_all()
     for path in (CONFIGS / "models").glob("*.yaml"):
-        assert config.load_model(path.stem).gate_class in config.load_gates().classes
+        assert load_model(path.stem).gate_class in load_gates().classes
     for path in (CONFIGS / "recipes").glob("*.yaml"):
-        assert config.load_recipe(path.stem).part_bytes <= 1_400_000_000
+        assert load_recipe(path.stem).part_bytes <= 1_400_000_000
         for model in (CONFIGS / "models").glob("*.yaml"):
-            config.gate_row(model.stem, path.stem)
+            gate_row(model.stem, path.stem)
     for path in (CONFIGS / "evaluation").glob("*.yaml"):
-        config.load_suite(path.stem)
+        load_suite(path.stem)
 
 
 def test_a_recipe_may_name_the_row_that_judges_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engineer's own recipe is judged as what it is a kind of; without a row it is refused before a download."""
     shutil.copytree(CONFIGS, tmp_path / "configs")
-    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
     mine = tmp_path / "configs/recipes/mine.yaml"
     mine.write_text(changed("recipes/q4.yaml", gate="q4"))
-    assert config.gate_row("phi-4-mini", "mine") == ("3b-to-4b/q4", config.gate_row("phi-4-mini", "q4")[1])
+    assert gate_row("phi-4-mini", "mine") == ("3b-to-4b/q4", gate_row("phi-4-mini", "q4")[1])
     for gate in (None, "q5"):
         mine.write_text(changed("recipes/q4.yaml", gate=gate))
         with pytest.raises(
             ConfigError, match=f"'3b-to-4b' of phi-4-mini has no limits for '{gate or 'mine'}'"
         ) as caught:
-            config.gate_row("phi-4-mini", "mine")
+            gate_row("phi-4-mini", "mine")
         assert "q4_k_m" in str(caught.value) and "`gate` in configs/recipes/mine.yaml" in str(caught.value)
 
 
 def test_configuration_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        config.load_recipe("q4").head = "w4b32s"  # type: ignore[misc]
+        load_recipe("q4").head = "w4b32s"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_unreadable_files(text: str, part: str, tmp_path: Path) -> None:
 
 def test_a_missing_file_suggests_its_neighbour() -> None:
     with pytest.raises(ConfigError, match=r"mimo-8\.yaml: no such file\. Did you mean 'mimo-8b'"):
-        config.load_model("mimo-8")
+        load_model("mimo-8")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(ModelConfig, CONFIGS)
 
@@ -217,8 +219,8 @@ def test_files_must_fit_together(
     file: str, changes: dict[str, object], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(CONFIGS, tmp_path / "configs")
-    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / file).write_text(changed(file, **changes))
     with pytest.raises(ConfigError) as caught:
-        config.check_all()
+        check_all()
     assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""Two promises about imports: layers look down only, and core stages need neither torch nor optimum."""
+"""Promises about imports: rooms look down only, no two modules import each other, core stages need no torch."""
 
 from __future__ import annotations
 
@@ -9,45 +9,59 @@ from pathlib import Path
 
 import pytest
 
-# Lowest first. A module may import its own layer and those before it.
-LAYERS = [
-    ("compiled", "config", "errors", "files", "machine", "progress"),
+# Lowest first. A module may import its own room and those before it.
+ROOMS = [
+    ("compiled", "config", "errors", "files", "journal", "machine", "partial", "progress"),
+    ("keys",),
     ("checkpoint",),
+    ("workspace",),
     ("graph",),
     ("quantize",),
+    ("runtime",),
+    ("calibrate",),
+    ("parity",),
     ("planning",),
     ("artifact",),
-    ("evaluate",),
+    ("confine",),
+    ("tasks",),
+    ("judge",),
+    ("preflight",),
     ("bundle", "report"),
-    ("stores", "publish"),
+    ("packs", "publish"),
     ("stages",),
     ("cli", "__main__"),
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(Path("pipeline").rglob("*.py"))
-CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "tiers", "packs", "plan", "report"]
+RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
+MODULES = {
+    ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in Path("pipeline").rglob("*.py")
+}
+CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "tiers", "packs", "report"]
 
 
-def imported(path: Path) -> set[str]:
-    """Names right below `pipeline` that a module imports."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "pipeline":
-            names |= {alias.name for alias in node.names if alias.name in RANK}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pipeline."):
-            names.add(node.module.split(".")[1])
+def imported(name: str) -> set[str]:
+    """Our modules that a module imports, wherever in it: `from a import b` may mean a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pipeline.")}
-    return names
+            found |= {alias.name for alias in node.names}
+    return (found & MODULES.keys()) - {name, "pipeline"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_layers_import_downwards_only(path: Path) -> None:
-    own = path.with_suffix("").parts[1]
-    if own == "__init__":
-        return
-    upwards = {name for name in imported(path) if RANK[name] > RANK[own]}
-    assert not upwards, f"{path} ({own}) imports {upwards}"
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"pipeline"}))
+def test_rooms_import_downwards_only(name: str) -> None:
+    own = RANK[name.split(".")[1]]
+    upwards = {other for other in imported(name) if RANK[other.split(".")[1]] > own}
+    assert not upwards
+
+
+def test_no_modules_import_each_other() -> None:
+    """Round by round, modules that import nothing but what is done are done; what is left over is in a cycle."""
+    left = {name: imported(name) for name in MODULES}
+    while done := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in done}
+    assert not left
 
 
 def test_core_stages_import_neither_torch_nor_optimum() -> None:

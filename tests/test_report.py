@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.config import load_gates
+from pipeline.config.gates import load_gates
 from pipeline.errors import EvaluationError
-from pipeline.evaluate import statistics
-from pipeline.evaluate.gates import Policy, decide
+from pipeline.judge.gates import Policy, decide
 from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
+from pipeline.tasks import statistics
 
 VARIANTS = ("q4", "q4_k_m", "q3")
 ABOUT = {

@@ -15,13 +15,14 @@ import numpy as np
 import onnxruntime_genai as genai
 import pytest
 
+from pipeline.calibrate.texts import encoder
+from pipeline.calibrate.windows import scored_windows
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
-from pipeline.checkpoint.store import Store
-from pipeline.config import load_datasets, load_model
-from pipeline.evaluate.parity import NEAR_TIE
-from pipeline.evaluate.runtime import OnnxDecoder
-from pipeline.evaluate.texts import scored_windows
-from pipeline.stages.texts import encoder
+from pipeline.config.models import load_model
+from pipeline.config.sources import load_datasets
+from pipeline.parity.compare import NEAR_TIE
+from pipeline.runtime.session import OnnxDecoder
 
 pytest_plugins = ["tests.smollm2"]
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import read_lock
-from pipeline.checkpoint.store import Store
-from pipeline.config import load_datasets
-from pipeline.config.sources import WheelSource
+from pipeline.config.sources import WheelSource, load_datasets
 from pipeline.files import link_or_copy
 from tests.conftest import ROOT, dataset
 from tests.families import CASES, Case, make_checkpoint

@@ -20,10 +20,10 @@ from benchmarks.quality.ours import Written
 from benchmarks.quality.peer import Peer
 from benchmarks.quality.subjects import Prepared, digest_of
 from benchmarks.searches import alone
-from pipeline.checkpoint.store import Store
+from pipeline.calibrate.texts import scored_ids
+from pipeline.checkpoint.blobs import Store
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_directory, read_json, scratch_directory, write_json
-from pipeline.stages.texts import scored_ids
 
 Row = dict[str, Any]
 Opened = Callable[[], AbstractContextManager[Path]]

@@ -17,10 +17,11 @@ import numpy as np
 
 from pipeline.config.evaluation import DivergenceConfig, SpeedConfig
 from pipeline.errors import EvaluationError
-from pipeline.evaluate import divergence, speed
-from pipeline.evaluate.divergence import Logits
-from pipeline.evaluate.runtime import OnnxDecoder
-from pipeline.evaluate.statistics import mean_interval, summarise_divergence
+from pipeline.runtime import speed
+from pipeline.runtime.session import OnnxDecoder
+from pipeline.tasks import divergence_scores as divergence
+from pipeline.tasks.divergence_scores import Logits
+from pipeline.tasks.statistics import mean_interval, summarise_divergence
 
 # text-wiki judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams).
 TEXT = DivergenceConfig(texts={"text-wiki": 4080}, window=256)

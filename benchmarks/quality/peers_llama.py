@@ -45,7 +45,7 @@ class GgufFile:
         return scored(context.logits, text, folder.name)
 
     def speed(self, folder: Path) -> dict[str, Any]:
-        """Greedy decoding, one token at a time, as `pipeline.evaluate.speed` does it."""
+        """Greedy decoding, one token at a time, as `pipeline.runtime.speed` does it."""
         (prompt,), new = SPEED.prompt_tokens, SPEED.new_tokens
         context = _Context(folder / _FILE, None, prompt + new)
         found = [context.decode_rate(list(range(100, 100 + prompt)), new) for _ in range(SPEED.repeats + 1)][1:]

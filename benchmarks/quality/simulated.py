@@ -26,18 +26,18 @@ import pipeline
 from benchmarks.quality.measure import REFERENCE_GRAPH, OnnxFile
 from benchmarks.quality.peer import Peer
 from benchmarks.quality.subjects import Prepared
-from pipeline import config
+from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.evaluate.stream import Hessians
+from pipeline.config.calibration import load_calibration
 from pipeline.files import read_json, scratch_directory, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
 from pipeline.quantize.search import weighted
-from pipeline.stages.texts import input_ids
+from pipeline.runtime.stream import Hessians
 
 BITS = 3
 BLOCKS = (64, 32)
@@ -106,7 +106,7 @@ def _factors(prepared: Prepared, states: Path) -> Callable[[str], Factor]:
     """The factor of Σ x·xᵀ over the calibration text by an input's name, as the quantize stage has it."""
     graph = onnx.load(prepared.reference / REFERENCE_GRAPH, load_external_data=False)
     with chdir(prepared.project.folder):
-        windows = input_ids(config.load_calibration(), prepared.reference, Store(prepared.project.store))
+        windows = input_ids(load_calibration(), prepared.reference, Store(prepared.project.store))
     hessians = Hessians(DecoderSlices(graph, prepared.architecture), prepared.reference, windows, states)
 
     def of(name: str) -> Factor:

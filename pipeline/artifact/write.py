@@ -23,7 +23,6 @@ import onnx
 
 from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names, quantize_graph
 from pipeline.artifact.layout import Layout, make_layout
-from pipeline.artifact.partial import Partial
 from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
@@ -31,6 +30,7 @@ from pipeline.errors import PlanError
 from pipeline.files import disk_full, write_bytes
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.machine import cores
+from pipeline.partial import Partial
 from pipeline.planning.recipes import Plan, PlannedMatrix
 from pipeline.progress import Progress
 from pipeline.quantize.cache import scales

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.sources import SourceLock
-from pipeline.evaluate.gates import REPORTED, Verdict
+from pipeline.judge.gates import REPORTED, Verdict
 
 _LINES = {"mmlu": "MMLU drop", "mmlu_probability": "MMLU probability drop", "humaneval": "HumanEval drop"}
 

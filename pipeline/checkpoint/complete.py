@@ -7,7 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pipeline.checkpoint.store import checked_name
+from pipeline.checkpoint.blobs import checked_name
 from pipeline.checkpoint.tensors import INDEX, SINGLE
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
 from pipeline.errors import SourceError

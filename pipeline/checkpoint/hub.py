@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import complete
-from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
 from pipeline.config.sources import HubFile, HubSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.files import require_free_space

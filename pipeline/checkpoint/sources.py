@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import complete, hub, wheels
-from pipeline.checkpoint.store import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.checkpoint.store import LockedFile, Store
+from pipeline.checkpoint.blobs import LockedFile, Store
 from pipeline.config.sources import WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space

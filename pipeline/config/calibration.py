@@ -7,12 +7,12 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from pipeline.config.recipes import FormatName
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
 
 
 class CalibrationConfig(Frozen):
     """Which text drives activation statistics. `texts` and `chats` map a dataset's name to its number of tokens; a chat
-    is a file of conversations (`pipeline.evaluate.chat`), read through the model's own chat template."""
+    is a file of conversations (`pipeline.runtime.chat`), read through the model's own chat template."""
 
     texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     chats: dict[Name, Annotated[int, Field(gt=0)]] = Field(default={})
@@ -41,3 +41,13 @@ class SensitivityConfig(CalibrationConfig):
         if all(tokens < self.window for tokens in (*self.texts.values(), *self.chats.values())):
             raise ValueError(f"no text has {self.window} tokens, a whole window: raise `texts` or lower `window`")
         return self
+
+
+def load_calibration() -> CalibrationConfig:
+    """configs/calibration.yaml"""
+    return load(CalibrationConfig, CONFIGS / "calibration.yaml")
+
+
+def load_sensitivity() -> SensitivityConfig:
+    """configs/sensitivity.yaml"""
+    return load(SensitivityConfig, CONFIGS / "sensitivity.yaml")

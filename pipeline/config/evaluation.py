@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.models import ModelConfig
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
 
 
 class DivergenceConfig(Frozen):
@@ -89,3 +89,13 @@ class ParityConfig(Frozen):
     max_relative_error: float = Field(gt=0)
     memory_bytes: int = Field(gt=0, description="peak memory that the reference export may take")
     prompt_tokens: int = Field(gt=1)
+
+
+def load_suite(name: str) -> EvaluationConfig:
+    """configs/evaluation/<name>.yaml"""
+    return load(EvaluationConfig, CONFIGS / "evaluation" / f"{name}.yaml")
+
+
+def load_parity() -> ParityConfig:
+    """configs/parity.yaml"""
+    return load(ParityConfig, CONFIGS / "parity.yaml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
 
 
 class GateLimits(Frozen):
@@ -49,3 +49,13 @@ class ReleasedConfig(Frozen):
     """Releases by model and variant, in their order; `record-release` writes it."""
 
     models: dict[Name, dict[Name, tuple[ReleasedBuild, ...]]] = Field(default={})
+
+
+def load_gates() -> GatesConfig:
+    """configs/gates.yaml"""
+    return load(GatesConfig, CONFIGS / "gates.yaml")
+
+
+def load_released() -> ReleasedConfig:
+    """configs/released.yaml"""
+    return load(ReleasedConfig, CONFIGS / "released.yaml")

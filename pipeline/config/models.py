@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.sources import HubName, HubSource, Source
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
 
 
 class PipelineConfig(Frozen):
@@ -49,3 +49,18 @@ class ModelConfig(Frozen):
     def hub_name(self) -> str | None:
         """The Hub repository that the model is known by, as far as the entry says."""
         return self.source.repo if isinstance(self.source, HubSource) else self.base_model
+
+
+def load_pipeline() -> PipelineConfig:
+    """configs/pipeline.yaml"""
+    return load(PipelineConfig, CONFIGS / "pipeline.yaml")
+
+
+def load_model(name: str) -> ModelConfig:
+    """configs/models/<name>.yaml"""
+    return load(ModelConfig, CONFIGS / "models" / f"{name}.yaml")
+
+
+def model_names() -> list[str]:
+    """Every entry of configs/models, sorted."""
+    return sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))

@@ -1,12 +1,13 @@
-"""What phones have and what models take: configs/tiers.yaml, devices.yaml, shapes.yaml, claims.yaml"""
+"""What phones have and what models take: configs/tiers.yaml, devices.yaml, shapes.yaml"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, known_name, load
+from pipeline.errors import ConfigError
 
 Platform = Literal["android", "ios"]
 
@@ -84,56 +85,32 @@ class ShapesConfig(Frozen):
     models: dict[Name, Shapes]
 
 
-class SizeClaim(Frozen):
-    """A file's size, for a variant of a model."""
-
-    kind: Literal["size"]
-    text: str
-    model: Name
-    variant: Name
-    bytes: int = Field(gt=0)
+def load_tiers() -> TiersConfig:
+    """configs/tiers.yaml"""
+    return load(TiersConfig, CONFIGS / "tiers.yaml")
 
 
-class MemoryClaim(Frozen):
-    """Memory in use, beside the files of these models in a variant."""
+def load_devices() -> DevicesConfig:
+    """configs/devices.yaml, with every device in the highest class of its platform that its RAM reaches.
 
-    kind: Literal["memory"]
-    text: str
-    models: tuple[Name, ...] = Field(min_length=1)
-    variant: Name
-    bytes: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
-
-
-class RateClaim(Frozen):
-    """Tokens per second of a file of `bytes` on a device."""
-
-    kind: Literal["rate"]
-    text: str
-    tokens_per_second: float = Field(gt=0)
-    bytes: int = Field(gt=0)
-    device: Name
-
-
-class RuleClaim(Frozen):
-    """Variants to pick below some megabytes of memory."""
-
-    kind: Literal["rule"]
-    text: str
-    models: tuple[Name, ...] = Field(min_length=1)
-    below_bytes: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1, description="by variant")
+    Raises ConfigError for one that is not.
+    """
+    path, tiers = CONFIGS / "devices.yaml", load_tiers().tiers
+    loaded = load(DevicesConfig, path)
+    for name, device in loaded.devices.items():
+        known_name(device.tier, tiers, f"{path}: devices.{name}.tier", "configs/tiers.yaml")
+        own = tiers[device.tier]
+        reached = {key: tier for key, tier in tiers.items() if tier.platform == own.platform}
+        reached = {key: tier for key, tier in reached.items() if tier.ram_bytes <= device.ram_bytes}
+        best = max(reached, key=lambda key: reached[key].ram_bytes, default=None)
+        if best != device.tier:
+            raise ConfigError(
+                f"{path}: devices.{name}: {device.ram_bytes:,} bytes of RAM are tier {best or 'none'!r} of "
+                f"{own.platform}, not {device.tier!r}, which begins at {own.ram_bytes:,}."
+            )
+    return loaded
 
 
-class ScoreClaim(Frozen):
-    """A score without a source: nothing to compute."""
-
-    kind: Literal["score"]
-    text: str
-
-
-Claim = Annotated[SizeClaim | MemoryClaim | RateClaim | RuleClaim | ScoreClaim, Field(discriminator="kind")]
-
-
-class ClaimsConfig(Frozen):
-    """Figures that came with the request, each printed beside its check."""
-
-    claims: tuple[Claim, ...]
+def load_shapes() -> ShapesConfig:
+    """configs/shapes.yaml"""
+    return load(ShapesConfig, CONFIGS / "shapes.yaml")

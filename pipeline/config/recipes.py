@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from pipeline.config.typed_yaml import Frozen, Name
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load, read
 
 FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
 KvCache = Literal["float32", "int8"]
@@ -96,3 +97,15 @@ class BudgetRecipe(RecipeBase):
 
 
 Recipe = RecipeConfig | BudgetRecipe
+
+
+def load_recipe(variant: str) -> Recipe:
+    """configs/recipes/<variant>.yaml"""
+    path = CONFIGS / "recipes" / f"{variant}.yaml"
+    data = read(path)
+    return load(BudgetRecipe if isinstance(data, dict) and "budget" in data else RecipeConfig, path)
+
+
+def has_budget(variants: Iterable[str]) -> bool:
+    """Whether any of these recipes is solved for, from what the sensitivity stage measures."""
+    return any(isinstance(load_recipe(variant), BudgetRecipe) for variant in variants)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.typed_yaml import Frozen, Sha256
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Sha256, load
 
 
 class SigningConfig(Frozen):
@@ -39,3 +39,8 @@ class SigningConfig(Frozen):
         if self.next_key_id == self.key_id:
             raise ValueError(f"next_key_id is key_id itself ({self.key_id}): name the key that follows it, or none")
         return self
+
+
+def load_signing() -> SigningConfig:
+    """configs/signing.yaml"""
+    return load(SigningConfig, CONFIGS / "signing.yaml")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from pipeline.config.typed_yaml import Frozen, Name, Sha256
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, Sha256, load
 
 HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 
@@ -60,3 +60,8 @@ class DatasetsConfig(Frozen):
     """Pinned evaluation and calibration data by name."""
 
     datasets: dict[Name, DatasetSource]
+
+
+def load_datasets() -> DatasetsConfig:
+    """configs/datasets.yaml"""
+    return load(DatasetsConfig, CONFIGS / "datasets.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -21,6 +22,8 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+CONFIGS = Path("configs")
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -96,3 +99,12 @@ class _Loader(yaml.SafeLoader):
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is written twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def known_name(name: str, known: Iterable[str], what: str, where: str) -> None:
+    """Raise ConfigError, with the nearest, for a name that is not among those in `where`."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{what}: {name!r} is not in {where}.{hint} There: {', '.join(names) or 'nothing'}.")

@@ -343,7 +343,7 @@ class Speed:
 
 
 def decode_speed(footprint: Footprint, way: Way, bandwidth: int, efficiency: Efficiency) -> Speed | None:
-    """Bandwidth, in bytes per second, over the bytes that a token reads (`pipeline.evaluate.roofline`); None without
+    """Bandwidth, in bytes per second, over the bytes that a token reads (`pipeline.runtime.roofline`); None without
     them."""
     if footprint.read is None:
         return None

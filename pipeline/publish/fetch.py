@@ -36,7 +36,7 @@ from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.stores import Reader, open_store
+from pipeline.publish.places import Reader, open_store
 from pipeline.publish.transfer import CHUNK, read_all, stream
 
 SMALL = 16 << 20  # bytes; no signature or document of ours comes near it

@@ -13,7 +13,7 @@ import urllib3
 from requests import exceptions
 
 from pipeline.errors import BundleError
-from pipeline.publish.stores import Body, Interrupted, Missing, shown
+from pipeline.publish.places import Body, Interrupted, Missing, shown
 
 TIMEOUT_SECONDS = (10.0, 30.0)  # to connect; between two pieces of an answer
 _PASSING = {408, 425, 429, 500, 502, 503, 504}

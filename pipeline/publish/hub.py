@@ -23,8 +23,8 @@ from pipeline import files
 from pipeline.bundle.release import CONTENT, SIGNATURE, Release
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
+from pipeline.publish.places import shown
 from pipeline.publish.push import Verified, require_bundle, require_next
-from pipeline.publish.stores import shown
 
 CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

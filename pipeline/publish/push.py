@@ -20,7 +20,7 @@ from pipeline.bundle.verify import verify, verify_tiers
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.stores import Store, open_store
+from pipeline.publish.places import Store, open_store
 
 HUB = "hf://"
 

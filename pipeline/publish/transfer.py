@@ -9,7 +9,7 @@ from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from pipeline.errors import BundleError
-from pipeline.publish.stores import Body, Interrupted, Reader
+from pipeline.publish.places import Body, Interrupted, Reader
 
 CHUNK = 1 << 18  # bytes
 ATTEMPTS = 8  # requests in a row that bring nothing new

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from pipeline.evaluate.gates import REPORTED, GateLine
+from pipeline.judge.gates import REPORTED, GateLine
 from pipeline.report.rows import REFERENCE, ModelReport, Row, number
 
 DASH = "–"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.phones import Device, Efficiency, TiersConfig
-from pipeline.planning.claims import Check
 from pipeline.planning.devices import (
     Candidate,
     Decision,
@@ -70,7 +69,6 @@ class Answer:
     tiers: TiersConfig
     efficiency: Efficiency
     models: Sequence[ModelAnswer]
-    claims: Sequence[Check]
 
 
 def lines(found: Answer) -> list[str]:
@@ -83,11 +81,6 @@ def lines(found: Answer) -> list[str]:
         text += _variants(item) + _tiers(item, found) + _devices(item)
     text += ["", *(line for sentence in (*LEGEND, _speed_legend(found.efficiency)) for line in _wrapped(sentence))]
     text += [line for platform, source in found.tiers.sources.items() for line in _wrapped(f"{platform}: {source}.")]
-    if found.claims:
-        text += ["", "Claims that came with the request:"]
-    for claim in found.claims:
-        word = {True: "possible", False: "IMPOSSIBLE", None: "cannot be checked"}[claim.possible]
-        text += _wrapped(f"{claim.claim}: {word}. {claim.check}.", "  ")
     return text
 
 

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from pipeline.evaluate.gates import ERROR, FAIL, INCONCLUSIVE, PASS
+from pipeline.judge.gates import ERROR, FAIL, INCONCLUSIVE, PASS
 from pipeline.report.cells import memory, nats
 from pipeline.report.rows import ModelReport, Report, front, number, pareto_points
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.gates import Verdict, worst
+from pipeline.judge.gates import Verdict, worst
 
 REFERENCE = "reference"
 
@@ -16,7 +16,7 @@ REFERENCE = "reference"
 class Row:
     """One model × variant, or a model's reference (`variant == REFERENCE`, no verdict, no bundle).
 
-    Metrics have the shape that `pipeline.evaluate.statistics` defines, plus `size` and `speed`; what a section lacks
+    Metrics have the shape that `pipeline.tasks.statistics` defines, plus `size` and `speed`; what a section lacks
     is shown as a dash. `bundle` is the bundle's path, or `refusal` says why there is none.
     """
 

@@ -8,17 +8,18 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline import config
+from pipeline.bundle import documents
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
-from pipeline.evaluate.gates import PASS, Verdict
+from pipeline.config.models import load_model
+from pipeline.config.phones import load_tiers
+from pipeline.config.signing import load_signing
 from pipeline.graph.nodes import OPSET
+from pipeline.judge.gates import PASS, Verdict
+from pipeline.judge.verdicts import describe_line, read_verdict
 from pipeline.planning.devices import fitting_tiers
-from pipeline.stages import documents
-from pipeline.stages.footprints import judged
-from pipeline.stages.quantize import PLAN_FILE
-from pipeline.stages.verdict import describe_line, read_verdict
-from pipeline.stages.workspace import Workspace
+from pipeline.preflight.footprints import judged
+from pipeline.workspace import PLAN_FILE, Workspace
 
 
 def commit_time() -> datetime:
@@ -34,7 +35,7 @@ def run(model: str, variant: str) -> None:
 
 
 def _run(model: str, variant: str, folder: Path) -> None:
-    entry, signing, workspace = config.load_model(model), config.load_signing(), Workspace(model)
+    entry, signing, workspace = load_model(model), load_signing(), Workspace(model)
     verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
     common = {
         "model": model,
@@ -56,7 +57,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
     entries = describe_files(files)
     papers = documents.write(folder, workspace, variant, runtime, common["created"], verdict, entries)
     files, entries = files | papers, entries | describe_files(papers)
-    tiers = config.load_tiers()
+    tiers = load_tiers()
     release = build_release(
         **common,
         runtime=runtime,

@@ -15,20 +15,22 @@ import onnxruntime
 from safetensors.numpy import load_file, save
 
 import pipeline
-from pipeline import config
-from pipeline.artifact.partial import Partial, open_partial
+from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
+from pipeline.config.calibration import load_calibration
+from pipeline.config.evaluation import load_suite
+from pipeline.config.models import load_pipeline
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.stream import LayerStream
 from pipeline.files import sha256_of, write_bytes
 from pipeline.graph.slices import DecoderSlices
+from pipeline.partial import Partial, open_partial
+from pipeline.preflight import needs
+from pipeline.preflight.machine import require
 from pipeline.progress import Progress
-from pipeline.stages import needs
-from pipeline.stages.preflight import require
-from pipeline.stages.texts import input_ids
-from pipeline.stages.unseen import check_unseen
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.runtime.stream import LayerStream
+from pipeline.tasks.unseen import check_unseen
+from pipeline.workspace import MODEL_FILE, Workspace
 
 Statistics = dict[str, np.ndarray]
 
@@ -41,7 +43,7 @@ def run(model: str) -> None:
 
     Raises EvaluationError when the calibration text shares 13-grams of words with the text and questions that judge.
     """
-    calibration, suite = config.load_calibration(), config.load_suite(config.load_pipeline().suite)
+    calibration, suite = load_calibration(), load_suite(load_pipeline().suite)
     store, workspace = Store(), Workspace(model)
     folder = workspace.reference(store)
     architecture = read_architecture(folder / "config.json")
@@ -65,7 +67,7 @@ def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
     """What decides the statistics: SHA-256, 64 hex digits. The export stands for the weights, as in quantize."""
     package = Path(pipeline.__file__).parent
     code = (
-        "evaluate/runtime.py", "evaluate/stream.py", "graph/slices.py", "graph/taps.py", "quantize/cache.py",
+        "runtime/session.py", "runtime/stream.py", "graph/slices.py", "graph/taps.py", "quantize/cache.py",
         "stages/calibrate.py",
     )  # fmt: skip
     inputs = {
@@ -120,13 +122,3 @@ def _resume(partial: Partial, layers: int) -> tuple[int | None, Statistics]:
         if all(file.is_file() and sha256_of(file) == partial.digests.get(name) for name, file in files.items()):
             return layer, load_file(files[_statistics_file(layer)])
     return None, {}
-
-
-def read_moments(workspace: Workspace) -> dict[str, np.ndarray]:
-    """What `run` wrote: input name → float32 [channels]."""
-    return load_file(workspace.require(workspace.moments, "calibrate"))
-
-
-def read_ranges(workspace: Workspace) -> dict[str, np.ndarray]:
-    """What `run` wrote: `layers.0.key`, `layers.0.value`, … → float32 [kv_heads · head_dim]."""
-    return load_file(workspace.require(workspace.ranges, "calibrate"))

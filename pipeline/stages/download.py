@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from pipeline import config
+from pipeline.calibrate.texts import read_tokenizer
 from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
-from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.models import load_model
+from pipeline.config.phones import load_shapes
 from pipeline.errors import CheckpointError
-from pipeline.stages.preflight import misfits, require_download
-from pipeline.stages.texts import read_tokenizer
-from pipeline.stages.workspace import Workspace
+from pipeline.preflight.check import check_all, needed_datasets
+from pipeline.preflight.machine import misfits, require_download
+from pipeline.workspace import Workspace
 
 
 def run(model: str) -> None:
@@ -21,17 +23,17 @@ def run(model: str) -> None:
     All configuration of the run is read first, and the checkpoint's tensors and tokenizer are compared with its
     config.json last, so that neither a typo nor an unsupported model is found hours later.
     """
-    config.check_all()
-    entry = config.load_model(model)
+    check_all()
+    entry = load_model(model)
     store, workspace = Store(), Workspace(model)
     require_download(model, store)
-    for name, source in config.needed_datasets().items():
+    for name, source in needed_datasets().items():
         fetch_dataset(name, source, store)
     lock = fetch_model(model, entry, store)
     folder = workspace.link(lock, store)
     checkpoint = Checkpoint(folder)
     architecture = read_architecture(folder / "config.json")
-    if expected := config.load_shapes().models.get(model):
+    if expected := load_shapes().models.get(model):
         check_shapes(architecture, expected, folder / "config.json")
     notes = check_tensors(architecture, checkpoint)
     if (tokens := read_tokenizer(folder).get_vocab_size()) > architecture.vocab:

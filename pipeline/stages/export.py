@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 
-from pipeline import config
 from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import SourceLock
-from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.models import load_model
 from pipeline.files import atomic_directory
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import dumps, genai_config
-from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
+from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 
 def run(model: str) -> None:
     """Write artifacts/<model>/export. No weight is read or copied."""
-    entry = config.load_model(model)
+    entry = load_model(model)
     workspace = Workspace(model)
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import config
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import SIGNATURE, Document, Release
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.verify import Report, verify, verify_tiers
-from pipeline.config.signing import SigningConfig
+from pipeline.config.signing import SigningConfig, load_signing
 from pipeline.errors import BundleError
 from pipeline.files import atomic_directory, read_json, sha256_of
-from pipeline.stages.workspace import Workspace, public_key_path
-from pipeline.stores.android import plan_android, write_android
-from pipeline.stores.android_rules import check_android, describe_android
-from pipeline.stores.app_bundle import check_app_bundle, run_bundletool
-from pipeline.stores.ios import plan_ios, write_ios
-from pipeline.stores.ios_rules import check_ios, describe_ios
-from pipeline.stores.packs import INDEX, Packable, packable
-from pipeline.stores.rules import Problem
+from pipeline.packs.android import plan_android, write_android
+from pipeline.packs.android_rules import check_android, describe_android
+from pipeline.packs.app_bundle import check_app_bundle, run_bundletool
+from pipeline.packs.delivery import INDEX, Packable, packable
+from pipeline.packs.ios import plan_ios, write_ios
+from pipeline.packs.ios_rules import check_ios, describe_ios
+from pipeline.packs.rules import Problem
+from pipeline.workspace import Workspace, public_key_path
 
 
 def run(model: str) -> None:
     """Write artifacts/packs/<model>/{android,ios} after verifying what goes in, and check them against every rule."""
     workspace = Workspace(model)
-    document, bundles = _verified(workspace, config.load_signing())
+    document, bundles = _verified(workspace, load_signing())
     android, ios = plan_android(document, bundles), plan_ios(document, bundles)
     with atomic_directory(workspace.packs) as folder:
         write_android(folder / "android", android, bundles)

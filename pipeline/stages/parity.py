@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pipeline import config
 from pipeline.checkpoint.architecture import read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.evaluate.optimum_export import export_reference
-from pipeline.evaluate.parity import compare, cut, cut_model, is_whole
+from pipeline.config.evaluation import load_parity
 from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.stages.preflight import parity_needs, require
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.parity.compare import compare, cut, cut_model, is_whole
+from pipeline.parity.optimum_export import export_reference
+from pipeline.preflight.machine import parity_needs, require
+from pipeline.workspace import MODEL_FILE, Workspace
 
 DECODE_STEPS = 8
 
 
 def run(model: str) -> None:
     """Write artifacts/<model>/parity.json. A disagreement is recorded, not raised: the verdict stage refuses it."""
-    wanted = config.load_parity()
+    wanted = load_parity()
     workspace = Workspace(model)
     reference = workspace.reference(Store())
     architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)

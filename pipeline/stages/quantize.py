@@ -14,29 +14,27 @@ import onnx
 from threadpoolctl import threadpool_limits
 
 import pipeline
-from pipeline import config
 from pipeline.artifact.estimate import estimate
-from pipeline.artifact.partial import Partial, discard, open_partial
+from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
 from pipeline.artifact.write import write_artifact
+from pipeline.calibrate.results import read_moments, read_ranges
+from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.recipes import Recipe
+from pipeline.config.calibration import load_calibration
+from pipeline.config.recipes import Recipe, load_recipe
 from pipeline.errors import PlanError
-from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json, remove_leftovers, scratch_directory, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
-from pipeline.stages import needs
-from pipeline.stages.calibrate import read_moments, read_ranges
-from pipeline.stages.plans import Planned, plan_recipe
-from pipeline.stages.preflight import require
-from pipeline.stages.texts import input_ids
-from pipeline.stages.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
-
-PLAN_FILE = "plan.json"
+from pipeline.partial import Partial, discard, open_partial
+from pipeline.preflight import needs
+from pipeline.preflight.machine import require
+from pipeline.runtime.stream import Hessians
+from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
 
 def run(model: str, variant: str, dry_run: bool = False) -> None:
@@ -44,7 +42,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
 
     With `dry_run`, print the plan, the exact sizes and an estimate of the time.
     """
-    recipe = config.load_recipe(variant)
+    recipe = load_recipe(variant)
     workspace = Workspace(model)
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")
@@ -68,7 +66,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         return
     with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
         left = max(0, drafted.bytes - partial.bytes)
-        require(model, needs.quantize(variant, left, architecture, recipe.search, config.load_calibration()))
+        require(model, needs.quantize(variant, left, architecture, recipe.search, load_calibration()))
         search = _search(recipe, workspace, architecture, partial, stack)
         ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
         write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)
@@ -94,7 +92,7 @@ def _search(
     store = Store()
     folder = workspace.reference(store)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    windows = input_ids(config.load_calibration(), folder, store)
+    windows = input_ids(load_calibration(), folder, store)
     states = stack.enter_context(scratch_directory(partial.folder.with_name(f"{partial.folder.name}.states")))
     # Units of rows keep all cores busy; a product that took them all too would only get in their way.
     stack.enter_context(threadpool_limits(1, "blas"))
@@ -130,7 +128,7 @@ def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
         "search": recipe.search,
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
-        "calibration": config.load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
+        "calibration": load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
         "ranges": sha256_of(workspace.require(workspace.ranges, "calibrate")) if recipe.kv_cache == "int8" else None,
         "code": [sha256_of(file) for file in _code()],
         "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
@@ -145,10 +143,10 @@ def _code() -> list[Path]:
     unused = {package / "planning" / "devices.py"}  # phones decide no byte
     return [
         Path(__file__),
-        Path(__file__).with_name("plans.py"),
+        package / "calibrate" / "texts.py",
         package / "compiled.py",
-        package / "evaluate" / "runtime.py",
-        package / "evaluate" / "stream.py",
+        package / "runtime" / "session.py",
+        package / "runtime" / "stream.py",
         *sorted(f for name in layers for f in (package / name).glob("*.py") if f not in unused),
     ]
 

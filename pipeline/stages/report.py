@@ -6,14 +6,16 @@ import subprocess
 
 from rich.console import Console
 
-from pipeline import config
 from pipeline.bundle.release import CONTENT
+from pipeline.config.evaluation import load_suite
+from pipeline.config.models import load_model, load_pipeline
+from pipeline.config.signing import load_signing
 from pipeline.files import read_json
+from pipeline.judge.verdicts import read_verdict
 from pipeline.report.rows import Report, Row, build
 from pipeline.report.terminal import show
 from pipeline.report.write import write
-from pipeline.stages.verdict import read_verdict
-from pipeline.stages.workspace import ARTIFACTS, REFERENCE, Workspace
+from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
 
 FOLDER = ARTIFACTS / "report"
 
@@ -30,15 +32,15 @@ def show_report() -> None:
 
 
 def _collect() -> Report:
-    pipeline = config.load_pipeline()
+    pipeline = load_pipeline()
     rows = [_row(model, variant) for model in pipeline.models for variant in (REFERENCE, *pipeline.variants)]
-    notes = {model: note for model in pipeline.models if (note := config.load_model(model).note)}
+    notes = {model: note for model in pipeline.models if (note := load_model(model).note)}
     return build([row for row in rows if row], pipeline.models, pipeline.variants, notes, _about(pipeline.suite))
 
 
 def _about(suite: str) -> dict[str, str]:
     """Facts about the run: the commit, what was asked, and what a release of it would be."""
-    wanted, signing = config.load_suite(suite), config.load_signing()
+    wanted, signing = load_suite(suite), load_signing()
     texts = ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in wanted.divergence.texts.items())
     tasks = f"{wanted.mmlu.questions:,} MMLU questions, {wanted.humaneval.problems} HumanEval problems"
     return {

@@ -1,7 +1,7 @@
 """sensitivity: what each matrix costs in each format, and what its damage does to the model. Budgets are solved by it.
 
 Two measurements. Errors: every format's calibrated error per input channel, on some rows of each matrix, seconds a
-gigabyte. Damage: the divergence that each matrix alone causes in one format (`pipeline.evaluate.sensitivity`); this one
+gigabyte. Damage: the divergence that each matrix alone causes in one format (`pipeline.calibrate.damage`); this one
 takes as long as a calibration and goes on where a killed run was.
 """
 
@@ -16,35 +16,32 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 import pipeline
-from pipeline import config
-from pipeline.artifact.partial import open_partial
+from pipeline.calibrate.damage import Damage, sensitivities
+from pipeline.calibrate.results import ERRORS, ORDER, read_moments
+from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.calibration import SensitivityConfig
-from pipeline.errors import PipelineError
-from pipeline.evaluate.sensitivity import Damage, sensitivities
+from pipeline.config.calibration import SensitivityConfig, load_sensitivity
+from pipeline.config.evaluation import load_suite
+from pipeline.config.models import load_pipeline
+from pipeline.config.recipes import has_budget
 from pipeline.files import atomic_directory, read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
-from pipeline.planning.budget import Sensitivity
+from pipeline.partial import open_partial
+from pipeline.preflight import needs
+from pipeline.preflight.machine import require
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
-from pipeline.stages import needs
-from pipeline.stages.calibrate import read_moments
-from pipeline.stages.preflight import require
-from pipeline.stages.texts import input_ids
-from pipeline.stages.unseen import check_unseen
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.tasks.unseen import check_unseen
+from pipeline.workspace import MODEL_FILE, Workspace
 
-_ERRORS = "errors.safetensors"
 _DAMAGED_ROWS = 256
-_ORDER = "order"  # beside the formats in a key of the errors' file: channels of an input by importance
 
 
 def run(model: str, if_needed: bool = False) -> None:
@@ -55,7 +52,7 @@ def run(model: str, if_needed: bool = False) -> None:
 
     Raises EvaluationError when its text shares 13-grams of words with the text and questions that judge.
     """
-    wanted, store, workspace = config.load_sensitivity(), Store(), Workspace(model)
+    wanted, store, workspace = load_sensitivity(), Store(), Workspace(model)
     folder = workspace.reference(store)
     windows = input_ids(wanted, folder, store)
     ids = np.stack([window for window in windows if len(window) == wanted.window])
@@ -63,14 +60,14 @@ def run(model: str, if_needed: bool = False) -> None:
     if _measured_by(workspace, key):
         print(f"{model}: damage of matrices measured before from the same inputs and code; kept")
         return
-    if if_needed and not config.has_budget(config.load_pipeline().variants):
+    if if_needed and not has_budget(load_pipeline().variants):
         with atomic_directory(workspace.sensitivity):
             pass
         print(f"{model}: no variant has a budget, so nothing was measured")
         return
     architecture = read_architecture(folder / "config.json")
     require(model, needs.sensitivity(architecture, wanted))
-    check_unseen(windows, folder, config.load_suite(config.load_pipeline().suite), store)
+    check_unseen(windows, folder, load_suite(load_pipeline().suite), store)
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
@@ -80,7 +77,7 @@ def run(model: str, if_needed: bool = False) -> None:
         errors = measure_errors(architecture, checkpoint, moments, wanted)
         for leftover in partial.folder.iterdir():
             leftover.unlink()
-        write_bytes(partial.folder / _ERRORS, save(errors))
+        write_bytes(partial.folder / ERRORS, save(errors))
         formats = {
             matrix.name: str(TensorFormat.parse(wanted.damage).fitted(matrix.columns))
             for matrix in _matrices(architecture)
@@ -96,33 +93,9 @@ def run(model: str, if_needed: bool = False) -> None:
 
 def _measured_by(workspace: Workspace, key: str) -> bool:
     try:
-        return read_json(workspace.nats)["key"] == key and (workspace.sensitivity / _ERRORS).is_file()
+        return read_json(workspace.nats)["key"] == key and (workspace.sensitivity / ERRORS).is_file()
     except (OSError, ValueError, KeyError):
         return False
-
-
-def read_sensitivity(workspace: Workspace) -> Sensitivity:
-    """What `run` wrote. Raises PipelineError when it is missing or damaged."""
-    path = workspace.require(workspace.sensitivity / _ERRORS, "sensitivity")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
-    rows = workspace.read(workspace.nats, "sensitivity")["tensors"]
-    errors: dict[str, dict[str, np.ndarray]] = {}
-    order: dict[str, np.ndarray] = {}
-    for key, values in stored.items():
-        name, _, kind = key.rpartition("/")
-        if kind == _ORDER:
-            order[name] = values
-        else:
-            errors.setdefault(name, {})[kind] = values
-    return Sensitivity(
-        errors,
-        order,
-        {name: row["nats"] for name, row in rows.items()},
-        {name: row["format"] for name, row in rows.items()},
-    )
 
 
 def measure_errors(
@@ -150,7 +123,7 @@ def measure_errors(
         for name, sharing in groupby(norms, key=lambda item: item[0].input):
             if name in moments:
                 importance = channel_importance(moments[name], (item[1] for item in sharing))
-                found[f"{name}/{_ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
+                found[f"{name}/{ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
     return found
 
 
@@ -192,7 +165,7 @@ def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> st
     """What decides the measurement: SHA-256, 64 hex digits."""
     package = Path(pipeline.__file__).parent
     code = (
-        *("evaluate/runtime.py", "evaluate/sensitivity.py", "graph/slices.py", "graph/taps.py", "quantize/formats.py"),
+        *("runtime/session.py", "calibrate/damage.py", "graph/slices.py", "graph/taps.py", "quantize/formats.py"),
         *("quantize/search.py", "quantize/split.py", "stages/sensitivity.py"),
     )
     inputs = {

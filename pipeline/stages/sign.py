@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import config
 from pipeline.bundle.keys import SigningKey, export_public_key, load_signer
 from pipeline.bundle.release import CONTENT, SIGNATURE
 from pipeline.bundle.signing import sign
 from pipeline.bundle.verify import Report, verify
-from pipeline.config.signing import SigningConfig
+from pipeline.config.signing import SigningConfig, load_signing
 from pipeline.errors import BundleError
-from pipeline.stages.workspace import Workspace, public_key_path
+from pipeline.workspace import Workspace, public_key_path
 
 
 def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/model.sig and verify the bundle as a phone would."""
-    workspace, signing = Workspace(model), config.load_signing()
+    workspace, signing = Workspace(model), load_signing()
     bundle = workspace.bundle(variant)
     workspace.require(bundle / CONTENT, "bundle", variant)
     key = sign_folder(bundle, signing)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pipeline import config
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import CONTENT, SIGNATURE, assemble, build_time
 from pipeline.bundle.tiers import assign, build_tiers
 from pipeline.bundle.verify import verify_tiers
+from pipeline.config.models import load_pipeline
+from pipeline.config.phones import load_tiers
+from pipeline.config.signing import load_signing
 from pipeline.files import sha256_of
+from pipeline.preflight.footprints import judged
 from pipeline.stages.bundle import commit_time
-from pipeline.stages.footprints import judged
 from pipeline.stages.sign import is_development, require_intact, sign_folder
-from pipeline.stages.workspace import Workspace, public_key_path
+from pipeline.workspace import Workspace, public_key_path
 
 
 def run(model: str) -> None:
     """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with figures."""
-    workspace, signing, wanted = Workspace(model), config.load_signing(), config.load_tiers()
-    variants = config.load_pipeline().variants
+    workspace, signing, wanted = Workspace(model), load_signing(), load_tiers()
+    variants = load_pipeline().variants
     decisions = assign(wanted, [judged(workspace, variant) for variant in variants])
     signatures = {
         variant: sha256_of(workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant))

@@ -13,22 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, machine
-from pipeline.artifact.partial import open_partial
+from pipeline import machine
 from pipeline.checkpoint.architecture import read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.evaluation import EvaluationConfig
-from pipeline.evaluate.isolation import require_isolation
+from pipeline.config.evaluation import EvaluationConfig, load_suite
+from pipeline.config.models import load_model, load_pipeline
+from pipeline.confine.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
-from pipeline.stages import needs
-from pipeline.stages.preflight import reference_needs, require
-from pipeline.stages.quantize import PLAN_FILE
-from pipeline.stages.unseen import check_unseen, tuning_windows
-from pipeline.stages.validation import agreement, divergence, humaneval, kept, mmlu, speed
-from pipeline.stages.validation.keys import Section, key_of, measured_files
-from pipeline.stages.validation.subject import Subject
-from pipeline.stages.workspace import MODEL_FILE, REFERENCE, Workspace
+from pipeline.partial import open_partial
+from pipeline.preflight import needs
+from pipeline.preflight.machine import reference_needs, require
+from pipeline.tasks import agreement, divergence, humaneval, kept, mmlu, speed
+from pipeline.tasks.sections import Section, key_of, measured_files
+from pipeline.tasks.subject import Subject
+from pipeline.tasks.unseen import check_unseen, tuning_windows
+from pipeline.workspace import MODEL_FILE, PLAN_FILE, REFERENCE, Workspace
 
 SECTIONS = (
     Section("mmlu", mmlu.measure, counted=("questions",), runs_graph=True),
@@ -52,7 +52,7 @@ def run(model: str, variant: str) -> None:
 
     Raises EvaluationError, for the reference, when the suite judges on text that quantization is tuned on.
     """
-    suite = config.load_suite(config.load_pipeline().suite)
+    suite = load_suite(load_pipeline().suite)
     isolation = require_isolation(suite.humaneval.allow_unsafe)  # before an hour of measuring, not after it
     subject = _subject(model, variant, suite, isolation)
     if variant == REFERENCE:  # calibration looked at the suite of its day
@@ -100,7 +100,7 @@ def _measured(
 
 def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) -> Subject:
     """What is validated, once this machine is known to have the room."""
-    store, workspace, entry = Store(), Workspace(model), config.load_model(model)
+    store, workspace, entry = Store(), Workspace(model), load_model(model)
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE

@@ -20,13 +20,13 @@ import numpy as np
 import onnx
 
 from pipeline.artifact import work, write
-from pipeline.artifact.partial import open_partial
 from pipeline.artifact.quantizers import Nearest, Ranges, Weighted
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import RecipeConfig
 from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.partial import open_partial
 from pipeline.planning.recipes import make_plan
 from tests.conftest import ROOT
 from tests.recipes import load_recipe

@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import PlanError
-from pipeline.evaluate.runtime import OnnxDecoder, State
 from pipeline.quantize.cache import magnitudes, scales
+from pipeline.runtime.session import OnnxDecoder, State
 from tests.artifact.exported import PART_BYTES, Exported, changed, export
 from tests.families import CASES, make_checkpoint
 

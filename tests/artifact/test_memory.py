@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import work, write
-from pipeline.artifact.partial import open_partial
 from pipeline.artifact.quantizers import Channels, Nearest, Quantizer
+from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
 from pipeline.quantize.formats import Quantized
 from tests.artifact.exported import Exported, child, export, finish, grow, make_bfloat16

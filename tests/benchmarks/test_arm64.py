@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from benchmarks import arm64, emulator, foreign, probes
 from benchmarks.emulator import CPUS, Emulator
 from pipeline.errors import EvaluationError, ResourceError
-from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.quantize.formats import FAST_BLOCKS, TensorFormat
+from pipeline.runtime.session import OnnxDecoder
 from tests import tiny
 from tests.artifact.exported import export
 from tests.recipes import load_recipe

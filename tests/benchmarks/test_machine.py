@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import machine
 from pipeline.errors import ResourceError
-from pipeline.evaluate.pagecache import resident
+from pipeline.runtime.pagecache import resident
 
 MEBI = 1 << 20
 

@@ -18,11 +18,11 @@ from onnx import helper
 from benchmarks import engines, runtime
 from benchmarks.engines import Task
 from pipeline.errors import EvaluationError, ResourceError
-from pipeline.evaluate.roofline import Traffic
-from pipeline.evaluate.runtime import OnnxDecoder
 from pipeline.machine import cores
+from pipeline.runtime.roofline import Traffic
+from pipeline.runtime.session import OnnxDecoder
 from pipeline.stages import download, export, quantize
-from pipeline.stages.workspace import Workspace
+from pipeline.workspace import Workspace
 from tests import tiny
 
 SHORT = Task("", "", None, prompt_tokens=12, segment_tokens=4, segments=2)

@@ -19,8 +19,8 @@ from benchmarks import synthetic
 from benchmarks.published import MODELS
 from benchmarks.synthetic import Values, header, main, shards, tensors, tokenizer_json, write_checkpoint
 from pipeline.checkpoint.architecture import Architecture, check_tensors, read_architecture
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_model
-from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource

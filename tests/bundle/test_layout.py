@@ -161,7 +161,7 @@ def test_the_written_graph_keeps_large_tensors_on_pages_in_a_stable_order(built:
 
 def test_the_shipped_parts_leave_room_in_a_pack() -> None:
     """The largest that a recipe may ask for, with the small files of a bundle, is under Play's 1.5 GB."""
-    from pipeline.stores.packs import PACK_BYTES
+    from pipeline.packs.delivery import PACK_BYTES
 
     limit = RecipeConfig.model_fields["part_bytes"]
     most = next(item.le for item in limit.metadata if hasattr(item, "le"))

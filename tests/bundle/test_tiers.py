@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.bundle.tiers import TierBundle, TierRefusal, TierSuggestion, assign, budget_bytes, build_tiers
-from pipeline.config import load_tiers
-from pipeline.config.phones import Tier, TiersConfig
+from pipeline.config.phones import Tier, TiersConfig, load_tiers
 from pipeline.errors import BundleError
 from pipeline.planning.devices import Candidate, Figure, Footprint
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoint import complete, gguf
 from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.gguf import unpack
 from pipeline.checkpoint.sources import fetch_model
-from pipeline.checkpoint.store import Store
 from pipeline.checkpoint.tensors import INDEX, SINGLE, Checkpoint, read_header
 from pipeline.checkpoint.untrusted import MAX_JSON
 from pipeline.config.models import ModelConfig

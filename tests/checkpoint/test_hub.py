@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save
 
 from pipeline.checkpoint import hub as hub_module
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model
-from pipeline.checkpoint.store import Store
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile
 from pipeline.errors import ResourceError, SourceError
@@ -103,7 +103,7 @@ def test_in_a_fresh_process(hub: Hub, store: Store) -> None:
     """As the command line runs it: nothing has imported huggingface_hub's lazy submodules before."""
     code = (
         "import sys; from pathlib import Path; from pipeline.config import ModelConfig\n"
-        "from pipeline.checkpoint.sources import fetch_model; from pipeline.checkpoint.store import Store\n"
+        "from pipeline.checkpoint.sources import fetch_model; from pipeline.checkpoint.blobs import Store\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "fetch_model('tiny', ModelConfig.model_validate_json(sys.argv[1]), Store(Path(sys.argv[2])))"
     )

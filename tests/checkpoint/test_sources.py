@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import save
 
 from pipeline.checkpoint import gguf
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model, read_lock, write_lock
-from pipeline.checkpoint.store import Store
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import WheelSource
 from pipeline.errors import PipelineError, SourceError

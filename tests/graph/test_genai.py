@@ -27,9 +27,9 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
-from pipeline.evaluate.parity import NEAR_TIE
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import PREFILL_CHUNK, dumps, genai_config
+from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model
 
 PROMPT, NEW, CONTEXT = 40, 32, 96

@@ -18,9 +18,9 @@ import pytest
 
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.evaluate import optimum_export
-from pipeline.evaluate.parity import cached_logits, compare, judge
 from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.parity import optimum_export
+from pipeline.parity.compare import cached_logits, compare, judge
 from tests.families import CASES, make_checkpoint, transformers_model
 
 STEPS = 32

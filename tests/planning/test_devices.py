@@ -1,4 +1,4 @@
-"""What fits a phone and what would, on figures worked out by hand; speeds; bounds of budgets; claims."""
+"""What fits a phone and what would, on figures worked out by hand; speeds; bounds of budgets."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_recipe
 from pipeline.config.phones import (
-    Device,
     Efficiency,
-    MemoryClaim,
-    RateClaim,
-    RuleClaim,
-    ScoreClaim,
-    SizeClaim,
     Tier,
     TiersConfig,
 )
+from pipeline.config.recipes import load_recipe
 from pipeline.planning.budget import bound, groups, solve
-from pipeline.planning.claims import Facts, check
 from pipeline.planning.devices import (
     PREPACKED_PRIVATE,
     Candidate,
@@ -193,7 +186,7 @@ def test_a_choice_runs_as_it_is() -> None:
     assert decision.suggestions == ()
 
 
-# --- speed, bounds, claims -------------------------------------------------------------------------------------------
+# --- speed, bounds-------------------------------------------------------------------------------------------
 
 
 def test_speed_is_bandwidth_over_bytes_read() -> None:
@@ -215,30 +208,3 @@ def test_no_solved_budget_exceeds_its_bound(tmp_path: Path) -> None:
     assert 0.8 * most.bytes < stored < most.bytes
     assert 0.7 * most.memory.peak < memory.peak <= most.memory.peak
     assert most.packed < most.memory.weights  # the tied table is looked up as it is stored, besides
-
-
-FACTS = Facts(
-    {"m": 1_000 * MB},
-    {("m", "q4"): footprint(weights=1000)},  # a file of 500 MB
-    {"phone": Device(title="A phone", tier="small", ram_bytes=1, memory_bandwidth=1000 * MB, source="a test")},
-)
-
-
-@pytest.mark.parametrize(
-    ("claim", "possible", "words"),
-    [
-        (SizeClaim(kind="size", text="t", model="m", variant="q4", bytes=500 * MB), True, "4.00 bits each"),
-        (SizeClaim(kind="size", text="t", model="m", variant="q4", bytes=499 * MB), False, "3.99 bits each"),
-        (MemoryClaim(kind="memory", text="t", models=("m",), variant="q4", bytes=(499 * MB,)), False, "less than the"),
-        (MemoryClaim(kind="memory", text="t", models=("m",), variant="q4", bytes=(500 * MB,)), True, "no less than"),
-        (RateClaim(kind="rate", text="t", tokens_per_second=2, bytes=500 * MB, device="phone"), True, "= 1 GB/s"),
-        (RateClaim(kind="rate", text="t", tokens_per_second=4, bytes=500 * MB, device="phone"), False, "2.0 tokens/s"),
-        (RuleClaim(kind="rule", text="t", models=("m",), below_bytes={"q4": 400 * MB}), False, "0.50 GB for m"),
-        (RuleClaim(kind="rule", text="t", models=("m",), below_bytes={"q4": 600 * MB}), True, "0.50 GB for m"),
-        (ScoreClaim(kind="score", text="t"), None, "without a source"),
-    ],
-)
-def test_a_claim_is_held_against_arithmetic(claim: object, possible: bool | None, words: str) -> None:
-    found = check(claim, FACTS)  # type: ignore[arg-type]
-    assert found.possible is possible
-    assert words in found.check

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact.write import draft
-from pipeline.config import load_recipe
-from pipeline.config.recipes import BudgetRecipe, RecipeConfig
+from pipeline.config.recipes import BudgetRecipe, RecipeConfig, load_recipe
 from pipeline.graph.decoder import build_decoder
 from pipeline.planning.budget import groups, solve
 from pipeline.planning.recipes import PlannedMatrix, make_plan, use_more_bits

@@ -17,8 +17,8 @@ from pipeline.bundle import keys
 from pipeline.errors import BundleError, ResourceError
 from pipeline.publish import push as pushing
 from pipeline.publish.fetch import fetch
+from pipeline.publish.places import Folder, ObjectStore, open_store
 from pipeline.publish.push import push
-from pipeline.publish.stores import Folder, ObjectStore, open_store
 from tests.bundle.conftest import Maker
 from tests.publish.conftest import NOW, PARTS, SMALL, Line
 
@@ -150,7 +150,7 @@ def test_a_store_that_loses_bytes_is_noticed(
 ) -> None:
     bundle = line.bundle()
     if isinstance(store, Folder):
-        monkeypatch.setattr("pipeline.publish.stores.files.sha256_of", lambda path: "0" * 64)
+        monkeypatch.setattr("pipeline.publish.places.files.sha256_of", lambda path: "0" * 64)
         expected = "reads back with sha256 000"
     else:
         monkeypatch.setattr(store.filesystem, "put_file", lambda source, key: store.filesystem.pipe_file(key, b"x"))

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.bundle import bom, card, keys, licence, provenance
+from pipeline.bundle import bom, card, documents, keys, licence, lockfile, materials, provenance
 from pipeline.bundle.release import describe_files
+from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.sources import SourceLock, write_lock
-from pipeline.checkpoint.store import LockedFile
 from pipeline.errors import BundleError
-from pipeline.evaluate.gates import FAIL, PASS, GateLine, Verdict
 from pipeline.files import write_json
-from pipeline.stages import bundle, documents, lockfile, materials
-from pipeline.stages.workspace import Workspace
+from pipeline.judge.gates import FAIL, PASS, GateLine, Verdict
+from pipeline.stages import bundle
+from pipeline.workspace import Workspace
 from tests.bundle.dossiers import METRICS, PLAN
 from tests.conftest import ROOT
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from pipeline import config
-from pipeline.checkpoint.store import Store
-from pipeline.config.calibration import CalibrationConfig
+from pipeline.calibrate.texts import dataset, encoder, input_ids
+from pipeline.checkpoint.blobs import Store
+from pipeline.config.calibration import CalibrationConfig, load_calibration
+from pipeline.config.evaluation import load_suite
 from pipeline.errors import EvaluationError
-from pipeline.evaluate.chat import transcript
-from pipeline.evaluate.stream import LayerStream
+from pipeline.runtime.chat import transcript
+from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate, download, export, sensitivity, validate
-from pipeline.stages.texts import dataset, encoder, input_ids
-from pipeline.stages.unseen import check_unseen, evaluation_texts
-from pipeline.stages.workspace import REFERENCE, Workspace
+from pipeline.tasks.unseen import check_unseen, evaluation_texts
+from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.artifact.exported import contents
 from tests.conftest import ROOT
@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from pipeline.evaluate.stream import LayerStream
+from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate
 feeds = LayerStream._feeds
 def die(self, session, part):
@@ -160,10 +160,10 @@ def test_conversations_are_calibrated_on_as_the_model_reads_them(workspace: Work
 def test_what_judges_does_not_calibrate(workspace: Workspace, judging: str) -> None:
     """A sentence of it in a window is enough."""
     store, folder = Store(), workspace.reference(Store())
-    suite = config.load_suite("seconds")
+    suite = load_suite("seconds")
     texts = dict(evaluation_texts(suite, store))
     sentence = max(texts[judging][-1].splitlines(), key=len)[:400]
-    windows = input_ids(config.load_calibration(), folder, store)
+    windows = input_ids(load_calibration(), folder, store)
     check_unseen(windows, folder, suite, store)
     planted = [*windows, np.array(encoder(folder)(f"Once upon a time. {sentence}"))]
     with pytest.raises(EvaluationError, match=rf"13-grams with {judging}, which judges"):

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from pipeline.stages import download, export
-from pipeline.stages.workspace import Workspace
+from pipeline.workspace import Workspace
 from tests import tiny
 from tests.families import make_checkpoint
 

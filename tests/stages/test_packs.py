@@ -20,11 +20,11 @@ from pipeline.bundle import keys
 from pipeline.cli import cli
 from pipeline.errors import BundleError, PipelineError
 from pipeline.files import sha256_of
+from pipeline.packs.app_bundle import GROUPS
 from pipeline.stages import packs
-from pipeline.stages.workspace import Workspace, public_key_path
-from pipeline.stores.app_bundle import GROUPS
+from pipeline.workspace import Workspace, public_key_path
 from tests.bundle.conftest import Maker
-from tests.stores.storefront import MODEL, Shop, open_shop
+from tests.packs.storefront import MODEL, Shop, open_shop
 
 ANDROID, IOS = Path(f"artifacts/packs/{MODEL}/android"), Path(f"artifacts/packs/{MODEL}/ios")
 
@@ -112,7 +112,7 @@ def test_what_a_store_would_refuse_leaves_the_old_folders(
 ) -> None:
     packs.run(MODEL)
     before = tree(workspace.packs)
-    monkeypatch.setattr("pipeline.stores.android_rules.PACK_LIMIT", 10_000)
+    monkeypatch.setattr("pipeline.packs.android_rules.PACK_LIMIT", 10_000)
     with pytest.raises(BundleError, match=r"stores would refuse these packs: error \[pack-size\] demo_p1"):
         packs.run(MODEL)
     assert tree(workspace.packs) == before

@@ -20,24 +20,24 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline import config
 from pipeline.artifact import work, write
-from pipeline.artifact.partial import open_partial
 from pipeline.artifact.quantizers import Compensated
+from pipeline.calibrate.results import read_moments
+from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
-from pipeline.checkpoint.store import Store
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.calibration import load_calibration
 from pipeline.errors import PipelineError, ResourceError
-from pipeline.evaluate.runtime import OnnxDecoder
-from pipeline.evaluate.stream import Hessians
 from pipeline.files import read_json, write_json
 from pipeline.graph.slices import DecoderSlices
+from pipeline.partial import open_partial
 from pipeline.planning.recipes import make_plan
 from pipeline.quantize.search import weighted
+from pipeline.runtime.session import OnnxDecoder
+from pipeline.runtime.stream import Hessians
 from pipeline.stages import calibrate, download, export, quantize
-from pipeline.stages.calibrate import read_moments
-from pipeline.stages.texts import input_ids
-from pipeline.stages.workspace import Workspace
+from pipeline.workspace import Workspace
 from tests import tiny
 from tests.artifact.exported import PATIENCE, child, contents, finish, lines
 from tests.conftest import ROOT
@@ -392,7 +392,7 @@ def test_the_body_is_compensated_and_the_head_is_searched(compensating: Workspac
     architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
     slices = DecoderSlices(onnx.load(folder / "model.onnx", load_external_data=False), architecture)
     Path("states").mkdir()
-    windows = input_ids(config.load_calibration(), folder, store)
+    windows = input_ids(load_calibration(), folder, store)
     hessians = Hessians(slices, folder, windows, Path("states"))
     asked: dict[str, np.ndarray] = {}
     tokens = sum(map(len, windows))

@@ -9,17 +9,18 @@ import onnx
 import pytest
 import yaml
 
-from pipeline import config
+from pipeline.artifact import plans
+from pipeline.artifact.plans import plan_recipe, read_sensitivity
 from pipeline.artifact.write import draft
 from pipeline.checkpoint.architecture import read_architecture
+from pipeline.config.recipes import load_recipe
+from pipeline.config.typed_yaml import CONFIGS
 from pipeline.errors import PipelineError
 from pipeline.planning.budget import Solution
 from pipeline.planning.memory import Memory
 from pipeline.planning.recipes import make_plan
-from pipeline.stages import calibrate, download, export, plans, sensitivity
-from pipeline.stages.plans import plan_recipe
-from pipeline.stages.sensitivity import read_sensitivity
-from pipeline.stages.workspace import MODEL_FILE, Workspace
+from pipeline.stages import calibrate, download, export, sensitivity
+from pipeline.workspace import MODEL_FILE, Workspace
 from tests import tiny
 
 
@@ -30,7 +31,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tiny.copy_configs(tmp_path))
     monkeypatch.setattr(calibrate, "check_unseen", lambda *_: None)  # counting takes longer than all the rest
-    tiny.edit(config.CONFIGS / "sensitivity.yaml", texts={"text-c4": 64}, window=32, rows=64)
+    tiny.edit(CONFIGS / "sensitivity.yaml", texts={"text-c4": 64}, window=32, rows=64)
     download.run(tiny.MODEL)
     export.run(tiny.MODEL)
     calibrate.run(tiny.MODEL)
@@ -39,8 +40,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 def add_budget(**limits: object) -> None:
     recipe = {"title": "A budget", "version": 1, "budget": limits}
-    (config.CONFIGS / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
-    tiny.edit(config.CONFIGS / "pipeline.yaml", variants=["q4", "small"])
+    (CONFIGS / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
+    tiny.edit(CONFIGS / "pipeline.yaml", variants=["q4", "small"])
 
 
 def test_measured_once_and_only_where_a_budget_reads_it(
@@ -59,8 +60,8 @@ def test_measured_once_and_only_where_a_budget_reads_it(
     sensitivity.run(tiny.MODEL, if_needed=True)
     assert "kept" in capsys.readouterr().out
     assert before == {file.name: (file.stat().st_ino, file.read_bytes()) for file in workspace.sensitivity.iterdir()}
-    tiny.edit(config.CONFIGS / "sensitivity.yaml", rows=32)
-    tiny.edit(config.CONFIGS / "pipeline.yaml", variants=["q4"])
+    tiny.edit(CONFIGS / "sensitivity.yaml", rows=32)
+    tiny.edit(CONFIGS / "pipeline.yaml", variants=["q4"])
     sensitivity.run(tiny.MODEL, if_needed=True)
     assert list(workspace.sensitivity.iterdir()) == [], "what other settings measured is not for a budget added later"
 
@@ -70,14 +71,14 @@ def test_every_budget_is_kept_to_the_byte_or_refused(workspace: Workspace) -> No
     sensitivity.run(tiny.MODEL)
     architecture = read_architecture(workspace.root / "reference" / "config.json")
     source = onnx.load(workspace.export / MODEL_FILE, load_external_data=False)
-    q4 = draft(source, make_plan(architecture, config.load_recipe("q4")), "stem", 1 << 30).bytes
+    q4 = draft(source, make_plan(architecture, load_recipe("q4")), "stem", 1 << 30).bytes
     for size in range(q4 - 40_000, q4 + 40_000, 1_777):
         add_budget(bytes=size)
-        planned = plan_recipe(config.load_recipe("small"), architecture, source, "small", tiny.MODEL)
+        planned = plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
         assert planned.draft.bytes <= size
     add_budget(bytes=q4 // 3)
     with pytest.raises(PipelineError, match="at least"):
-        plan_recipe(config.load_recipe("small"), architecture, source, "small", tiny.MODEL)
+        plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
 
 
 def test_a_graph_that_keeps_growing_is_caught_up_with(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,5 +97,5 @@ def test_a_graph_that_keeps_growing_is_caught_up_with(workspace: Workspace, monk
     monkeypatch.setattr(plans, "draft", drafted)
     add_budget(bytes=limit)
     architecture = read_architecture(workspace.root / "reference" / "config.json")
-    planned = plan_recipe(config.load_recipe("small"), architecture, onnx.ModelProto(), "small", tiny.MODEL)
+    planned = plan_recipe(load_recipe("small"), architecture, onnx.ModelProto(), "small", tiny.MODEL)
     assert limit - 2_000 < planned.draft.bytes <= limit

@@ -16,16 +16,16 @@ import yaml
 from pyarrow import parquet
 
 from pipeline.errors import PipelineError
-from pipeline.evaluate import divergence
-from pipeline.evaluate.journal import Journal
-from pipeline.evaluate.layered import LayeredDecoder
-from pipeline.evaluate.mmlu import load_questions
-from pipeline.evaluate.mmlu_prompts import Prompt
-from pipeline.evaluate.mmlu_scoring import Scorer
 from pipeline.files import read_json
+from pipeline.journal import Journal
+from pipeline.runtime.layered import LayeredDecoder
 from pipeline.stages import calibrate, download, export, quantize, validate
-from pipeline.stages.validation import mmlu as mmlu_section
-from pipeline.stages.workspace import REFERENCE, Workspace
+from pipeline.tasks import divergence_scores as divergence
+from pipeline.tasks import mmlu as mmlu_section
+from pipeline.tasks.mmlu_prompts import Prompt
+from pipeline.tasks.mmlu_questions import load_questions
+from pipeline.tasks.mmlu_scoring import Scorer
+from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve
 from tests.conftest import ROOT, dataset

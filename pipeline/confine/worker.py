@@ -1,0 +1,171 @@
+"""The process that runs one generated solution, and the plain data it exchanges with the referee.
+
+One JSON list per line in each direction over one socket, which the worker finds as descriptor 0:
+
+    referee → worker   [level, cpu_seconds, program, entry_point]      once
+    worker → referee   ["ready"] or ["fault", text]                    from trusted code, before the program runs
+    worker → referee   [0, "value", null] or [0, "raised", text]       the program's top level has run
+    referee → worker   [n, arguments]                                  call n = 1, 2, …
+    worker → referee   [n, "value", data] or [n, "raised", text]
+
+Values travel as plain data with their types spelled out (`encode`, `decode`), never pickled: whatever object a solution
+returns, the referee only ever sees exact builtin types. Once `["ready"]` is sent everything in this process is hostile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.confine.sandbox import lock_down
+
+_MAX_INTEGER_DIGITS = 20_000  # hexadecimal; the referee's tests compute with what they are given
+_SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+# Inside the sandbox no file can be opened, so what a program may import is imported before: word in it → module.
+_IMPORTABLE = {"strptime": "_strptime"} | {
+    name: name
+    for name in re.findall(
+        r"\w+",
+        """
+        abc array ast base64 binascii bisect calendar cmath codecs collections contextlib copy csv dataclasses datetime
+        decimal difflib enum fractions functools hashlib heapq html inspect io itertools json keyword locale logging
+        math numbers operator os pprint queue random re secrets statistics string struct textwrap threading time timeit
+        tokenize traceback types typing unicodedata uuid warnings weakref zlib
+        """,
+    )
+}
+
+Plain = Any  # None, bool, int, float, str, and lists, tuples, sets, frozensets and dicts of them
+
+
+def encode(value: Plain) -> Any:
+    """Spell out a value for JSON; subclasses of builtin types are reduced to the builtin they extend.
+
+    Raises:
+        TypeError: the value is, or contains, something else.
+    """
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return ["int", int.__format__(value, "x")]
+    if isinstance(value, float):
+        return ["float", float.hex(value)]
+    if isinstance(value, dict):
+        return ["dict", [[encode(key), encode(item)] for key, item in dict.items(value)]]
+    for name, kind in _SEQUENCES.items():
+        if isinstance(value, kind):
+            return [name, [encode(item) for item in kind.__iter__(value)]]
+    raise TypeError(f"a {type(value).__name__} is not plain data")
+
+
+def decode(data: Any) -> Plain:
+    """The value that `encode` spelled out.
+
+    Raises:
+        ValueError: anything else (any other JSON, an unhashable key, an absurdly long integer).
+    """
+    if data is None or data is True or data is False or isinstance(data, str):
+        return data
+    match data:
+        case ["int", str(digits)] if len(digits) <= _MAX_INTEGER_DIGITS:
+            return int(digits, 16)
+        case ["float", str(digits)]:
+            return _float(digits)
+        case [("list" | "tuple" | "set" | "frozenset") as kind, list(items)]:
+            return _container(_SEQUENCES[kind], [decode(item) for item in items])
+        case ["dict", list(items)]:
+            return _container(dict, [_pair(item) for item in items])
+    raise ValueError("not plain data")
+
+
+def _pair(item: Any) -> tuple[Plain, Plain]:
+    match item:
+        case [key, value]:
+            return decode(key), decode(value)
+    raise ValueError("not a pair of key and value")
+
+
+def _float(digits: str) -> float:
+    try:
+        return float.fromhex(digits)
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
+
+
+def _container(kind: Callable[[list[Any]], Plain], items: list[Any]) -> Plain:
+    try:
+        return kind(items)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def main() -> None:
+    """Serve one solution on descriptor 0 until the referee closes it."""
+    channel = os.dup(0)
+    silence = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(silence, standard)
+    os.close(silence)
+    os.environ.clear()  # the referee passes none, but importing us may have set some
+    lines = _lines(channel)
+    level, cpu_seconds, program, entry_point = json.loads(next(lines))
+    try:
+        _import_named(program)
+        lock_down(level, cpu_seconds)
+    except Exception as error:
+        _send(channel, ["fault", f"{type(error).__name__}: {error}"])
+        return
+    _send(channel, ["ready"])
+    _serve(channel, lines, program, entry_point)
+
+
+def _serve(channel: int, lines: Iterator[bytes], program: str, entry_point: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "solution"}  # so that a program's main guard stays shut
+    _send(channel, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
+    for line in lines:
+        number, arguments = json.loads(line)
+        outcome = _attempt(lambda arguments=arguments: namespace[entry_point](*decode(arguments)))
+        _send(channel, [number, *outcome])
+
+
+def _attempt(action: Callable[[], Any]) -> list[Any]:
+    """Run hostile code; every way it can return or raise becomes a reply (`SystemExit` included)."""
+    try:
+        return ["value", encode(action())]
+    except BaseException as error:
+        return ["raised", _described(error)]
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except BaseException:
+        return "an exception that cannot be printed"
+
+
+def _import_named(program: str) -> None:
+    """Import every importable module whose name occurs in the program; more than needed does no harm."""
+    for word in set(re.findall(r"\w+", program)) & _IMPORTABLE.keys():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_IMPORTABLE[word])
+
+
+def _lines(channel: int) -> Iterator[bytes]:
+    buffer = b""
+    while chunk := os.read(channel, 1 << 16):
+        *complete, buffer = (buffer + chunk).split(b"\n")
+        yield from complete
+
+
+def _send(channel: int, message: list[Any]) -> None:
+    data = memoryview(json.dumps(message).encode() + b"\n")
+    while data:
+        data = data[os.write(channel, data) :]

@@ -1,0 +1,205 @@
+"""Play for On-device AI: AI-pack modules, targeted by RAM, for an app's Gradle project.
+
+One module per pack. In each module one folder per device group holds that group's files; Play strips the suffix, so
+every phone sees `assets/<pack>/…` with its own variant in it. A phone that matches no group is in Play's `other`, whose
+folder is empty: a model that does not fit is not downloaded.
+
+The format is that of developer.android.com/google/play/device-targeting and …/on-device-ai; what bundletool and Play
+refuse stands in `android_rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+from xml.sax.saxutils import quoteattr
+
+from pydantic import Field, StringConstraints
+
+from pipeline.bundle.release import Record
+from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument
+from pipeline.config.typed_yaml import Name
+from pipeline.errors import BundleError
+from pipeline.files import write_bytes, write_json
+from pipeline.packs.delivery import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
+
+AI_PACK = "com.android.ai-pack"
+AGP = "8.10.0"  # the first Android Gradle Plugin with device targeting; AI packs alone need 8.8
+FLAG = "android.experimental.enableDeviceTargetingConfigApi=true"
+NAMESPACE = "http://schemas.android.com/apk/config"
+TARGETING = "device_targeting_config.xml"
+OTHER = "other"
+PLACEHOLDER = ".gitkeep"  # git, zip and bundletool know no empty folders
+SELECTORS = 5  # the most that Play takes in one group
+
+GroupName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z][a-zA-Z0-9_]*$")]
+
+
+class Selector(Record):
+    """Physical memory in bytes: `min_bytes` inclusive, `max_bytes` exclusive, None for no upper end."""
+
+    min_bytes: int = Field(ge=0)
+    max_bytes: int | None
+
+
+class Group(Record):
+    """A device group of Play and what it downloads."""
+
+    selectors: list[Selector] = Field(min_length=1, max_length=SELECTORS)
+    delivery: Delivery
+
+
+class AndroidIndex(Record):
+    """packs.json beside the modules: the map of all groups. `refused` gives Android tiers without a bundle."""
+
+    platform: Literal["android"] = "android"
+    model: Name
+    release: int = Field(ge=1)
+    groups: dict[GroupName, Group]
+    refused: dict[Name, list[str]]
+
+
+def module_name(model: str, number: int) -> str:
+    """Name of a pack and its Gradle module: a letter, then letters, digits and underscores."""
+    stem = model.replace("-", "_")
+    return f"{stem if stem[0].isalpha() else f'ai_{stem}'}_p{number}"
+
+
+def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple[str, list[Selector]]]:
+    """Device groups of the Android tiers: group name → (variant, RAM ranges).
+
+    One group per variant, so that a bundle is in the app bundle once. Neighbouring classes with one variant share a
+    range, classes that are refused have none, and the highest has no upper end. A group is named after its lowest
+    class: android-8gb is ram_8gb.
+
+    Raises:
+        BundleError: a variant's classes lie in more ranges than Play takes in a group.
+    """
+    android = sorted(
+        ((name, tier) for name, tier in tiers.items() if tier.platform == "android"),
+        key=lambda item: item[1].ram_bytes,
+    )
+    groups: dict[str, tuple[str, list[Selector]]] = {}
+    names: dict[str, str] = {}
+    previous: str | None = None
+    for position, (tier_name, tier) in enumerate(android):
+        following = android[position + 1][1].ram_bytes if position + 1 < len(android) else None
+        if not isinstance(tier, TierBundle):
+            previous = None
+            continue
+        variant = tier.variant
+        group = names.setdefault(variant, "ram_" + re.sub(r"[^a-z0-9]", "_", tier_name.removeprefix("android-")))
+        selectors = groups.setdefault(group, (variant, []))[1]
+        start = selectors.pop().min_bytes if previous == variant else tier.ram_bytes
+        selectors.append(Selector(min_bytes=start, max_bytes=following))
+        previous = variant
+    for group, (variant, selectors) in groups.items():
+        if len(selectors) > SELECTORS:
+            raise BundleError(
+                f"device group {group}: {variant} is for {len(selectors)} separate ranges of RAM, Play takes "
+                f"{SELECTORS} selectors in a group. Merge classes in configs/tiers.yaml."
+            )
+    return groups
+
+
+def plan_android(
+    document: TiersDocument, bundles: Mapping[str, Packable], pack_bytes: int = PACK_BYTES
+) -> AndroidIndex:
+    """Groups and packs for `document`; `bundles` has every variant that an Android tier gets.
+
+    Raises:
+        BundleError: a file is larger than a pack, or a group has too many ranges.
+    """
+    groups = {
+        name: Group(
+            selectors=selectors,
+            delivery=deliver(bundles[variant], lambda number: module_name(document.model, number), pack_bytes),
+        )
+        for name, (variant, selectors) in ram_groups(document.tiers).items()
+    }
+    refused = {
+        name: tier.reasons
+        for name, tier in document.tiers.items()
+        if tier.platform == "android" and isinstance(tier, TierRefusal)
+    }
+    return AndroidIndex(model=document.model, release=document.release, groups=groups, refused=refused)
+
+
+def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packable]) -> None:
+    """Write modules, Gradle files, device groups and index into `folder`, which is empty or absent."""
+    count = max((len(group.delivery.packs) for group in index.groups.values()), default=0)
+    modules = [module_name(index.model, number) for number in range(1, count + 1)]
+    for number, module in enumerate(modules):
+        write_bytes(folder / module / "build.gradle", _module(module).encode())
+        assets = folder / module / "src" / "main" / "assets"
+        for name, group in index.groups.items():
+            target, packs = assets / f"{module}#group_{name}", group.delivery.packs
+            if number < len(packs):
+                sources = bundles[group.delivery.variant].sources
+                write_pack(target, group.delivery, packs[number], sources)
+            else:
+                write_bytes(target / PLACEHOLDER, b"")
+        write_bytes(assets / f"{module}#group_{OTHER}" / PLACEHOLDER, b"")
+    if modules:
+        write_bytes(folder / "settings.gradle", "".join(f"include ':{module}'\n" for module in modules).encode())
+        write_bytes(folder / "build.gradle", _root().encode())
+        write_bytes(folder / "gradle.properties", f"{FLAG}\n".encode())
+        write_bytes(folder / "app" / "build.gradle", _app(modules).encode())
+        write_bytes(folder / "app" / TARGETING, _targeting(index).encode())
+    write_json(folder / INDEX, index.model_dump(mode="json"))
+
+
+def _module(module: str) -> str:
+    return f"""\
+plugins {{
+    id '{AI_PACK}'
+}}
+
+aiPack {{
+    packName = "{module}"
+    dynamicDelivery {{
+        deliveryType = "on-demand"
+    }}
+}}
+"""
+
+
+def _root() -> str:
+    return f"""\
+// Merge into the project's build.gradle: device targeting needs the Android Gradle Plugin {AGP} or later.
+plugins {{
+    id 'com.android.application' version '{AGP}' apply false
+    id '{AI_PACK}' version '{AGP}' apply false
+}}
+"""
+
+
+def _app(modules: list[str]) -> str:
+    packs = ", ".join(f'":{module}"' for module in modules)
+    return f"""\
+// Merge into the app's build.gradle.
+android {{
+    assetPacks = [{packs}]
+    bundle {{
+        deviceTargetingConfig = file('{TARGETING}')
+        deviceGroup {{
+            enableSplit = true
+            defaultGroup = "{OTHER}"
+        }}
+    }}
+}}
+"""
+
+
+def _targeting(index: AndroidIndex) -> str:
+    """Device groups as XML. RAM is an attribute, and the first matching group in file order wins; ours are disjoint."""
+    lines = [f"<config:device-targeting-config xmlns:config={quoteattr(NAMESPACE)}>"]
+    for name, group in index.groups.items():
+        lines.append(f"    <config:device-group name={quoteattr(name)}>")
+        for selector in group.selectors:
+            most = f' ram-max-bytes="{selector.max_bytes}"' if selector.max_bytes is not None else ""
+            lines.append(f'        <config:device-selector ram-min-bytes="{selector.min_bytes}"{most}/>')
+        lines.append("    </config:device-group>")
+    return "\n".join([*lines, "</config:device-targeting-config>", ""])

@@ -1,0 +1,145 @@
+"""Background Assets of iOS 26: one asset pack per part of a bundle, its manifest, and the commands for a Mac.
+
+iOS targets nothing by RAM: the folder holds every variant that tiers.json gives to an iOS class, and the app picks one
+by `os_proc_available_memory()` from the index. All packs of an app share one namespace, so each has one top folder
+with its own name. An id is used once: it names model, variant and release, because a pack that is replaced reaches
+every installed version of the app.
+
+The manifest is that of developer.apple.com/documentation/backgroundassets/creating-managed-asset-packs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.bundle.release import Record
+from pipeline.bundle.tiers import TierBundle, TiersDocument
+from pipeline.config.typed_yaml import Name
+from pipeline.errors import BundleError
+from pipeline.files import write_bytes, write_json
+from pipeline.packs.delivery import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
+
+MANIFESTS = "manifests"
+ENTITLEMENTS = "App.entitlements"
+ENTITLEMENT = "com.apple.developer.kernel.increased-memory-limit"
+COMMANDS = "upload.sh"
+POLICY = {"onDemand": {}}  # gigabytes are downloaded when the user asks for them, not with the app
+
+
+class Choice(Record):
+    """A row of the table that the app goes through from the top: the first that fits is taken.
+
+    It fits when `os_proc_available_memory()` is at least `need_bytes`: the measured peak with the KV cache at the
+    tiers' context and the app's own share. `kl_mean` is in nats per token.
+    """
+
+    variant: Name
+    need_bytes: int = Field(ge=0)
+    kl_mean: float
+
+
+class IosIndex(Record):
+    """packs.json beside the packs: every delivery by variant, and the table to choose by."""
+
+    platform: Literal["ios"] = "ios"
+    model: Name
+    release: int = Field(ge=1)
+    deliveries: dict[Name, Delivery]
+    choices: list[Choice]
+
+
+def pack_id(model: str, variant: str, release: int, number: int) -> str:
+    """Id of an asset pack, such as phi-4-q4-k-m-r7-p2: never with a dot, and never used for other bytes."""
+    name = "-".join(re.sub(r"[^a-z0-9]+", "-", part) for part in (model, variant))
+    return f"{name if name[0].isalpha() else f'ai-{name}'}-r{release}-p{number}"
+
+
+def manifest(identifier: str) -> dict[str, Any]:
+    """What `xcrun ba-package` reads for one pack."""
+    return {
+        "assetPackID": identifier,
+        "downloadPolicy": POLICY,
+        "fileSelectors": [{"directory": identifier}],
+        "platforms": ["iOS"],
+    }
+
+
+def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_bytes: int = PACK_BYTES) -> IosIndex:
+    """Packs and table for `document`; `bundles` has every variant that an iOS tier gets.
+
+    Raises:
+        BundleError: a file is larger than a pack, or two variants would share an id.
+    """
+    ours = [tier for tier in document.tiers.values() if isinstance(tier, TierBundle) and tier.platform == "ios"]
+    # Should two classes count one variant differently, the larger need is the later and stays.
+    given = {tier.variant: tier for tier in sorted(ours, key=lambda tier: tier.need_bytes)}
+    deliveries = {}
+    for variant in sorted(given):
+        deliveries[variant] = deliver(
+            bundles[variant],
+            lambda number, variant=variant: pack_id(document.model, variant, document.release, number),
+            pack_bytes,
+        )
+    names = [pack.name for delivery in deliveries.values() for pack in delivery.packs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BundleError(f"{document.model}: asset packs {', '.join(twice)} would be two. Rename one of the variants.")
+    choices = [
+        Choice(variant=variant, need_bytes=tier.need_bytes, kl_mean=tier.kl_mean)
+        for variant, tier in sorted(given.items(), key=lambda item: (item[1].kl_mean, item[1].need_bytes, item[0]))
+    ]
+    return IosIndex(model=document.model, release=document.release, deliveries=deliveries, choices=choices)
+
+
+def write_ios(folder: Path, index: IosIndex, bundles: Mapping[str, Packable]) -> None:
+    """Write packs, manifests, entitlement, commands and index into `folder`, which is empty or absent."""
+    for variant, delivery in index.deliveries.items():
+        for pack in delivery.packs:
+            write_pack(folder / pack.name, delivery, pack, bundles[variant].sources)
+            write_json(folder / MANIFESTS / f"{pack.name}.json", manifest(pack.name))
+    if index.deliveries:
+        write_bytes(folder / ENTITLEMENTS, _entitlements().encode())
+        write_bytes(folder / COMMANDS, _commands(index).encode())
+    write_json(folder / INDEX, index.model_dump(mode="json"))
+
+
+def _entitlements() -> str:
+    return f"""\
+<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0">
+<dict>
+    <key>{ENTITLEMENT}</key>
+    <true/>
+</dict>
+</plist>
+"""
+
+
+def _commands(index: IosIndex) -> str:
+    names = " ".join(pack.name for delivery in index.deliveries.values() for pack in delivery.packs)
+    return f"""\
+#!/bin/sh
+# Package and upload the asset packs of {index.model}, release {index.release}: on a Mac with Xcode 26 or later.
+#   APPLE_ID    the app's numeric Apple ID in App Store Connect
+#   API_KEY     id of an App Store Connect API key; its file is ~/.appstoreconnect/private_keys/AuthKey_$API_KEY.p8
+#   API_ISSUER  the key's issuer
+# Arguments: the packs to upload, default all. A pack that was uploaded is not uploaded again.
+# Selectors in a manifest are relative to this folder. ba-package does not overwrite an archive.
+set -eu
+: "${{APPLE_ID:?}}" "${{API_KEY:?}}" "${{API_ISSUER:?}}"
+cd "$(dirname "$0")"
+mkdir -p build
+[ $# -gt 0 ] || set -- {names}
+for pack in "$@"; do
+    rm -f "build/$pack.aar"
+    xcrun ba-package package "{MANIFESTS}/$pack.json" --output-path "build/$pack.aar"
+    xcrun altool --upload-asset-pack "build/$pack.aar" --apple-id "$APPLE_ID" \\
+        --apiKey "$API_KEY" --apiIssuer "$API_ISSUER"
+done
+xcrun altool --list-asset-packs --apple-id "$APPLE_ID" --apiKey "$API_KEY" --apiIssuer "$API_ISSUER"
+"""

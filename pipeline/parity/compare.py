@@ -1,0 +1,161 @@
+"""Parity: our full-precision graph against Optimum's export of the same checkpoint, on logits.
+
+Optimum holds a whole model in float32 several times over. A checkpoint too large for the memory allowed is compared
+on its first layers, and if need be on its first token ids: real weights, the real embedding and head, every operator
+of the family. Our side of the cut refers to the same bytes of the same files, only fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.tensors import TensorRef
+from pipeline.errors import EvaluationError, ResourceError
+from pipeline.runtime.session import open_session
+
+EXPORTER = "optimum-onnx"
+NEAR_TIE = 2e-4
+"""Margin of a near-tie, relative to the largest logit: two logits that each moved by the usual limit, 1e-4."""
+_EXPORTER_BYTES = 16  # peak bytes of an Optimum export for each float32 parameter, measured
+_MIN_VOCAB = 1024  # fewer token ids would say little about embedding and head
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first `layers` layers and the first `vocab` rows of embedding and head."""
+
+    layers: int
+    vocab: int
+
+
+def cut(architecture: Architecture, checkpoint: Mapping[str, TensorRef], memory_bytes: int) -> Cut:
+    """The largest part that Optimum exports within `memory_bytes`.
+
+    All of it; else fewer layers with the whole vocabulary; else two layers, or one, with as many token ids as fit.
+
+    Raises:
+        ResourceError: one layer with 1,024 token ids is too large.
+    """
+
+    def peak(layers: int, vocab: int) -> int:
+        _, refs = cut_model(architecture, checkpoint, Cut(layers, vocab))
+        return _EXPORTER_BYTES * sum(ref.elements for ref in refs.values())
+
+    one = peak(1, 1)
+    layer, row = peak(2, 1) - one if architecture.layers > 1 else 0, peak(1, 2) - one
+    layers = 1 + (memory_bytes - peak(1, architecture.vocab)) // max(layer, 1)
+    if layers >= 1:
+        return Cut(min(layers, architecture.layers), architecture.vocab)
+    least = min(_MIN_VOCAB, architecture.vocab)
+    for layers in range(min(2, architecture.layers), 0, -1):
+        vocab = 1 + (memory_bytes - peak(layers, 1)) // row
+        if vocab >= least:
+            return Cut(layers, vocab)
+    raise ResourceError(
+        f"parity: Optimum's export of one {architecture.family} layer of width {architecture.hidden:,} with {least:,} "
+        f"token ids peaks at {peak(1, least):,} bytes; memory_bytes in configs/parity.yaml allows {memory_bytes:,}. "
+        f"Raise it if this machine has more memory free, or run the stage on a larger one."
+    )
+
+
+def is_whole(architecture: Architecture, part: Cut) -> bool:
+    """Whether nothing is cut off."""
+    return part == Cut(architecture.layers, architecture.vocab)
+
+
+def cut_model(
+    architecture: Architecture, checkpoint: Mapping[str, TensorRef], part: Cut
+) -> tuple[Architecture, Mapping[str, TensorRef]]:
+    """The cut architecture and references to its tensors: what `build_decoder` takes. No byte is read or moved."""
+    smaller = replace(architecture, layers=part.layers, vocab=part.vocab)
+    refs = {}
+    for name, shape in smaller.expected_tensors().items():
+        ref = checkpoint[name]
+        # Rows lie one after another, so the first rows are a prefix of the tensor's bytes.
+        refs[name] = replace(ref, shape=shape, length=ref.length // ref.shape[0] * shape[0])
+    return smaller, refs
+
+
+def compare(
+    ours: Path, theirs: Path, architecture: Architecture, prompt_tokens: int, decode_steps: int, *, seed: int
+) -> dict[str, Any]:
+    """Run both ONNX files with their KV caches on the same random token ids, one file after the other.
+
+    `architecture` is the cut one. Tracing freezes LongRoPE's choice of factors at the short ones, so Optimum's export
+    is right up to `rope.original_max_position` tokens only; stay below. Returns `judge`'s figures and the exporter.
+
+    Raises:
+        EvaluationError: a file does not load, or gives logits that are not finite or of another shape.
+    """
+    ids = np.random.default_rng(seed).integers(0, architecture.vocab, prompt_tokens + decode_steps)
+    mine, reference = (cached_logits(path, architecture, ids, prompt_tokens) for path in (ours, theirs))
+    return {
+        **judge(mine, reference),
+        "prompt_tokens": prompt_tokens,
+        "decode_steps": decode_steps,
+        "exporter": f"{EXPORTER} {version(EXPORTER)}",
+    }
+
+
+def judge(mine: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """How far two arrays of logits, float32 [positions, vocab], are apart.
+
+    `max_relative_error` is max|mine − reference| / max|reference|. At each position the largest logits' ids are equal
+    (`top1_equal` is their share), or a near-tie (the reference's two logits differ by at most `NEAR_TIE` of the largest
+    logit), or a mismatch.
+    """
+    scale = float(np.abs(reference).max())
+    top_mine, top = mine.argmax(axis=1), reference.argmax(axis=1)
+    positions = np.arange(len(reference))
+    near = reference[positions, top] - reference[positions, top_mine] <= NEAR_TIE * scale
+    different = top_mine != top
+    return {
+        "max_relative_error": float(np.abs(mine - reference).max()) / scale,
+        "top1_equal": float(1 - different.mean()),
+        "near_ties": int((different & near).sum()),
+        "mismatches": int((different & ~near).sum()),
+    }
+
+
+def cached_logits(path: Path, architecture: Architecture, ids: np.ndarray, prompt_tokens: int) -> np.ndarray:
+    """Logits, float32 [len(ids), vocab]: the first `prompt_tokens` ids at once, then one at a time with the KV cache.
+
+    Feeds the inputs that the file declares: Optimum's exports take position_ids, ours do not.
+
+    Raises:
+        EvaluationError: the file does not load, or gives logits that are not finite or of another shape.
+    """
+    session = open_session(path)
+    inputs = {value.name for value in session.get_inputs()}
+    outputs = [value.name for value in session.get_outputs()]
+    cache_names = sorted(name for name in inputs if name.startswith("past_key_values."))
+    cache = {name: np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32) for name in cache_names}
+    rows: list[np.ndarray] = []
+    done = 0
+    for step in np.split(ids, range(prompt_tokens, len(ids))):
+        total = done + len(step)
+        feeds = {
+            "input_ids": step[None],
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(done, total)[None],
+        }
+        wanted = {name: value for name, value in feeds.items() if name in inputs}
+        values = dict(zip(outputs, session.run(outputs, wanted | cache), strict=True))
+        cache = {name: values["present" + name.removeprefix("past_key_values")] for name in cache}
+        rows.append(values["logits"][0])
+        done = total
+    logits = np.concatenate(rows)
+    bad = int((~np.isfinite(logits)).sum())
+    if bad or logits.shape != (len(ids), architecture.vocab):
+        raise EvaluationError(
+            f"{path}: logits of shape {list(logits.shape)}, {bad:,} of them not finite; expected are finite values of "
+            f"shape [{len(ids)}, {architecture.vocab}]. The export is broken."
+        )
+    return logits

@@ -1,0 +1,97 @@
+"""The independent reference: a checkpoint exported by Optimum's own exporter, through transformers and torch.
+
+Runs in a process of its own, because it is the one place that imports torch, and so that its memory is given back:
+
+    python -m pipeline.parity.optimum_export WEIGHTS LAYERS VOCAB OUTPUT
+
+exports the first LAYERS layers with the first VOCAB rows of embedding and head. Weights are read by the safetensors
+library, not by our reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import GraphError
+
+MODEL_FILE = "model.onnx"
+# transformers has no `mimo`; without its MTP tensors it is Qwen2 (logits differ by exactly 0). No remote code.
+_TRANSFORMERS_TYPE = {"mimo": "qwen2"}
+
+
+def export_reference(weights: Path, layers: int, vocab: int, output: Path) -> Path:
+    """Export with Optimum in a fresh process; returns the ONNX file.
+
+    Raises GraphError with the exporter's last line when it fails.
+    """
+    arguments = [str(weights), str(layers), str(vocab), str(output)]
+    command = [sys.executable, "-m", "pipeline.parity.optimum_export", *arguments]
+    # The exporter copies all weights several times: with huge pages that takes a fifth less time (glibc only).
+    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise GraphError(f"{weights}: Optimum's exporter failed with status {done.returncode}: {last}")
+    return output / MODEL_FILE
+
+
+def reference_config(weights: Path, layers: int, vocab: int) -> Any:
+    """transformers' configuration of the cut model."""
+    from transformers import AutoConfig
+
+    values = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    model_type = values.pop("model_type")
+    values = {key: value for key, value in values.items() if key not in {"auto_map", "architectures"}}
+    values |= {"num_hidden_layers": layers, "vocab_size": vocab}
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][:layers]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values[key] = None  # ids beyond a cut vocabulary are refused, and nothing is generated here
+    return AutoConfig.for_model(_TRANSFORMERS_TYPE.get(model_type, model_type), **values)
+
+
+def load_reference(weights: Path, layers: int, vocab: int) -> Any:
+    """The cut model as a torch module in float32 with the checkpoint's weights."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(reference_config(weights, layers, vocab), dtype=torch.float32).eval()
+    state = model.state_dict()
+    missing = set(state)
+    for path in sorted(weights.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) & set(state):
+                values = file.get_slice(name)
+                state[name].copy_(values[: len(state[name])] if len(values.get_shape()) else values[:])
+                missing.discard(name)
+    if model.config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing:
+        raise GraphError(f"{weights}: transformers wants {len(missing)} absent tensors, such as {min(missing)!r}.")
+    return model
+
+
+def main(weights: Path, layers: int, vocab: int, output: Path) -> None:
+    """Export in this process."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    warnings.filterwarnings("ignore")
+    onnx_export_from_model(
+        load_reference(weights, layers, vocab),
+        output,
+        task="text-generation-with-past",
+        do_validation=False,
+        no_post_process=True,
+        device="cpu",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

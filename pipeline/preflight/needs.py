@@ -1,0 +1,327 @@
+"""What a stage takes in memory, disk and time, from shapes alone: arithmetic that knows no machine and reads no file.
+
+Memory is private memory (bytes that no file backs). Mapped weights come on top where the kernel has room for them and
+cost only speed where it has not. Times are estimates from one measured rate; constants say where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.calibrate.damage import BATCH_TOKENS
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
+from pipeline.config.evaluation import EvaluationConfig
+from pipeline.config.models import ModelConfig
+from pipeline.planning.memory import ACTIVATION_COPIES
+from pipeline.tasks.mmlu_questions import SUBJECTS
+from pipeline.tasks.mmlu_scoring import CHUNK
+
+PROCESS_BYTES = 250_000_000
+"""A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
+QUANTIZE_BYTES = 300_000_000
+"""The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
+WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}
+"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
+shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
+matrices of 4,096 and 11,008 columns, on an AMD core with AVX2."""
+EXPORTER_BYTES = 16
+"""Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
+PREPACKED = 1.18
+"""Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
+HEADROOM = 4 / 3
+"""On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
+WIDENED_PER_SECOND = 0.3e9
+"""Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
+DECODE_COST = 1.5
+"""A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
+MMLU_TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
+"""Mean tokens of a question: prompt without examples, and in cloze mode the four answers (SmolLM2, 570 questions)."""
+MMLU_EXAMPLES = {"five-shot": 512}
+"""Mean tokens of a subject's examples, which are read once."""
+MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
+"""Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
+HUMANEVAL_TOKENS = 138
+"""Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
+GENERATION_LOGIT_BYTES = 1 << 29
+"""What the logits of one batch of prompts may take: `pipeline.runtime.generate` fills batches up to this."""
+LOGIT_COPIES = 3
+"""Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
+GENERATION_CACHE_BYTES = 1 << 31
+"""What its keys and values may take, a single text aside."""
+SMALL_FILES_BYTES = 32 << 20
+"""Graph, tokenizer, configuration, JSON."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one stage takes.
+
+    Attributes:
+        variant: None for a stage that runs once per model.
+        memory: bytes of private memory at its peak, all its processes together.
+        disk: bytes it writes on the file system of `artifacts/`.
+        seconds: estimated duration; None where only the network, or nothing measured, could tell.
+        why: what the figures are made of, for people.
+        store_disk: bytes it writes on the file system of the store.
+        scratch: whether what it writes is gone when it ends.
+    """
+
+    stage: str
+    variant: str | None
+    memory: int
+    disk: int
+    seconds: float | None
+    why: str
+    store_disk: int = 0
+    scratch: bool = False
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What times are estimated from: float32 operations per second in products on all cores, and the cores."""
+
+    flops: float
+    cores: int
+
+
+def download(missing_bytes: int, copied_bytes: int) -> Needs:
+    """Fetch `missing_bytes` into the store; `copied_bytes`: the weights again where no hard link reaches, else 0."""
+    why = "what the store lacks of the checkpoint" + ", and a copy: store and artifacts lie apart" * bool(copied_bytes)
+    return Needs("download", None, PROCESS_BYTES, copied_bytes + SMALL_FILES_BYTES, None, why, missing_bytes)
+
+
+def export(architecture: Architecture, context: int) -> Needs:
+    """The graph and its rotary tables (cos and sin, twice for LongRoPE); no weight is read."""
+    tables = 2 if architecture.rope.long_factor else 1
+    rope = tables * 2 * context * (architecture.rope.dims // 2) * 4
+    return Needs(
+        "export", None, PROCESS_BYTES + rope, rope + SMALL_FILES_BYTES, None, "graph, rotary tables, tokenizer"
+    )
+
+
+def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates | None = None) -> Needs:
+    """The text run through the model layer by layer (`pipeline.runtime.stream`): one layer's weights in float32."""
+    tokens = calibration.tokens
+    return Needs(
+        "calibrate",
+        None,
+        PROCESS_BYTES + _layer_bytes(architecture, calibration.window),
+        2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
+        _pass_seconds(architecture, tokens, rates) if rates else None,
+        f"one layer in float32 and {calibration.window:,} tokens of activations; hidden states of {tokens:,} tokens",
+        scratch=True,
+    )
+
+
+def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates | None = None) -> Needs:
+    """One layer in float32, a quantized matrix of it, and the activations of a batch of copies of the text.
+
+    There is a copy for every matrix; their hidden states are held before a layer and after it.
+    """
+    body = architecture.body(0)
+    sizes = [matrix.rows * matrix.columns for matrix in body]
+    tokens = wanted.tokens
+    copies = 2 + architecture.layers * len(body)
+    states = 4 * copies * tokens * architecture.hidden
+    activations = _activation_bytes(architecture, max(tokens, BATCH_TOKENS))
+    seconds = None
+    if rates:
+        seconds = _pass_seconds(architecture, tokens * copies / 2, rates)
+        seconds += architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
+    return Needs(
+        "sensitivity",
+        None,
+        PROCESS_BYTES + 4 * sum(sizes) + 4 * max(sizes) + activations + 2 * states,
+        2 * states + SMALL_FILES_BYTES,
+        seconds,
+        f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
+        scratch=True,
+    )
+
+
+def parity(parameters: int, weight_bytes: int) -> Needs:
+    """Optimum's export of the part that is compared: `parameters`, `weight_bytes` of float32 or half precision.
+
+    Its export lies on the disk twice while the exporter gathers it into one file.
+    """
+    return Needs(
+        "parity",
+        None,
+        PROCESS_BYTES + max(EXPORTER_BYTES * parameters, widened_bytes(weight_bytes, parameters)),
+        2 * 4 * parameters + SMALL_FILES_BYTES,
+        None,
+        f"Optimum's float32 export of {parameters:,} parameters, {EXPORTER_BYTES} bytes each at its peak",
+        scratch=True,
+    )
+
+
+def quantize(
+    variant: str,
+    artifact_bytes: int,
+    architecture: Architecture,
+    search: str,
+    calibration: CalibrationConfig,
+    rates: Rates | None = None,
+) -> Needs:
+    """A recipe applied: `artifact_bytes` is the plan's exact size.
+
+    GPTQ runs a layer as `calibrate` does, beside the second moments of its inputs. When they are factored, the layer's
+    weights are gone: the widest input's are held twice then, in order and as a factor, and more was measured (3.9 GB on
+    two layers of Phi-4's widths), so the room of a third is counted.
+    """
+    seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
+    memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
+    if search == "gptq":
+        moments = [4 * columns**2 for columns in {m.input: m.columns for m in architecture.body(0)}.values()]
+        memory += max(_layer_bytes(architecture, calibration.window) + sum(moments), sum(moments) + 2 * max(moments))
+        why = "a layer in float32 and its inputs' second moments; the plan's exact bytes"
+        if rates and seconds:
+            products = calibration.tokens * architecture.layers * sum(moments) / 4
+            seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
+    return Needs("quantize", variant, memory, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
+
+
+def reference(
+    architecture: Architecture,
+    weight_bytes: int,
+    suite: EvaluationConfig,
+    entry: ModelConfig,
+    rates: Rates | None = None,
+) -> Needs:
+    """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
+    return Needs(
+        "reference",
+        None,
+        round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
+        _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
+        _suite_seconds(architecture, suite, entry, rates),
+        "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
+    )
+
+
+def layered_reference(
+    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None = None
+) -> Needs:
+    """The same layer by layer (`pipeline.runtime.layered`), without generation: a layer in float32 or the head.
+
+    On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
+    """
+    layer = _layer_bytes(architecture, max(suite.divergence.window, CHUNK))
+    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # with their codes and a mask
+    head = architecture.vocab * architecture.hidden
+    tokens = {
+        "mmlu": _mmlu_tokens(suite, entry.mmlu_mode),
+        "divergence": sum(suite.divergence.texts.values()),
+    }
+    seconds = None
+    if rates:
+        seconds = sum(_pass_seconds(architecture, count, rates) for count in tokens.values())
+    states = 2 * 4 * architecture.hidden * max(tokens.values())
+    return Needs(
+        "reference",
+        None,
+        PROCESS_BYTES + max(layer, 4 * head + max(2 * head, logits)),
+        states + _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
+        seconds,
+        f"one layer or the head in float32; hidden states of {max(tokens.values()):,} tokens; 2 bytes per token and "
+        f"vocabulary entry kept; without HumanEval and speed",
+    )
+
+
+def validate(
+    architecture: Architecture,
+    variant: str,
+    artifact_bytes: int,
+    cache_bytes: int,
+    suite: EvaluationConfig,
+    entry: ModelConfig,
+    rates: Rates | None = None,
+) -> Needs:
+    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
+
+    `cache_bytes` are those of one token's keys and values in all layers.
+    """
+    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # and numpy's
+    logits += 2 * MMLU_LONGEST[entry.mmlu_mode] * cache_bytes  # before a question and after it
+    rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
+    wanted = suite.humaneval
+    text = (HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
+    texts = min(rows, wanted.samples if wanted.temperature else wanted.problems) * text
+    generation = LOGIT_COPIES * GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
+    return Needs(
+        "validate",
+        variant,
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
+        SMALL_FILES_BYTES,
+        _suite_seconds(architecture, suite, entry, rates),
+        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, entry):,} tokens read",
+    )
+
+
+def bundle(variant: str) -> Needs:
+    """Hard links of the artifact and a JSON file: no second copy of the weights."""
+    return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
+
+
+def widened_bytes(weight_bytes: int, parameters: int) -> int:
+    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
+    return weight_bytes + 4 * parameters
+
+
+def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:
+    """The reference's kept log-probabilities."""
+    return 2 * architecture.vocab * sum(suite.divergence.texts.values())
+
+
+def _layer_bytes(architecture: Architecture, window: int) -> int:
+    """A layer in float32; on top the widest matrix once more, while it is widened, or a window's activations."""
+    sizes = [4 * matrix.rows * matrix.columns for matrix in architecture.body(0)]
+    return sum(sizes) + max(*sizes, _activation_bytes(architecture, window))
+
+
+def _activation_bytes(architecture: Architecture, tokens: int) -> int:
+    return round(4 * ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
+
+
+def _pass_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
+    """All layers widened from half precision, and their products with so many tokens."""
+    return _product_seconds(architecture, tokens, rates) + architecture.parameters / WIDENED_PER_SECOND
+
+
+def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
+    """Two operations per weight and token; an embedding is looked up, not multiplied."""
+    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    return 2 * multiplied * tokens / rates.flops
+
+
+def _solution_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
+    """The longest solution of a problem, its thinking included."""
+    return suite.humaneval.answer_tokens(entry) + suite.humaneval.thinking_tokens(entry)
+
+
+def _suite_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
+    """Tokens that a suite reads: held-out text, MMLU questions, the prompts of HumanEval and of the speed test, and the
+    reference's solutions after their prompts."""
+    speed = sum(suite.speed.prompt_tokens) * suite.speed.repeats + min(suite.speed.prompt_tokens)
+    wanted = suite.humaneval
+    prompts = wanted.problems * wanted.samples * HUMANEVAL_TOKENS
+    solutions = wanted.problems * (HUMANEVAL_TOKENS + _solution_tokens(suite, entry))
+    questions = _mmlu_tokens(suite, entry.mmlu_mode)
+    return sum(suite.divergence.texts.values()) + questions + prompts + solutions + speed
+
+
+def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
+    return suite.mmlu.questions * MMLU_TOKENS[mode] + SUBJECTS * MMLU_EXAMPLES.get(mode, 0)
+
+
+def _suite_seconds(
+    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None
+) -> float | None:
+    """Tokens read, and tokens written: at most the limit for each solution, which is how long the slowest row takes."""
+    if not rates:
+        return None
+    generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1
+    solutions = suite.humaneval.problems * suite.humaneval.samples
+    written = solutions * _solution_tokens(suite, entry) + suite.speed.new_tokens * generations
+    return _product_seconds(architecture, _suite_tokens(suite, entry) + DECODE_COST * written, rates)

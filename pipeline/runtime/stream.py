@@ -1,0 +1,208 @@
+"""A text run through a full-precision model layer by layer: memory is one layer's weights, whatever the model.
+
+All windows pass one layer before the next is loaded. Between layers their hidden states lie in a file, float32
+[tokens, hidden], the windows one after another; so work goes on at any layer whose file is there. What is wanted on
+the way are statistics of the products' inputs x: E[x²] of every channel (calibration), and Σ x·xᵀ (GPTQ), which is too
+large to keep for more than a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from threadpoolctl import threadpool_limits
+
+from pipeline.errors import EvaluationError
+from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.machine import cores
+from pipeline.quantize.cache import magnitudes
+from pipeline.runtime.session import open_slice
+
+_PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
+
+
+class LayerStream:
+    """Windows of tokens on their way through a model.
+
+    Attributes:
+        layer: the current one, whose inputs can be measured; the number of layers stands for the head.
+        digest: SHA-256 of the file of hidden states before `layer`, 64 hex digits; "" if an earlier stream wrote it.
+    """
+
+    def __init__(
+        self,
+        slices: DecoderSlices,
+        weights: Path,
+        windows: Sequence[np.ndarray],
+        states: Path,
+        layer: int | None = None,
+    ):
+        """Start at the embedding, or go on at `layer` with the file that an earlier stream over `windows` left.
+
+        Args:
+            weights: the folder where the whole graph runs.
+            windows: token ids, int64 [tokens] each.
+            states: an existing folder for the hidden states, this stream's own.
+
+        Raises:
+            EvaluationError: the file of an earlier stream is missing, or of other windows or another model.
+        """
+        self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
+        self.layer, self.digest = layer or 0, ""
+        if layer is not None:
+            self._check_states()
+        else:
+            for _ in self._run(slices.embedding(), 0):
+                pass
+
+    @staticmethod
+    def states_file(layer: int) -> str:
+        """Name of the file of hidden states before `layer`, in the folder of states."""
+        return f"hidden.{layer}"
+
+    def advance(self, full: bool = False) -> dict[str, np.ndarray]:
+        """Pass the current layer: of each of its products' inputs, E[x²] over all tokens, float32 [channels].
+
+        With `full`, Σ x·xᵀ in its place, float32 [channels, channels], symmetric to the bit: 1.6 GB for Phi-4. Slices
+        that give keys and values add their ranges (`quantize.cache.magnitudes`) over all tokens as `layers.0.key`. The
+        states before the layer stay until the next call: a killed run can go on from them. The head is the last.
+
+        Raises:
+            EvaluationError: ONNX Runtime refuses the layer.
+            OSError: the disk is full (wrap the work in `files.disk_full`).
+        """
+        for old in range(self.layer):
+            (self._states / self.states_file(old)).unlink(missing_ok=True)
+        slices = self._slices
+        is_head = self.layer == slices.architecture.layers
+        part = slices.up_to("head") if is_head else slices.layer(self.layer)
+        sums = {name: _empty_sum(slices.columns[name], full) for name in part.taps}
+        ranges = {name: np.zeros(slices.architecture.cache_channels, np.float32) for name in part.cached}
+        for values in self._run(part, self.layer + 1):
+            for name, value in part.taps.items():
+                _add(sums[name], values[value])
+            for name, value in part.cached.items():
+                np.maximum(ranges[name], self._magnitudes(name, values[value]), out=ranges[name])
+        self.layer += 1
+        tokens = sum(map(len, self._windows))
+        return ranges | {
+            name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()
+        }
+
+    def _magnitudes(self, name: str, values: np.ndarray) -> np.ndarray:
+        return magnitudes(values, self._slices.architecture.rope.dims if name.endswith(".key") else 0)
+
+    def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
+
+        What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
+        """
+        session = open_slice(part.model, self._weights)
+        names = [value.name for value in session.get_outputs()]
+        digest = hashlib.sha256()
+        with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
+            for feeds in self._feeds(session, part):
+                values = dict(zip(names, (value[0] for value in session.run(names, feeds)), strict=True))
+                if file and part.target:
+                    hidden = np.ascontiguousarray(values[part.target])
+                    file.write(hidden)
+                    digest.update(hidden)
+                yield values
+        if part.target:
+            self.digest = digest.hexdigest()
+
+    def _check_states(self) -> None:
+        path = self._states / self.states_file(self.layer)
+        size = path.stat().st_size if path.is_file() else 0
+        needed = 4 * self._slices.architecture.hidden * sum(map(len, self._windows))
+        if size != needed:
+            raise EvaluationError(
+                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(self._windows)} windows. "
+                f"Remove {self._states} and run the stage again."
+            )
+
+    def _feeds(self, session: InferenceSession, part: Slice) -> Iterator[dict[str, np.ndarray]]:
+        """What a slice takes of each window."""
+        arch = self._slices.architecture
+        empty = np.zeros((1, arch.kv_heads, 0, arch.head_dim), np.float32)
+        wanted = [value.name for value in session.get_inputs()]
+        past = {name: empty for name in wanted if name.startswith("past_key_values.")}
+        states = ({part.source: hidden} for hidden in self._hidden()) if part.source else repeat({})
+        for ids, source in zip(self._windows, states, strict=False):
+            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past, **source}
+            yield {name: feeds[name] for name in wanted}
+
+    def _hidden(self) -> Iterator[np.ndarray]:
+        """The hidden states before the current layer, float32 [1, tokens, hidden] of each window."""
+        width = self._slices.architecture.hidden
+        with open(self._states / self.states_file(self.layer), "rb") as file:
+            for ids in self._windows:
+                yield np.fromfile(file, np.float32, len(ids) * width).reshape(1, len(ids), width)
+
+
+class Hessians:
+    """Σ x·xᵀ by input name, as GPTQ asks for them: a stream that advances to each input's layer.
+
+    Asked for once each and in the order of execution, every layer passes once; anything else starts the stream again.
+    """
+
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Sequence[np.ndarray], states: Path):
+        """As `LayerStream`. No weight is read before the first call."""
+        self._start = partial(LayerStream, slices, weights, windows, states)
+        self._layers = {name: layer for layer in range(slices.architecture.layers) for name in slices.inputs(layer)}
+        self._stream: LayerStream | None = None
+        self._ready: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str) -> np.ndarray:
+        """float32 [channels, channels]. Raises EvaluationError as `LayerStream` does."""
+        if name not in self._ready:
+            layer = self._layers[name]
+            self._ready.clear()
+            if self._stream is None or self._stream.layer > layer:
+                self._stream = self._start()
+            while self._stream.layer < layer:
+                self._stream.advance()
+            self._ready = self._stream.advance(full=True)
+        return self._ready.pop(name)
+
+
+def _empty_sum(channels: int, full: bool) -> np.ndarray:
+    return np.zeros((channels, channels), np.float32) if full else np.zeros(channels)
+
+
+def _add(total: np.ndarray, x: np.ndarray) -> None:
+    """Add Σ x² to [channels], or xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]."""
+    if total.ndim == 1:
+        total += np.einsum("tc,tc->c", x, x)
+        return
+
+    def add(panel: tuple[int, int]) -> None:
+        start, stop = panel  # no second matrix is made
+        total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+    # Panels side by side, each product on one thread: the sum does not depend on the number of cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(add, _panels(total)))
+
+
+def _mirrored(total: np.ndarray) -> np.ndarray:
+    """`total` with its upper triangle copied to the lower one."""
+    for start, stop in _panels(total):
+        block = total[start:stop, start:stop]
+        block[:] = np.triu(block) + np.triu(block, 1).T
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
+
+
+def _panels(total: np.ndarray) -> Iterator[tuple[int, int]]:
+    channels = len(total)
+    step = max(1, _PANEL_BYTES // (4 * channels))
+    return ((start, min(start + step, channels)) for start in range(0, channels, step))

@@ -1,0 +1,463 @@
+"""Statistics of one variant's evaluation: arrays of measurements in, nested dicts of plain numbers out.
+
+Every interval is two-sided at 90 %, so that each of its ends is a one-sided 95 % bound: the bound a gate uses.
+Three decisions:
+
+- Tokens of one window share their context, so they are not independent. Means over tokens take their standard error
+  from window totals (the linearised ratio estimator; Cochran, Sampling Techniques, 3rd ed., chapter 11) with Student's
+  t on windows − 1 degrees of freedom. Shares use Wilson's interval on the effective number of tokens, n divided by the
+  design effect, because Wilson's interval stays honest at 0 % and 100 %. The 99th percentile inverts that
+  interval (Woodruff, JASA 47, 1952).
+- An accuracy drop is paired by item. Tango's score interval (Statistics in Medicine 17, 1998) is the paired
+  counterpart of Wilson's: twenty items without a flip do not look like proof, and its error stays what it claims where
+  flips are few. (An exact loss of 2 points among 2.5 % of flips passes the four looks of `sequential` 4.4 % of the
+  time; with Wald's interval and one added to each kind of flip it is 6.4 %.)
+- A problem may be solved in a share of several samples. The formulas for yes and no then hold with room to spare:
+  values in [0, 1] vary by at most mean·(1 − mean), and a difference's square is at most its size.
+- Whatever cannot be detected is a number too: each summary carries the effect that its sample size would reveal with
+  80 % power in a one-sided test at 5 %. For divergence that is the excess over the limit (in the metric's own unit),
+  for accuracy the drop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtri, softmax, stdtrit
+
+from pipeline.errors import EvaluationError
+
+ALPHA = 0.05  # one-sided
+POWER = 0.80
+MMLU_CHANCE = 0.25  # four answers
+LOOKS = (570, 1_425, 2_850, 14_042)  # questions at which `sequential` may judge; nested, see mmlu.subset
+_KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal distributions slightly negative
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.integer[Any]]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, its two one-sided 95 % bounds, and the effect detectable at 80 % power; all in one unit.
+
+    `high` is infinite where the sample is too small to bound the quantity from above.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    detectable: float
+
+    def named(self, name: str) -> dict[str, float | None]:
+        """The numbers as `name`, `name_low`, `name_high` (None for infinity, unknown to JSON), `name_detectable`."""
+        return {
+            name: self.estimate,
+            f"{name}_low": self.low,
+            f"{name}_high": self.high if math.isfinite(self.high) else None,
+            f"{name}_detectable": self.detectable,
+        }
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, float]:
+    """Wilson's score interval for a share; both arguments may be fractional (effective numbers).
+
+    `z` is the quantile of the one-sided bound, the normal one unless given.
+    """
+    z = _z(z)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _window_standard_error(values: Floats, windows: Ints) -> float:
+    """Standard error of the mean over all tokens, with windows as the independent units."""
+    _, index = np.unique(windows, return_inverse=True)
+    totals = np.bincount(index, weights=values - values.mean())
+    count = len(totals)
+    return math.sqrt(count / (count - 1) * float(totals @ totals)) / len(values)
+
+
+def _t_quantiles(windows: Ints) -> tuple[float, float]:
+    """Student's t at 1 − ALPHA and at POWER, on windows − 1 degrees of freedom."""
+    freedom = len(np.unique(windows)) - 1
+    return float(stdtrit(freedom, 1 - ALPHA)), float(stdtrit(freedom, POWER))
+
+
+def mean_interval(values: Floats, windows: Ints) -> Interval:
+    """Mean over tokens, with windows as the independent units.
+
+    Args:
+        values: [tokens] float64.
+        windows: [tokens] integer, the window of each token; at least two different ones.
+    """
+    t_alpha, t_power = _t_quantiles(windows)
+    error = _window_standard_error(values, windows)
+    mean = float(values.mean())
+    return Interval(mean, mean - t_alpha * error, mean + t_alpha * error, (t_alpha + t_power) * error)
+
+
+def _effective_tokens(flags: Bools, windows: Ints) -> float:
+    """Number of independent tokens that would know the share as well: n over the design effect, at most n."""
+    share = float(flags.mean())
+    independent = share * (1 - share) / len(flags)  # variance of the share if tokens were independent
+    if independent == 0:
+        return float(len(flags))
+    return len(flags) / max(1.0, _window_standard_error(flags.astype(np.float64), windows) ** 2 / independent)
+
+
+def share_interval(flags: Bools, windows: Ints) -> Interval:
+    """Share of true `flags` [tokens] bool, with windows [tokens] as the independent units."""
+    t_alpha, t_power = _t_quantiles(windows)
+    share, effective = float(flags.mean()), _effective_tokens(flags, windows)
+    low, high = wilson(share * effective, effective, t_alpha)
+    centre = (share * effective + t_alpha**2 / 2) / (effective + t_alpha**2)  # never 0 or 1, so never a zero error
+    error = math.sqrt(centre * (1 - centre) / effective)
+    return Interval(share, low, high, (t_alpha + t_power) * error)
+
+
+def quantile_interval(values: Floats, windows: Ints, level: float) -> Interval:
+    """A high quantile of `values` [tokens] float64, with windows [tokens] as the independent units.
+
+    The upper bound is infinite when fewer than one token would lie above it. `detectable` scales the distance to the
+    lower bound, the side on which an excess is proved.
+    """
+    t_alpha, t_power = _t_quantiles(windows)
+    estimate = float(np.quantile(values, level))
+    below = values <= estimate
+    share, effective = float(below.mean()), _effective_tokens(below, windows)
+    level_low, level_high = wilson(share * effective, effective, t_alpha)
+    low = float(np.quantile(values, level_low, method="lower"))
+    bounded = level_high < 1 - 1 / len(values)
+    high = float(np.quantile(values, level_high, method="higher")) if bounded else math.inf
+    return Interval(estimate, low, high, (estimate - low) * (t_alpha + t_power) / t_alpha)
+
+
+# --- paired accuracy -------------------------------------------------------------------------------------------------
+
+
+def detectable_drop(n: int, d: float, z: float | None = None) -> float:
+    """Smallest true drop (a share) that `n` paired items reveal with 80 % power.
+
+    Args:
+        n: items.
+        d: discordance, the share of items whose correctness flips.
+        z: quantile of the one-sided bound, that of 5 % unless given.
+    """
+    return float((_z(z) + ndtri(POWER)) * math.sqrt(d / n))
+
+
+def _z(z: float | None) -> float:
+    return float(ndtri(1 - ALPHA)) if z is None else z
+
+
+def drop_score(drop: float, n: ArrayLike, lost: ArrayLike, won: ArrayLike) -> Floats:
+    """Tango's score statistic for a true drop of `drop` (a share): standard normal when it is true, negative when fewer
+    are lost. Its standard error takes the likeliest shares of flips of which `drop` is the difference.
+
+    Args:
+        drop: in (-1, 1).
+        n, lost, won: items, items that only the reference has right, and only the variant; numbers or arrays alike.
+    """
+    n, lost, won = (np.asarray(count, np.float64) for count in (n, lost, won))
+    slope = (2 * n - lost + won) * drop - lost - won
+    share_won = (np.sqrt(np.maximum(0.0, slope**2 + 8 * n * won * drop * (1 - drop))) - slope) / (4 * n)
+    distance = lost - won - n * drop
+    variance = np.maximum(0.0, n * (2 * share_won + drop * (1 - drop)))
+    return np.divide(distance, np.sqrt(variance), out=np.zeros_like(distance), where=distance != 0)
+
+
+def paired_interval(n: int, lost: float, won: float, z: float | None = None) -> Interval:
+    """Drop in accuracy from the reference to the variant, as a share; positive is a loss.
+
+    Args:
+        n: items.
+        lost, won: items that only the reference has right, and only the variant; parts of items where items have parts.
+        z: quantile of each bound, that of 5 % unless given (a look of `sequential` has its own).
+
+    An upper bound lies within a margin just when `drop_score(margin, ...)` is at most -z.
+    """
+    estimate, z, edge = (lost - won) / n, _z(z), 1 - 1e-12
+
+    def bound(sign: int) -> float:
+        def excess(drop: float) -> float:
+            return float(drop_score(drop, n, lost, won)) + sign * z
+
+        if sign * excess(sign * edge) > 0:  # every item lost, or every one won
+            return float(sign)
+        return brentq(excess, estimate, sign * edge, xtol=1e-12)
+
+    # `detectable` adds one to each kind of flip: a sample without a flip does not know that there are none.
+    return Interval(estimate, bound(-1), bound(1), detectable_drop(n, (lost + won + 2) / (n + 2), z))
+
+
+def flips(correct: Bools | Floats, reference: Bools | Floats) -> tuple[int, float, float]:
+    """Items, those lost and those won by a variant; both arrays [n] bool or shares in [0, 1], paired by index."""
+    loss = reference.astype(np.float64) - correct
+    return len(correct), float(np.maximum(loss, 0).sum()), float(np.maximum(-loss, 0).sum())
+
+
+def pass_at_k(passed: Bools, k: int) -> Floats:
+    """Probability that one of `k` samples passes, by problem: float64 [problems].
+
+    The unbiased estimator 1 − C(n − c, k) / C(n, k) for c passes among n samples (Chen et al. 2021, arXiv 2107.03374,
+    equation 1).
+
+    Args:
+        passed: [problems, samples] bool.
+        k: at most the number of samples.
+    """
+    n = passed.shape[1]
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in passed.sum(axis=1)])
+
+
+# --- summaries: the metrics files ------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise EvaluationError(f"{what}. The measurement is unusable; nothing was written. Evaluate the artifact again.")
+
+
+def _check_tokens(what: str, unit: str, groups: Ints, **arrays: NDArray[Any]) -> None:
+    tokens = len(groups)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    _require(
+        all(array.shape == (tokens,) for array in arrays.values()) and groups.ndim == 1,
+        f"{what}: one value per token is needed, but the {unit}s of tokens have shape {groups.shape}, {shapes}",
+    )
+    count = len(np.unique(groups))
+    _require(count >= 2, f"{what}: {tokens} tokens in {count} {unit}(s); an interval needs at least 2")
+    for name, array in arrays.items():
+        bad = int(np.sum(~np.isfinite(array)))
+        _require(bad == 0, f"{what}: {bad} of {tokens} values of {name} are NaN or infinite")
+
+
+def summarise_reference_divergence(
+    logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints
+) -> dict[str, Any]:
+    """The reference's own `divergence` metrics: tokens, windows, perplexity, and what its kept log-probabilities lose.
+
+    Args:
+        logprob: [tokens] float64, natural log-probability of the true next token.
+        codes_kl: [tokens] float64, KL divergence of the kept distribution from the model's own, nats.
+        clipped: [tokens] float64, probability of the tokens whose log-probability was clipped.
+        window_id: [tokens] integer.
+
+    Raises:
+        EvaluationError: shapes differ, a value is not finite, or there are fewer than two windows.
+    """
+    _check_tokens("divergence", "window", window_id, logprob=logprob, codes_kl=codes_kl, clipped=clipped)
+    return {
+        "tokens": len(logprob),
+        "windows": len(np.unique(window_id)),
+        "perplexity": math.exp(-float(logprob.mean())),
+        "codes_kl_mean": float(codes_kl.mean()),
+        "codes_kl_max": float(codes_kl.max()),
+        "clipped_mean": float(clipped.mean()),
+        "clipped_max": float(clipped.max()),
+    }
+
+
+def summarise_divergence(
+    kl: Floats, top1_equal: Bools, logprob: Floats, logprob_reference: Floats, window_id: Ints
+) -> dict[str, Any]:
+    """The `divergence` metrics of a variant, paired with the reference by token.
+
+    `probability_change` is the mean change in the true token's probability: unlike KL it says which way.
+
+    Args:
+        kl: [tokens] float64, KL divergence of the variant from the reference, nats.
+        top1_equal: [tokens] bool, whether both name the same most likely token.
+        logprob, logprob_reference: [tokens] float64, natural log-probability of the true next token.
+        window_id: [tokens] integer, the window of each token.
+
+    Raises:
+        EvaluationError: shapes differ, a value is not finite, a KL is negative beyond rounding, `top1_equal` is not
+            bool, or there are fewer than two windows.
+    """
+    arrays = {"kl": kl, "top1_equal": top1_equal, "logprob": logprob, "logprob_reference": logprob_reference}
+    _check_tokens("divergence", "window", window_id, **arrays)
+    _require(top1_equal.dtype == np.bool_, f"divergence: top1_equal is {top1_equal.dtype}, not bool")
+    _require(float(kl.min()) >= -_KL_ROUNDING, f"divergence: a KL of {kl.min():.3g} nats is negative: not a KL")
+    kl = np.maximum(kl, 0)
+    log_ratio = mean_interval(logprob_reference - logprob, window_id)
+    ratio = Interval(
+        math.exp(log_ratio.estimate),
+        math.exp(log_ratio.low),
+        math.exp(log_ratio.high),
+        math.exp(log_ratio.estimate) * math.expm1(log_ratio.detectable),
+    )
+    return {
+        "tokens": len(kl),
+        "windows": len(np.unique(window_id)),
+        **mean_interval(kl, window_id).named("kl_mean"),
+        **quantile_interval(kl, window_id, 0.99).named("kl_p99"),
+        "kl_max": float(kl.max()),
+        **share_interval(top1_equal, window_id).named("top1"),
+        "perplexity": math.exp(-float(logprob.mean())),
+        "perplexity_reference": math.exp(-float(logprob_reference.mean())),
+        **ratio.named("perplexity_ratio"),
+        **mean_interval(np.exp(logprob) - np.exp(logprob_reference), window_id).named("probability_change"),
+    }
+
+
+def _check_items(task: str, shape: tuple[str, ...], outcomes: Bools, reference: Bools | None) -> None:
+    _require(
+        outcomes.ndim == len(shape) and outcomes.size > 0,
+        f"{task}: a list of items [{', '.join(shape)}] is needed, got shape {outcomes.shape}",
+    )
+    _require(outcomes.dtype == np.bool_, f"{task}: outcomes are {outcomes.dtype}, not bool")
+    if reference is not None:
+        _require(
+            reference.shape == outcomes.shape and reference.dtype == np.bool_,
+            f"{task}: {len(outcomes)} items of the variant do not pair with the reference's {reference.shape} "
+            f"{reference.dtype}",
+        )
+
+
+def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> dict[str, Any]:
+    """Accuracy under the key `name` and, for a variant, the paired drop from the reference in percentage points."""
+    own = {"n": len(correct), **_share(name, correct)}
+    if reference is None:
+        return own
+    drop = paired_interval(*flips(correct, reference))
+    return own | {
+        f"reference_{name}": float(reference.mean()),
+        "flips": float(np.abs(reference.astype(np.float64) - correct).mean()),
+        "drop_points": 100 * drop.estimate,
+        "drop_points_low": 100 * drop.low,
+        "drop_points_high": 100 * drop.high,
+        "detectable_drop_points": 100 * drop.detectable,
+    }
+
+
+def _share(name: str, values: Bools | Floats) -> dict[str, float]:
+    """The mean of values in [0, 1] under the key `name`, with Wilson's interval."""
+    low, high = wilson(float(values.sum()), len(values))
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+@dataclass(frozen=True)
+class MmluAnswers:
+    """What a model made of the questions. correct: bool [n]; probability: float64 [n], of the correct answer."""
+
+    correct: Bools
+    probability: Floats
+
+
+def answer_probability(scores: Floats, answers: Ints) -> Floats:
+    """Probability of the correct answer among the four, float64 [n].
+
+    Args:
+        scores: [n, 4] float64, log-likelihoods of the answers (in cloze mode per token).
+        answers: [n] integer, the correct answer's column.
+    """
+    return softmax(scores, axis=1)[np.arange(len(answers)), answers]
+
+
+def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> dict[str, Any]:
+    """The `mmlu` metrics: accuracy, and what was lost unless `reference` is None (the reference's own row).
+
+    Args:
+        variant: on the questions of a nested subset, in its order.
+        reference: the reference's, on the same questions in the same order.
+        mode: how questions were asked ("cloze", "letter").
+
+    `flips` is the share of items whose correctness changed; `looks` counts them at each look that was reached;
+    `probability_drop_points` is the mean drop of the correct answer's probability. It is finer than accuracy (2 to 20
+    times fewer questions show the same change), but no margin is agreed for it.
+
+    Raises:
+        EvaluationError: the arrays do not pair, are empty, not bool or not finite.
+    """
+    _check_items("MMLU", ("questions",), variant.correct, reference and reference.correct)
+    found = _accuracy("accuracy", variant.correct, reference and reference.correct)
+    if reference is not None:
+        found |= {"looks": _looks(variant.correct, reference.correct)}
+        found |= _probability_drop(variant, reference).named("probability_drop_points")
+    return {**found, "mode": mode, "chance": MMLU_CHANCE}
+
+
+def _looks(correct: Bools, reference: Bools) -> list[dict[str, int]]:
+    """Flips among the first questions, for each look of the sequential test within reach."""
+    counts = [map(int, flips(correct[:n], reference[:n])) for n in LOOKS if n <= len(correct)]
+    return [dict(zip(("n", "lost", "won"), count, strict=True)) for count in counts]
+
+
+def _probability_drop(variant: MmluAnswers, reference: MmluAnswers) -> Interval:
+    for answers in (variant, reference):
+        p = answers.probability
+        _require(
+            p.shape == variant.correct.shape and len(p) > 1 and bool(np.isfinite(p).all()),
+            f"MMLU: probabilities of shape {p.shape} for {len(variant.correct)} questions, or not finite",
+        )
+    return mean_interval(100 * (reference.probability - variant.probability), np.arange(len(variant.probability)))
+
+
+def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> dict[str, Any]:
+    """The scores of the `humaneval` metrics: pass@k, and pass@1's paired drop unless `reference` is None.
+
+    - `n` problems with `samples` solutions each; `pass_at_1`, `pass_at_<k>`, each with `_low` and `_high`;
+    - of a variant: `reference_pass_at_1`; `flips`, the mean change of a problem's pass@1 in either direction (with one
+      sample the share of problems whose correctness changed); `drop_points` with `_low` and `_high`, and
+      `detectable_drop_points`, in percentage points of pass@1.
+
+    The section adds how solutions were asked for and run, and how many met a limit
+    (`pipeline.tasks.humaneval`).
+
+    Args:
+        passed: [problems, samples] bool.
+        reference: the same of the reference, on the same problems in the same order.
+        ks: at most `samples` each; 1 need not be among them.
+
+    Raises:
+        EvaluationError: the arrays do not pair, are empty or are not bool.
+    """
+    _check_items("HumanEval", ("problems", "samples"), passed, reference)
+    scores = _accuracy("pass_at_1", pass_at_k(passed, 1), None if reference is None else pass_at_k(reference, 1))
+    for k in sorted({*ks} - {1}):
+        scores |= _share(f"pass_at_{k}", pass_at_k(passed, k))
+    return scores | {"samples": passed.shape[1]}
+
+
+def summarise_agreement(
+    logprob: Floats, problem: Ints, logprob_reference: Floats | None = None, top1_equal: Bools | None = None
+) -> dict[str, Any]:
+    """The `agreement` metrics: how a model reads the reference's own solutions, token by token.
+
+    - `solutions`, `tokens`; `logprob`, the mean log-probability of these tokens, nats;
+    - of a variant: `top1`, the share of tokens where it and the reference name the same most likely one, and
+      `logprob_drop`, the reference's mean log-probability less the variant's, nats per token; each with `_low`, `_high`
+      and `_detectable`, problems being the independent units.
+
+    Args:
+        logprob, logprob_reference: [tokens] float64, natural log-probability of each token of the solutions; no
+            reference for the reference's own row.
+        problem: [tokens] integer, the problem of each token; at least two different ones.
+        top1_equal: [tokens] bool, whether both name the same most likely token.
+
+    Raises:
+        EvaluationError: shapes differ, a value is not finite, or there are fewer than two problems.
+    """
+    pairs = {} if logprob_reference is None else {"logprob_reference": logprob_reference, "top1_equal": top1_equal}
+    _check_tokens("agreement", "problem", problem, logprob=logprob, **pairs)
+    own = {"solutions": len(np.unique(problem)), "tokens": len(logprob), "logprob": float(logprob.mean())}
+    if logprob_reference is None or top1_equal is None:
+        return own
+    return {
+        **own,
+        **share_interval(top1_equal, problem).named("top1"),
+        **mean_interval(logprob_reference - logprob, problem).named("logprob_drop"),
+    }

@@ -1,0 +1,177 @@
+"""Parity with Optimum: what part of a model is compared, how it is cut, and what counts as agreement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint.architecture import Architecture, Rope, read_architecture
+from pipeline.checkpoint.tensors import Checkpoint, TensorRef
+from pipeline.errors import EvaluationError, GraphError, ResourceError
+from pipeline.files import link_or_copy
+from pipeline.graph.decoder import build_decoder, save_decoder
+from pipeline.parity import optimum_export
+from pipeline.parity.compare import NEAR_TIE, Cut, compare, cut, cut_model, is_whole, judge
+from tests.families import CASES, make_checkpoint
+
+PROMPT, STEPS = 12, 6
+MIMO = Architecture(
+    "mimo", 36, 4096, 32, 8, 128, 11008, 151680, 1e-5, 32768, None, Rope(640000.0, 128, 32768), tied=False
+)
+PHI4 = Architecture(
+    "phi3", 40, 5120, 40, 10, 128, 17920, 100352, 1e-5, 16384, None, Rope(250000.0, 128, 16384), tied=False
+)
+SMOLLM2 = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, 1e-5, 8192, None, Rope(1e5, 64, 8192), tied=True)
+
+
+def references(architecture: Architecture) -> dict[str, TensorRef]:
+    """The tensors of a checkpoint that is not there."""
+    return {
+        name: TensorRef(name, "BF16", shape, "model.safetensors", 0, 2 * math.prod(shape))
+        for name, shape in architecture.expected_tensors().items()
+    }
+
+
+def peak(architecture: Architecture, part: Cut) -> int:
+    return 16 * replace(architecture, layers=part.layers, vocab=part.vocab).parameters
+
+
+# --- what part ---
+
+
+def test_a_model_that_fits_is_compared_whole() -> None:
+    exact = 16 * SMOLLM2.parameters
+    assert cut(SMOLLM2, references(SMOLLM2), exact) == Cut(30, 49152)
+    assert cut(SMOLLM2, references(SMOLLM2), exact - 1) == Cut(29, 49152)
+    assert is_whole(SMOLLM2, Cut(30, 49152)) and not is_whole(SMOLLM2, Cut(29, 49152))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "memory", "layers", "whole_vocabulary"),
+    [
+        (MIMO, 8_000_000_000, 2, False),  # embedding and head alone: 19.9 GB
+        (MIMO, 64_000_000_000, 15, True),
+        (PHI4, 8_000_000_000, 1, False),  # two layers alone: 10.9 GB
+        (PHI4, 64_000_000_000, 8, True),
+        (SMOLLM2, 100_000_000, 1, False),
+    ],
+)
+def test_the_largest_part_that_fits(
+    architecture: Architecture, memory: int, layers: int, whole_vocabulary: bool
+) -> None:
+    part = cut(architecture, references(architecture), memory)
+    assert part.layers == layers
+    assert (part.vocab == architecture.vocab) == whole_vocabulary
+    assert part.vocab >= 1024
+    assert peak(architecture, part) <= memory
+    larger = replace(part, layers=layers + 1) if whole_vocabulary else replace(part, vocab=part.vocab + 1)
+    assert peak(architecture, larger) > memory
+
+
+def test_too_little_memory_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(ResourceError, match=r"phi3 layer of width 5,120 .* peaks at 5,620,613,120 bytes"):
+        cut(PHI4, references(PHI4), 5_000_000_000)
+
+
+# --- the cut model ---
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mimo", "phi3"])
+def test_a_cut_refers_to_the_first_rows(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, CASES[name])
+    architecture, whole = read_architecture(folder / "config.json"), Checkpoint(folder)
+    smaller, refs = cut_model(architecture, whole, Cut(2, 100))
+    assert (smaller.layers, smaller.vocab) == (2, 100)
+    assert set(refs) == set(smaller.expected_tensors())
+    for key, shape in smaller.expected_tensors().items():
+        ref = refs[key]
+        raw = (folder / ref.file).read_bytes()[ref.offset : ref.offset + ref.length]
+        values = np.frombuffer(raw, np.float32).reshape(shape)
+        assert ref.shape == shape and (values == whole.rows(key)[: shape[0]]).all()
+
+
+# --- agreement ---
+
+
+def test_judge_counts_equal_ids_near_ties_and_mismatches() -> None:
+    reference = np.array([[100, 0, 0], [50, 50, 0], [60, 50, 0], [9, 0, 1]], np.float32)
+    mine = reference.copy()
+    mine[1] = [50, 50 + 100 * NEAR_TIE, 0]
+    mine[2] = [50, 60, 0]
+    found = judge(mine, reference)
+    assert (found["top1_equal"], found["near_ties"], found["mismatches"]) == (0.5, 1, 1)
+    assert found["max_relative_error"] == pytest.approx(0.1)
+    assert judge(reference, reference) == {
+        "max_relative_error": 0.0,
+        "top1_equal": 1.0,
+        "near_ties": 0,
+        "mismatches": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Architecture]]:
+    """Our graph and Optimum's of the same cut of one checkpoint, and the cut architecture."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("parity"), CASES["mimo"])
+    part = Cut(2, 100)
+    smaller, refs = cut_model(read_architecture(folder / "config.json"), Checkpoint(folder), part)
+    save_decoder(folder, *build_decoder(smaller, refs, PROMPT + STEPS), "model.onnx")
+    optimum_export.main(folder, part.layers, part.vocab, folder / "optimum")
+    yield folder / "model.onnx", folder / "optimum" / "model.onnx", smaller
+
+
+def test_a_cut_of_ours_equals_optimums_export_of_it(exported: tuple[Path, Path, Architecture]) -> None:
+    found = compare(*exported, PROMPT, STEPS, seed=0)
+    assert found.pop("max_relative_error") <= 1e-5
+    assert found.pop("exporter").startswith("optimum-onnx ")
+    assert found == {"prompt_tokens": 12, "decode_steps": 6, "top1_equal": 1.0, "near_ties": 0, "mismatches": 0}
+
+
+@pytest.mark.parametrize("change", ["rms_eps", "theta"])
+def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+    """Small mistakes of a graph builder are far outside the limit of 1e-4."""
+    ours, theirs, architecture = exported
+    wrong = {
+        "rms_eps": replace(architecture, rms_eps=1e-2),
+        "theta": replace(architecture, rope=replace(architecture.rope, theta=500000.0)),
+    }[change]
+    link_or_copy(ours.parent / "model.safetensors", tmp_path / "model.safetensors")
+    _, refs = cut_model(wrong, Checkpoint(tmp_path), Cut(2, 100))
+    save_decoder(tmp_path, *build_decoder(wrong, refs, PROMPT + STEPS), "model.onnx")
+    assert compare(tmp_path / "model.onnx", theirs, architecture, PROMPT, STEPS, seed=0)["max_relative_error"] > 1e-3
+
+
+def test_logits_that_are_not_finite_are_an_error(exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+    ours, theirs, architecture = exported
+    for file in ours.parent.glob("*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    norm = Checkpoint(tmp_path)["model.norm.weight"]
+    with open(tmp_path / norm.file, "r+b") as file:
+        file.seek(norm.offset)
+        file.write(np.full(norm.shape, np.nan, np.float32).tobytes())
+    with pytest.raises(EvaluationError, match=r"model.onnx: logits of shape \[18, 100\], 1,800 of them not finite"):
+        compare(tmp_path / "model.onnx", theirs, architecture, PROMPT, STEPS, seed=0)
+
+
+def test_another_vocabulary_is_an_error(exported: tuple[Path, Path, Architecture]) -> None:
+    ours, theirs, architecture = exported
+    with pytest.raises(EvaluationError, match=r"logits of shape \[18, 100\].*\[18, 90\]"):
+        compare(ours, theirs, replace(architecture, vocab=90), PROMPT, STEPS, seed=0)
+
+
+def test_an_absent_export_is_an_error(exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+    ours, _, architecture = exported
+    with pytest.raises(EvaluationError, match=r"absent.onnx: ONNX Runtime .* cannot load it"):
+        compare(ours, tmp_path / "absent.onnx", architecture, PROMPT, STEPS, seed=0)
+
+
+def test_a_checkpoint_with_missing_tensors_is_refused_by_the_reference(tmp_path: Path) -> None:
+    """Random weights must never stand in for missing ones: transformers would fill them in silence."""
+    folder = make_checkpoint(tmp_path, CASES["llama-untied"])
+    with pytest.raises(GraphError, match=r"transformers wants \d+ absent tensors, such as"):
+        optimum_export.load_reference(folder, 4, 320)

@@ -1,0 +1,250 @@
+"""Preflight: what does not fit is refused before it starts, and the table says so for every stage."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli, machine
+from pipeline.checkpoint.blobs import Store
+from pipeline.errors import ResourceError
+from pipeline.preflight import machine as preflight
+from pipeline.preflight import needs
+from pipeline.preflight.machine import Room
+from pipeline.preflight.needs import Needs
+from pipeline.stages import calibrate, download, export, parity, validate
+from pipeline.workspace import Workspace
+from tests import tiny
+
+GB = 10**9
+ROOM = Room(memory=24 * GB, disk=60 * GB, store=60 * GB, shared=True)
+SMALL = Needs("quantize", "q4", 1 * GB, 5 * GB, None, "exact")
+STAGES = [
+    "download",
+    "export",
+    "calibrate",
+    "parity",
+    *["quantize"] * 3,
+    "reference",
+    *["validate"] * 3,
+    *["bundle"] * 3,
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model's configuration and checkpoint; nothing has run."""
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`python -m pipeline preflight ARGUMENTS`: status and output."""
+    monkeypatch.setattr(machine, "product_rate", lambda: 100e9)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["pipeline", "preflight", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return int(done.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+def squeeze(monkeypatch: pytest.MonkeyPatch, memory: int = 24 * GB, disk: int = 60 * GB) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: memory)
+    monkeypatch.setattr(machine, "free_disk", lambda _: disk)
+
+
+def test_what_fits_is_no_problem() -> None:
+    assert preflight.problem("mimo-8b", SMALL, ROOM) is None
+
+
+def test_too_little_memory_is_said_with_both_figures_and_the_way_out() -> None:
+    wanted = replace(SMALL, stage="reference", variant=None, memory=117 * GB, why="weights in float32")
+    text = preflight.problem("phi-4", wanted, ROOM) or ""
+    assert text.startswith("reference phi-4: not enough memory: 117,000,000,000 bytes needed (weights in float32), ")
+    assert "24,000,000,000 available" in text
+    assert "dvc repro reference@phi-4 && dvc push" in text
+
+
+def test_too_little_disk_is_said_with_what_to_free() -> None:
+    text = preflight.problem("mimo-8b", SMALL, replace(ROOM, disk=3 * GB, store=3 * GB)) or ""
+    assert text.startswith("quantize mimo-8b q4: not enough disk: 5,000,000,000 bytes needed (exact), 3,000,000,000 ")
+    assert "Free at least 2,000,000,000 bytes" in text
+
+
+def test_one_disk_holds_both_shares_and_two_disks_one_each() -> None:
+    both = Needs("download", None, 0, 4 * GB, None, "a copy", store_disk=4 * GB)
+    tight = replace(ROOM, disk=5 * GB, store=5 * GB)
+    assert "8,000,000,000 bytes needed" in (preflight.problem("m", both, tight) or "")
+    assert preflight.problem("m", both, replace(tight, shared=False)) is None
+    text = preflight.problem("m", both, replace(tight, shared=False, store=GB)) or ""
+    assert "4,000,000,000 bytes needed" in text
+    assert "PIPELINE_STORE" in text
+
+
+def test_stages_share_the_disk_in_their_order_but_scratch_is_given_back() -> None:
+    assert ROOM.after(SMALL).disk == ROOM.after(SMALL).store == 55 * GB
+    assert ROOM.after(replace(SMALL, scratch=True)) == ROOM
+    apart = replace(ROOM, shared=False).after(replace(SMALL, store_disk=GB))
+    assert (apart.disk, apart.store) == (55 * GB, 59 * GB)
+
+
+def test_require_raises_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    squeeze(monkeypatch)
+    preflight.require("mimo-8b", SMALL)
+    squeeze(monkeypatch, memory=GB // 2)
+    with pytest.raises(ResourceError, match=r"quantize mimo-8b q4: not enough memory"):
+        preflight.require("mimo-8b", SMALL)
+
+
+def test_the_table_before_anything_has_run(project: Path, table: Callable[..., tuple[int, str]]) -> None:
+    status, text = table()
+    lines = text.splitlines()
+    assert status == 0, text
+    assert lines[1] == tiny.MODEL
+    assert [line.split()[0] for line in lines[2 : 2 + len(STAGES)]] == STAGES
+    assert all(line.endswith("ok") for line in lines[2 : 2 + len(STAGES)])
+    assert max(map(len, lines)) <= 118
+    assert not (project / "artifacts").exists()
+
+
+def test_the_table_refuses_what_does_not_fit_and_only_that(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)  # validate holds a batch's logits besides
+    status, text = table("--model", tiny.MODEL)
+    assert status == 1
+    refused = [line.split()[0] for line in text.splitlines() if line.endswith("NO")]
+    assert refused == ["validate"] * 3
+    assert text.count("NO: validate tiny") == 3
+
+
+@pytest.mark.parametrize(("way", "layered"), [("auto", True), ("memory", False), ("layers", True)])
+def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suite_forbids_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, way: str, layered: bool
+) -> None:
+    monkeypatch.setattr(needs, "HEADROOM", 1e6)
+    tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
+    source = preflight.find_source(tiny.MODEL, Store())
+    assert source is not None
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    (row,) = [wanted for wanted in rows if wanted.stage == "reference"]
+    assert ("without HumanEval" in row.why) == layered
+    assert (preflight.problem(tiny.MODEL, row, ROOM) is None) == layered
+
+
+def test_a_reference_that_fits_is_held_in_memory(project: Path) -> None:
+    source = preflight.find_source(tiny.MODEL, Store())
+    assert source is not None
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    assert [wanted.why.startswith("weights in float32") for wanted in rows if wanted.stage == "reference"] == [True]
+
+
+def test_the_plan_is_the_artifacts_exact_size(project: Path) -> None:
+    def planned() -> list[int]:
+        source = preflight.find_source(tiny.MODEL, Store())
+        assert source is not None
+        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+        return [wanted.disk for wanted in found if wanted.stage == "quantize"]
+
+    before = planned()
+    download.run(tiny.MODEL)
+    export.run(tiny.MODEL)
+    from pipeline.stages import quantize
+
+    calibrate.run(tiny.MODEL)
+    quantize.run(tiny.MODEL, "q4")
+    plan = Workspace(tiny.MODEL).read(Workspace(tiny.MODEL).artifact("q4") / quantize.PLAN_FILE, "quantize", "q4")
+    assert planned()[0] == plan["bytes"] + needs.SMALL_FILES_BYTES
+    assert before == pytest.approx(planned(), abs=1000)
+
+
+def test_a_stage_with_an_output_neither_refuses_nor_counts(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in tiny.VARIANTS:
+        Workspace(tiny.MODEL).evaluation(variant).mkdir(parents=True)
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    status, text = table()
+    assert status == 0, text
+    assert sum(line.endswith("there already") for line in text.splitlines()) == 3
+
+
+def test_a_model_that_only_a_download_can_describe_says_so(
+    project: Path, table: Callable[..., tuple[int, str]]
+) -> None:
+    status, text = table("--model", "phi-4")
+    assert status == 0
+    assert "python -m pipeline download phi-4" in " ".join(text.split())
+
+
+def test_a_recipe_that_cannot_be_planned_is_a_refusal(project: Path, table: Callable[..., tuple[int, str]]) -> None:
+    tiny.edit(project / "configs" / "recipes" / "q4.yaml", body=[{"roles": ["q_proj"], "format": "w4b32a"}])
+    status, text = table()
+    assert status == 1
+    assert "NO: tiny: recipe" in text
+
+
+def test_a_lock_without_its_blobs_does_not_stop_the_download_that_mends_it(project: Path) -> None:
+    download.run(tiny.MODEL)
+    shutil.rmtree(project / "store" / "sha256")
+    assert preflight.find_source(tiny.MODEL, Store()) is not None  # from the local folder
+    download.run(tiny.MODEL)
+    found = preflight.find_source(tiny.MODEL, Store())
+    assert found is not None
+    assert found.missing == 0
+
+
+def test_download_names_the_stages_that_will_not_fit(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    download.run(tiny.MODEL)
+    error = capsys.readouterr().err
+    assert error.count("will not run here: validate tiny") == 3
+
+
+@pytest.mark.parametrize("stage", ["download", "calibrate", "parity", "reference", "validate"])
+def test_every_heavy_stage_refuses_first_and_writes_nothing(
+    project: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    model, workspace = tiny.MODEL, Workspace(tiny.MODEL)
+    if stage != "download":
+        download.run(model)
+        export.run(model)
+    if stage == "validate":
+        calibrate.run(model)
+        from pipeline.stages import quantize
+
+        quantize.run(model, "q4")
+        for section in ("mmlu", "divergence"):
+            (workspace.evaluation("reference") / section).mkdir(parents=True)
+    run = {
+        "download": lambda: download.run(model),
+        "calibrate": lambda: calibrate.run(model),
+        "parity": lambda: parity.run(model),
+        "reference": lambda: validate.run(model, "reference"),
+        "validate": lambda: validate.run(model, "q4"),
+    }[stage]
+    squeeze(monkeypatch, disk=1)
+    with pytest.raises(ResourceError, match=rf"^{stage} tiny( q4)?: not enough disk"):
+        run()
+    outputs = {
+        "download": workspace.lock,
+        "calibrate": workspace.moments,
+        "parity": workspace.parity,
+        "reference": workspace.evaluation("reference"),
+        "validate": workspace.evaluation("q4"),
+    }
+    assert not outputs[stage].exists()

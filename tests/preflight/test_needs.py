@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.calibration import CalibrationConfig, load_calibration, load_sensitivity
+from pipeline.config.evaluation import EvaluationConfig, load_suite
+from pipeline.config.models import ModelConfig, load_model
+from pipeline.preflight import needs
+from pipeline.preflight.needs import Rates
+from tests.real_configs import architecture_of
+
+PHI_4_BYTES = 29_319_014_400
+RATES = Rates(flops=130e9, cores=2)
+
+
+def asked(prompt: str) -> ModelConfig:
+    return load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt, "mmlu_mode": "letter"})
+
+
+@pytest.fixture
+def suite() -> EvaluationConfig:
+    return load_suite("demo")
+
+
+def test_download_writes_to_the_store_and_copies_only_where_links_do_not_reach() -> None:
+    linked, copied = needs.download(1000, 0), needs.download(1000, 3000)
+    assert (linked.store_disk, copied.store_disk) == (1000, 1000)
+    assert copied.disk - linked.disk == 3000
+
+
+def test_export_is_its_rotary_tables_and_longrope_has_two(tmp_path: Path) -> None:
+    plain = needs.export(architecture_of("phi-4", tmp_path), 4096)
+    long = needs.export(architecture_of("phi-4-mini", tmp_path), 4096)
+    assert plain.disk - needs.SMALL_FILES_BYTES == 2 * 4096 * 64 * 4
+    assert long.disk - needs.SMALL_FILES_BYTES == 2 * 2 * 4096 * 48 * 4
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "vocab", "window", "measured_mib"),
+    [
+        # Private MiB at the peak of a layer of a bf16 model with these shapes, run by itself (ONNX Runtime 1.31).
+        (1024, 3584, 4096, 64, 144),
+        (1024, 3584, 4096, 1024, 280),
+        (2048, 7168, 4096, 512, 459),
+        (2048, 7168, 4096, 1024, 652),
+        (5120, 17920, 4096, 64, 2039),
+        (5120, 17920, 4096, 1024, 2262),
+    ],
+)
+def test_calibration_takes_what_was_measured(
+    tmp_path: Path, hidden: int, intermediate: int, vocab: int, window: int, measured_mib: int
+) -> None:
+    shape = {"hidden": hidden, "intermediate": intermediate, "vocab": vocab}
+    shape |= {"heads": hidden // 128, "kv_heads": hidden // 512}
+    architecture = replace(architecture_of("phi-4", tmp_path), **shape)
+    wanted = needs.calibrate(architecture, CalibrationConfig(texts={"text-c4": 512}, window=window))
+    measured = measured_mib << 20
+    assert measured <= wanted.memory <= 1.1 * measured + needs.PROCESS_BYTES
+
+
+def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_path: Path) -> None:
+    architecture, calibration = architecture_of("phi-4", tmp_path), load_calibration()
+    few, many = (needs.calibrate(replace(architecture, layers=layers), calibration, RATES) for layers in (1, 40))
+    assert few.memory == many.memory
+    assert few.seconds is not None
+    assert many.seconds is not None
+    assert many.seconds > 10 * few.seconds
+    assert many.scratch
+    assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * calibration.tokens * 5120
+
+
+def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:
+    """Private bytes at the stages' peaks, on synthetic weights of these widths in bfloat16 (ONNX Runtime 1.31)."""
+    architecture = replace(architecture_of("phi-4", tmp_path), layers=2)
+    text = {"texts": {"text-c4": 128}, "window": 128}
+    sensitivity = needs.sensitivity(architecture, load_sensitivity().model_copy(update=text))
+    assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
+    calibration = CalibrationConfig(texts={"text-c4": 1024}, window=512)
+    assert 2.334e9 <= needs.calibrate(architecture, calibration).memory <= 1.1 * 2.334e9
+    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", calibration).memory <= 1.2 * 3.895e9
+
+
+def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
+    wanted = needs.parity(500_000_000, 1_000_000_000)
+    assert wanted.memory == needs.PROCESS_BYTES + 16 * 500_000_000
+    assert wanted.disk >= 2 * 4 * 500_000_000
+    assert wanted.scratch
+
+
+def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) -> None:
+    phi = architecture_of("phi-4", tmp_path)
+    few, calibration = replace(phi, layers=1), load_calibration()
+    for search in ("nearest", "weighted", "gptq"):
+        small, large = (
+            needs.quantize("q4", size, model, search, calibration, RATES)
+            for size, model in ((10**6, few), (10**10, phi))
+        )
+        assert small.memory == large.memory <= 6e9
+        assert large.disk - small.disk == 10**10 - 10**6
+    searches = ("nearest", "weighted", "gptq")
+    seconds = [needs.quantize("q4", 10**6, phi, search, calibration, RATES).seconds for search in searches]
+    assert None not in seconds
+    assert seconds == sorted(seconds)  # type: ignore[type-var]
+
+
+def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
+    tmp_path: Path, suite: EvaluationConfig
+) -> None:
+    wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, load_model("phi-4"))
+    assert wanted.memory == round(4 / 3 * 87_957_043_200)
+    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000
+    assert wanted.seconds is None
+
+
+def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: EvaluationConfig) -> None:
+    """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
+    phi, full = architecture_of("phi-4", tmp_path), load_suite("full")
+    wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
+    assert wanted.memory <= needs.layered_reference(phi, full, asked("chat")).memory <= 6e9
+    assert needs.layered_reference(replace(phi, layers=1), suite, asked("chat")).memory == wanted.memory
+    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000 + 2 * 4 * 5120 * suite.mmlu.questions * 111
+    whole = needs.reference(phi, PHI_4_BYTES, suite, asked("chat"), RATES)
+    assert wanted.seconds is not None
+    assert whole.seconds is not None
+    assert wanted.seconds < whole.seconds
+    assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds  # type: ignore[operator]
+
+
+def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: EvaluationConfig) -> None:
+    architecture, entry = architecture_of("mimo-8b", tmp_path), asked("completion")
+    small, large = (needs.validate(architecture, "q4", size, 0, suite, entry, RATES) for size in (0, 5_000_000_000))
+    assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
+    assert small.memory - needs.PROCESS_BYTES >= 3 * needs.GENERATION_LOGIT_BYTES
+    assert large.seconds == small.seconds
+    token = 2 * 4 * 36 * 8 * 128
+    short, long = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES).memory for n in (1, 2))
+    batch, rest = divmod(long - short, token)
+    assert rest == 0  # a batch of prompts and what is written after them
+    assert batch % (needs.HUMANEVAL_TOKENS + suite.humaneval.max_new_tokens) == 0 < batch
+
+
+def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
+    tmp_path: Path, suite: EvaluationConfig
+) -> None:
+    architecture = architecture_of("mimo-8b", tmp_path)
+    token = 2 * 4 * 36 * 8 * 128
+    entry = asked("completion").model_copy(update={"mmlu_mode": "five-shot"})
+    small, large = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES) for n in (1, 2))
+    assert large.memory - small.memory == 2 * 3146 * token
+    more = suite.model_copy(update={"mmlu": suite.mmlu.model_copy(update={"questions": suite.mmlu.questions + 1})})
+    one = needs.validate(architecture, "q4", 0, token, more, entry, RATES).seconds
+    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    assert one is not None and small.seconds is not None
+    assert one - small.seconds == pytest.approx(2 * multiplied * needs.MMLU_TOKENS["five-shot"] / RATES.flops)
+
+
+def test_thinking_takes_room_for_its_tokens_but_no_more_than_a_batch_may(
+    tmp_path: Path, suite: EvaluationConfig
+) -> None:
+    architecture, token = architecture_of("mimo-8b", tmp_path), 2 * 4 * 36 * 8 * 128
+    memory = {
+        prompt: needs.validate(architecture, "q4", 0, token, suite, asked(prompt), RATES).memory
+        for prompt in ("completion", "chat", "thinking")
+    }
+    assert memory["completion"] < memory["chat"] < memory["thinking"]
+    logits = 3 * needs.GENERATION_LOGIT_BYTES  # of a 6-bit head: two products and their sum
+    assert memory["thinking"] - needs.PROCESS_BYTES == logits + needs.GENERATION_CACHE_BYTES
+    long = suite.humaneval.model_copy(update={"max_think_tokens": 30_000})  # one text alone needs more
+    wanted = needs.validate(
+        architecture, "q4", 0, token, suite.model_copy(update={"humaneval": long}), asked("thinking"), RATES
+    )
+    text = needs.HUMANEVAL_TOKENS + long.max_chat_tokens + 30_000
+    assert wanted.memory - needs.PROCESS_BYTES == logits + text * token
+
+
+def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: EvaluationConfig) -> None:
+    architecture = architecture_of("phi-4", tmp_path)
+
+    def seconds(wanted: EvaluationConfig, flops: float) -> float:
+        result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, asked("completion"), Rates(flops, 2)).seconds
+        assert result is not None
+        return result
+
+    assert seconds(suite, 130e9) == pytest.approx(2 * seconds(suite, 260e9))
+    assert seconds(load_suite("full"), 130e9) > 4 * seconds(suite, 130e9)
+    # Prefill alone: 14.1 billion multiplied weights, two operations each; 14,495 tokens of the demo suite
+    # (HumanEval's prompts are read twice).
+    silent = suite.model_copy(
+        update={
+            "humaneval": suite.humaneval.model_copy(update={"max_new_tokens": 0}),
+            "speed": suite.speed.model_copy(update={"new_tokens": 0}),
+        }
+    )
+    multiplied = architecture.parameters - 100_352 * 5120 - (2 * 40 + 1) * 5120
+    assert seconds(silent, 130e9) == pytest.approx(2 * multiplied * 14_495 / 130e9)
+
+
+def test_a_bundle_is_no_second_copy() -> None:
+    assert needs.bundle("q4").disk == needs.SMALL_FILES_BYTES

@@ -1,0 +1,142 @@
+"""Windows streamed layer by layer: statistics equal those of the whole graph, whatever was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import EvaluationError
+from pipeline.files import sha256_of
+from pipeline.graph.slices import DecoderSlices
+from pipeline.graph.taps import product_inputs
+from pipeline.runtime import stream as module
+from pipeline.runtime.stream import Hessians, LayerStream
+from tests.activations import make_decoder, run_whole
+from tests.families import CASES
+
+WINDOWS = [np.random.default_rng(7).integers(3, 320, length) for length in (80, 80, 40, 1)]
+TOKENS = sum(map(len, WINDOWS))
+
+
+def whole(folder: Path, name: str, dtype: str = "F32") -> tuple[DecoderSlices, dict[str, np.ndarray]]:
+    """A decoder's slices, and the inputs of its products over all windows by the whole graph: [tokens, channels]."""
+    model, architecture = make_decoder(folder, name, dtype)
+    taps = product_inputs(model, architecture)
+    runs = [run_whole(folder, model, dict.fromkeys(taps.values()), ids) for ids in WINDOWS]
+    return DecoderSlices(model, architecture), {
+        key: np.concatenate([values[value] for values in runs]) for key, value in taps.items()
+    }
+
+
+def start(slices: DecoderSlices, folder: Path, layer: int | None = None, states: str = "states") -> LayerStream:
+    (folder / states).mkdir(exist_ok=True)
+    return LayerStream(slices, folder, WINDOWS, folder / states, layer)
+
+
+def finish(stream: LayerStream) -> dict[str, np.ndarray]:
+    moments: dict[str, np.ndarray] = {}
+    while stream.layer <= 3:
+        moments |= stream.advance()
+    return moments
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_second_moments_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Path) -> None:
+    slices, inputs = whole(tmp_path, name, dtype)
+    moments = finish(start(slices, tmp_path))
+    assert list(moments) == list(inputs)
+    for key, x in inputs.items():
+        assert moments[key].dtype == np.float32
+        want = np.square(x.astype(np.float64)).mean(axis=0)
+        np.testing.assert_allclose(moments[key], want, rtol=1e-4, atol=1e-6 * want.max())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_ranges_are_those_of_the_whole_graphs_cache(name: str, dtype: str, tmp_path: Path) -> None:
+    """Over all windows; of a rotated pair of key channels, its greatest length."""
+    model, architecture = make_decoder(tmp_path, name, dtype)
+    found = finish(start(DecoderSlices(model, architecture, cache=True), tmp_path))
+    names = {f"layers.{n}.{part}": f"present.{n}.{part}" for n in range(3) for part in ("key", "value")}
+    plain = finish(start(DecoderSlices(model, architecture), tmp_path, states="plain"))
+    assert found.keys() == plain.keys() | names.keys()
+    assert all((found[key] == values).all() for key, values in plain.items())  # moments do not notice
+    runs = [run_whole(tmp_path, model, names.values(), ids) for ids in WINDOWS]
+    half = architecture.rope.dims // 2
+    for key, value in names.items():
+        tokens = np.concatenate([values[value] for values in runs], axis=1).astype(np.float64)  # [heads, tokens, dim]
+        squares = tokens**2
+        if key.endswith("key"):
+            partner = np.arange(architecture.head_dim)
+            partner[:half], partner[half : 2 * half] = partner[half : 2 * half].copy(), partner[:half].copy()
+            squares += np.where(np.arange(architecture.head_dim) < 2 * half, squares[..., partner], 0)
+        assert found[key].dtype == np.float32
+        np.testing.assert_allclose(found[key], np.sqrt(squares.max(axis=1)).reshape(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("panel_bytes", [module._PANEL_BYTES, 7 * 4 * 128])  # in one panel; in many, the last shorter
+def test_hessians_are_those_of_the_whole_graph(
+    panel_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PANEL_BYTES", panel_bytes)
+    slices, inputs = whole(tmp_path, "qwen2")
+    stream, plain = start(slices, tmp_path), start(slices, tmp_path, states="plain")
+    for _ in range(4):
+        moments = plain.advance()
+        for name, got in stream.advance(full=True).items():
+            x = inputs[name].astype(np.float64)
+            assert got.dtype == np.float32
+            assert (got == got.T).all()
+            want = x.T @ x
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * want.max())
+            assert np.allclose(got.diagonal() / TOKENS, moments[name], rtol=1e-5)
+
+
+def test_hessians_are_asked_for_by_name(tmp_path: Path) -> None:
+    """In the order of execution and in any other: the same matrices, the model passed once or again."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "llama-tied"))
+    stream, want = start(slices, tmp_path), dict[str, np.ndarray]()
+    while stream.layer < 3:
+        want |= stream.advance(full=True)
+    (tmp_path / "again").mkdir()
+    ask = Hessians(slices, tmp_path, WINDOWS, tmp_path / "again")
+    for name in [*want, *reversed(want), "layers.1.mlp"]:
+        np.testing.assert_array_equal(ask(name), want[name])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_goes_on_at_any_layer(layer: int, tmp_path: Path) -> None:
+    """With the file before that layer and nothing else, to the bit."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "phi3-longrope-partial"))
+    want = finish(start(slices, tmp_path))
+    first = start(slices, tmp_path)
+    for _ in range(layer):
+        first.advance()
+    assert sha256_of(tmp_path / "states" / LayerStream.states_file(layer)) == first.digest
+    if layer < 3:
+        (tmp_path / "states" / LayerStream.states_file(layer + 1)).write_bytes(b"cut short by a kill")
+    got = finish(start(slices, tmp_path, layer))
+    assert list(got) == [name for number in range(layer, 4) for name in slices.inputs(number)]
+    for name, values in got.items():
+        assert (values == want[name]).all()
+
+
+@pytest.mark.parametrize("content", [None, b"of other windows"])
+def test_states_that_do_not_fit_are_refused(content: bytes | None, tmp_path: Path) -> None:
+    slices = DecoderSlices(*make_decoder(tmp_path, "llama-tied"))
+    (tmp_path / "states").mkdir()
+    if content:
+        (tmp_path / "states" / LayerStream.states_file(1)).write_bytes(content)
+    with pytest.raises(EvaluationError, match=f"{TOKENS * 128 * 4:,}"):
+        start(slices, tmp_path, layer=1)
+
+
+def test_two_layers_states_lie_on_the_disk_at_most(tmp_path: Path) -> None:
+    slices = DecoderSlices(*make_decoder(tmp_path, "llama-untied"))
+    stream = start(slices, tmp_path)
+    for layer in range(3):
+        stream.advance()
+        files = {file.name: file.stat().st_size for file in (tmp_path / "states").iterdir()}
+        assert files == dict.fromkeys(map(LayerStream.states_file, (layer, layer + 1)), TOKENS * 128 * 4)
+    assert not list(tmp_path.glob("*slice*"))  # nothing of ours stays beside the weights

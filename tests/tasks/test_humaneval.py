@@ -1,0 +1,264 @@
+"""The HumanEval section: what is written is kept before it is judged, and a killed run repeats neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint.blobs import Store
+from pipeline.config.evaluation import HumanEvalConfig, load_suite
+from pipeline.config.models import load_model
+from pipeline.confine.isolation import isolation_level
+from pipeline.confine.referee import Outcome
+from pipeline.errors import EvaluationError
+from pipeline.journal import Journal
+from pipeline.runtime.generate import Limits, Sampling, Written
+from pipeline.tasks import humaneval, solutions
+from pipeline.tasks.humaneval_problems import Problem, load_problems
+from pipeline.tasks.subject import Subject
+from pipeline.workspace import REFERENCE, Workspace
+from tests.real_configs import architecture_of
+
+ROWS = 3  # of a batch
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class FakeWriter:
+    """Solves every problem whose number is even, and in sampled batches only the rows whose seed says so."""
+
+    batches_written: list[int]
+    answer: Callable[[Problem], str]
+    cut: str
+
+    def __init__(self, folder: Path) -> None:
+        del folder
+
+    def tokens(self, prompt: str) -> int:
+        return len(prompt)
+
+    def rows(self, prompt_tokens: int, limits: Limits) -> int:
+        return ROWS
+
+    def batches(self, prompts: Sequence[str], limits: Limits) -> Iterator[list[int]]:
+        yield from ([*range(len(prompts))][start : start + ROWS] for start in range(0, len(prompts), ROWS))
+
+    def chat(self, request: str) -> str:
+        return f"<user>{request}<model><think>\n"
+
+    def continuations(
+        self, prompts: Sequence[str], limits: Limits, complete: Callable[[str], bool], sampling: Sampling | None = None
+    ) -> list[Written]:
+        self.batches_written.append(len(prompts))
+        found = []
+        for row, prompt in enumerate(prompts):
+            problem = next(problem for problem in BY_TASK.values() if problem.prompt.rstrip("\n") in prompt)
+            number = int(problem.task_id.split("/")[1]) if sampling is None else sampling.seed + row
+            right = number % 2 == 0
+            text = type(self).answer(problem) if right else "    pass\n"
+            found.append(Written((number, row), text, type(self).cut))
+        return found
+
+
+BY_TASK: dict[str, Problem] = {}
+
+
+@pytest.fixture(autouse=True)
+def writer(monkeypatch: pytest.MonkeyPatch, humaneval_path: Path) -> type[FakeWriter]:
+    BY_TASK.update((problem.task_id, problem) for problem in load_problems(humaneval_path))
+    monkeypatch.setattr(FakeWriter, "batches_written", [], raising=False)
+    monkeypatch.setattr(FakeWriter, "answer", lambda problem: "\n" + problem.canonical_solution, raising=False)
+    monkeypatch.setattr(FakeWriter, "cut", "", raising=False)
+    monkeypatch.setattr(humaneval, "Writer", FakeWriter)
+    return FakeWriter
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Task ids in the order of being judged; a solution is right if it is the canonical one."""
+    found: list[str] = []
+
+    def judge_all(pairs: Sequence[tuple[Problem, str]], seconds: float, level: str) -> Iterator[Outcome]:
+        for problem, completion in pairs:
+            found.append(problem.task_id)
+            right = problem.canonical_solution.strip() in completion
+            yield Outcome(right, "passed" if right else "wrong answer")
+
+    monkeypatch.setattr(humaneval, "judge_all", judge_all)
+    return found
+
+
+def subject(tmp_path: Path, prompt: str = "completion", variant: str = REFERENCE, **changes: Any) -> Subject:
+    entry = load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
+    suite = load_suite("demo")
+    asked = HumanEvalConfig(**(suite.humaneval.model_dump() | {"problems": 8} | changes))
+    suite = suite.model_copy(update={"humaneval": asked})
+    architecture = architecture_of("mimo-8b", tmp_path)
+    return Subject(
+        Workspace("mimo-8b"), variant, tmp_path, tmp_path / "x.onnx", architecture, entry, suite, Store(), "seccomp"
+    )
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    return {name: Journal(folder / name).items for name in (solutions.ITEMS, humaneval.VERDICTS)}
+
+
+def test_greedy_solutions_are_written_judged_and_counted(tmp_path: Path, judged: list[str], writer: Any) -> None:
+    found = humaneval.measure(subject(tmp_path), tmp_path)
+    tasks = [problem.task_id for problem in solutions.problems_of(subject(tmp_path))]
+    assert judged == tasks
+    even = sum(int(task.split("/")[1]) % 2 == 0 for task in tasks)
+    assert (found["n"], found["pass_at_1"], found["samples"]) == (8, even / 8, 1)
+    assert writer.batches_written == [3, 3, 2]
+    assert {name: found[name] for name in ("prompt", "temperature", "answer_tokens", "thinking_tokens")} == {
+        "prompt": "completion", "temperature": 0, "answer_tokens": 160, "thinking_tokens": 0,
+    }  # fmt: skip
+    verdict = kept(tmp_path)[humaneval.VERDICTS][solutions.name_of(tasks[0])]
+    assert verdict.keys() == {"completion", "correct", "reason"}
+
+
+def test_a_kill_while_judging_loses_no_text_and_no_verdict(
+    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = humaneval.judge_all
+
+    def dying(*arguments: Any) -> Iterator[Outcome]:
+        for number, outcome in enumerate(whole(*arguments)):
+            if number == 5:
+                raise Killed
+            yield outcome
+
+    monkeypatch.setattr(humaneval, "judge_all", dying)
+    with pytest.raises(Killed):
+        humaneval.measure(subject(tmp_path), tmp_path)
+    items = kept(tmp_path)
+    assert (len(items[solutions.ITEMS]), len(items[humaneval.VERDICTS])) == (8, 5)
+    monkeypatch.setattr(humaneval, "judge_all", whole)
+    judged.clear()
+    writer.batches_written.clear()
+    humaneval.measure(subject(tmp_path), tmp_path)
+    assert writer.batches_written == []
+    assert len(judged) == 3
+
+
+def test_a_kill_while_writing_keeps_whole_batches(
+    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = FakeWriter.continuations
+
+    def dying(self: FakeWriter, *arguments: Any) -> list[Written]:
+        if len(self.batches_written) == 2:
+            raise Killed
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(FakeWriter, "continuations", dying)
+    with pytest.raises(Killed):
+        humaneval.measure(subject(tmp_path), tmp_path)
+    assert len(kept(tmp_path)[solutions.ITEMS]) == 6
+    assert judged == []
+    monkeypatch.setattr(FakeWriter, "continuations", whole)
+    writer.batches_written.clear()
+    assert humaneval.measure(subject(tmp_path), tmp_path)["n"] == 8
+    assert writer.batches_written == [2]
+
+
+SAMPLED = {"samples": 5, "temperature": 0.8, "top_p": 0.95, "k": (1, 5)}
+
+
+def test_samples_are_drawn_in_the_same_batches_after_a_kill(
+    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, killed = tmp_path / "a", tmp_path / "b"
+    undisturbed.mkdir()
+    killed.mkdir()
+    found = humaneval.measure(subject(tmp_path, **SAMPLED), undisturbed)
+    assert writer.batches_written == [3, 2] * 8
+    assert (found["samples"], found["temperature"], found["top_p"], found["seed"]) == (5, 0.8, 0.95, 0)
+    assert 0 < found["pass_at_1"] < found["pass_at_5"] <= 1
+    items = list(kept(undisturbed)[solutions.ITEMS].items())
+    journal = Journal(killed / solutions.ITEMS)
+    for name, item in items[:4]:  # a kill in the midst of recording the second batch
+        journal.record(name, item)
+    writer.batches_written.clear()
+    assert humaneval.measure(subject(tmp_path, **SAMPLED), killed) == found
+    assert writer.batches_written == [2, *[3, 2] * 7]
+    assert kept(killed) == kept(undisturbed)
+
+
+def test_another_seed_draws_others(tmp_path: Path, judged: list[str]) -> None:
+    ids = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        humaneval.measure(subject(tmp_path, seed=seed, **SAMPLED), folder)
+        ids.append([item["ids"] for item in kept(folder)[solutions.ITEMS].values()])
+    assert ids[0] != ids[1]
+
+
+def test_thinking_is_left_out_and_the_function_is_found(
+    tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(problem: Problem) -> str:
+        return (
+            f"Hm.\n```python\ndef {problem.entry_point}(): wrong\n```\n</think>\nSo:\n```python\n{problem.prompt}"
+            + (f"{problem.canonical_solution}\n```\n")
+        )
+
+    monkeypatch.setattr(FakeWriter, "answer", answer)
+    found = humaneval.measure(subject(tmp_path, "thinking"), tmp_path)
+    assert (found["prompt"], found["answer_tokens"], found["thinking_tokens"]) == ("thinking", 512, 1024)
+    right = [item for item in kept(tmp_path)[humaneval.VERDICTS].values() if item["correct"]]
+    assert len(right) == 8 * found["pass_at_1"] > 0
+    assert not any("wrong" in item["completion"] for item in right)
+    prompts = [item["prompt"] for item in kept(tmp_path)[solutions.ITEMS].values()]
+    assert all(prompt.startswith("<user>Complete the following Python function.") for prompt in prompts)
+
+
+@pytest.mark.parametrize(("cut", "counts"), [("answer", (8, 0)), ("thinking", (0, 8)), ("", (0, 0))])
+def test_solutions_that_met_a_limit_are_counted(
+    tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch, cut: str, counts: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(FakeWriter, "cut", cut)
+    found = humaneval.measure(subject(tmp_path), tmp_path)
+    assert (found["cut_answers"], found["cut_thinking"]) == counts
+
+
+def test_a_variant_is_paired_by_problem_and_fewer_problems_count_only_themselves(
+    tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = tmp_path / "q4", tmp_path / "reference"
+    own.mkdir()
+    theirs.mkdir()
+    humaneval.measure(subject(tmp_path, problems=12), theirs)
+    monkeypatch.setattr(FakeWriter, "answer", lambda problem: "    pass\n")
+    variant = subject(tmp_path, variant="q4").of("humaneval", theirs, tmp_path)
+    found = humaneval.measure(variant, own)
+    assert found["n"] == 8
+    assert found["drop_points"] == 100 * found["reference_pass_at_1"] > 0
+    fewer = subject(tmp_path, variant="q4", problems=4).of("humaneval", theirs, tmp_path)
+    assert humaneval.measure(fewer, own)["n"] == 4
+    more = subject(tmp_path, variant="q4", problems=16).of("humaneval", theirs, tmp_path)
+    with pytest.raises(EvaluationError, match="16 items of the variant do not pair"):
+        humaneval.measure(more, own)
+
+
+def test_no_verdict_is_an_error_and_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.confine import referee
+
+    monkeypatch.setattr(referee, "_BOOTSTRAP", "raise SystemExit('broken')")
+    real = subject(tmp_path)
+    real = Subject(**{**vars(real), "isolation": isolation_level()})
+    with pytest.raises(EvaluationError, match=r"there is no verdict: .*broken"):
+        humaneval.measure(real, tmp_path)
+    assert kept(tmp_path)[humaneval.VERDICTS] == {}
+
+
+@pytest.mark.parametrize(("level", "contained"), [("landlock+seccomp+rlimits", True), ("rlimits", False)])
+def test_the_level_of_isolation_is_recorded(tmp_path: Path, judged: list[str], level: str, contained: bool) -> None:
+    found = humaneval.measure(Subject(**{**vars(subject(tmp_path)), "isolation": level}), tmp_path)
+    assert (found["isolation"], found["contained"]) == (level, contained)
