@@ -214,7 +214,7 @@ def test_download_names_the_stages_that_will_not_fit(
     download.run(tiny.MODEL)
     squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
     monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)
-    guard.after("download", tiny.MODEL)
+    guard.guarded("download", download.run, tiny.MODEL)
     error = capsys.readouterr().err
     assert error.count("will not run here: validate tiny") == 3
 
