@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.bundle import documents
 from pipeline.bundle.keys import announced_key
-from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
+from pipeline.bundle.release import CONTENT, Refusal, Runtime, assemble, build_release, build_time, describe_files, make
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
@@ -48,7 +48,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
     }
     content = workspace.bundle(variant) / CONTENT
     if verdict.verdict != PASS:
-        assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
+        assemble(content, {}, make(Refusal, **common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
@@ -65,7 +65,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         licence=lock.licence,
         context=entry.context,
         kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
-        tiers=fitting_tiers(judged(workspace, variant), tiers),
+        tiers=list(fitting_tiers(judged(workspace, variant), tiers)),
         files=entries,
     )
     assemble(content, files, release)
