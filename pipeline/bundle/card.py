@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.bundle import licence
 from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
 from pipeline.bundle.release import TELEMETRY
+from pipeline.bundle.template import render
 from pipeline.errors import BundleError
 
 FILE = "README.md"
@@ -35,7 +36,7 @@ def build(dossier: Dossier) -> bytes:
     Raises:
         BundleError: what was made is not a card that huggingface_hub reads back.
     """
-    raw = f"---\n{_front_matter(dossier)}\n---\n\n{_body(dossier)}".encode()
+    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + _body(dossier)
     if problem := problem_of(raw):
         raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
     return raw
@@ -105,19 +106,10 @@ def _result(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _body(dossier: Dossier) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # Markdown; texts that are not ours pass `one_line`
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _body(dossier: Dossier) -> bytes:
     source = dossier.base_model or one_line(dossier.title)
-    return environment.get_template("card.md.j2").render(
+    return render(
+        Path(__file__).with_name("card.md.j2"),
         title=one_line(dossier.title),
         variant=dossier.variant,
         bits=dossier.plan["bits_per_weight"],
