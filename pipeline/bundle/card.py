@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from pipeline.bundle import licence
 from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
 from pipeline.bundle.release import TELEMETRY
@@ -44,9 +47,6 @@ def build(dossier: Dossier) -> bytes:
 
 def problem_of(raw: bytes) -> str | None:
     """Why `raw` is not a model card with licence, library, tags, text and a readable model-index; or None."""
-    import yaml
-    from huggingface_hub import ModelCard
-
     try:
         card = ModelCard(raw.decode())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
@@ -60,8 +60,6 @@ def problem_of(raw: bytes) -> str | None:
 
 
 def _front_matter(dossier: Dossier) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
     results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.key in _METRICS]
     base = {"base_model": dossier.base_model, "base_model_relation": "quantized"} if dossier.base_model else {}
     data = ModelCardData(

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render(template: Path, **fields: Any) -> bytes:
-    """A Jinja template filled with `fields`, as UTF-8. Nothing is escaped; a name that is not among them is an error."""
+    """A Jinja template filled with `fields`, as UTF-8. Nothing is escaped; a missing name is an error."""
     import jinja2
 
     environment = jinja2.Environment(
