@@ -23,7 +23,7 @@ from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes, write_json
-from pipeline.packs.delivery import INDEX, PACK_BYTES, TEMPLATES, Delivery, Packable, deliver, write_pack
+from pipeline.packs.delivery import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 
 AI_PACK = "com.android.ai-pack"
 AGP = "8.10.0"  # the first Android Gradle Plugin with device targeting; AI packs alone need 8.8
@@ -154,4 +154,4 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
 
 def _render(name: str, **fields: Any) -> bytes:
     names = {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
-    return render(TEMPLATES / name, **names, **fields)
+    return render(Path(__file__).with_name(name), **names, **fields)

@@ -33,7 +33,6 @@ from pipeline.files import link_or_copy, write_json
 # of the difference is room for archive entries and a manifest.
 PACK_BYTES = 1_490_000_000
 INDEX = "packs.json"
-TEMPLATES = Path(__file__).with_name("templates")
 BUNDLE = "bundle"
 TIERS = "tiers"
 

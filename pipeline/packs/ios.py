@@ -23,7 +23,7 @@ from pipeline.bundle.tiers import TierBundle, TiersDocument
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes, write_json
-from pipeline.packs.delivery import INDEX, PACK_BYTES, TEMPLATES, Delivery, Packable, deliver, write_pack
+from pipeline.packs.delivery import INDEX, PACK_BYTES, Delivery, Packable, deliver, write_pack
 
 MANIFESTS = "manifests"
 ENTITLEMENTS = "App.entitlements"
@@ -106,5 +106,5 @@ def write_ios(folder: Path, index: IosIndex, bundles: Mapping[str, Packable]) ->
         packs = [pack.name for delivery in index.deliveries.values() for pack in delivery.packs]
         fields = {"ENTITLEMENT": ENTITLEMENT, "MANIFESTS": MANIFESTS, "packs": packs} | index.model_dump()
         for name in (ENTITLEMENTS, COMMANDS):
-            write_bytes(folder / name, render(TEMPLATES / name, **fields))
+            write_bytes(folder / name, render(Path(__file__).with_name(name), **fields))
     write_json(folder / INDEX, index.model_dump(mode="json"))
