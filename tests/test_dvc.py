@@ -367,7 +367,11 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
             {"quantize@tiny-q3", "verdict@tiny-q3"} | bundles("q3"),
         ),
         ("released.yaml", lambda released: released.update(models={"other": {}}), verdicts()),
-        ("calibration.yaml", lambda calibration: calibration.update(window=32), {"calibrate@tiny", *QUANTIZE} | bundles()),
+        (
+            "calibration.yaml",
+            lambda calibration: calibration.update(window=32),
+            {"calibrate@tiny", *QUANTIZE} | bundles(),
+        ),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"} | bundles()),
         ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, *BUNDLE, "tiers@tiny"}),
         (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     import onnx  # what only runs models need not have it: benchmarks.foreign
 
 ort.set_default_logger_severity(3)
+_HEADROOM = 4 / 3  # on top of weights in float32
 _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+
+
+def runtimes() -> dict[str, str]:
+    """Versions of what runs a model here, by distribution."""
+    return {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
 
 
 def widened_bytes(weight_bytes: int, parameters: int) -> int:
@@ -31,7 +38,7 @@ def widened_bytes(weight_bytes: int, parameters: int) -> int:
 def memory_needed(weight_bytes: int, parameters: int) -> int:
     """Bytes that must be available for a full-precision graph to be held whole: a quarter of them stays free for
     activations and everyone else."""
-    return round(4 / 3 * widened_bytes(weight_bytes, parameters))
+    return round(_HEADROOM * widened_bytes(weight_bytes, parameters))
 
 
 def runs_layered(reference: str, weight_bytes: int, parameters: int, memory: int) -> bool:

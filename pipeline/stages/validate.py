@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.confine.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
-from pipeline.runtime.session import runs_layered
+from pipeline.runtime.session import runs_layered, runtimes
 from pipeline.tasks import agreement, divergence, humaneval, kept, mmlu, speed
 from pipeline.tasks.sections import Section, key_of, measured_files
 from pipeline.tasks.subject import Subject
@@ -124,6 +123,5 @@ def _size(subject: Subject) -> dict[str, Any]:
 def _identity(subject: Subject) -> dict[str, str]:
     """What exactly was measured, and what ran it."""
     plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
-    runtimes = {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
     system = f"{platform.system()} {platform.machine()}"
-    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes, "system": system}
+    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes(), "system": system}
