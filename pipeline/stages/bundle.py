@@ -13,12 +13,13 @@ from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import (
     CONTENT,
     FileEntry,
+    Refusal,
     Runtime,
     assemble,
-    build_refusal,
     build_release,
     build_time,
     describe_files,
+    make,
 )
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_tiers
@@ -58,7 +59,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
     }
     content = workspace.bundle(variant) / CONTENT
     if verdict.verdict != PASS:
-        assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
+        assemble(content, {}, make(Refusal, **common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
@@ -78,7 +79,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         licence=lock.licence,
         context=entry.context,
         kv_cache=plan["kv_cache"]["type"],
-        tiers=fitting_tiers(judged(workspace, variant), tiers),
+        tiers=list(fitting_tiers(judged(workspace, variant), tiers)),
         files=entries,
     )
     assemble(content, files, release)
