@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names, quantize_graph
+from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
@@ -75,8 +75,8 @@ class Draft:
 
 def draft(source: onnx.ModelProto, plan: Plan, stem: str, part_bytes: int) -> Draft:
     """Lay out the artifact of `plan`; `stem` is its file name, such as mimo_8b_q4."""
-    graph: QuantizedGraph = quantize_graph(source, plan)
-    layout = make_layout(((item.name, item.bytes) for item in graph.stored), part_bytes)
+    graph = QuantizedGraph(source, plan)
+    layout = make_layout(((name, item.bytes) for name, item in graph.stored.items()), part_bytes)
     model = graph.place(layout, lambda number: f"{stem}.data.{number}")
     return Draft(plan, model, layout, stem)
 

@@ -22,7 +22,7 @@ from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.provenance import Material
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.config.models import load_pipeline
-from pipeline.config.recipes import has_budget, load_recipe
+from pipeline.config.recipes import has_budget, load_recipe, recipe_files
 from pipeline.config.sources import HubFile
 from pipeline.config.typed_yaml import CONFIGS
 from pipeline.files import sha256_of
@@ -119,10 +119,9 @@ def _own_code() -> list[Path]:
 
 
 def _configs(model: str, variant: str, suite: str) -> list[Path]:
-    names = [f"models/{model}", f"recipes/{variant}", f"evaluation/{suite}"]
-    names += ["calibration", "datasets", "gates", "parity", "signing", "tiers"]
+    names = [f"models/{model}", f"evaluation/{suite}", "calibration", "datasets", "gates", "parity", "signing", "tiers"]
     names += ["sensitivity"] if has_budget([variant]) else []
-    return [CONFIGS / f"{name}.yaml" for name in names]
+    return [*recipe_files(variant), *(CONFIGS / f"{name}.yaml" for name in names)]
 
 
 def _hashes(paths: Iterable[Path]) -> dict[str, str]:

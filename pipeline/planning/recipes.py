@@ -35,13 +35,7 @@ class PlannedMatrix:
     @property
     def bytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        rows = self.matrix.rows
-        return sum(
-            piece.format.code_bytes(rows, piece.columns)
-            + piece.format.scale_bytes(rows, piece.columns)
-            + piece.format.zero_bytes(rows, piece.columns)
-            for piece in self.pieces
-        )
+        return sum(piece.format.bytes(self.matrix.rows, piece.columns) for piece in self.pieces)
 
     @property
     def formats(self) -> str:
@@ -148,6 +142,8 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         if isinstance(chosen, str):
             return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
+        if not high.finer_than(low):
+            raise PlanError(f"high ({high}) needs more bits than low ({low}): it takes what matters most")
         step = max(high.block, low.block)
         columns = round(chosen.high_fraction * matrix.columns / step) * step
         if not 0 < columns < matrix.columns:

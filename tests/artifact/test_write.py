@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from pipeline.artifact import write
-from pipeline.artifact.graph import channel_names, quantize_graph
+from pipeline.artifact.graph import QuantizedGraph, channel_names
 from pipeline.artifact.work import Unit, quantize_unit, units
 from pipeline.artifact.write import Draft, PartWriter
 from pipeline.checkpoint.architecture import Matrix, read_architecture
@@ -410,12 +410,12 @@ def test_a_plan_for_another_model(exports: dict[str, Exported], tmp_path: Path) 
     with pytest.raises(
         GraphError, match=r"'model.layers.0.self_attn.q_proj.weight': \[128, 128\] in the graph, absent"
     ):
-        quantize_graph(exports["llama-untied"].model, plan)
+        QuantizedGraph(exports["llama-untied"].model, plan)
     case = CASES["llama-untied"]
     wide = make_checkpoint(tmp_path, replace(case, config=case.config | {"intermediate_size": 384}))
     plan = make_plan(read_architecture(wide / "config.json"), RECIPES["q4"])
     with pytest.raises(GraphError, match=r"gate_proj.weight': \[320, 128\] in the graph, \[384, 128\] in the plan"):
-        quantize_graph(exports["llama-untied"].model, plan)
+        QuantizedGraph(exports["llama-untied"].model, plan)
 
 
 def test_the_disk_fills_up_while_writing(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.quantize import search
-from pipeline.quantize.formats import Quantized, TensorFormat, unpack
+from pipeline.quantize.formats import Quantized, TensorFormat
 from pipeline.quantize.search import floored, nearest, weighted
 
 FORMATS = ["w2b32s", "w2b64a", "w4b32s", "w4b32a", "w4b16a", "w6b64a", "w8b32s", "w8b64a"]
@@ -52,10 +52,9 @@ def test_blocks_on_the_grid_are_kept_exactly(name: str) -> None:
     weights = np.array([np.tile(block, 2)], np.float32)
     fmt = TensorFormat.parse(name)
     plain = nearest(weights, fmt)
-    assert unpack(plain.codes, fmt.bits, 32)[0].tolist() == list(codes) * 2
+    assert fmt.unpack(plain.codes, 32)[0].tolist() == list(codes) * 2
     assert plain.scales.tolist() == [[scale]]
-    assert fmt.symmetric or unpack(plain.zeros, fmt.bits, 1).tolist() == [[zero]]
-    assert plain.zeros.size == fmt.zero_bytes(1, fmt.block)
+    assert fmt.symmetric or fmt.unpack(plain.zeros, 1).tolist() == [[zero]]
     assert not fmt.symmetric or zero == fmt.middle
     for quantized in (plain, weighted(weights, np.arange(1.0, 33.0), fmt)):
         np.testing.assert_array_equal(quantized.dequantize(), weights)
@@ -177,9 +176,9 @@ def test_sizes_are_those_of_the_format(name: str) -> None:
     fmt = TensorFormat.parse(name)
     weights, moments = sample(6, rows=7, columns=320)
     for quantized in (nearest(weights, fmt), weighted(weights, moments, fmt)):
-        assert quantized.codes.nbytes == fmt.code_bytes(7, 320)
-        assert quantized.scales.nbytes == fmt.scale_bytes(7, 320)
-        assert quantized.zeros.nbytes == fmt.zero_bytes(7, 320)
+        assert [(array.dtype.name, array.shape) for array in quantized.stored()] == [
+            (tensor.dtype, tensor.shape) for tensor in fmt.tensors(7, 320)
+        ]
         assert quantized.dequantize().shape == (7, 320)
 
 
