@@ -39,7 +39,7 @@ from pipeline.runtime.stream import Hessians
 from pipeline.stages import calibrate, download, export, quantize
 from pipeline.workspace import Workspace
 from tests import tiny
-from tests.artifact.exported import PATIENCE, child, contents, finish, lines
+from tests.artifact.exported import PATIENCE, child, contents, finish, finished_units, lines
 from tests.conftest import ROOT
 from tests.families import make_checkpoint
 from tests.graph.test_genai import assert_greedy, greedy, prompt
@@ -131,7 +131,7 @@ def whole(workspace: Workspace, variant: str = "q4") -> dict[str, bytes]:
 
 def journal(workspace: Workspace, variant: str) -> set[str]:
     """The units that are finished."""
-    return {line.split()[0] for line in lines(workspace.root / "partial" / f"{variant}.journal")[1:]}
+    return finished_units(workspace.root / "partial" / f"{variant}.journal")
 
 
 def test_killed_at_any_call_to_the_system(template: Path, workspace: Workspace) -> None:
