@@ -250,12 +250,12 @@ class _Run:
 
     def _finished(self, unit: str, ranges: Iterable[Range]) -> str | None:
         """The recorded digest of `unit`, if what lies in the files has it."""
-        if unit not in self.partial.digests:
-            return None
-        digest = hashlib.sha256()
-        for name, offset, length in ranges:
-            digest.update(self.writer.get(name, offset, length))
-        return digest.hexdigest() if digest.hexdigest() == self.partial.digests[unit] else None
+        if recorded := self.partial.digests.get(unit):
+            digest = hashlib.sha256()
+            for item in ranges:
+                digest.update(self.writer.get(*item))
+            return recorded if recorded == digest.hexdigest() else None
+        return None
 
     def _account(self, unit: str, ranges: Iterable[Range], digest: str) -> int:
         """Tick off what a unit wrote; record it and return its bytes if it was not finished before."""

@@ -9,6 +9,7 @@ from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitForm
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
 
+TABLES = frozenset({"embedding", "head"})  # roles of the matrices with a row for every token
 _CACHE_BYTES: dict[KvCache, int] = {"float32": 4, "int8": 1}
 
 
@@ -31,6 +32,11 @@ class PlannedMatrix:
     def split(self) -> bool:
         """Whether the input channels are divided."""
         return len(self.pieces) > 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Input channels of each piece."""
+        return tuple(piece.columns for piece in self.pieces)
 
     @property
     def bytes(self) -> int:
@@ -104,11 +110,8 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
         PlanError: a role without a rule, a format without a fast kernel, or matrices that share an input but are split
             differently.
     """
-    body = tuple(
-        apply_format(_rule(recipe, matrix, architecture.layers), matrix)
-        for layer in range(architecture.layers)
-        for matrix in architecture.body(layer)
-    )
+    layers = architecture.layers
+    body = tuple(apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1])
     _check_shared_inputs(body)
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
@@ -161,7 +164,7 @@ def _check_shared_inputs(body: tuple[PlannedMatrix, ...]) -> None:
     seen: dict[str, PlannedMatrix] = {}
     for item in body:
         first = seen.setdefault(item.matrix.input, item)
-        if [piece.columns for piece in item.pieces] != [piece.columns for piece in first.pieces]:
+        if item.widths != first.widths:
             raise PlanError(
                 f"tensors {first.matrix.name} ({first.formats}) and {item.matrix.name} ({item.formats}) multiply the "
                 f"same activations and must be split alike. Give their roles the same split."
