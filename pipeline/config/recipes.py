@@ -11,8 +11,8 @@ from pydantic import Field, StringConstraints, model_validator
 from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check, read
 from pipeline.errors import ConfigError
 
+# A name that `pipeline.quantize.formats` reads; a plan refuses one that it does not know.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
-"""A name that `pipeline.quantize.formats` reads; a plan refuses one that it does not know."""
 KvCache = Literal["float32", "int8"]
 Role = Literal[
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"

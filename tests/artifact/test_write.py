@@ -508,4 +508,4 @@ def test_bytes_outside_their_place_are_refused(
     with ExitStack() as stack:
         writer = PartWriter(tmp_path, drafted, stack)
         with pytest.raises(PlanError, match=r"'model.embed_tokens.codes': 40,961 bytes to write, 40,960 planned"):
-            writer.put("model.embed_tokens.codes", 40_000, memoryview(bytes(961)))
+            writer.put("model.embed_tokens.codes", 40_000, np.zeros(961, np.uint8))

@@ -185,10 +185,10 @@ def test_control_c_on_the_command_line(workspace: Workspace, computed: list[str]
     """One line, status 1, and the work stays."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL, "q3"]
+    command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL, SEARCHED]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + PATIENCE
-    while len(journal(workspace, "q3")) < 5:
+    while len(journal(workspace, SEARCHED)) < 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -196,12 +196,12 @@ def test_control_c_on_the_command_line(workspace: Workspace, computed: list[str]
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert error.strip() == "Aborted!"
-    assert not workspace.artifact("q3").exists()
-    before = journal(workspace, "q3")
-    quantize.run(tiny.MODEL, "q3")
+    assert not workspace.artifact(SEARCHED).exists()
+    before = journal(workspace, SEARCHED)
+    quantize.run(tiny.MODEL, SEARCHED)
     assert len(before) >= 5
     assert not before & {*computed}
-    assert contents(workspace.artifact("q3")) == whole(workspace, "q3")
+    assert contents(workspace.artifact(SEARCHED)) == whole(workspace, SEARCHED)
 
 
 # --- changed ---------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_the_code_that_counts_is_what_computes_and_lays_out() -> None:
     package = ROOT / "pipeline"
     loaded = {Path(file).relative_to(package).as_posix() for file in done.stdout.split()}
     counted = {path.relative_to(package).as_posix() for path in quantize._code()}
-    plumbing = {"__init__.py", "errors.py", "files.py", "machine.py", "progress.py"}
+    plumbing = {"__init__.py", "errors.py", "files.py", "journal.py", "machine.py", "partial.py", "progress.py"}
     assert {name for name in loaded - counted if not name.startswith("config/")} <= plumbing
     assert {"quantize/search.py", "artifact/write.py", "planning/recipes.py", "stages/quantize.py"} <= counted
 

@@ -48,6 +48,7 @@ def add_budget(**limits: object) -> None:
 def test_measured_once_and_only_where_a_budget_reads_it(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny.edit(CONFIGS / "pipeline.yaml", variants=["q4"])
     sensitivity.run(tiny.MODEL, if_needed=True)
     assert list(workspace.sensitivity.iterdir()) == []
     with pytest.raises(PipelineError, match="sensitivity"):
