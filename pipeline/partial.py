@@ -27,8 +27,24 @@ _KEY = ""  # no unit has this name
 class Partial:
     """The folder to write into, and the SHA-256 of what is finished in it, 64 hex digits by the unit's name."""
 
-    def __init__(self, folder: Path, journal: Journal):
-        self.folder, self._journal, self.digests = folder, journal, journal.items
+    def __init__(self, folder: Path, key: str):
+        """Keep what `key` began; drop the rest. The journal is locked."""
+        self.folder, self._journal = folder, Journal(_journal_of(folder))
+        self.digests: dict[str, str] = self._journal.items
+        if self.digests.pop(_KEY, None) == key and folder.is_dir():
+            for leftover in folder.glob(".*"):  # a file that a kill left half-written under a temporary name
+                leftover.unlink()
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            print(
+                f"{folder.name}: what an earlier run left belongs to another source, recipe or code: dropped",
+                file=sys.stderr,
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._journal.clear()
+        self._journal.record(_KEY, key)
+        del self.digests[_KEY]
 
     @property
     def begun(self) -> bool:
@@ -61,7 +77,7 @@ def open_partial(folder: Path, key: str) -> Iterator[Partial]:
     stay; without one, nothing does: space reserved on a full disk helps nobody.
     """
     with disk_full(f"write {folder}"), _lock(_journal_of(folder)):
-        partial = Partial(folder, _start(folder, key))
+        partial = Partial(folder, key)
         try:
             yield partial
         except BaseException:
@@ -108,23 +124,3 @@ def _lock(journal: Path) -> BinaryIO:
                     f"is kept."
                 ) from None
             lock.close()
-
-
-def _start(folder: Path, key: str) -> Journal:
-    """Keep what `key` began; drop the rest."""
-    journal = Journal(_journal_of(folder))
-    if journal.items.pop(_KEY, None) == key and folder.is_dir():
-        for leftover in folder.glob(".*"):  # a file that a kill left half-written under a temporary name
-            leftover.unlink()
-        return journal
-    if folder.is_dir() and any(folder.iterdir()):
-        print(
-            f"{folder.name}: what an earlier run left belongs to another source, recipe or code: dropped",
-            file=sys.stderr,
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    journal.clear()
-    journal.record(_KEY, key)
-    del journal.items[_KEY]
-    return journal

@@ -110,15 +110,12 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     return limits
 
 
-def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int) -> Bound:
+def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int | None = None) -> Bound:
     """What the artifact of a budget takes at most, before anything is measured of the model.
 
-    `context` in tokens. Raises PlanError for a budget that the cache alone exceeds.
+    `context` in tokens, where the budget names none; by default that of configs/tiers.yaml. Raises PlanError for a
+    budget that the cache alone exceeds.
     """
-    limits = _limits(recipe, architecture, context)
-    return bound(architecture, recipe.budget, limits, context, recipe.kv_cache)
-
-
-def bytes_bound(recipe: BudgetRecipe, architecture: Architecture) -> int:
-    """What the artifact of a budget takes at most on the disk, before anything is measured of the model."""
-    return budget_bound(recipe, architecture, recipe.budget.context or load_tiers().context).bytes
+    tokens = recipe.budget.context or context or load_tiers().context
+    limits = _limits(recipe, architecture, tokens)
+    return bound(architecture, recipe.budget, limits, tokens, recipe.kv_cache)

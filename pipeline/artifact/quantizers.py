@@ -121,11 +121,9 @@ class Compensated(Weighted):
 def check_moments(plan: Plan, moments: Moments) -> None:
     """Raise PlanError unless every product has usable statistics: a missing one would be searched blindly."""
     for matrix in (item.matrix for item in (*plan.body, plan.head)):
-        found = moments.get(matrix.input)
-        if found is None or found.shape != (matrix.columns,) or not (np.isfinite(found) & (found >= 0)).all():
-            state = "there are none" if found is None else f"they are {list(found.shape)}, or not all ≥ 0"
+        if state := _unusable(moments.get(matrix.input), matrix.columns):
             raise PlanError(
-                f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments of input "
+                f"tensor {matrix.name!r}: its search needs {matrix.columns:,} finite second moments ≥ 0 of input "
                 f"{matrix.input!r}, and {state}. Run the calibrate stage for this model again."
             )
 
@@ -133,16 +131,19 @@ def check_moments(plan: Plan, moments: Moments) -> None:
 def check_ranges(plan: Plan, ranges: Ranges) -> None:
     """Raise PlanError unless all keys and values have usable ranges: other scales would spoil every answer."""
     for name in plan.cache.names:
-        found = ranges.get(name)
-        if found is None or found.shape != (plan.cache.channels,):
-            state = "there are none" if found is None else f"they are {list(found.shape)}"
-        elif (bad := np.flatnonzero(~(np.isfinite(found) & (found >= 0)))).size:
-            state = f"channel {bad[0]} has {found[bad[0]]}"
-        elif not found.any():
-            state = "all are 0"
-        else:
-            continue
-        raise PlanError(
-            f"{name!r}: an int8 KV cache needs {plan.cache.channels:,} finite ranges ≥ 0, not all 0, and {state}. Run "
-            f"the calibrate stage for this model again, or use `kv_cache: float32`."
-        )
+        state = _unusable(ranges.get(name), plan.cache.channels)
+        if state or not ranges[name].any():
+            raise PlanError(
+                f"{name!r}: an int8 KV cache needs {plan.cache.channels:,} finite ranges ≥ 0, not all 0, and "
+                f"{state or 'all are 0'}. Run the calibrate stage for this model again, or use `kv_cache: float32`."
+            )
+
+
+def _unusable(found: np.ndarray | None, channels: int) -> str:
+    """What is wrong with statistics of so many channels; "" when nothing is."""
+    if found is None:
+        return "there are none"
+    if found.shape != (channels,):
+        return f"they are {list(found.shape)}"
+    bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
+    return f"channel {bad[0]} has {found[bad[0]]}" if bad.size else ""

@@ -309,7 +309,11 @@ def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, rang
 
 
 def _rope_tables(export: Path) -> dict[str, np.ndarray]:
-    model = onnx.load(export / "model.onnx", load_external_data=False)
-    in_file = ((tensor, {item.key: item.value for item in tensor.external_data}) for tensor in model.graph.initializer)
-    wanted = [tensor for tensor, place in in_file if place.get("location") == ROPE_FILE]
-    return {tensor.name: onnx.numpy_helper.to_array(tensor, str(export)) for tensor in wanted}
+    """Read here, because onnx refuses external data in a file with a second hard link, as DVC's files are."""
+    data, tables = np.fromfile(export / ROPE_FILE, np.uint8), {}
+    for tensor in onnx.load(export / "model.onnx", load_external_data=False).graph.initializer:
+        place = {item.key: item.value for item in tensor.external_data}
+        if place.get("location") == ROPE_FILE:
+            start = int(place["offset"])
+            tables[tensor.name] = data[start : start + int(place["length"])]
+    return tables

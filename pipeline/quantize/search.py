@@ -102,11 +102,9 @@ def _search(blocks, shares, top, cell, symmetric, starts, half_step, codes, scal
 @compiled(nogil=True)
 def _load(blocks, shares, start, count, w, m):
     """Blocks from `start` on as columns of w, their importances as columns of m; lanes past `count` stay."""
+    w[:, :count] = blocks[start : start + count].T
     for lane in range(count):
-        share = (start + lane) % len(shares)
-        for j in range(len(w)):
-            w[j, lane] = blocks[start + lane, j]
-            m[j, lane] = shares[share, j]
+        m[:, lane] = shares[(start + lane) % len(shares)]
 
 
 @compiled(nogil=True)
