@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.models import ModelConfig
 from pipeline.planning.memory import ACTIVATION_COPIES
+from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.tasks.mmlu_questions import SUBJECTS
 from pipeline.tasks.mmlu_scoring import CHUNK
 
@@ -21,16 +23,10 @@ PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
-WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}
-"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
-shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
-matrices of 4,096 and 11,008 columns, on an AMD core with AVX2."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
-HEADROOM = 4 / 3
-"""On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
@@ -43,12 +39,8 @@ MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
 """Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
 HUMANEVAL_TOKENS = 138
 """Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
-GENERATION_LOGIT_BYTES = 1 << 29
-"""What the logits of one batch of prompts may take: `pipeline.runtime.generate` fills batches up to this."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
-GENERATION_CACHE_BYTES = 1 << 31
-"""What its keys and values may take, a single text aside."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
 
@@ -193,7 +185,7 @@ def reference(
     return Needs(
         "reference",
         None,
-        round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
+        memory_needed(weight_bytes, architecture.parameters),
         _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
         _suite_seconds(architecture, suite, entry, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
@@ -238,35 +230,26 @@ def validate(
     entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
+    """A variant measured: prepacked weights, logits, and an MMLU prompt's cache or that of a text that is written.
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # and numpy's
-    logits += 2 * MMLU_LONGEST[entry.mmlu_mode] * cache_bytes  # before a question and after it
-    rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
-    wanted = suite.humaneval
-    text = (HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
-    texts = min(rows, wanted.samples if wanted.temperature else wanted.problems) * text
-    generation = LOGIT_COPIES * GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
+    prompt = 2 * MMLU_LONGEST[entry.mmlu_mode]  # before a question and after it
+    cache = max(prompt, HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
     return Needs(
         "validate",
         variant,
-        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + cache,
         SMALL_FILES_BYTES,
         _suite_seconds(architecture, suite, entry, rates),
-        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, entry):,} tokens read",
+        f"prepacked weights, logits and the longest text's KV cache; {_suite_tokens(suite, entry):,} tokens read",
     )
 
 
 def bundle(variant: str) -> Needs:
     """Hard links of the artifact and a JSON file: no second copy of the weights."""
     return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
-
-
-def widened_bytes(weight_bytes: int, parameters: int) -> int:
-    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
-    return weight_bytes + 4 * parameters
 
 
 def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:
@@ -318,7 +301,7 @@ def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
 def _suite_seconds(
     architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None
 ) -> float | None:
-    """Tokens read, and tokens written: at most the limit for each solution, which is how long the slowest row takes."""
+    """Tokens read, and tokens written: at most the limit for each solution."""
     if not rates:
         return None
     generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1
