@@ -43,12 +43,8 @@ MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
 """Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
 HUMANEVAL_TOKENS = 138
 """Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
-GENERATION_LOGIT_BYTES = 1 << 29
-"""What the logits of one batch of prompts may take: `pipeline.runtime.generate` fills batches up to this."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
-GENERATION_CACHE_BYTES = 1 << 31
-"""What its keys and values may take, a single text aside."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
 
@@ -238,24 +234,20 @@ def validate(
     entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
+    """A variant measured: prepacked weights, logits, and an MMLU prompt's cache or that of a text that is written.
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # and numpy's
-    logits += 2 * MMLU_LONGEST[entry.mmlu_mode] * cache_bytes  # before a question and after it
-    rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * HUMANEVAL_TOKENS))
-    wanted = suite.humaneval
-    text = (HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
-    texts = min(rows, wanted.samples if wanted.temperature else wanted.problems) * text
-    generation = LOGIT_COPIES * GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
+    prompt = 2 * MMLU_LONGEST[entry.mmlu_mode]  # before a question and after it
+    cache = max(prompt, HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
     return Needs(
         "validate",
         variant,
-        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + cache,
         SMALL_FILES_BYTES,
         _suite_seconds(architecture, suite, entry, rates),
-        f"prepacked weights, logits and KV cache of a batch; {_suite_tokens(suite, entry):,} tokens read",
+        f"prepacked weights, logits and the longest text's KV cache; {_suite_tokens(suite, entry):,} tokens read",
     )
 
 
@@ -318,7 +310,7 @@ def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
 def _suite_seconds(
     architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None
 ) -> float | None:
-    """Tokens read, and tokens written: at most the limit for each solution, which is how long the slowest row takes."""
+    """Tokens read, and tokens written: at most the limit for each solution."""
     if not rates:
         return None
     generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1

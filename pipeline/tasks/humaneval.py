@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.confine.isolation import SAFE_LEVELS
 from pipeline.journal import Journal
 from pipeline.progress import Progress
+from pipeline.runtime.chat import opens_thinking, without_thinking
 from pipeline.runtime.generate import Limits, Sampling, Writer, derived_seed
 from pipeline.tasks import humaneval_answers as answers
 from pipeline.tasks.humaneval_judging import judge_all
@@ -66,57 +67,30 @@ def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def _write(subject: Subject, problems: Sequence[Problem], solutions: Journal) -> None:
-    """Every solution that is not there yet, recorded batch by batch."""
+    """Every solution that is not there yet, recorded as it is written."""
     wanted, entry = subject.suite.humaneval, subject.entry
-    names = {name_of(problem.task_id, sample) for problem in problems for sample in range(wanted.samples)}
-    with Progress(f"HumanEval {subject.name}", len(names), "solutions") as progress:
-        progress.advance(len(names & solutions.items.keys()), kept=True)
-        if names <= solutions.items.keys():
+    rows = [(name_of(problem.task_id, sample), problem) for problem in problems for sample in range(wanted.samples)]
+    left = [row for row in rows if row[0] not in solutions.items]
+    with Progress(f"HumanEval {subject.name}", len(rows), "solutions") as progress:
+        progress.advance(len(rows) - len(left), kept=True)
+        if not left:
             return
         writer = Writer(subject.folder)
         limits = Limits(wanted.answer_tokens(entry), wanted.thinking_tokens(entry))
-        prompts = {problem: _prompt(subject, writer, problem) for problem in problems}
         complete = answers.should_stop if entry.humaneval_prompt == "completion" else _never
-        for rows, sampling in _batches(subject, writer, prompts, limits, solutions.items):
-            texts = [prompts[problem] for problem, _ in rows]
-            written = writer.continuations(texts, limits, complete, sampling)
-            new = [
-                (name, {"prompt": text, "ids": list(one.ids), "text": one.text, "cut": one.cut})
-                for row, text, one in zip(rows, texts, written, strict=True)
-                if (name := name_of(row[0].task_id, row[1])) not in solutions.items
-            ]
-            for name, item in new:
-                solutions.record(name, item)
-            progress.advance(len(new))
+        for name, problem in left:
+            prompt, sampling = _prompt(subject, writer, problem), None
+            if wanted.temperature:
+                sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
+            one = writer.continuation(prompt, limits, complete, sampling)
+            solutions.record(name, {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut})
+            progress.advance()
 
 
 def _prompt(subject: Subject, writer: Writer, problem: Problem) -> str:
     if subject.entry.humaneval_prompt == "completion":
         return answers.completion_prompt(problem)
     return writer.chat(answers.chat_request(problem))
-
-
-def _batches(
-    subject: Subject, writer: Writer, prompts: Mapping[Problem, str], limits: Limits, done: Container[str]
-) -> Iterator[tuple[list[tuple[Problem, int]], Sampling | None]]:
-    """Rows (problem, sample) of each batch, and how to draw them.
-
-    Greedy texts share batches as they come. Drawn ones depend on their batch: it holds samples of one problem, always
-    the same, and is drawn again as a whole if a kill left any of it unrecorded.
-    """
-    wanted = subject.suite.humaneval
-    if wanted.temperature == 0:
-        left = [problem for problem in prompts if name_of(problem.task_id) not in done]
-        for batch in writer.batches([prompts[problem] for problem in left], limits):
-            yield [(left[row], 0) for row in batch], None
-        return
-    for problem, prompt in prompts.items():
-        size = writer.rows(writer.tokens(prompt), limits)
-        for first in range(0, wanted.samples, size):
-            rows = [(problem, sample) for sample in range(first, min(first + size, wanted.samples))]
-            if any(name_of(problem.task_id, sample) not in done for _, sample in rows):
-                seed = derived_seed(wanted.seed, name_of(problem.task_id, first))
-                yield rows, Sampling(wanted.temperature, wanted.top_p, seed)
 
 
 def _never(_text: str) -> bool:
@@ -149,5 +123,5 @@ def _completion(subject: Subject, problem: Problem, item: Mapping[str, Any]) -> 
         return answers.extract_completion(item["text"])
     text = item["text"]
     if subject.entry.humaneval_prompt == "thinking":
-        text = answers.without_thinking(text, answers.opens_thinking(item["prompt"]))
+        text = without_thinking(text, opens_thinking(item["prompt"]))
     return answers.extract_answer(problem, text)
