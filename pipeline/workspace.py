@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.chunks import SUFFIX
 from pipeline.checkpoint.sources import SourceLock, read_lock
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json
@@ -141,11 +142,11 @@ class Workspace:
         """As `weights`, for a lock that is not written yet. Files of an earlier source under this name disappear:
         its generation_config.json would give the new model the old one's stop ids."""
         folder = self.root / REFERENCE
-        files = {file.name: file.sha256 for file in lock.files}
-        store.link(files, folder)
+        store.link(lock.files, folder)
+        names = {name for file in lock.files for name in (file.name, file.name + SUFFIX)}
         for file in folder.iterdir():
             ours = file.name == GENAI_CONFIG or file.suffix in {".onnx", ".data"}
-            if file.is_file() and not ours and file.name not in files:
+            if file.is_file() and not ours and file.name not in names:
                 file.unlink(missing_ok=True)
         return folder
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.checkpoint.untrusted import read_json, shown
 from pipeline.config.phones import Shapes
@@ -29,6 +31,8 @@ MAX_SIZE = 1 << 24
 MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
+_HEAD = "lm_head.weight"
+_COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Architecture:
     @property
     def head(self) -> Matrix:
         """The output projection; its name is the embedding's when they are tied."""
-        name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+        name = "model.embed_tokens.weight" if self.tied else _HEAD
         return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head")
 
     @property
@@ -379,8 +383,10 @@ def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> No
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Compare a checkpoint with its architecture; return one sentence for everything that is left out on purpose.
 
+    No value is read, except those of a head that stands beside a tied embedding: it may be left out if they are equal.
+
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is unknown.
+        CheckpointError: a tensor is missing, has another shape, or is unknown, or a tied head differs.
     """
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:
@@ -408,9 +414,10 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
                 f"left out {len(dropped)} tensors under {prefix}* ({count:,} parameters): the forward never uses them"
             )
         extra = [name for name in extra if not name.startswith(prefix)]
-    if architecture.tied and "lm_head.weight" in extra:
-        notes.append("left out lm_head.weight: config.json ties the head to the embedding")
-        extra.remove("lm_head.weight")
+    if architecture.tied and _HEAD in extra:
+        _check_tied(architecture.embedding, checkpoint)
+        notes.append(f"left out {_HEAD}: it equals the embedding, to which config.json ties the head")
+        extra.remove(_HEAD)
     extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise CheckpointError(
@@ -419,3 +426,21 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
             f"their prefix to the family's row in {__name__}."
         )
     return notes
+
+
+def _check_tied(embedding: Matrix, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the head equals the embedding. Both are read once, some rows at a time."""
+    step = max(1, _COMPARED // (4 * embedding.columns))
+    equal = checkpoint[_HEAD].shape == (embedding.rows, embedding.columns) and all(
+        np.array_equal(
+            *(checkpoint.rows(name, start, min(start + step, embedding.rows)) for name in (_HEAD, embedding.name))
+        )
+        for start in range(0, embedding.rows, step)
+    )
+    if not equal:
+        raise CheckpointError(
+            f"{checkpoint.folder / checkpoint[_HEAD].file}: {_HEAD} differs from {embedding.name}, and "
+            f"{checkpoint.folder / 'config.json'} has tie_word_embeddings true: which of the two is the head cannot be "
+            f"known. Set tie_word_embeddings to false in the source's config.json if the head was trained apart; else "
+            f"remove {_HEAD} there."
+        )

@@ -6,6 +6,7 @@ This is the runtime that ships; nothing here simulates quantization.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,48 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def open_session(path: Path) -> ort.InferenceSession:
-    """Load a model on the CPU with all cores. Raises EvaluationError when ONNX Runtime refuses the file."""
+    """Load a model on the CPU with all cores.
+
+    Raises EvaluationError when ONNX Runtime refuses the file, and CheckpointError as `check_weights`.
+    """
+    check_weights(path)
     return _open(path, path, ort.SessionOptions())
 
 
 def open_slice(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
     options = ort.SessionOptions()
+    _check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _open(model.SerializeToString(), folder, options)
+
+
+def check_weights(path: Path) -> None:
+    """Compare the weights that a graph refers to with the digests of what was downloaded, before a runtime maps them.
+
+    A graph beside which there are no such digests, a quantized one, refers to no downloaded file.
+
+    Raises CheckpointError naming blob and tensor.
+    """
+    if any(path.parent.glob("*.blake3")):
+        import onnx
+
+        _check_weights(onnx.load(path, load_external_data=False), path.parent)
+
+
+def _check_weights(model: onnx.ModelProto, folder: Path) -> None:
+    if any(folder.glob("*.blake3")):
+        from pipeline.checkpoint.tensors import Checkpoint
+
+        checkpoint = Checkpoint(folder)
+
+        def check(tensor: onnx.TensorProto) -> None:
+            place = {item.key: item.value for item in tensor.external_data}
+            if place and tensor.name in checkpoint:
+                checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
+
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(check, model.graph.initializer))
 
 
 def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:

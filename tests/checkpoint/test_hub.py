@@ -102,7 +102,7 @@ def test_only_the_needed_files_arrive_and_the_lock_describes_them(hub: Hub, stor
 def test_in_a_fresh_process(hub: Hub, store: Store) -> None:
     """As the command line runs it: nothing has imported huggingface_hub's lazy submodules before."""
     code = (
-        "import sys; from pathlib import Path; from pipeline.config import ModelConfig\n"
+        "import sys; from pathlib import Path; from pipeline.config.models import ModelConfig\n"
         "from pipeline.checkpoint.sources import fetch_model; from pipeline.checkpoint.blobs import Store\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "fetch_model('tiny', ModelConfig.model_validate_json(sys.argv[1]), Store(Path(sys.argv[2])))"
