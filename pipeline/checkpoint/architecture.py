@@ -441,6 +441,6 @@ def _check_tied(embedding: Matrix, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder / checkpoint[_HEAD].file}: {_HEAD} differs from {embedding.name}, and "
             f"{checkpoint.folder / 'config.json'} has tie_word_embeddings true: which of the two is the head cannot be "
-            f"known. Set tie_word_embeddings to false in the source's config.json if the head was trained apart; else "
-            f"remove {_HEAD} there."
+            f"known. Set tie_word_embeddings to false in the source's config.json (for one on the Hub: of a copy, as a "
+            f"local source) if the head was trained apart; else remove {_HEAD} there."
         )

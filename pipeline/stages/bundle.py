@@ -51,7 +51,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
-    artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
+    artifact = workspace.made(workspace.artifact(variant), "quantize", variant)
     runtime = Runtime(onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET)
     files = {file.name: file for file in sorted(artifact.iterdir())}
     entries = describe_files(files)

@@ -108,7 +108,7 @@ def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) 
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
         need, layered = reference_needs(architecture, weight_bytes, suite, entry, memory)
     else:
-        folder = workspace.require(workspace.artifact(variant), "quantize", variant)
+        folder = workspace.made(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
         for section in SECTIONS:
