@@ -58,14 +58,18 @@ def _check_name(name: Any, where: Path) -> str:
     return name
 
 
-def read_header(path: Path, chunks: Chunks | None = None) -> dict[str, TensorRef]:
-    """Parse and check the header of one safetensors file; `chunks` is its list, where it has one.
+def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = False) -> dict[str, TensorRef]:
+    """Parse and check the header of one safetensors file.
+
+    Args:
+        chunks: its list, where it has one.
+        follow: whether `path` may be a symbolic link.
 
     Raises:
         CheckpointError: naming the file, the tensor and the numbers that disagree.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follow=follow) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")

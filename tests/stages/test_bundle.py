@@ -237,9 +237,7 @@ def test_without_a_lock_it_says_what_is_unrecorded(project: Path) -> None:
     assert CODE not in named(folder)
 
 
-@pytest.mark.parametrize(
-    "changed", [CODE, WORKSPACE.artifact(VARIANT) / "genai_config.json", WORKSPACE.metrics(VARIANT)]
-)
+@pytest.mark.parametrize("changed", [CODE, WORKSPACE.artifact(VARIANT) / "config.json", WORKSPACE.metrics(VARIANT)])
 def test_a_file_that_changed_since_is_an_error(changed: str | Path, project: Path) -> None:
     write_record(record())
     content()
