@@ -20,9 +20,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
 
 from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest
+from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import ResourceError, SourceError
 from pipeline.files import fsync_directory, link_or_copy, require_free_space, sha256_of
 
@@ -39,10 +42,11 @@ class LockedFile:
     holds no weights: it is small, and compared as a whole.
     """
 
-    name: str
-    size: int
-    sha256: str
-    chunks: str = ""
+    name: Annotated[str, AfterValidator(checked_name)]
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    chunks: Sha256 | Literal[""] = ""
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
     def has_weights(self) -> bool:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.checkpoint import complete, hub, wheels
-from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource
@@ -40,7 +41,8 @@ class SourceLock:
     source: dict[str, Any]
     revision: str
     licence: str
-    files: tuple[LockedFile, ...]
+    files: Annotated[tuple[LockedFile, ...], Field(min_length=1)]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def file(self, name: str) -> LockedFile:
         """The file called `name`. Raises `SourceError` if the source has none."""
@@ -51,34 +53,16 @@ class SourceLock:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `files.write_json`."""
-        return asdict(self) | {"files": [asdict(file) for file in self.files]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> SourceLock:
         """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
         try:
-            files = tuple(LockedFile(**file) for file in data["files"])
-            lock = cls(**(data | {"files": files}))
-            sound = files and all(_sound(file) for file in files) and isinstance(lock.source, dict)
-            sound = sound and all(isinstance(text, str) for text in (lock.model, lock.revision, lock.licence))
-        except (KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise SourceError("not a source lock: it needs model, source, revision, licence and files with hashes.")
-        return lock
-
-
-def _sound(file: LockedFile) -> bool:
-    return (
-        isinstance(file.name, str)
-        and checked_name(file.name) == file.name
-        and type(file.size) is int
-        and file.size >= 0
-        and isinstance(file.sha256, str)
-        and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
-        and isinstance(file.chunks, str)
-        and re.fullmatch(r"([0-9a-f]{64})?", file.chunks) is not None
-    )
+            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except (TypeError, ValueError) as error:
+            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            raise SourceError(f"not a source lock: {'.'.join(map(str, told['loc']))}: {told['msg']}") from None
 
 
 def write_lock(path: Path, lock: SourceLock) -> None:

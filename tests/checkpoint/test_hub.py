@@ -219,7 +219,9 @@ def test_lfs_pointer_committed_as_a_file(hub: Hub, store: Store) -> None:
 
 def test_weights_truncated_before_they_were_uploaded(hub: Hub, store: Store) -> None:
     hub.files[SHARDS[0]] = hub.files[SHARDS[0]][:-8]
-    with pytest.raises(SourceError, match=rf"{SHARDS[0]} is not whole: .* needs 400 bytes, the header gives bytes 0 to 400 of 392"):
+    with pytest.raises(
+        SourceError, match=rf"{SHARDS[0]} is not whole: .* needs 400 bytes, the header gives bytes 0 to 400 of 392"
+    ):
         fetch(store)
     assert sha256(hub.files[SHARDS[0]]) not in blobs(store)
 
