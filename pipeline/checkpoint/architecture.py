@@ -191,7 +191,11 @@ def read_architecture(path: Path) -> Architecture:
         CheckpointError: unknown architecture (with the nearest known one), a missing or absurd value, or a variation
             that the graph builder does not compute; never approximated in silence.
     """
-    config = read_config(path)
+    return parse_architecture(read_config(path), path)
+
+
+def parse_architecture(config: dict[str, Any], path: Path) -> Architecture:
+    """As `read_architecture`, for the values of the file at `path`."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         near = difflib.get_close_matches(shown(family), _FAMILIES, n=1)

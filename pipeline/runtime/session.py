@@ -86,11 +86,16 @@ class State:
 
 
 class OnnxDecoder:
-    """A decoder graph as a function from tokens to logits."""
+    """A decoder graph as a function from tokens to logits.
+
+    It feeds the inputs that the graph declares: Optimum's exports take position_ids, ours do not.
+    """
 
     def __init__(self, path: Path):
         self.session = open_session(path)
-        cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        inputs = self.session.get_inputs()
+        self._places = any(value.name == "position_ids" for value in inputs)
+        cache = [value for value in inputs if value.name.startswith("past_key_values.")]
         self._names = [value.name for value in cache]
         self._outputs = [value.name for value in self.session.get_outputs()]
         empty = [np.zeros((1, value.shape[1], 0, value.shape[3]), _DTYPES[value.type]) for value in cache]
@@ -105,5 +110,7 @@ class OnnxDecoder:
             "attention_mask": ort.OrtValue.ortvalue_from_numpy(np.ones((1, length), np.int64)),
             **dict(zip(self._names, past.values, strict=True)),
         }
+        if self._places:
+            feeds["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.arange(past.length, length)[None])
         logits, *present = self.session.run_with_ort_values(self._outputs, feeds)
         return logits.numpy()[0], State(length, tuple(present))
