@@ -91,9 +91,9 @@ class ParityConfig(Frozen):
     prompt_tokens: int = Field(gt=1)
 
 
-def load_suite(name: str) -> EvaluationConfig:
+def load_suite(suite: str) -> EvaluationConfig:
     """configs/evaluation/<name>.yaml"""
-    return load(EvaluationConfig, CONFIGS / "evaluation" / f"{name}.yaml")
+    return load(EvaluationConfig, CONFIGS / "evaluation" / f"{suite}.yaml")
 
 
 def load_parity() -> ParityConfig:

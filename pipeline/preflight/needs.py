@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.models import ModelConfig
 from pipeline.planning.memory import ACTIVATION_COPIES
+from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.tasks.mmlu_questions import SUBJECTS
 from pipeline.tasks.mmlu_scoring import CHUNK
 
@@ -21,16 +23,10 @@ PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
-WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}
-"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
-shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
-matrices of 4,096 and 11,008 columns, on an AMD core with AVX2."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
-HEADROOM = 4 / 3
-"""On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
@@ -189,7 +185,7 @@ def reference(
     return Needs(
         "reference",
         None,
-        round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
+        memory_needed(weight_bytes, architecture.parameters),
         _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
         _suite_seconds(architecture, suite, entry, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
@@ -254,11 +250,6 @@ def validate(
 def bundle(variant: str) -> Needs:
     """Hard links of the artifact and a JSON file: no second copy of the weights."""
     return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
-
-
-def widened_bytes(weight_bytes: int, parameters: int) -> int:
-    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
-    return weight_bytes + 4 * parameters
 
 
 def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,32 @@ if TYPE_CHECKING:
     import onnx  # what only runs models need not have it: benchmarks.foreign
 
 ort.set_default_logger_severity(3)
+_HEADROOM = 4 / 3  # on top of weights in float32
 _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+
+
+def runtimes() -> dict[str, str]:
+    """Versions of what runs a model here, by distribution."""
+    return {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
+
+
+def widened_bytes(weight_bytes: int, parameters: int) -> int:
+    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
+    return weight_bytes + 4 * parameters
+
+
+def memory_needed(weight_bytes: int, parameters: int) -> int:
+    """Bytes that must be available for a full-precision graph to be held whole: a quarter of them stays free for
+    activations and everyone else."""
+    return round(_HEADROOM * widened_bytes(weight_bytes, parameters))
+
+
+def runs_layered(reference: str, weight_bytes: int, parameters: int, memory: int) -> bool:
+    """Whether a full-precision model runs layer by layer where `memory` bytes are available.
+
+    `reference` is the suite's: "memory", "layers" or "auto".
+    """
+    return reference == "layers" or (reference == "auto" and memory_needed(weight_bytes, parameters) > memory)
 
 
 def open_session(path: Path) -> ort.InferenceSession:

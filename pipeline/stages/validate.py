@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.confine.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
-from pipeline.preflight import needs
-from pipeline.preflight.machine import reference_needs, require
+from pipeline.runtime.session import runs_layered, runtimes
 from pipeline.tasks import agreement, divergence, humaneval, kept, mmlu, speed
 from pipeline.tasks.sections import Section, key_of, measured_files
 from pipeline.tasks.subject import Subject
-from pipeline.tasks.unseen import check_unseen, tuning_windows
 from pipeline.workspace import MODEL_FILE, PLAN_FILE, REFERENCE, Workspace
 
 SECTIONS = (
@@ -48,15 +45,10 @@ _LAYOUT = "one folder per section"  # of unfinished work; another one is not con
 
 
 def run(model: str, variant: str) -> None:
-    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics.
-
-    Raises EvaluationError, for the reference, when the suite judges on text that quantization is tuned on.
-    """
+    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
     suite = load_suite(load_pipeline().suite)
     isolation = require_isolation(suite.humaneval.allow_unsafe)  # before an hour of measuring, not after it
     subject = _subject(model, variant, suite, isolation)
-    if variant == REFERENCE:  # calibration looked at the suite of its day
-        check_unseen(tuning_windows(subject.folder, subject.store), subject.folder, suite, subject.store)
     workspace, files = subject.workspace, measured_files(subject)
     metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
@@ -99,14 +91,14 @@ def _measured(
 
 
 def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) -> Subject:
-    """What is validated, once this machine is known to have the room."""
+    """What is validated."""
     store, workspace, entry = Store(), Workspace(model), load_model(model)
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE
         architecture = read_architecture(folder / "config.json")
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
-        need, layered = reference_needs(architecture, weight_bytes, suite, entry, memory)
+        layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
         folder = workspace.made(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
@@ -114,11 +106,7 @@ def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) 
         for section in SECTIONS:
             if section.runs_graph and not section.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / section.name, "validate", REFERENCE)
-        plan = workspace.read(folder / PLAN_FILE, "quantize", variant)
-        cache = plan["kv_cache"]["bytes_per_token"]
-        need = needs.validate(architecture, variant, plan["bytes"], cache, suite, entry)
         layered = False
-    require(model, need)
     return Subject(workspace, variant, folder, graph, architecture, entry, suite, store, isolation, layered)
 
 
@@ -135,6 +123,5 @@ def _size(subject: Subject) -> dict[str, Any]:
 def _identity(subject: Subject) -> dict[str, str]:
     """What exactly was measured, and what ran it."""
     plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
-    runtimes = {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
     system = f"{platform.system()} {platform.machine()}"
-    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes, "system": system}
+    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes(), "system": system}

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.calibrate.texts import dataset, input_ids, read_text, read_tokenizer
+from pipeline.calibrate.texts import dataset, read_text, read_tokenizer
 from pipeline.calibrate.windows import overlap
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.calibration import load_calibration, load_sensitivity
 from pipeline.config.evaluation import EvaluationConfig
 from pipeline.errors import EvaluationError
 from pipeline.tasks.humaneval_problems import load_problems
@@ -23,12 +22,6 @@ def evaluation_texts(suite: EvaluationConfig, store: Store) -> Iterator[tuple[st
         yield name, [read_text(name, store)]
     yield "mmlu", [" ".join((item.question, *item.choices)) for item in load_questions(dataset("mmlu", store))]
     yield "humaneval", [item.prompt + item.canonical_solution for item in load_problems(dataset("humaneval", store))]
-
-
-def tuning_windows(folder: Path, store: Store) -> list[np.ndarray]:
-    """Token ids of all that is calibrated on or that budgets are measured by."""
-    tuned = (load_calibration(), load_sensitivity())
-    return [ids for wanted in tuned for ids in input_ids(wanted, folder, store)]
 
 
 def check_unseen(windows: Sequence[np.ndarray], folder: Path, suite: EvaluationConfig, store: Store) -> None:
