@@ -22,6 +22,7 @@ from pipeline.bundle import bom, card, documents, keys, licence, lockfile, mater
 from pipeline.bundle.release import describe_files
 from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.sources import SourceLock, write_lock
+from pipeline.config.models import load_model
 from pipeline.errors import BundleError
 from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge.gates import FAIL, PASS, GateLine, Verdict
@@ -42,6 +43,7 @@ SECRETS = {
     keys.KEY_TEXT: "-----BEGIN PRIVATE KEY-----\ntellingkey",
     keys.PASSWORD: "tellingpassword",
 }
+SETTINGS = f'{{"model": {{"context_length": {load_model(WORKSPACE.model).context}}}}}'.encode()
 Git = Callable[..., str]
 
 
@@ -65,7 +67,7 @@ def make_project(folder: Path, verdict: str = PASS, texts: tuple[str, ...] = ("L
     git(folder, "commit", "-qm", "start", "--date", "2026-01-31T12:00:00Z")
     artifact = folder / WORKSPACE.artifact(VARIANT)
     artifact.mkdir(parents=True)
-    for name, content in {"smollm2_135m_q4.onnx": b"graph", "genai_config.json": b"{}"}.items():
+    for name, content in {"smollm2_135m_q4.onnx": b"graph", "genai_config.json": SETTINGS}.items():
         (artifact / name).write_bytes(content)
     for name in texts:
         (artifact / name).write_text("Terms.\n")
