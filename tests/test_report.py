@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.config.gates import load_gates
 from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Policy, decide
+from pipeline.judge.policy import load_gates
 from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
 from pipeline.tasks import statistics
 
@@ -199,7 +199,7 @@ def test_a_look_is_told_whatever_it_decided() -> None:
 
 def test_solutions_are_described(report_rows: list[Row]) -> None:
     model = build(report_rows, ["smollm2-135m"], VARIANTS).models[0]
-    agreement, cuts = cells.solution_sentences(model)
+    agreement, cuts = cells.notes(model)
     what, shares = agreement.split(": ")
     assert what == "Agreement with the reference on the 900 tokens of its own HumanEval solutions"
     assert re.fullmatch(r"q4 \d\d\.\d % \(\d\d\.\d–\d\d\.\d\), q4_k_m .*, q3 .*\.", shares)

@@ -15,8 +15,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline.bundle import licence, origin
-from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
+from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
 from pipeline.errors import BundleError
+from pipeline.tasks.task import Figure
 
 if TYPE_CHECKING:
     from cyclonedx.model import HashType

@@ -22,8 +22,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from pipeline.judge.gates import ERROR, FAIL, INCONCLUSIVE, PASS
-from pipeline.report.cells import memory, nats
-from pipeline.report.rows import ModelReport, Report, front, number, pareto_points
+from pipeline.report.rows import ModelReport, Report, front, pareto_points
+from pipeline.tasks.task import memory, nats, number
 
 _INCHES = (8.6, 4.4)  # of one panel
 _DPI = 160
@@ -130,7 +130,7 @@ def _limits(model: ModelReport) -> list[tuple[float, float]]:
     """(limit of the mean KL, bytes) of each variant that has both."""
     found = []
     for row in model.variants:
-        size = number(row, "size", "bytes_on_disk")
+        size = number(row.section("size"), "bytes_on_disk")
         for line in row.verdict.lines if row.verdict else ():
             if line.name == "kl_mean" and line.limit is not None and size is not None:
                 found.append((line.limit, size))
@@ -169,7 +169,7 @@ def _strip(axes: Axes, model: ModelReport, theme: Theme) -> None:
     _style(axes, theme)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", which="both", left=False, labelleft=False)
-    size = number(model.reference, "size", "bytes_on_disk")
+    size = number(model.reference.section("size"), "bytes_on_disk")
     axes.set(xlim=(-1, 1), xticks=[])
     marks: dict[str, Any] = {"marker": [(-0.6, -1), (0.6, 1)], "markersize": 9, "ls": "none", "clip_on": False}
     axes.plot([-0.02], [0], transform=axes.transAxes, color=theme.faint, mew=1.2, **marks)

@@ -32,7 +32,7 @@ def _model(model: ModelReport) -> list[Text]:
         lines += [Text(""), *_gates(row, model.reference)]
     lines.append(Text(""))
     legends = (cells.POWER_LEGEND, cells.LOOKS_LEGEND, cells.SPEED_LEGEND, cells.conditions(model), model.note)
-    for sentence in (*cells.power_sentences(model), *cells.solution_sentences(model), *legends):
+    for sentence in (*cells.power_sentences(model), *cells.notes(model), *legends):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 

@@ -19,7 +19,6 @@ from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import load_calibration
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_pipeline
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of, write_bytes
@@ -29,6 +28,7 @@ from pipeline.preflight import needs
 from pipeline.preflight.machine import require
 from pipeline.progress import Progress
 from pipeline.runtime.stream import LayerStream
+from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import MODEL_FILE, Workspace
 

@@ -26,7 +26,6 @@ from pipeline.checkpoint.architecture import Architecture, Matrix, read_architec
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import has_budget
 from pipeline.files import atomic_directory, read_json, sha256_of, write_bytes, write_json
@@ -38,6 +37,7 @@ from pipeline.preflight.machine import require
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
+from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import MODEL_FILE, Workspace
 

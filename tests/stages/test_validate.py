@@ -15,6 +15,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from pipeline.config.models import load_model
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.journal import Journal
@@ -25,6 +26,7 @@ from pipeline.tasks import mmlu as mmlu_section
 from pipeline.tasks.mmlu_prompts import Prompt
 from pipeline.tasks.mmlu_questions import load_questions
 from pipeline.tasks.mmlu_scoring import Scorer
+from pipeline.tasks.registry import load_suite
 from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve
@@ -33,7 +35,7 @@ from tests.conftest import ROOT, dataset
 WORKSPACE = Workspace(tiny.MODEL)
 SUITE = Path("configs/evaluation/seconds.yaml")
 QUESTIONS = 57
-SECTIONS = ("mmlu", "divergence", "humaneval", "agreement", "speed")
+SECTIONS = ("divergence", "mmlu", "humaneval", "agreement", "speed")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def bytes_of(variant: str, section: str) -> dict[str, bytes]:
 
 def edit(part: str, **changes: Any) -> None:
     """Change a part of the suite."""
-    tiny.edit(SUITE, **{part: getattr(validate.config.load_suite("seconds"), part).model_dump(mode="json") | changes})
+    tiny.edit(SUITE, **{part: getattr(load_suite("seconds"), part).model_dump(mode="json") | changes})
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -261,9 +263,7 @@ def test_a_model_that_does_not_fit_runs_layer_by_layer(
     """Unless the suite forbids it. A killed pass goes on at its layer."""
     shutil.rmtree(WORKSPACE.evaluation(REFERENCE))
     architecture = validate.read_architecture(WORKSPACE.root / "reference/config.json")
-    room = validate.needs.layered_reference(
-        architecture, validate.config.load_suite("seconds"), validate.config.load_model(tiny.MODEL)
-    ).memory
+    room = validate.needs.layered_reference(architecture, load_suite("seconds"), load_model(tiny.MODEL)).memory
     whole = validate.needs.HEADROOM * validate.needs.widened_bytes(0, architecture.parameters)
     monkeypatch.setattr(validate.needs, "HEADROOM", 2 * room / whole * validate.needs.HEADROOM)
     monkeypatch.setattr(validate.machine, "available_memory", lambda: room)

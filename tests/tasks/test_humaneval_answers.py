@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.runtime.chat import is_thinking, opens_thinking, without_thinking
 from pipeline.tasks import humaneval_answers as answers
 from pipeline.tasks.humaneval_answers import (
     chat_request,
     completion_prompt,
     extract_answer,
     extract_completion,
-    is_thinking,
-    opens_thinking,
     should_stop,
-    without_thinking,
 )
 from pipeline.tasks.humaneval_problems import Problem, load_problems
 

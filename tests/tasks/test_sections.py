@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.config.evaluation import EvaluationConfig, load_suite
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.evaluation import EvaluationConfig, load_suite
 from pipeline.config.models import load_model
 from pipeline.stages.validate import SECTIONS
 from pipeline.tasks import sections as keys
