@@ -62,6 +62,14 @@ def _stage(module: str, function: str = "run") -> Any:
     return getattr(importlib.import_module(f"pipeline.{path}"), function)
 
 
+def _guarded(stage: str, model: str, variant: str | None = None) -> None:
+    """Run a stage once it is known that it can end well."""
+    guard = importlib.import_module("pipeline.preflight.guard")
+    guard.before(stage, model, variant)
+    _stage(stage)(model, *filter(None, (variant,)))
+    guard.after(stage, model)
+
+
 def _known_model(_ctx: click.Context, _parameter: click.Parameter, model: str) -> str:
     from pipeline.config.models import load_model
 
@@ -106,7 +114,7 @@ def plan(model: tuple[str, ...], tier: str | None, device: str | None, context: 
 @_MODEL
 def download(model: str) -> None:
     """Fetch MODEL's checkpoint and the datasets into the store, check every hash, write the source lock."""
-    _stage("download")(model)
+    _guarded("download", model)
 
 
 @cli.command()
@@ -120,7 +128,7 @@ def export(model: str) -> None:
 @_MODEL
 def calibrate(model: str) -> None:
     """Measure activation statistics on the calibration text."""
-    _stage("calibrate")(model)
+    _guarded("calibrate", model)
 
 
 @cli.command()
@@ -128,14 +136,17 @@ def calibrate(model: str) -> None:
 @click.option("--if-needed", is_flag=True, help="Only if a variant of configs/pipeline.yaml has a budget.")
 def sensitivity(model: str, if_needed: bool) -> None:
     """Measure what each matrix loses in each format, for recipes with a budget."""
-    _stage("sensitivity")(model, if_needed)
+    if not if_needed or _stage("sensitivity", "is_needed")():
+        _guarded("sensitivity", model)
+    else:
+        _stage("sensitivity", "skip")(model)
 
 
 @cli.command()
 @_MODEL
 def parity(model: str) -> None:
     """Compare the graph's logits with Optimum's export of the same checkpoint."""
-    _stage("parity")(model)
+    _guarded("parity", model)
 
 
 @cli.command()
@@ -144,7 +155,10 @@ def parity(model: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan with its exact size, write nothing.")
 def quantize(model: str, variant: str, dry_run: bool) -> None:
     """Apply recipe VARIANT to MODEL; prints the plan first."""
-    _stage("quantize")(model, variant, dry_run)
+    if dry_run:
+        _stage("quantize")(model, variant, dry_run=True)
+    else:
+        _guarded("quantize", model, variant)
 
 
 @cli.command()
@@ -152,7 +166,7 @@ def quantize(model: str, variant: str, dry_run: bool) -> None:
 @_VARIANT
 def validate(model: str, variant: str) -> None:
     """Measure a written VARIANT, or the full-precision model when VARIANT is `reference`."""
-    _stage("validate")(model, variant)
+    _guarded("validate", model, variant)
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import shutil
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+_KERNEL_FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve"}
 
 
 def cores(root: Path = _ROOT) -> int:
@@ -37,6 +39,16 @@ def processor(root: Path = _ROOT) -> str:
     """The processor's name as Linux gives it; "" where it does not."""
     found = re.search(r"^model name\s*: (.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1] if found else ""
+
+
+def kernel_class(root: Path = _ROOT) -> str:
+    """What decides which kernels numerical libraries pick, such as `x86_64 avx2 avx512f`.
+
+    In one class equal work gives equal bytes. OPENBLAS_CORETYPE picks for OpenBLAS, so it is part of it.
+    """
+    found = re.search(r"^(?:flags|Features)\s*: (.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    flags = sorted(_KERNEL_FLAGS & set(found[1].split())) if found else []
+    return " ".join([platform.machine(), *flags, os.environ.get("OPENBLAS_CORETYPE", "")]).strip()
 
 
 def free_disk(path: Path) -> int:

@@ -56,9 +56,9 @@ def load_pipeline() -> PipelineConfig:
     return load(PipelineConfig, CONFIGS / "pipeline.yaml")
 
 
-def load_model(name: str) -> ModelConfig:
+def load_model(model: str) -> ModelConfig:
     """configs/models/<name>.yaml"""
-    return load(ModelConfig, CONFIGS / "models" / f"{name}.yaml")
+    return load(ModelConfig, CONFIGS / "models" / f"{model}.yaml")
 
 
 def model_names() -> list[str]:

@@ -109,3 +109,8 @@ def load_recipe(variant: str) -> Recipe:
 def has_budget(variants: Iterable[str]) -> bool:
     """Whether any of these recipes is solved for, from what the sensitivity stage measures."""
     return any(isinstance(load_recipe(variant), BudgetRecipe) for variant in variants)
+
+
+def recipe_names() -> list[str]:
+    """Every recipe of configs/recipes, sorted."""
+    return sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))

@@ -57,7 +57,7 @@ def escalate(models: list[str], variants: list[str]) -> None:
     suite, waiting = load_suite(run.suite), False
     pairs = [(model, variant) for model in models for variant in variants]
     verdicts = {f"{model} {variant}": read_verdict(Workspace(model), variant) for model, variant in pairs}
-    for task, part in suite.parts():
+    for task, part in suite.by_task():
         judged = {gate.name for gate in task.gates if gate.kind == LOOKS}
         asked, wanted = getattr(part, task.counted[0]) if judged else 0, 0
         for name, verdict in verdicts.items():

@@ -17,7 +17,7 @@ from pipeline.tasks.registry import load_suite
 def needed_datasets() -> dict[str, HubFile | WheelSource]:
     """Entries of configs/datasets.yaml that the selected run reads. Raises ConfigError for an absent one."""
     suite, datasets = load_suite(load_pipeline().suite), load_datasets().datasets
-    needed = {name for task, part in suite.parts() for name in task.datasets(part)}
+    needed = {name for task, part in suite.by_task() for name in task.datasets(part)}
     needed |= {*load_calibration().datasets, *load_sensitivity().datasets}
     if unknown := sorted(needed - set(datasets)):
         raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")

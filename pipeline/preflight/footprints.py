@@ -6,9 +6,8 @@ knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -21,6 +20,7 @@ from pipeline.config.phones import load_shapes
 from pipeline.config.recipes import BudgetRecipe, load_recipe
 from pipeline.errors import PipelineError, PlanError
 from pipeline.graph.decoder import build_decoder
+from pipeline.judge.measured import measured_candidate
 from pipeline.judge.verdicts import read_verdict
 from pipeline.planning.devices import Candidate, Figure, Footprint
 from pipeline.planning.memory import packed_memory
@@ -81,43 +81,6 @@ def candidate(found: Known, variant: str, context: int) -> Candidate:
     metrics = workspace.read(workspace.metrics(variant), "validate", variant)
     verdict = read_verdict(workspace, variant).verdict if workspace.verdict(variant).exists() else None
     return measured_candidate(variant, metrics, verdict, _read_bytes(found, variant, context))
-
-
-def judged(workspace: Workspace, variant: str) -> Candidate:
-    """A variant as it was measured and judged. Raises PipelineError when `validate` or `verdict` has not run."""
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
-    return measured_candidate(variant, metrics, read_verdict(workspace, variant).verdict)
-
-
-def measured_candidate(
-    variant: str, metrics: Mapping[str, Any], verdict: str | None, read: Figure | None = None
-) -> Candidate:
-    """From a variant's metrics and its verdict. Raises PipelineError when the metrics lack a figure."""
-    try:
-        return Candidate(measured(variant, metrics, read), verdict, metrics["divergence"]["kl_mean"])
-    except (KeyError, TypeError) as error:
-        raise PipelineError(
-            f"the metrics of {variant} lack a figure ({error!r}). Run the validate stage again."
-        ) from None
-
-
-def measured(variant: str, metrics: Mapping[str, Any], read: Figure | None = None) -> Footprint:
-    """From a variant's metrics. Weights are the process's private bytes at the peak of loading, the interpreter's share
-    included; use is what its peak of private and mapped memory adds, with the short cache that it had then: both err
-    on the safe side."""
-    size, speed = metrics["size"], metrics["speed"]
-    loaded = speed["load_peak_private_bytes"]
-    return Footprint(
-        variant=variant,
-        download=Figure(size["bytes_on_disk"], "measured"),
-        weights=Figure(loaded, "measured"),
-        activations=Figure(max(0, speed["peak_memory_bytes"] - loaded), "measured"),
-        loading=Figure(loaded + speed["load_peak_mapped_bytes"], "measured"),
-        packed=Figure(loaded, "measured"),
-        kv_cache=size["kv_cache"]["type"],
-        cache_bytes=size["kv_cache"]["bytes_per_token"],
-        read=read,
-    )
 
 
 def computed(found: Known, variant: str, context: int) -> Footprint:

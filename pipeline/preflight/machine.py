@@ -25,6 +25,7 @@ from pipeline.config.sources import LocalSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Needs, Rates
+from pipeline.runtime.session import runs_layered
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.workspace import ARTIFACTS, MODEL_FILE, REFERENCE, Workspace
 
@@ -174,12 +175,11 @@ def reference_needs(
     entry: ModelConfig,
     memory: int,
     rates: Rates | None = None,
-) -> tuple[Needs, bool]:
-    """What the reference stage takes where `memory` bytes are available, and whether it runs layer by layer there."""
-    whole = needs.reference(architecture, weight_bytes, suite, entry, rates)
-    if suite.reference == "layers" or (suite.reference == "auto" and whole.memory > memory):
-        return needs.layered_reference(architecture, suite, entry, rates), True
-    return whole, False
+) -> Needs:
+    """What the reference stage takes where `memory` bytes are available."""
+    if runs_layered(suite.reference, weight_bytes, architecture.parameters, memory):
+        return needs.layered_reference(architecture, suite, entry, rates)
+    return needs.reference(architecture, weight_bytes, suite, entry, rates)
 
 
 def stage_needs(
@@ -202,7 +202,7 @@ def stage_needs(
     for variant, (size, _) in sizes.items():
         search = load_recipe(variant).search
         yield needs.quantize(variant, size, architecture, search, calibration, rates)
-    yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)[0]
+    yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)
     for variant, (size, cache) in sizes.items():
         yield needs.validate(architecture, variant, size, cache, suite, entry, rates)
     for variant in variants:

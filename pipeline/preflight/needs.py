@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
 from pipeline.planning.memory import ACTIVATION_COPIES
+from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.tasks.registry import Suite
 from pipeline.tasks.task import Cost
 
@@ -21,26 +23,16 @@ PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
-WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}
-"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
-shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
-matrices of 4,096 and 11,008 columns, on an AMD core with AVX2."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
-HEADROOM = 4 / 3
-"""On top of weights in float32: a quarter of what is available stays free for activations and everyone else."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-GENERATION_LOGIT_BYTES = 1 << 29
-"""What the logits of one batch of prompts may take: `pipeline.runtime.generate` fills batches up to this."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
-GENERATION_CACHE_BYTES = 1 << 31
-"""What its keys and values may take, a single text aside."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
 
@@ -186,7 +178,7 @@ def reference(
     return Needs(
         "reference",
         None,
-        round(HEADROOM * widened_bytes(weight_bytes, architecture.parameters)),
+        memory_needed(weight_bytes, architecture.parameters),
         _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
         _suite_seconds(architecture, costs, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
@@ -200,20 +192,19 @@ def layered_reference(
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
-    costs = [task.cost(part, entry) for task, part in suite.parts() if task.runs_graph and not task.reads]
-    decoding = [task.title for task, _ in suite.parts() if not task.runs_graph]
-    window, longest = (max((getattr(cost, name) for cost in costs), default=0) for name in ("window", "read"))
+    costs = [task.cost(part, entry) for task, part in suite.by_task() if task.runs_graph and not task.reads]
+    decoding = [task.title for task, _ in suite.by_task() if not task.runs_graph]
+    window, longest = _most(costs, "window"), _most(costs, "read")
     logits = 2 * 4 * architecture.vocab * window  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
-    seconds = sum(_pass_seconds(architecture, cost.read, rates) for cost in costs) if rates else None
     return Needs(
         "reference",
         None,
         PROCESS_BYTES + max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits)),
         2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
-        seconds,
+        sum(_pass_seconds(architecture, cost.read, rates) for cost in costs) if rates else None,
         f"one layer or the head in float32; hidden states of {longest:,} tokens; 2 bytes per token and "
-        f"vocabulary entry kept; without {' and '.join(decoding) or 'nothing'}",
+        f"vocabulary entry kept; without {' and '.join(decoding)}",
     )
 
 
@@ -226,32 +217,20 @@ def validate(
     entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
-    """A variant measured: prepacked weights, and the larger of logits with an MMLU prompt's cache and a batch written.
+    """A variant measured: prepacked weights, logits, and an MMLU prompt's cache or that of a text that is written.
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
     costs = _costs(suite, entry)
-    window, cached = (max((getattr(cost, name) for cost in costs), default=0) for name in ("window", "cached"))
-    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * window + cached * cache_bytes  # and numpy's
-    generation = max((_generation_bytes(architecture, cost, cache_bytes) for cost in costs), default=0)
+    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
         variant,
-        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + max(logits, generation),
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + _most(costs, "cached") * cache_bytes,
         SMALL_FILES_BYTES,
         _suite_seconds(architecture, costs, rates),
-        f"prepacked weights, logits and KV cache of a batch; {sum(cost.read for cost in costs):,} tokens read",
+        f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
     )
-
-
-def _generation_bytes(architecture: Architecture, cost: Cost, cache_bytes: int) -> int:
-    """Logits of a batch of prompts, and its keys and values."""
-    if not cost.texts:
-        return 0
-    rows = max(1, GENERATION_LOGIT_BYTES // (4 * architecture.vocab * cost.prompt))
-    text = cost.text * cache_bytes
-    texts = min(rows, cost.texts) * text
-    return LOGIT_COPIES * GENERATION_LOGIT_BYTES + min(texts, max(text, GENERATION_CACHE_BYTES))
 
 
 def bundle(variant: str) -> Needs:
@@ -259,13 +238,12 @@ def bundle(variant: str) -> Needs:
     return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
 
 
-def widened_bytes(weight_bytes: int, parameters: int) -> int:
-    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
-    return weight_bytes + 4 * parameters
-
-
 def _costs(suite: Suite, entry: ModelConfig) -> list[Cost]:
-    return [task.cost(part, entry) for task, part in suite.parts()]
+    return [task.cost(part, entry) for task, part in suite.by_task()]
+
+
+def _most(costs: Iterable[Cost], what: str) -> int:
+    return max((getattr(cost, what) for cost in costs), default=0)
 
 
 def _codes_bytes(architecture: Architecture, costs: Iterable[Cost]) -> int:
@@ -295,7 +273,7 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
 
 
 def _suite_seconds(architecture: Architecture, costs: Iterable[Cost], rates: Rates | None) -> float | None:
-    """Tokens read, and tokens written."""
+    """Tokens read, and tokens written: at most the limit for each text."""
     if not rates:
         return None
     return _product_seconds(architecture, sum(cost.read + DECODE_COST * cost.written for cost in costs), rates)

@@ -23,6 +23,25 @@ ort.set_default_logger_severity(3)
 _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
+def widened_bytes(weight_bytes: int, parameters: int) -> int:
+    """Memory that a full-precision graph takes with its weights held in float32 beside their mapped file."""
+    return weight_bytes + 4 * parameters
+
+
+def memory_needed(weight_bytes: int, parameters: int) -> int:
+    """Bytes that must be available for a full-precision graph to be held whole: a quarter of them stays free for
+    activations and everyone else."""
+    return round(4 / 3 * widened_bytes(weight_bytes, parameters))
+
+
+def runs_layered(reference: str, weight_bytes: int, parameters: int, memory: int) -> bool:
+    """Whether a full-precision model runs layer by layer where `memory` bytes are available.
+
+    `reference` is the suite's: "memory", "layers" or "auto".
+    """
+    return reference == "layers" or (reference == "auto" and memory_needed(weight_bytes, parameters) > memory)
+
+
 def open_session(path: Path) -> ort.InferenceSession:
     """Load a model on the CPU with all cores. Raises EvaluationError when ONNX Runtime refuses the file."""
     return _open(path, path, ort.SessionOptions())

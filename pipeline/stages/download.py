@@ -1,4 +1,4 @@
-"""download: bring a model's checkpoint and the pinned datasets into the store; lock what was found."""
+"""download: bring a model's checkpoint into the store; lock what was found."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ import sys
 from pipeline.calibrate.texts import read_tokenizer
 from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import fetch_dataset, fetch_model, write_lock
+from pipeline.checkpoint.sources import fetch_model, write_lock
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_shapes
 from pipeline.errors import CheckpointError
-from pipeline.preflight.check import check_all, needed_datasets
-from pipeline.preflight.machine import misfits, require_download
 from pipeline.workspace import Workspace
 
 
 def run(model: str) -> None:
     """Fetch, check and lock one model.
 
-    All configuration of the run is read first, and the checkpoint's tensors and tokenizer are compared with its
-    config.json last, so that neither a typo nor an unsupported model is found hours later.
+    The checkpoint's tensors and tokenizer are compared with its config.json, so that an unsupported model is not found
+    hours later.
     """
-    check_all()
     entry = load_model(model)
     store, workspace = Store(), Workspace(model)
-    require_download(model, store)
-    for name, source in needed_datasets().items():
-        fetch_dataset(name, source, store)
     lock = fetch_model(model, entry, store)
     folder = workspace.link(lock, store)
     checkpoint = Checkpoint(folder)
@@ -48,5 +42,3 @@ def run(model: str) -> None:
     )
     for note in notes:
         print(f"{model}: {note}", file=sys.stderr)
-    for sentence in misfits(model):
-        print(f"{model}: will not run here: {sentence}", file=sys.stderr)

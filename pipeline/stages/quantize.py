@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numba
-import numpy as np
 import onnx
 from threadpoolctl import threadpool_limits
 
-import pipeline
-from pipeline.artifact.estimate import estimate
+from pipeline import keys, machine
+from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND, estimate
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
 from pipeline.artifact.write import write_artifact
@@ -29,10 +25,7 @@ from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, scratch_directory, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.graph.slices import DecoderSlices
-from pipeline.machine import cores
 from pipeline.partial import Partial, discard, open_partial
-from pipeline.preflight import needs
-from pipeline.preflight.machine import require
 from pipeline.runtime.stream import Hessians
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
@@ -54,7 +47,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     if dry_run:
         print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
         if recipe.search == "gptq":
-            seconds = architecture.parameters / (needs.WEIGHTS_PER_CORE_SECOND["gptq"] * cores())
+            seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["gptq"] * machine.cores())
             print(f"  and error compensation: about {seconds:,.0f} s (computed), and one pass of the calibration text")
         return
     key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
@@ -65,8 +58,6 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
         return
     with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
-        left = max(0, drafted.bytes - partial.bytes)
-        require(model, needs.quantize(variant, left, architecture, recipe.search, load_calibration()))
         search = _search(recipe, workspace, architecture, partial, stack)
         ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
         write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)
@@ -118,37 +109,17 @@ def _intact(folder: Path, key: str) -> dict[str, str] | None:
 
 
 def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
-    """What decides an artifact's bytes: unfinished work goes on only under the same. SHA-256, 64 hex digits."""
+    """What decides an artifact's bytes: unfinished work goes on only under the same. 64 hex digits."""
+    statistics = [workspace.moments] * (recipe.search != "nearest") + [workspace.ranges] * (recipe.kv_cache == "int8")
     inputs = {
-        "source": {file.name: file.sha256 for file in workspace.read_lock().files},
         "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
-        "moments": (
-            None if recipe.search == "nearest" else sha256_of(workspace.require(workspace.moments, "calibrate"))
-        ),
+        "statistics": [sha256_of(workspace.require(file, "calibrate")) for file in statistics],
         "search": recipe.search,
+        "calibration": load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
-        "calibration": load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
-        "ranges": sha256_of(workspace.require(workspace.ranges, "calibrate")) if recipe.kv_cache == "int8" else None,
-        "code": [sha256_of(file) for file in _code()],
-        "libraries": [(module.__name__, module.__version__) for module in (numba, np, onnx)],
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _code() -> list[Path]:
-    """The code of the package up to the artifact layer, what streams text through a model, and this stage."""
-    package = Path(pipeline.__file__).parent
-    layers = ("checkpoint", "graph", "quantize", "planning", "artifact")
-    unused = {package / "planning" / "devices.py"}  # phones decide no byte
-    return [
-        Path(__file__),
-        package / "calibrate" / "texts.py",
-        package / "compiled.py",
-        package / "runtime" / "session.py",
-        package / "runtime" / "stream.py",
-        *sorted(f for name in layers for f in (package / name).glob("*.py") if f not in unused),
-    ]
+    return keys.digest([keys.code(__name__), machine.kernel_class(), inputs])
 
 
 def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:

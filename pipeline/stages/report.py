@@ -40,7 +40,7 @@ def _collect() -> Report:
 
 def _about(suite: str) -> dict[str, str]:
     """Facts about the run: the commit, what was asked, and what a release of it would be."""
-    signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).parts()]
+    signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).by_task()]
     return {
         "commit": _commit(),
         "suite": f"{suite}: {', '.join(filter(None, asked))}",

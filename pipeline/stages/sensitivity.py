@@ -8,17 +8,14 @@ takes as long as a calibration and goes on where a killed run was.
 from __future__ import annotations
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from safetensors.numpy import save
 
-import pipeline
+from pipeline import keys, machine
 from pipeline.calibrate.damage import Damage, sensitivities
 from pipeline.calibrate.results import ERRORS, ORDER, read_moments
 from pipeline.calibrate.texts import input_ids
@@ -28,29 +25,21 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import has_budget
-from pipeline.files import atomic_directory, read_json, sha256_of, write_bytes, write_json
+from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
-from pipeline.machine import cores
 from pipeline.partial import open_partial
-from pipeline.preflight import needs
-from pipeline.preflight.machine import require
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
-from pipeline.tasks.registry import load_suite
-from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import MODEL_FILE, Workspace
 
 _DAMAGED_ROWS = 256
 
 
-def run(model: str, if_needed: bool = False) -> None:
+def run(model: str) -> None:
     """Write artifacts/<model>/sensitivity: errors of every matrix and format, and nats of every matrix.
 
-    With `if_needed`, an empty folder unless a variant of configs/pipeline.yaml has a budget. What the same inputs and
-    code gave before is kept either way.
-
-    Raises EvaluationError when its text shares 13-grams of words with the text and questions that judge.
+    What the same inputs and code gave before is kept.
     """
     wanted, store, workspace = load_sensitivity(), Store(), Workspace(model)
     folder = workspace.reference(store)
@@ -60,14 +49,7 @@ def run(model: str, if_needed: bool = False) -> None:
     if _measured_by(workspace, key):
         print(f"{model}: damage of matrices measured before from the same inputs and code; kept")
         return
-    if if_needed and not has_budget(load_pipeline().variants):
-        with atomic_directory(workspace.sensitivity):
-            pass
-        print(f"{model}: no variant has a budget, so nothing was measured")
-        return
     architecture = read_architecture(folder / "config.json")
-    require(model, needs.sensitivity(architecture, wanted))
-    check_unseen(windows, folder, load_suite(load_pipeline().suite), store)
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
@@ -89,6 +71,18 @@ def run(model: str, if_needed: bool = False) -> None:
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in worst:
         print(f"  {name:<44} {nats[name]:.5f} nats")
+
+
+def is_needed() -> bool:
+    """Whether a variant of configs/pipeline.yaml has a budget."""
+    return has_budget(load_pipeline().variants)
+
+
+def skip(model: str) -> None:
+    """Leave the results as they are, or write an empty folder where there are none."""
+    folder = Workspace(model).sensitivity
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{model}: no variant has a budget, so nothing was measured")
 
 
 def _measured_by(workspace: Workspace, key: str) -> bool:
@@ -117,7 +111,7 @@ def measure_errors(
         squared_norms(weights, norms)
         return norms * (matrix.rows / len(weights))
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(machine.cores()) as pool:
         matrices = _matrices(architecture)
         norms = zip(matrices, pool.map(one, matrices), strict=True)
         for name, sharing in groupby(norms, key=lambda item: item[0].input):
@@ -154,7 +148,7 @@ def _damage(moments: dict[str, np.ndarray], wanted: SensitivityConfig) -> Damage
             part = rows[start : start + _DAMAGED_ROWS]
             found[start : start + _DAMAGED_ROWS] = weighted(part, _importance(matrix, moments), fmt).dequantize()
 
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(machine.cores()) as pool:
             list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
         return found
 
@@ -162,19 +156,11 @@ def _damage(moments: dict[str, np.ndarray], wanted: SensitivityConfig) -> Damage
 
 
 def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:
-    """What decides the measurement: SHA-256, 64 hex digits."""
-    package = Path(pipeline.__file__).parent
-    code = (
-        *("runtime/session.py", "calibrate/damage.py", "graph/slices.py", "graph/taps.py", "quantize/formats.py"),
-        *("quantize/search.py", "quantize/split.py", "stages/sensitivity.py"),
-    )
+    """What decides the measurement, 64 hex digits."""
     inputs = {
-        "source": {file.name: file.sha256 for file in workspace.read_lock().files},
+        "config": wanted.model_dump(mode="json"),
         "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
         "moments": sha256_of(workspace.moments),
-        "config": wanted.model_dump(mode="json"),
         "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
-        "code": [sha256_of(package / name) for name in code],
-        "libraries": [(module.__name__, module.__version__) for module in (np, onnx, onnxruntime)],
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return keys.digest([keys.code(__name__), machine.kernel_class(), inputs])

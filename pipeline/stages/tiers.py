@@ -10,7 +10,7 @@ from pipeline.config.models import load_pipeline
 from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.files import sha256_of
-from pipeline.preflight.footprints import judged
+from pipeline.judge.measured import judged
 from pipeline.stages.bundle import commit_time
 from pipeline.stages.sign import is_development, require_intact, sign_folder
 from pipeline.workspace import Workspace, public_key_path

@@ -21,35 +21,28 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
-from pipeline.preflight import needs
-from pipeline.preflight.machine import reference_needs, require
+from pipeline.runtime.session import runs_layered
 from pipeline.tasks import kept
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.tasks.sections import key_of, measured_files
 from pipeline.tasks.subject import Subject
 from pipeline.tasks.task import Task
-from pipeline.tasks.unseen import check_unseen, tuning_windows
 from pipeline.workspace import MODEL_FILE, PLAN_FILE, REFERENCE, Workspace
 
 _LAYOUT = "one folder per task"  # of unfinished work; another one is not continued
 
 
 def run(model: str, variant: str) -> None:
-    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics.
-
-    Raises EvaluationError, for the reference, when the suite judges on text that quantization is tuned on.
-    """
+    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
     suite, workspace = load_suite(load_pipeline().suite), Workspace(model)
-    for task, part in suite.parts():
+    for task, part in suite.by_task():
         task.machine(part)  # what cannot be measured here is refused before an hour of measuring, not after it
     subject = _subject(model, variant, suite)
-    if variant == REFERENCE:  # calibration looked at the suite of its day
-        check_unseen(tuning_windows(subject.folder, subject.store), subject.folder, suite, subject.store)
     files = measured_files(subject)
     metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
-        for task, part in suite.parts():
+        for task, part in suite.by_task():
             found = _measured(task, replace(subject, wanted=part), files, partial.folder, metrics)
             if found is not None:
                 metrics[task.name] = found
@@ -87,26 +80,22 @@ def _measured(
 
 
 def _subject(model: str, variant: str, suite: Suite) -> Subject:
-    """What is validated, once this machine is known to have the room."""
+    """What is validated."""
     store, workspace, entry = Store(), Workspace(model), load_model(model)
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE
         architecture = read_architecture(folder / "config.json")
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
-        need, layered = reference_needs(architecture, weight_bytes, suite, entry, memory)
+        layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
         folder = workspace.require(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
-        for task, _ in suite.parts():
+        for task, _ in suite.by_task():
             if task.runs_graph and not task.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / task.name, "validate", REFERENCE)
-        plan = workspace.read(folder / PLAN_FILE, "quantize", variant)
-        cache = plan["kv_cache"]["bytes_per_token"]
-        need = needs.validate(architecture, variant, plan["bytes"], cache, suite, entry)
         layered = False
-    require(model, need)
     return Subject(model, variant, folder, graph, architecture, entry, store, layered)
 
 

@@ -36,13 +36,13 @@ class Suite(Frozen):
         description="whole in memory; layer by layer, without what decodes; auto: in memory where it fits",
     )
 
-    def parts(self) -> list[tuple[Task, Any]]:
+    def by_task(self) -> list[tuple[Task, Any]]:
         """The tasks that it measures, each with its part."""
         return [(task, part) for task in tasks() if (part := getattr(self, task.part)) is not None]
 
     def texts(self) -> tuple[str, ...]:
         """Names of the held-out text that judges, sorted."""
-        return tuple(sorted({name for _, part in self.parts() for name in getattr(part, "texts", ())}))
+        return tuple(sorted({name for _, part in self.by_task() for name in getattr(part, "texts", ())}))
 
 
 @cache
@@ -52,9 +52,9 @@ def suite_type() -> type[Suite]:
     return create_model("EvaluationConfig", __base__=Suite, **fields)
 
 
-def load_suite(name: str) -> Suite:
-    """configs/evaluation/<name>.yaml"""
-    return load(suite_type(), CONFIGS / "evaluation" / f"{name}.yaml")
+def load_suite(suite: str) -> Suite:
+    """configs/evaluation/<suite>.yaml"""
+    return load(suite_type(), CONFIGS / "evaluation" / f"{suite}.yaml")
 
 
 def figures(metrics: Mapping[str, Any], texts: Sequence[str]) -> list[Figure]:

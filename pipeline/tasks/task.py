@@ -197,10 +197,8 @@ class Cost:
         read: tokens that the model reads.
         written: tokens that it decodes one by one.
         window: tokens whose logits are held at once.
-        cached: tokens of keys and values that are held beside them.
+        cached: tokens whose keys and values are held beside them.
         kept: tokens whose log-probabilities the reference keeps.
-        prompt, text, texts: of what is written in batches, a prompt's mean tokens, the most tokens of a prompt with its
-            answer, and how many texts there are to share a batch.
     """
 
     read: int = 0
@@ -208,9 +206,6 @@ class Cost:
     window: int = 0
     cached: int = 0
     kept: int = 0
-    prompt: int = 1
-    text: int = 0
-    texts: int = 0
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
@@ -232,7 +227,6 @@ class Task:
         against_reference: whether each of a variant's items is a comparison with the reference's.
         reads: another task, whose part of the suite decides this one too, and whose items of the reference it is made
             from.
-        asked: fields of a model's entry that say how it asks, besides those that begin with its own name.
         unit: what its items are.
         machine: part → what of this machine decides its results. Raises EvaluationError, before anything is measured,
             where it cannot be measured here.
@@ -255,7 +249,6 @@ class Task:
     runs_graph: bool = False
     against_reference: bool = False
     reads: str | None = None
-    asked: tuple[str, ...] = ()
     unit: str = "items"
     machine: Callable[[Any], Any] = lambda part: None
     datasets: Callable[[Any], Iterable[str]] = lambda part: ()

@@ -7,24 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.calibrate.texts import input_ids, read_tokenizer
+from pipeline.calibrate.texts import read_tokenizer
 from pipeline.calibrate.windows import overlap
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.calibration import load_calibration, load_sensitivity
 from pipeline.errors import EvaluationError
 from pipeline.tasks.registry import Suite
 
 
 def evaluation_texts(suite: Suite, store: Store) -> Iterator[tuple[str, list[str]]]:
     """What judges, by dataset: held-out text, questions with their choices, problems with their solutions."""
-    for task, part in suite.parts():
+    for task, part in suite.by_task():
         yield from task.texts(part, store)
-
-
-def tuning_windows(folder: Path, store: Store) -> list[np.ndarray]:
-    """Token ids of all that is calibrated on or that budgets are measured by."""
-    tuned = (load_calibration(), load_sensitivity())
-    return [ids for wanted in tuned for ids in input_ids(wanted, folder, store)]
 
 
 def check_unseen(windows: Sequence[np.ndarray], folder: Path, suite: Suite, store: Store) -> None:

@@ -50,14 +50,9 @@ class WritingConfig(Frozen):
         return self.answer_tokens(entry) + self.thinking_tokens(entry)
 
     def cost(self, entry: ModelConfig, requests: int, prompt_tokens: int) -> Cost:
-        """Prompts read, and answers that all meet their limit: so long the slowest row of a batch takes."""
+        """Prompts read, and answers that all meet their limit."""
         answers, most = requests * self.samples, self.most_tokens(entry)
-        return Cost(
-            *(answers * prompt_tokens, answers * most),
-            prompt=prompt_tokens,
-            text=prompt_tokens + most,
-            texts=self.samples if self.temperature else requests,
-        )
+        return Cost(read=answers * prompt_tokens, written=answers * most, cached=prompt_tokens + most)
 
 
 def name_of(request: str, sample: int = 0) -> str:
@@ -87,7 +82,9 @@ def described(subject: Subject, journal: Journal, names: Sequence[Sequence[str]]
     cuts = [journal.items[name]["cut"] for row in names for name in row]
     return {
         "prompt": entry.humaneval_prompt,
-        **{name: getattr(wanted, name) for name in ("temperature", "top_p", "seed")},
+        "temperature": wanted.temperature,
+        "top_p": wanted.top_p,
+        "seed": wanted.seed,
         "answer_tokens": wanted.answer_tokens(entry),
         "thinking_tokens": wanted.thinking_tokens(entry),
         "cut_answers": cuts.count("answer"),

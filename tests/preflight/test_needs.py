@@ -10,8 +10,9 @@ from pipeline.config.models import ModelConfig, load_model
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Rates
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS
-from pipeline.tasks.mmlu import TOKENS
+from pipeline.tasks.mmlu import LONGEST, TOKENS
 from pipeline.tasks.registry import Suite, load_suite
+from pipeline.tasks.subject import CHUNK
 from tests.real_configs import architecture_of
 
 PHI_4_BYTES = 29_319_014_400
@@ -129,17 +130,15 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
     assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds  # type: ignore[operator]
 
 
-def test_a_variant_takes_its_prepacked_bytes_and_a_batch(tmp_path: Path, suite: Suite) -> None:
+def test_a_variant_takes_its_prepacked_bytes_logits_and_a_cache(tmp_path: Path, suite: Suite) -> None:
     architecture, entry = architecture_of("mimo-8b", tmp_path), asked("completion")
     small, large = (needs.validate(architecture, "q4", size, 0, suite, entry, RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
-    assert small.memory - needs.PROCESS_BYTES >= 3 * needs.GENERATION_LOGIT_BYTES
+    assert small.memory - needs.PROCESS_BYTES == 4 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)
     assert large.seconds == small.seconds
     token = 2 * 4 * 36 * 8 * 128
     short, long = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES).memory for n in (1, 2))
-    batch, rest = divmod(long - short, token)
-    assert rest == 0  # a batch of prompts and what is written after them
-    assert batch % (PROMPT_TOKENS + suite.humaneval.max_new_tokens) == 0 < batch
+    assert long - short == token * 2 * LONGEST["letter"]
 
 
 def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
@@ -157,21 +156,16 @@ def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_on
     assert one - small.seconds == pytest.approx(2 * multiplied * TOKENS["five-shot"] / RATES.flops)
 
 
-def test_thinking_takes_room_for_its_tokens_but_no_more_than_a_batch_may(tmp_path: Path, suite: Suite) -> None:
+def test_a_long_thought_takes_room_for_its_tokens(tmp_path: Path, suite: Suite) -> None:
     architecture, token = architecture_of("mimo-8b", tmp_path), 2 * 4 * 36 * 8 * 128
+    long = suite.model_copy(update={"humaneval": suite.humaneval.model_copy(update={"max_think_tokens": 30_000})})
     memory = {
-        prompt: needs.validate(architecture, "q4", 0, token, suite, asked(prompt), RATES).memory
+        prompt: needs.validate(architecture, "q4", 0, token, long, asked(prompt), RATES).memory
         for prompt in ("completion", "chat", "thinking")
     }
-    assert memory["completion"] < memory["chat"] < memory["thinking"]
-    logits = 3 * needs.GENERATION_LOGIT_BYTES  # of a 6-bit head: two products and their sum
-    assert memory["thinking"] - needs.PROCESS_BYTES == logits + needs.GENERATION_CACHE_BYTES
-    long = suite.humaneval.model_copy(update={"max_think_tokens": 30_000})  # one text alone needs more
-    wanted = needs.validate(
-        architecture, "q4", 0, token, suite.model_copy(update={"humaneval": long}), asked("thinking"), RATES
-    )
-    text = PROMPT_TOKENS + long.max_chat_tokens + 30_000
-    assert wanted.memory - needs.PROCESS_BYTES == logits + text * token
+    assert memory["completion"] == memory["chat"] < memory["thinking"]
+    text = PROMPT_TOKENS + long.humaneval.max_chat_tokens + 30_000
+    assert memory["thinking"] - memory["chat"] == (text - 2 * LONGEST["letter"]) * token
 
 
 def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: Suite) -> None:

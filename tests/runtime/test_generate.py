@@ -1,4 +1,4 @@
-"""Generation with the real small model: batches must not change what is written, seeds must decide it."""
+"""Generation with the real small model: a text depends on its prompt and its seed, and on nothing else."""
 
 from __future__ import annotations
 
@@ -32,45 +32,37 @@ def never(_: str) -> bool:
     return False
 
 
-def test_a_batch_of_unequal_prompts_writes_what_each_writes_alone(writer: Writer) -> None:
-    alone = [writer.continuations([prompt], Limits(12), never)[0] for prompt in PROMPTS]
-    assert writer.continuations(PROMPTS, Limits(12), never) == alone
-    assert "Paris" in alone[0].text
-    assert "return a + b" in alone[1].text
-    assert all(len(one.ids) == 12 and one.cut == "answer" for one in alone)
-    assert all(writer.tokenizer.decode(list(one.ids)) == one.text for one in alone)
+def test_a_text_is_the_same_whatever_was_asked_before(writer: Writer) -> None:
+    first, *_ = [writer.continuation(prompt, Limits(12), never) for prompt in PROMPTS]
+    again = [writer.continuation(prompt, Limits(12), never) for prompt in reversed(PROMPTS)]
+    assert again[-1] == first
+    assert "Paris" in first.text
+    assert "return a + b" in again[2].text
+    assert all(len(one.ids) == 12 and one.cut == "answer" for one in again)
+    assert all(writer.tokenizer.decode(list(one.ids)) == one.text for one in again)
 
 
-def test_batches_hold_every_prompt_once_longest_first_within_the_bound_of_logits(
-    writer: Writer, monkeypatch: pytest.MonkeyPatch
+def test_a_text_ends_at_the_look_that_finds_it_complete(writer: Writer) -> None:
+    found = writer.continuation(PROMPTS[0], Limits(64), lambda text: "Paris" in text)
+    assert "Paris" in found.text
+    assert (len(found.ids), found.cut) == (8, "")  # the first look
+    other = writer.continuation(PROMPTS[3], Limits(24), lambda text: "Paris" in text)
+    assert (len(other.ids), other.cut) == (24, "answer")
+
+
+def test_the_runtime_takes_the_cores_that_this_process_may_use(
+    smollm2_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    longest = max(map(writer.tokens, PROMPTS))
-    monkeypatch.setattr(generate, "_LOGIT_BYTES", 4 * writer.vocab * longest * 2)
-    batches = list(writer.batches(PROMPTS, Limits(12)))
-    assert sorted(row for batch in batches for row in batch) == [0, 1, 2, 3]
-    assert batches[0][0] == 3
-    assert len(batches[0]) == 2
-
-
-def test_batches_stay_within_the_bound_of_keys_and_values(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert writer.cache_bytes == 2 * 4 * 30 * 3 * 64  # layers, heads, channels
-    monkeypatch.setattr(generate, "_CACHE_BYTES", 3 * 200 * writer.cache_bytes)
-    assert writer.rows(100, Limits(60, thinking=40)) == 3
-    assert writer.rows(100, Limits(9000)) == 1
-
-
-def test_a_text_ends_at_the_look_that_finds_it_complete_whatever_its_batch(writer: Writer) -> None:
-    alone = writer.continuations([PROMPTS[0]], Limits(64), lambda text: "Paris" in text)[0]
-    assert "Paris" in alone.text
-    assert (len(alone.ids), alone.cut) == (8, "")  # the first look
-    together = writer.continuations([PROMPTS[0], PROMPTS[3]], Limits(24), lambda text: "Paris" in text)
-    assert together[0] == alone
-    assert (len(together[1].ids), together[1].cut) == (24, "answer")
+    overlaid: list[str] = []
+    monkeypatch.setattr(generate, "cores", lambda: 3)
+    monkeypatch.setattr(generate.genai.Config, "overlay", lambda self, text: overlaid.append(text))
+    generate.load(smollm2_export)
+    assert overlaid == ['{"model": {"decoder": {"session_options": {"intra_op_num_threads": 3}}}}']
 
 
 def test_the_end_of_text_is_an_end(writer: Writer) -> None:
     prompt = writer.tokenizer.apply_chat_template('[{"role": "user", "content": "Say hi."}]')
-    (found,) = writer.continuations([prompt], Limits(96), never)
+    found = writer.continuation(prompt, Limits(96), never)
     assert found.cut == ""
     assert found.ids[-1] in writer.stop_ids
     assert not writer.stop_ids & set(found.ids[:-1])
@@ -80,21 +72,19 @@ def test_the_end_of_text_is_an_end(writer: Writer) -> None:
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_texts_and_another_seed_others(writer: Writer) -> None:
-    rows = [PROMPTS[3]] * 3
-    first, again = (writer.continuations(rows, Limits(16), never, WARM) for _ in range(2))
-    other = writer.continuations(rows, Limits(16), never, Sampling(0.8, 0.95, seed=8))
+def test_a_seed_gives_the_same_text_and_another_seed_another(writer: Writer) -> None:
+    first, again = (writer.continuation(PROMPTS[3], Limits(16), never, WARM) for _ in range(2))
+    others = [writer.continuation(PROMPTS[3], Limits(16), never, Sampling(0.8, 0.95, seed)) for seed in (8, 9)]
     assert first == again
-    assert first != other
-    assert len({one.text for one in first}) == 3, "samples of one batch are drawn one by one"
+    assert len({one.text for one in (first, *others)}) == 3
 
 
 def test_a_cold_or_narrow_draw_is_greedy_and_no_limit_of_the_model_hides_behind(writer: Writer) -> None:
-    (greedy,) = writer.continuations([PROMPTS[3]], Limits(16), never)
+    greedy = writer.continuation(PROMPTS[3], Limits(16), never)
     for sampling in (Sampling(0.01, 1.0, 1), Sampling(1.0, 0.01, 1), Sampling(1.0, 0.01, 2)):
-        assert writer.continuations([PROMPTS[3]], Limits(16), never, sampling)[0] == greedy
+        assert writer.continuation(PROMPTS[3], Limits(16), never, sampling) == greedy
     # So hot that all 49,152 tokens are about equally likely: drawn from the model's own top 50 they would be words.
-    (hot,) = writer.continuations([PROMPTS[3]], Limits(64), never, Sampling(100.0, 1.0, 1))
+    hot = writer.continuation(PROMPTS[3], Limits(64), never, Sampling(100.0, 1.0, 1))
     assert max(hot.ids) > 20_000 and len(set(hot.ids)) > 55
 
 
@@ -119,15 +109,14 @@ class Scripted:
 
 
 def told(text: str, limits: Limits, opened: bool = False, look_every: int = 8) -> Written:
-    """How a text ends that is looked at as `Writer.continuations` does."""
+    """How a text ends that is looked at as `Writer.continuation` does."""
     ids = [ord(character) for character in text]
-    row = generate._Row(Scripted(), limits, never, opened)  # type: ignore[arg-type]
+    growing = generate._Text(Scripted(), limits, never, opened)  # type: ignore[arg-type]
     for step in range(1, limits.total + 1):
-        if step % look_every == 0 or step in {len(ids), limits.total}:
-            row.ids = ids[:step]
-            row.look()
-    assert row.written
-    return row.written
+        growing.ids = ids[:step]
+        if (step % look_every == 0 or step in {len(ids), limits.total}) and (written := growing.look()):
+            return written
+    raise AssertionError(f"{text} never ended")
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 8, 50])
@@ -166,13 +155,13 @@ def test_a_request_is_put_into_the_models_own_template(writer: Writer) -> None:
     assert prompt.startswith("<|im_start|>system\n")
     assert '```python\ndef add(a, b):\n    """Add two numbers."""\n```<|im_end|>' in prompt
     assert prompt.endswith("<|im_start|>assistant\n")
-    (answer,) = writer.continuations([prompt], Limits(64), never)
+    answer = writer.continuation(prompt, Limits(64), never)
     assert "def add" in answer.text
 
 
 def test_more_than_the_context_is_refused_with_the_numbers(writer: Writer) -> None:
     with pytest.raises(EvaluationError, match=r"5 tokens with 1,000 to think and 2,000 to answer .* context of 2,048"):
-        writer.continuations(PROMPTS[:1], Limits(2000, thinking=1000), never)
+        writer.continuation(PROMPTS[0], Limits(2000, thinking=1000), never)
 
 
 def test_a_folder_without_a_model_is_an_evaluation_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +11,21 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.models import load_model
+from pipeline.config.models import ModelConfig, load_model
 from pipeline.confine.referee import Outcome
 from pipeline.errors import EvaluationError
+from pipeline.graph.genai import dumps, genai_config
 from pipeline.journal import Journal
-from pipeline.runtime.generate import Limits, Sampling, Written
+from pipeline.runtime.generate import Limits, Sampling, Writer, Written, derived_seed
 from pipeline.tasks import humaneval, writing, written
 from pipeline.tasks.humaneval import HumanEvalConfig
 from pipeline.tasks.humaneval_problems import Problem, load_problems, problems_of
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.subject import Subject
 from pipeline.workspace import REFERENCE
+from tests import tiny
+from tests.artifact.exported import changed, export
 from tests.real_configs import architecture_of
-
-ROWS = 3  # of a batch
 
 
 class Killed(Exception):
@@ -31,39 +33,26 @@ class Killed(Exception):
 
 
 class FakeWriter:
-    """Solves every problem whose number is even, and in sampled batches only the rows whose seed says so."""
+    """Solves every problem whose number is even, and where it draws, the samples whose seed is."""
 
-    batches_written: list[int]
+    asked: list[str]
     answer: Callable[[Problem], str]
     cut: str
 
     def __init__(self, folder: Path) -> None:
         del folder
 
-    def tokens(self, prompt: str) -> int:
-        return len(prompt)
-
-    def rows(self, prompt_tokens: int, limits: Limits) -> int:
-        return ROWS
-
-    def batches(self, prompts: Sequence[str], limits: Limits) -> Iterator[list[int]]:
-        yield from ([*range(len(prompts))][start : start + ROWS] for start in range(0, len(prompts), ROWS))
-
     def chat(self, request: str) -> str:
         return f"<user>{request}<model><think>\n"
 
-    def continuations(
-        self, prompts: Sequence[str], limits: Limits, complete: Callable[[str], bool], sampling: Sampling | None = None
-    ) -> list[Written]:
-        self.batches_written.append(len(prompts))
-        found = []
-        for row, prompt in enumerate(prompts):
-            problem = next(problem for problem in BY_TASK.values() if problem.prompt.rstrip("\n") in prompt)
-            number = int(problem.task_id.split("/")[1]) if sampling is None else sampling.seed + row
-            right = number % 2 == 0
-            text = type(self).answer(problem) if right else "    pass\n"
-            found.append(Written((number, row), text, type(self).cut))
-        return found
+    def continuation(
+        self, prompt: str, limits: Limits, complete: Callable[[str], bool], sampling: Sampling | None = None
+    ) -> Written:
+        problem = next(problem for problem in BY_TASK.values() if problem.prompt.rstrip("\n") in prompt)
+        self.asked.append(problem.task_id)
+        number = sampling.seed if sampling else int(problem.task_id.split("/")[1])
+        text = type(self).answer(problem) if number % 2 == 0 else "    pass\n"
+        return Written((number,), text, type(self).cut)
 
 
 BY_TASK: dict[str, Problem] = {}
@@ -72,7 +61,7 @@ BY_TASK: dict[str, Problem] = {}
 @pytest.fixture(autouse=True)
 def writer(monkeypatch: pytest.MonkeyPatch, humaneval_path: Path) -> type[FakeWriter]:
     BY_TASK.update((problem.task_id, problem) for problem in load_problems(humaneval_path))
-    monkeypatch.setattr(FakeWriter, "batches_written", [], raising=False)
+    monkeypatch.setattr(FakeWriter, "asked", [], raising=False)
     monkeypatch.setattr(FakeWriter, "answer", lambda problem: "\n" + problem.canonical_solution, raising=False)
     monkeypatch.setattr(FakeWriter, "cut", "", raising=False)
     monkeypatch.setattr(writing, "Writer", FakeWriter)
@@ -111,7 +100,7 @@ def test_greedy_solutions_are_written_judged_and_counted(tmp_path: Path, judged:
     assert judged == tasks
     even = sum(int(task.split("/")[1]) % 2 == 0 for task in tasks)
     assert (found["n"], found["pass_at_1"], found["samples"]) == (8, even / 8, 1)
-    assert writer.batches_written == [3, 3, 2]
+    assert writer.asked == tasks
     assert {name: found[name] for name in ("prompt", "temperature", "answer_tokens", "thinking_tokens")} == {
         "prompt": "completion", "temperature": 0, "answer_tokens": 160, "thinking_tokens": 0,
     }  # fmt: skip
@@ -137,54 +126,84 @@ def test_a_kill_while_judging_loses_no_text_and_no_verdict(
     assert (len(items[written.ITEMS]), len(items[humaneval.VERDICTS])) == (8, 5)
     monkeypatch.setattr(humaneval, "judge_all", whole)
     judged.clear()
-    writer.batches_written.clear()
+    writer.asked.clear()
     humaneval.measure(subject(tmp_path), tmp_path)
-    assert writer.batches_written == []
+    assert writer.asked == []
     assert len(judged) == 3
-
-
-def test_a_kill_while_writing_keeps_whole_batches(
-    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = FakeWriter.continuations
-
-    def dying(self: FakeWriter, *arguments: Any) -> list[Written]:
-        if len(self.batches_written) == 2:
-            raise Killed
-        return whole(self, *arguments)
-
-    monkeypatch.setattr(FakeWriter, "continuations", dying)
-    with pytest.raises(Killed):
-        humaneval.measure(subject(tmp_path), tmp_path)
-    assert len(kept(tmp_path)[written.ITEMS]) == 6
-    assert judged == []
-    monkeypatch.setattr(FakeWriter, "continuations", whole)
-    writer.batches_written.clear()
-    assert humaneval.measure(subject(tmp_path), tmp_path)["n"] == 8
-    assert writer.batches_written == [2]
 
 
 SAMPLED = {"samples": 5, "temperature": 0.8, "top_p": 0.95, "k": (1, 5)}
 
 
-def test_samples_are_drawn_in_the_same_batches_after_a_kill(
-    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("drawn", [{}, SAMPLED])
+def test_a_kill_while_writing_repeats_no_text_and_changes_none(
+    tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Any]
 ) -> None:
     undisturbed, killed = tmp_path / "a", tmp_path / "b"
     undisturbed.mkdir()
     killed.mkdir()
-    found = humaneval.measure(subject(tmp_path, **SAMPLED), undisturbed)
-    assert writer.batches_written == [3, 2] * 8
+    found = humaneval.measure(subject(tmp_path, **drawn), undisturbed)
+    asked, whole = list(writer.asked), FakeWriter.continuation
+
+    def dying(self: FakeWriter, *arguments: Any) -> Written:
+        if len(self.asked) == 3:
+            raise Killed
+        return whole(self, *arguments)
+
+    writer.asked.clear()
+    judged.clear()
+    monkeypatch.setattr(FakeWriter, "continuation", dying)
+    with pytest.raises(Killed):
+        humaneval.measure(subject(tmp_path, **drawn), killed)
+    assert len(kept(killed)[written.ITEMS]) == 3
+    assert judged == []
+    monkeypatch.setattr(FakeWriter, "continuation", whole)
+    assert humaneval.measure(subject(tmp_path, **drawn), killed) == found
+    assert writer.asked == asked
+    assert kept(killed) == kept(undisturbed)
+
+
+def test_samples_are_drawn_each_by_a_seed_of_its_own(tmp_path: Path, judged: list[str], writer: Any) -> None:
+    found = humaneval.measure(subject(tmp_path, **SAMPLED), tmp_path)
+    assert len(writer.asked) == 8 * 5
     assert (found["samples"], found["temperature"], found["top_p"], found["seed"]) == (5, 0.8, 0.95, 0)
     assert 0 < found["pass_at_1"] < found["pass_at_5"] <= 1
-    items = list(kept(undisturbed)[written.ITEMS].items())
-    journal = Journal(killed / written.ITEMS)
-    for name, item in items[:4]:  # a kill in the midst of recording the second batch
-        journal.record(name, item)
-    writer.batches_written.clear()
-    assert humaneval.measure(subject(tmp_path, **SAMPLED), killed) == found
-    assert writer.batches_written == [2, *[3, 2] * 7]
-    assert kept(killed) == kept(undisturbed)
+    drawn = {name: item["ids"] for name, item in kept(tmp_path)[written.ITEMS].items()}
+    assert drawn == {name: [derived_seed(0, name)] for name in drawn}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's q4 files, as onnxruntime-genai loads them."""
+    folder = tmp_path_factory.mktemp("quantized")
+    made, target = export(tiny.make_model(folder / "checkpoint"), tiny.CONTEXT), folder / "q4"
+    drafted = made.write(changed("q4", search="nearest"), target, part_bytes=1 << 24)
+    entry = ModelConfig.model_validate(tiny.model_entry(made.folder))
+    config = genai_config(made.architecture, made.folder, drafted.model_file, entry, tiny.CONTEXT)
+    (target / "genai_config.json").write_bytes(dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy2(made.folder / name, target)
+    return target
+
+
+@pytest.mark.parametrize("drawn", [{}, SAMPLED | {"samples": 2, "k": (1, 2)}])
+def test_a_quantized_model_writes_each_text_alike_whatever_else_is_asked_and_written_before(
+    tmp_path: Path, quantized: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(writing, "Writer", Writer)
+    wanted = {"max_new_tokens": 24, **drawn}
+    texts = {}
+    for n in (8, 3):
+        (tmp_path / str(n)).mkdir()
+        humaneval.measure(replace(subject(tmp_path, problems=n, **wanted), folder=quantized), tmp_path / str(n))
+        texts[n] = kept(tmp_path / str(n))[written.ITEMS]
+    assert texts[3].items() <= texts[8].items()
+    (tmp_path / "resumed").mkdir()
+    journal = Journal(tmp_path / "resumed" / written.ITEMS)
+    for name in list(texts[8])[1::2]:
+        journal.record(name, texts[8][name])
+    humaneval.measure(replace(subject(tmp_path, problems=8, **wanted), folder=quantized), tmp_path / "resumed")
+    assert kept(tmp_path / "resumed")[written.ITEMS] == texts[8]
 
 
 def test_another_seed_draws_others(tmp_path: Path, judged: list[str]) -> None:

@@ -1,0 +1,126 @@
+"""The configuration that code loads, resolved: what its loading functions give, less the fields that it never reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.config.models import load_model, load_pipeline, model_names
+from pipeline.config.recipes import load_recipe, recipe_names
+from pipeline.config.sources import load_datasets
+from pipeline.config.typed_yaml import CONFIGS, read
+from pipeline.keys.closure import Closure, modules
+
+_ELSEWHERE = ("load_gates", "load_suite")  # of configuration that tasks define
+_BY_VALUE = "load_datasets"  # its entries count where their name is mentioned
+
+
+@dataclass(frozen=True)
+class Item:
+    """A model and a variant that a stage runs for; None for a stage that runs for all of them."""
+
+    model: str | None
+    variant: str | None
+
+
+def resolved(closure: Closure, item: Item) -> dict[str, Any]:
+    """What each loading function in a closure gives for an item, as JSON data, by the function's name.
+
+    A function takes `model`, `variant`, `variants` or `suite`, or nothing. Of mappings by model, gate class, gate row
+    or dataset only the entries that the item can reach count.
+    """
+    found: dict[str, Any] = {}
+    loaders = dict(sorted(_loaders(closure)))
+    reach = _Reach(item, closure)
+    for name in sorted(loaders, key=lambda name: name == _BY_VALUE):  # the last: the others mention datasets
+        values = [reach.cut(fields_read(value, closure.attributes)) for value in _calls(loaders[name], item)]
+        found[name] = values[0] if len(values) == 1 else values
+        reach.mentioned |= set(_strings(found[name]))
+    return found
+
+
+def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name in closure.names:
+        module, _, function = name.rpartition(".")
+        ours = module in modules() and (module.startswith("pipeline.config.") or function in _ELSEWHERE)
+        if ours and function.startswith(("load_", "has_")):
+            yield function, getattr(import_module(module), function)
+
+
+def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
+    """What a loader gives: for the item's model and variant, or for each that is selected."""
+    selected = load_pipeline()
+    choices: dict[str, Iterable[Any]] = {
+        "model": [item.model] if item.model else selected.models,
+        "variant": [item.variant] if item.variant else selected.variants,
+        "variants": [selected.variants],
+        "suite": [selected.suite],
+    }
+    parameter = next(iter(inspect.signature(loader).parameters), None)
+    if parameter is None:
+        yield loader()
+    else:
+        yield from map(loader, choices[parameter])
+
+
+def fields_read(value: Any, attributes: frozenset[str]) -> Any:
+    """JSON data of a value; of configuration objects only the fields that are read as attributes.
+
+    A suite's parts are read through `by_task`, not by name.
+    """
+    if isinstance(value, BaseModel):
+        parts = "by_task" in attributes and hasattr(value, "by_task")
+        fields = (name for name in type(value).model_fields if parts or name in attributes)
+        return {name: fields_read(getattr(value, name), attributes) for name in fields}
+    if isinstance(value, Mapping):
+        return {str(key): fields_read(entry, attributes) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        entries = [fields_read(entry, attributes) for entry in value]
+        return entries if isinstance(value, list | tuple) else sorted(entries)
+    return value
+
+
+class _Reach:
+    """Which entries of mappings an item can read; `mentioned`: names that its code and configuration say."""
+
+    def __init__(self, item: Item, closure: Closure):
+        gates = read(CONFIGS / "gates.yaml")["classes"]
+        rows = {row for gate_class in gates.values() for row in gate_class["variants"]}
+        self.mentioned = set(closure.strings)
+        self._datasets = set(load_datasets().datasets)
+        self._kinds: list[tuple[set[str], str | None]] = [
+            (set(model_names()), item.model),
+            (set(gates), load_model(item.model).gate_class if item.model else None),
+            ({*rows, *recipe_names()}, (load_recipe(item.variant).gate or item.variant) if item.variant else None),
+        ]
+
+    def cut(self, value: Any) -> Any:
+        """The value without what the item cannot reach."""
+        if isinstance(value, list):
+            return [self.cut(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        keys = set(value)
+        for names, own in self._kinds:
+            if own and keys <= names:
+                keys &= {own}
+        if keys <= self._datasets and keys and not all(isinstance(entry, int) for entry in value.values()):
+            keys &= self.mentioned
+        return {key: self.cut(entry) for key, entry in value.items() if key in keys}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for entry in value.values():
+            yield from _strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)

@@ -1,0 +1,72 @@
+"""What must hold before a stage spends anything: its configuration, this machine's room, text that nothing judges.
+
+The command line asks; no result depends on the answer, so stages import none of it and its code is in none of their
+keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from pipeline.calibrate.texts import input_ids
+from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.sources import fetch_dataset
+from pipeline.config.calibration import load_calibration, load_sensitivity
+from pipeline.config.models import load_pipeline
+from pipeline.preflight.check import check_all, needed_datasets
+from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
+from pipeline.tasks.registry import load_suite
+from pipeline.tasks.unseen import check_unseen
+from pipeline.workspace import REFERENCE, Workspace
+
+_TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
+
+
+def before(stage: str, model: str, variant: str | None = None) -> None:
+    """Refuse what cannot end well, before the first byte.
+
+    Raises:
+        ConfigError: before `download`, for anything in the configuration of the whole run.
+        ResourceError: this machine has too little memory or disk for the stage.
+        EvaluationError: what the stage tunes by, or before the reference all that tunes, is text that judges.
+    """
+    store = Store()
+    if stage == "download":
+        check_all()
+        require_download(model, store)
+        for name, source in needed_datasets().items():
+            fetch_dataset(name, source, store)
+        return
+    _require_room(stage, model, variant, store)
+    if stage in _TUNED or variant == REFERENCE:
+        folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
+        tuned = _TUNED.get(stage, (load_calibration, load_sensitivity))
+        windows = [ids for load in tuned for ids in input_ids(load(), folder, store)]
+        check_unseen(windows, folder, suite, store)
+
+
+def _require_room(stage: str, model: str, variant: str | None, store: Store) -> None:
+    """Nothing is asked of a model that was not downloaded: the stage itself says so."""
+    source, name = find_source(model, store), "reference" if variant == REFERENCE else stage
+    if source is None:
+        return
+    own = () if variant in (None, REFERENCE) else (variant,)
+    wanted = stage_needs(model, source, own or _budgets(name), room().memory, None)
+    found = next((item for item in wanted if item.stage == name), None)
+    if found and stage == "quantize":  # what a killed run wrote is there already
+        begun = Workspace(model).partial(variant or "").glob("*")
+        found = replace(found, disk=max(0, found.disk - sum(512 * file.stat().st_blocks for file in begun)))
+    if found:
+        require(model, found)
+
+
+def _budgets(stage: str) -> tuple[str, ...]:
+    return load_pipeline().variants if stage == "sensitivity" else ()
+
+
+def after(stage: str, model: str) -> None:
+    """What the user should know once a stage has ended: after `download`, which stages will not run here."""
+    if stage == "download":
+        for sentence in misfits(model):
+            print(f"{model}: will not run here: {sentence}", file=sys.stderr)
