@@ -18,7 +18,10 @@ from rich.console import Console
 from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import load_gates
-from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
+from pipeline.report import cells, plot, rows
+from pipeline.report.rows import REFERENCE, Row, build
+from pipeline.report.terminal import show
+from pipeline.report.write import write
 from pipeline.tasks import statistics
 
 VARIANTS = ("q4", "q4_k_m", "q3")

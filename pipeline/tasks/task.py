@@ -268,17 +268,3 @@ class Task:
     def part(self) -> str:
         """The part of the suite that decides it."""
         return self.reads or self.name
-
-    def figures(self, section: Metrics, texts: Sequence[str]) -> list[Figure]:
-        """Its rows of the model card, as far as they were measured."""
-        detail, n = self.detail(section, texts), section.get("tokens", section.get("n"))
-        (name, known), held_out = self.dataset, ", ".join(texts)
-        return [
-            Figure(
-                *(row.key, row.title, row.unit, section[row.key]),
-                *(section.get(f"{row.key}_{end}") for end in ("low", "high")),
-                *(n, name or held_out, detail, known, row.hub),
-            )
-            for row in self.measures
-            if section.get(row.key) is not None
-        ]
