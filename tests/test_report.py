@@ -299,7 +299,7 @@ def test_plot_is_drawn_and_repeatable(report_rows: list[Row]) -> None:
     assert first == plot.render(report)
     image = matplotlib.image.imread(io.BytesIO(first))[:, :, :3]
     for verdict in {row.verdict.verdict for row in report_rows if row.verdict}:
-        colour = np.array(matplotlib.colors.to_rgb(plot.LIGHT.verdicts[verdict]))
+        colour = np.array(matplotlib.colors.to_rgb(plot.LIGHT.of(verdict)))
         assert np.all(np.abs(image - colour) < 0.01, axis=2).sum() > 50  # its marker is there
 
 

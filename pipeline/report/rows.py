@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import EvaluationError
@@ -67,8 +68,8 @@ def build(
     rows: Sequence[Row],
     models: Sequence[str],
     variants: Sequence[str],
-    notes: Mapping[str, str] | None = None,
-    about: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 
@@ -96,18 +97,13 @@ def build(
     for row in rows:
         if row.variant != REFERENCE:
             _check(row)
-    return Report(
-        tuple(
-            ModelReport(
-                model,
-                found[model, REFERENCE],
-                tuple(found[model, variant] for variant in variants),
-                (notes or {}).get(model, ""),
-            )
-            for model in models
-        ),
-        about or {},
-    )
+    reports = [
+        ModelReport(
+            model, found[model, REFERENCE], tuple(found[model, name] for name in variants), notes.get(model, "")
+        )
+        for model in models
+    ]
+    return Report(tuple(reports), about)
 
 
 def _check(row: Row) -> None:

@@ -14,23 +14,12 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.config.typed_yaml import Frozen, Name
 from pipeline.journal import Journal
 from pipeline.tasks import divergence_scores as scores
+from pipeline.tasks import task
 from pipeline.tasks.statistics import summarise_divergence, summarise_reference_divergence
 from pipeline.tasks.subject import Subject
-from pipeline.tasks.task import (
-    AT_LEAST,
-    AT_MOST,
-    RATCHET,
-    Cost,
-    Gate,
-    Measure,
-    Pairing,
-    Task,
-    interval_column,
-    nats,
-    percent,
-    share,
-    share_points,
-)
+from pipeline.tasks.task import nats, percent, share, share_points
+
+_RATIO = "perplexity_ratio"
 
 
 class DivergenceConfig(Frozen):
@@ -84,12 +73,12 @@ def _asks(part: DivergenceConfig) -> str:
     return f"{texts} in windows of {part.window:,}"
 
 
-def _cost(part: DivergenceConfig, entry: Any) -> Cost:
+def _cost(part: DivergenceConfig, entry: Any) -> task.Cost:
     del entry
-    return Cost(read=part.tokens, window=part.window, kept=part.tokens)
+    return task.Cost(read=part.tokens, window=part.window, kept=part.tokens)
 
 
-TASK = Task(
+TASK = task.Task(
     name="divergence",
     title="Divergence",
     place=1,
@@ -102,32 +91,25 @@ TASK = Task(
     texts=lambda part, store: ((name, [read_text(name, store)]) for name in part.texts),
     cost=_cost,
     asks=_asks,
-    pairing=Pairing("text", ("tokens",), "perplexity", "perplexity_reference", moved="kl_max"),
+    pairing=task.Pairing("text", ("tokens",), "perplexity", "perplexity_reference", moved="kl_max"),
     gates=(
-        Gate("kl_mean", AT_MOST, "kl_mean", "mean KL", nats, "kl_mean_max", Field(gt=0), nats),
-        Gate("kl_p99", AT_MOST, "kl_p99", "99th percentile of KL", nats, "kl_p99_max", Field(gt=0)),
-        Gate(
-            *("top1", AT_LEAST, "top1", "top-1 agreement", share, "top1_min", Field(gt=0, lt=1)),
-            effect=share_points,
-            highest=1.0,
+        task.Gate("kl_mean", task.AT_MOST, "kl_mean", "mean KL", nats, "kl_mean_max", Field(gt=0), nats),
+        task.Gate("kl_p99", task.AT_MOST, "kl_p99", "99th percentile of KL", nats, "kl_p99_max", Field(gt=0)),
+        task.Gate(
+            "top1", task.AT_LEAST, "top1", "top-1 agreement", share, "top1_min", Field(gt=0, lt=1), share_points, 1.0
         ),
-        Gate(
-            *("perplexity_ratio", AT_MOST, "perplexity_ratio", "perplexity ratio"),
-            *(_ratio, "perplexity_ratio_max", Field(gt=1), _ratio),
-        ),
-        Gate("kl_ratchet", RATCHET, "kl_mean", "mean KL, ratchet", nats),
+        task.Gate(_RATIO, task.AT_MOST, _RATIO, "perplexity ratio", _ratio, f"{_RATIO}_max", Field(gt=1), _ratio),
+        task.Gate("kl_ratchet", task.RATCHET, "kl_mean", "mean KL, ratchet", nats),
     ),
     columns=(
-        interval_column("mean KL", "kl_mean", nats, nats),
-        interval_column("top-1", "top1", share, percent),
+        task.interval_column("mean KL", "kl_mean", nats, nats),
+        task.interval_column("top-1", "top1", share, percent),
     ),
     measures=(
-        Measure("kl_mean", "mean KL divergence from the full-precision model", "nats per token", "kl_divergence"),
-        Measure("kl_p99", "99th percentile of the KL divergence", "nats"),
-        Measure("top1", "agreement of the most likely token", "share", "top1_agreement"),
-        Measure(
-            "perplexity_ratio", "perplexity over that of the full-precision model", "ratio", hub="perplexity_ratio"
-        ),
+        task.Measure("kl_mean", "mean KL divergence from the full-precision model", "nats per token", "kl_divergence"),
+        task.Measure("kl_p99", "99th percentile of the KL divergence", "nats"),
+        task.Measure("top1", "agreement of the most likely token", "share", "top1_agreement"),
+        task.Measure(_RATIO, "perplexity over that of the full-precision model", "ratio", _RATIO),
     ),
     detail=lambda section, texts: (
         f"{section['tokens']:,} tokens of {', '.join(texts)}" if section.get("tokens") else ", ".join(texts)

@@ -15,24 +15,12 @@ from pipeline.confine.isolation import SAFE_LEVELS, require_isolation
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 from pipeline.tasks import humaneval_answers as answers
-from pipeline.tasks import written
+from pipeline.tasks import task, written
 from pipeline.tasks.humaneval_judging import judge_all
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, Problem, load_problems, problems_of
 from pipeline.tasks.statistics import summarise_humaneval
 from pipeline.tasks.subject import Subject
-from pipeline.tasks.task import (
-    FLOOR,
-    Gate,
-    Measure,
-    Metrics,
-    Note,
-    Task,
-    interval_column,
-    items_of,
-    percent,
-    points,
-    share,
-)
+from pipeline.tasks.task import percent, share
 from pipeline.tasks.writing import write
 
 VERDICTS = "humaneval.jsonl"
@@ -88,11 +76,7 @@ def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def _judge(
-    subject: Subject,
-    level: str,
-    rows: Sequence[tuple[Problem, Sequence[str]]],
-    solutions: Journal,
-    verdicts: Journal,
+    subject: Subject, level: str, rows: Sequence[tuple[Problem, Sequence[str]]], solutions: Journal, verdicts: Journal
 ) -> None:
     """A verdict for every solution that has none yet, recorded as it falls."""
     named = {name: problem for problem, names in rows for name in names}
@@ -122,7 +106,7 @@ def _texts(part: HumanEvalConfig, store: Store) -> list[tuple[str, list[str]]]:
     return [("humaneval", [item.prompt + item.canonical_solution for item in problems])]
 
 
-def _conditions(section: Metrics) -> str:
+def _conditions(section: task.Metrics) -> str:
     unsafe = "" if section.get("contained", True) else ", which does not contain hostile code"
     return (
         f"HumanEval: pass@1 of {written.how_drawn(section)}{'' if section.get('temperature') else ' solution'} each, "
@@ -130,13 +114,13 @@ def _conditions(section: Metrics) -> str:
     )
 
 
-def _detail(section: Metrics, texts: Sequence[str]) -> str:
+def _detail(section: task.Metrics, texts: Sequence[str]) -> str:
     del texts
     asked = "greedy" if section.get("temperature") == 0 else f"temperature {section.get('temperature')}"
     return f"HumanEval, {section.get('prompt')} prompts, {asked}, {section.get('n')} problems"
 
 
-TASK = Task(
+TASK = task.Task(
     name="humaneval",
     title="HumanEval",
     place=3,
@@ -149,17 +133,12 @@ TASK = Task(
     texts=_texts,
     cost=lambda part, entry: part.cost(entry, part.problems, PROMPT_TOKENS),
     asks=lambda part: f"{part.problems} HumanEval problems",
-    pairing=items_of("pass_at_1"),
-    gates=(
-        Gate(
-            *("humaneval", FLOOR, "pass_at_1", "HumanEval drop", points),
-            *("humaneval_margin_points", Field(default=None, gt=0), points),
-        ),
-    ),
-    columns=(interval_column("pass@1", "pass_at_1", share, percent, n=True),),
-    notes=(Note(lambda own: "HumanEval solutions cut short by their limit of tokens", written.cut_short),),
+    pairing=task.items_of("pass_at_1"),
+    gates=(task.margin_gate("humaneval", task.FLOOR, "pass_at_1", "HumanEval"),),
+    columns=(task.interval_column("pass@1", "pass_at_1", share, percent, n=True),),
+    notes=(task.Note(lambda own: "HumanEval solutions cut short by their limit of tokens", written.cut_short),),
     conditions=_conditions,
-    measures=(Measure("pass_at_1", "HumanEval pass@1", "share", "pass@1"),),
+    measures=(task.Measure("pass_at_1", "HumanEval pass@1", "share", "pass@1"),),
     detail=_detail,
     dataset=("HumanEval", "openai/openai_humaneval"),
 )

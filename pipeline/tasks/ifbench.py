@@ -24,23 +24,10 @@ from pipeline.calibrate.texts import dataset
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
-from pipeline.tasks import written
+from pipeline.tasks import task, written
 from pipeline.tasks.statistics import summarise_samples
 from pipeline.tasks.subject import Subject
-from pipeline.tasks.task import (
-    FLOOR,
-    Gate,
-    Measure,
-    Note,
-    Task,
-    bounds,
-    items_of,
-    maybe,
-    number,
-    percent,
-    points,
-    share,
-)
+from pipeline.tasks.task import bounds, maybe, number, percent, share
 from pipeline.tasks.writing import write
 
 LONGEST = 2000
@@ -247,7 +234,7 @@ def _texts(part: IfbenchConfig, store: Store) -> list[tuple[str, list[str]]]:
     return [("ifbench", [prompt.text for prompt in load_prompts(dataset("ifbench", store))])]
 
 
-TASK = Task(
+TASK = task.Task(
     name="ifbench",
     title="IFBench",
     place=5,
@@ -259,24 +246,19 @@ TASK = Task(
     texts=_texts,
     cost=lambda part, entry: part.cost(entry, part.prompts, PROMPT_TOKENS),
     asks=lambda part: f"{part.prompts} IFBench prompts",
-    pairing=items_of("followed"),
-    gates=(
-        Gate(
-            *("ifbench", FLOOR, "followed", "IFBench drop", points),
-            *("ifbench_margin_points", Field(default=None, gt=0), points),
-        ),
-    ),
+    pairing=task.items_of("followed"),
+    gates=(task.margin_gate("ifbench", task.FLOOR, "followed", "IFBench"),),
     notes=(
-        Note(
+        task.Note(
             lambda own: f"Of {own.get('n', 0)} IFBench prompts, all instructions followed",
             lambda found: maybe(
                 number(found, "followed"), lambda value: f"{share(value)} ({bounds(found, 'followed', percent)})", ""
             ),
         ),
-        Note(lambda own: "IFBench answers cut short by their limit of tokens", written.cut_short),
+        task.Note(lambda own: "IFBench answers cut short by their limit of tokens", written.cut_short),
     ),
     conditions=lambda own: f"IFBench: {written.how_drawn(own)} answer each, prompt {own.get('prompt', 'unknown')}",
-    measures=(Measure("followed", "IFBench prompts followed", "share", "prompt_level_accuracy"),),
+    measures=(task.Measure("followed", "IFBench prompts followed", "share", "prompt_level_accuracy"),),
     detail=lambda section, texts: f"IFBench, {section.get('prompt')} prompts, {section.get('n')} of those checked here",
     dataset=("IFBench", "allenai/IFBench_test"),
 )

@@ -17,25 +17,12 @@ from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 from pipeline.runtime.chat import has_thought, read_template, without_thought
-from pipeline.tasks import mmlu_prompts
+from pipeline.tasks import mmlu_prompts, task
 from pipeline.tasks import mmlu_questions as mmlu
 from pipeline.tasks.mmlu_scoring import Scorer, item_names
 from pipeline.tasks.statistics import MmluAnswers, answer_probability, summarise_mmlu
 from pipeline.tasks.subject import CHUNK, Decoder, Subject
-from pipeline.tasks.task import (
-    LOOKS,
-    SHOWN,
-    Cost,
-    Gate,
-    Measure,
-    Metrics,
-    Task,
-    interval_column,
-    items_of,
-    percent,
-    points,
-    share,
-)
+from pipeline.tasks.task import percent, share
 
 ITEMS = "mmlu.jsonl"
 TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
@@ -137,14 +124,14 @@ def _texts(part: MmluConfig, store: Store) -> list[tuple[str, list[str]]]:
     return [("mmlu", [" ".join((item.question, *item.choices)) for item in questions])]
 
 
-def _cost(part: MmluConfig, entry: ModelConfig) -> Cost:
+def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
     """The longest prompt's keys and values are held twice: before a question and after it."""
     mode = entry.mmlu_mode
     read = part.questions * TOKENS[mode] + mmlu.SUBJECTS * EXAMPLES.get(mode, 0)
-    return Cost(read=read, window=CHUNK, cached=2 * LONGEST[mode])
+    return task.Cost(read=read, window=CHUNK, cached=2 * LONGEST[mode])
 
 
-def _conditions(section: Metrics) -> str:
+def _conditions(section: task.Metrics) -> str:
     asked = [
         section.get("mode", "unknown"),
         *(f"{key} {section[key]}" for key in ("exemplars", "think") if key in section),
@@ -156,7 +143,7 @@ def _probability(value: float) -> str:
     return f"{value:.2f} points"
 
 
-TASK = Task(
+TASK = task.Task(
     name="mmlu",
     title="MMLU",
     place=2,
@@ -169,19 +156,16 @@ TASK = Task(
     texts=_texts,
     cost=_cost,
     asks=lambda part: f"{part.questions:,} MMLU questions",
-    pairing=items_of("accuracy"),
+    pairing=task.items_of("accuracy"),
     gates=(
-        Gate(
-            *("mmlu", LOOKS, "accuracy", "MMLU drop", points),
-            *("mmlu_margin_points", Field(default=None, gt=0), points),
-        ),
-        Gate("mmlu_probability", SHOWN, "probability_drop_points", "MMLU probability drop", _probability),
+        task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU"),
+        task.Gate("mmlu_probability", task.SHOWN, "probability_drop_points", "MMLU probability drop", _probability),
     ),
-    columns=(interval_column("MMLU", "accuracy", share, percent, n=True),),
+    columns=(task.interval_column("MMLU", "accuracy", share, percent, n=True),),
     conditions=_conditions,
     measures=(
-        Measure("accuracy", "MMLU accuracy", "share", "accuracy"),
-        Measure("drop_points", "MMLU drop", "percentage points"),
+        task.Measure("accuracy", "MMLU accuracy", "share", "accuracy"),
+        task.Measure("drop_points", "MMLU drop", "percentage points"),
     ),
     detail=lambda section, texts: f"MMLU, mode {section.get('mode')}, {section.get('n')} questions",
     dataset=("MMLU", "cais/mmlu"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from pipeline.checkpoint.blobs import Store
@@ -110,6 +111,12 @@ class Gate:
     allowed: FieldInfo | None = None
     effect: Format | None = None
     highest: float = math.inf
+
+
+def margin_gate(name: str, kind: str, key: str, title: str) -> Gate:
+    """The gate of a paired drop in percentage points, which a row of configs/gates.yaml may bound."""
+    field, allowed = f"{name}_margin_points", Field(default=None, gt=0)
+    return Gate(name, kind, key, f"{title} drop", points, field, allowed, points)
 
 
 @dataclass(frozen=True)
