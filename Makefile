@@ -12,15 +12,19 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help demo repro validate-full bench bench-quality crosscheck arm64 show test lint clean
+.PHONY: help shell demo repro validate-full bench bench-quality crosscheck arm64 show check test test-long lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
+shell: $(READY)  ## how to use `dvc` and `python -m pipeline` in your shell
+	@echo 'source $(VENV)/bin/activate'
+
 demo: $(READY)  ## the whole pipeline on the embedded small model, then its table
 	dvc repro
 	python -m pipeline show
+	@echo; echo 'Commands of the pipeline in this shell: source $(VENV)/bin/activate'
 
 repro: $(READY)  ## dvc repro; with MODELS="mimo-8b phi-4" for these models too
 	$(if $(MODELS),dvc exp run -S 'configs/pipeline.yaml:models=[$(subst $(space),$(comma),smollm2-135m $(strip $(MODELS)))]',dvc repro)
@@ -54,8 +58,15 @@ arm64: $(READY)  ## artifacts in the arm64 build of ONNX Runtime under QEMU, bes
 show: $(READY)  ## the table of the last run
 	@python -m pipeline show
 
-test: $(READY)  ## the test suite
+check: lint  ## before a commit: ruff, mypy, and the tests that take a minute together
+	mypy
+	python -m pytest -n 2 -m "not slow and not long and not arm64"
+
+test: $(READY)  ## all tests but the long ones
 	python -m pytest -n 2
+
+test-long: $(READY)  ## tests that take minutes by nature
+	python -m pytest -n 2 -m long
 
 lint: $(READY)  ## ruff
 	ruff check .
@@ -64,7 +75,7 @@ lint: $(READY)  ## ruff
 clean:  ## remove the environment; keeps the store, the DVC cache and artifacts/
 	rm -rf $(VENV)
 
-$(READY): requirements.txt requirements-dev.txt constraints.txt
+$(READY): requirements.txt requirements-dev.txt constraints.txt $(wildcard pipeline/keys/dvc_hook/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
 	touch $@

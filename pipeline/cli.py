@@ -56,18 +56,9 @@ def cli() -> None:
     """
 
 
-def _stage(module: str, function: str = "run") -> Any:
-    """A stage's function, or that of another module of the package, given as room.module."""
-    path = module if "." in module else f"stages.{module}"
-    return getattr(importlib.import_module(f"pipeline.{path}"), function)
-
-
-def _guarded(stage: str, model: str, variant: str | None = None) -> None:
-    """Run a stage once it is known that it can end well."""
-    guard = importlib.import_module("pipeline.preflight.guard")
-    guard.before(stage, model, variant)
-    _stage(stage)(model, *filter(None, (variant,)))
-    guard.after(stage, model)
+def _function(module: str, name: str = "run") -> Any:
+    """A function of one of our modules, given as room.module, imported now."""
+    return getattr(importlib.import_module(f"pipeline.{module}"), name)
 
 
 def _known_model(_ctx: click.Context, _parameter: click.Parameter, model: str) -> str:
@@ -94,7 +85,7 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 @click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
 def preflight(model: tuple[str, ...]) -> None:
     """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
-    sys.exit(_stage("preflight.machine")(model))
+    sys.exit(_function("preflight.machine")(model))
 
 
 @cli.command()
@@ -107,109 +98,48 @@ def plan(model: tuple[str, ...], tier: str | None, device: str | None, context: 
     """Say what phones get of each model, or why nothing, and what would fit. Needs no download."""
     if tier and device:
         raise click.UsageError("--tier and --device exclude each other: a phone belongs to one tier.")
-    _stage("report.plan")(model, tier, device, context, as_json)
+    _function("report.plan")(model, tier, device, context, as_json)
 
 
-@cli.command()
-@_MODEL
-def download(model: str) -> None:
-    """Fetch MODEL's checkpoint and the datasets into the store, check every hash, write the source lock."""
-    _guarded("download", model)
+_DRY = click.option("--dry-run", is_flag=True, help="Print the plan with its exact size, write nothing.")
+_IF_NEEDED = click.option("--if-needed", is_flag=True, help="Only if a variant of configs/pipeline.yaml has a budget.")
+_STAGES = (
+    ("download", (_MODEL,), "Fetch MODEL's checkpoint and the datasets into the store, check every hash, lock them."),
+    ("export", (_MODEL,), "Build the full-precision ONNX graph over the checkpoint's own bytes."),
+    ("calibrate", (_MODEL,), "Measure activation statistics on the calibration text."),
+    ("sensitivity", (_MODEL, _IF_NEEDED), "Measure what each matrix loses in each format, for recipes with a budget."),
+    ("parity", (_MODEL,), "Compare the graph's logits with Optimum's export of the same checkpoint."),
+    ("quantize", (_MODEL, _VARIANT, _DRY), "Apply recipe VARIANT to MODEL; prints the plan first."),
+    ("validate", (_MODEL, _VARIANT), "Measure a written VARIANT, or the full-precision model: VARIANT `reference`."),
+    ("verdict", (_MODEL, _VARIANT), "Apply the gates of configs/gates.yaml to the measurements."),
+    ("bundle", (_MODEL, _VARIANT), "Assemble what a phone downloads, or a refusal record for what did not pass."),
+    (
+        "sign",
+        (_MODEL, _VARIANT),
+        "Sign a bundle (OpenSSF Model Signing) and verify it from the bundle alone. The private key is the local "
+        "development key, or comes from PIPELINE_SIGNING_KEY_FILE, PIPELINE_SIGNING_KEY (PEM) or "
+        "PIPELINE_SIGNING_KEY_PKCS11 (URI); PIPELINE_SIGNING_KEY_PASSWORD opens an encrypted PEM. configs/signing.yaml "
+        "names the public key's id.",
+    ),
+    ("tiers", (_MODEL,), "Map every tier to its bundle or its refusal; sign the map."),
+    ("packs", (_MODEL,), "Write store-ready folders of the signed bundles: Android AI packs and iOS asset packs."),
+    ("report", (), "Write the table, the HTML page and the Pareto plot of the run."),
+)
 
 
-@cli.command()
-@_MODEL
-def export(model: str) -> None:
-    """Build the full-precision ONNX graph over the checkpoint's own bytes."""
-    _stage("export")(model)
+def _add_stage(name: str, parameters: tuple[Any, ...], text: str) -> None:
+    """A command that runs a stage once it is known that it can end well."""
+
+    def run(**arguments: Any) -> None:
+        _function("preflight.guard", "guarded")(name, _function(f"stages.{name}"), **arguments)
+
+    for parameter in reversed(parameters):
+        run = parameter(run)
+    cli.command(name, help=text)(run)
 
 
-@cli.command()
-@_MODEL
-def calibrate(model: str) -> None:
-    """Measure activation statistics on the calibration text."""
-    _guarded("calibrate", model)
-
-
-@cli.command()
-@_MODEL
-@click.option("--if-needed", is_flag=True, help="Only if a variant of configs/pipeline.yaml has a budget.")
-def sensitivity(model: str, if_needed: bool) -> None:
-    """Measure what each matrix loses in each format, for recipes with a budget."""
-    if not if_needed or _stage("sensitivity", "is_needed")():
-        _guarded("sensitivity", model)
-    else:
-        _stage("sensitivity", "skip")(model)
-
-
-@cli.command()
-@_MODEL
-def parity(model: str) -> None:
-    """Compare the graph's logits with Optimum's export of the same checkpoint."""
-    _guarded("parity", model)
-
-
-@cli.command()
-@_MODEL
-@_VARIANT
-@click.option("--dry-run", is_flag=True, help="Print the plan with its exact size, write nothing.")
-def quantize(model: str, variant: str, dry_run: bool) -> None:
-    """Apply recipe VARIANT to MODEL; prints the plan first."""
-    if dry_run:
-        _stage("quantize")(model, variant, dry_run=True)
-    else:
-        _guarded("quantize", model, variant)
-
-
-@cli.command()
-@_MODEL
-@_VARIANT
-def validate(model: str, variant: str) -> None:
-    """Measure a written VARIANT, or the full-precision model when VARIANT is `reference`."""
-    _guarded("validate", model, variant)
-
-
-@cli.command()
-@_MODEL
-@_VARIANT
-def verdict(model: str, variant: str) -> None:
-    """Apply the gates of configs/gates.yaml to the measurements."""
-    _stage("verdict")(model, variant)
-
-
-@cli.command()
-@_MODEL
-@_VARIANT
-def bundle(model: str, variant: str) -> None:
-    """Assemble what a phone downloads, or a refusal record for a variant that did not pass."""
-    _stage("bundle")(model, variant)
-
-
-@cli.command()
-@_MODEL
-@_VARIANT
-def sign(model: str, variant: str) -> None:
-    """Sign a bundle (OpenSSF Model Signing) and verify it from the bundle alone.
-
-    The private key is the local development key, or comes from PIPELINE_SIGNING_KEY_FILE, PIPELINE_SIGNING_KEY (PEM),
-    or PIPELINE_SIGNING_KEY_PKCS11 (URI); PIPELINE_SIGNING_KEY_PASSWORD opens an encrypted PEM. configs/signing.yaml
-    names the public key's id.
-    """
-    _stage("sign")(model, variant)
-
-
-@cli.command()
-@_MODEL
-def tiers(model: str) -> None:
-    """Map every tier to its bundle or its refusal; sign the map."""
-    _stage("tiers")(model)
-
-
-@cli.command()
-@_MODEL
-def packs(model: str) -> None:
-    """Write store-ready folders of the signed bundles: Android AI packs and iOS asset packs."""
-    _stage("packs")(model)
+for _row in _STAGES:
+    _add_stage(*_row)
 
 
 @cli.command("check-packs")
@@ -219,19 +149,13 @@ def packs(model: str) -> None:
 @click.option("--bundletool", type=click.Path(path_type=Path), help="Android: bundletool's jar, run on --aab.")
 def check_packs(folder: Path, **options: Any) -> None:
     """Check an android or ios FOLDER of `packs` against every store rule; status 1 if one is broken."""
-    sys.exit(_stage("packs", "check")(folder, **options))
-
-
-@cli.command()
-def report() -> None:
-    """Write the table, the HTML page and the Pareto plot of the run."""
-    _stage("report")()
+    sys.exit(_function("stages.packs", "check")(folder, **options))
 
 
 @cli.command()
 def show() -> None:
     """Print the table of the run."""
-    _stage("report", "show_report")()
+    _function("stages.report", "show_report")()
 
 
 @cli.command(cls=_Gate)
@@ -245,7 +169,7 @@ def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
         run = load_pipeline()
         for name in model:
             load_model(name)
-        status = _stage("judge.verdicts", "gate")(list(model or run.models), list(variant or run.variants))
+        status = _function("judge.verdicts", "gate")(list(model or run.models), list(variant or run.variants))
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         status = 3
@@ -262,7 +186,7 @@ def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     run = load_pipeline()
     for name in model:
         load_model(name)
-    _stage("judge.verdicts", "escalate")(list(model or run.models), list(variant or run.variants))
+    _function("judge.verdicts", "escalate")(list(model or run.models), list(variant or run.variants))
 
 
 @cli.command("record-release")
@@ -270,7 +194,7 @@ def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
 @_VARIANT
 def record_release(model: str, variant: str) -> None:
     """Note a signed bundle as released: the next build is compared with it. Commit configs/released.yaml."""
-    _stage("bundle.released", "record")(model, variant)
+    _function("bundle.released", "record")(model, variant)
 
 
 _TRUSTED = click.option(
@@ -314,7 +238,7 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
 @click.argument("bundle", type=click.Path(path_type=Path))
 def inspect(bundle: Path) -> None:
     """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
-    sys.exit(_stage("bundle.documents", "inspect")(bundle))
+    sys.exit(_function("bundle.documents", "inspect")(bundle))
 
 
 @cli.command("update-size")

@@ -11,19 +11,22 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from cyclonedx.model import HashAlgorithm, HashType
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import Component, ComponentScope, ComponentType, Pedigree
+from cyclonedx.model.license import DisjunctiveLicense, License, LicenseExpression
+from cyclonedx.model.tool import ToolRepository
+from cyclonedx.output.json import JsonV1Dot6
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.spdx import is_supported_id
 
 from pipeline.bundle import licence, origin
 from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
 from pipeline.errors import BundleError
+from pipeline.files import json_bytes
 from pipeline.tasks.task import Figure
-
-if TYPE_CHECKING:
-    from cyclonedx.model import HashType
-    from cyclonedx.model.component import Component
-    from cyclonedx.model.license import License
-    from cyclonedx.validation.json import JsonStrictValidator
 
 FILE = "bom.cdx.json"
 PIPELINE = "phone-model-pipeline"
@@ -40,8 +43,9 @@ def build(dossier: Dossier) -> bytes:
     document = json.loads(_skeleton(dossier))
     document["metadata"]["component"]["modelCard"] = _model_card(dossier)
     document.pop("serialNumber", None)
-    document["serialNumber"] = uuid.uuid5(_SPACE, _digest(document)).urn
-    raw = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    document["serialNumber"] = uuid.uuid5(_SPACE, digest).urn
+    raw = json_bytes(document)
     if problem := problem_of(raw):
         raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
     return raw
@@ -49,10 +53,12 @@ def build(dossier: Dossier) -> bytes:
 
 def problem_of(raw: bytes) -> str | None:
     """Why `raw` is not a valid bill of materials (strict schema of CycloneDX 1.6), or None."""
+    from cyclonedx.validation.json import JsonStrictValidator  # takes seconds to import
+
     try:
         text = raw.decode()
         document = json.loads(text)
-        error = _validator().validate_str(text)
+        error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     except (ValueError, RecursionError) as failure:
         return f"it is not JSON ({one_line(failure)[:200]})"
     if error:
@@ -63,39 +69,21 @@ def problem_of(raw: bytes) -> str | None:
     return None
 
 
-@cache
-def _validator() -> JsonStrictValidator:
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
-
-    return JsonStrictValidator(SchemaVersion.V1_6)
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
 # --- components ------------------------------------------------------------------------------------------------------
 
 
 def _skeleton(dossier: Dossier) -> str:
     """Everything but the model card, as the library writes it."""
-    from cyclonedx.model.bom import Bom, BomMetaData
-    from cyclonedx.model.component import Component, ComponentType
-    from cyclonedx.model.tool import ToolRepository
-    from cyclonedx.output.json import JsonV1Dot6
-
     tool = Component(name=PIPELINE, type=ComponentType.APPLICATION, bom_ref=PIPELINE, version=dossier.commit)
     model, runtimes = _model(dossier), _runtimes(dossier)
     metadata = BomMetaData(component=model, timestamp=dossier.created, tools=ToolRepository(components=[tool]))
-    bom = Bom(components=[*runtimes, *_files(dossier)], metadata=metadata, serial_number=uuid.UUID(int=0))
+    content = _files("content", {name: entry.sha256 for name, entry in dossier.files.items()})
+    bom = Bom(components=[*runtimes, *content], metadata=metadata, serial_number=uuid.UUID(int=0))
     bom.register_dependency(model, runtimes)
     return JsonV1Dot6(bom).output_as_string()
 
 
 def _model(dossier: Dossier) -> Component:
-    from cyclonedx.model.component import Component, ComponentType, Pedigree
-
     return Component(
         name=dossier.name,
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -112,12 +100,6 @@ def _model(dossier: Dossier) -> Component:
 
 def _ancestor(dossier: Dossier) -> Component:
     """The checkpoint, with the hash of every file that was taken from it."""
-    from cyclonedx.model.component import Component, ComponentType
-
-    files = [
-        Component(name=file.name, type=ComponentType.FILE, bom_ref=f"source/{file.name}", hashes=[_sha256(file.sha256)])
-        for file in dossier.source.files
-    ]
     return Component(
         name=one_line(dossier.title),
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -125,13 +107,11 @@ def _ancestor(dossier: Dossier) -> Component:
         version=dossier.source.revision,
         licenses=_licences(dossier.source.licence),
         purl=origin.source(dossier.source),
-        components=files,
+        components=_files("source", {file.name: file.sha256 for file in dossier.source.files}),
     )
 
 
 def _runtimes(dossier: Dossier) -> list[Component]:
-    from cyclonedx.model.component import Component, ComponentScope, ComponentType
-
     versions = {"onnxruntime": dossier.runtime.onnxruntime, "onnxruntime-genai": dossier.runtime.onnxruntime_genai}
     return [
         Component(
@@ -147,25 +127,20 @@ def _runtimes(dossier: Dossier) -> list[Component]:
     ]
 
 
-def _files(dossier: Dossier) -> list[Component]:
-    from cyclonedx.model.component import Component, ComponentType
-
+def _files(place: str, digests: Mapping[str, str]) -> list[Component]:
+    """A component for each file of `place`, from name → SHA-256."""
     return [
-        Component(name=name, type=ComponentType.FILE, bom_ref=f"content/{name}", hashes=[_sha256(entry.sha256)])
-        for name, entry in sorted(dossier.files.items())
+        Component(
+            name=name,
+            type=ComponentType.FILE,
+            bom_ref=f"{place}/{name}",
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
+        )
+        for name, digest in sorted(digests.items())
     ]
 
 
-def _sha256(digest: str) -> HashType:
-    from cyclonedx.model import HashAlgorithm, HashType
-
-    return HashType(alg=HashAlgorithm.SHA_256, content=digest)
-
-
 def _licences(stated: str) -> list[License]:
-    from cyclonedx.model.license import DisjunctiveLicense, LicenseExpression
-    from cyclonedx.spdx import is_supported_id
-
     expression = licence.spdx(stated)
     if expression is None:
         return [DisjunctiveLicense(name=one_line(stated) or "unknown")]
@@ -177,6 +152,14 @@ def _licences(stated: str) -> list[License]:
 
 def _model_card(dossier: Dossier) -> dict[str, Any]:
     """A modelCard object of the schema. Whom a model is meant for, and fairness, only its authors can say."""
+    properties = {  # what the schema has no field for, in sorted order
+        "context": dossier.context,
+        "kv-cache": dossier.plan["kv_cache"]["type"],
+        "opset": dossier.runtime.opset,
+        "parameters": dossier.plan["parameters"],
+        "recipe": dossier.recipe,
+        "variant": dossier.variant,
+    }
     return {
         "modelParameters": {
             "task": "text-generation",
@@ -194,19 +177,7 @@ def _model_card(dossier: Dossier) -> dict[str, Any]:
                 f"that changed. Intervals are two-sided, 90 %. Measured with {measured_by(dossier)}."
             ],
         },
-        "properties": [{"name": f"{PIPELINE}:{name}", "value": value} for name, value in _properties(dossier).items()],
-    }
-
-
-def _properties(dossier: Dossier) -> dict[str, str]:
-    """What the schema has no field for, by name in sorted order."""
-    return {
-        "context": str(dossier.context),
-        "kv-cache": str(dossier.plan["kv_cache"]["type"]),
-        "opset": str(dossier.runtime.opset),
-        "parameters": str(dossier.plan["parameters"]),
-        "recipe": dossier.recipe,
-        "variant": dossier.variant,
+        "properties": [{"name": f"{PIPELINE}:{name}", "value": str(value)} for name, value in properties.items()],
     }
 
 

@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from pipeline.bundle import licence
 from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
 from pipeline.bundle.release import TELEMETRY
+from pipeline.bundle.template import render
 from pipeline.errors import BundleError
 from pipeline.tasks.task import Figure
 
@@ -27,7 +31,7 @@ def build(dossier: Dossier) -> bytes:
     Raises:
         BundleError: what was made is not a card that huggingface_hub reads back.
     """
-    raw = f"---\n{_front_matter(dossier)}\n---\n\n{_body(dossier)}".encode()
+    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + _body(dossier)
     if problem := problem_of(raw):
         raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
     return raw
@@ -35,9 +39,6 @@ def build(dossier: Dossier) -> bytes:
 
 def problem_of(raw: bytes) -> str | None:
     """Why `raw` is not a model card with licence, library, tags, text and a readable model-index; or None."""
-    import yaml
-    from huggingface_hub import ModelCard
-
     try:
         card = ModelCard(raw.decode())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
@@ -51,8 +52,6 @@ def problem_of(raw: bytes) -> str | None:
 
 
 def _front_matter(dossier: Dossier) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
     results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.hub]
     base = {"base_model": dossier.base_model, "base_model_relation": "quantized"} if dossier.base_model else {}
     data = ModelCardData(
@@ -96,19 +95,10 @@ def _result(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _body(dossier: Dossier) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # Markdown; texts that are not ours pass `one_line`
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _body(dossier: Dossier) -> bytes:
     source = dossier.base_model or one_line(dossier.title)
-    return environment.get_template("card.md.j2").render(
+    return render(
+        Path(__file__).with_name("card.md.j2"),
         title=one_line(dossier.title),
         variant=dossier.variant,
         bits=dossier.plan["bits_per_weight"],

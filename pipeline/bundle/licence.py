@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from typing import TYPE_CHECKING
+
+from license_expression import get_spdx_licensing
 
 from pipeline.bundle.dossier import one_line
 
-if TYPE_CHECKING:
-    from license_expression import Licensing
-
 STATEMENT = "LICENSE-STATEMENT.txt"
+_SPDX = get_spdx_licensing()
 _PAGE = "https://spdx.org/licenses/{}.html"
 
 
 def spdx(stated: str) -> str | None:
     """The SPDX expression that `stated` is, in SPDX's own spelling, or None: "apache-2.0" is Apache-2.0."""
-    found = _spdx().validate(stated)
+    found = _SPDX.validate(stated)
     return found.normalized_expression if stated.strip() and not found.errors else None
 
 
@@ -40,16 +38,5 @@ def statement(title: str, revision: str, stated: str, names: Iterable[str]) -> b
         lines.append("Read the terms at the source before you use or pass on this bundle.")
     else:
         lines.append(f"Their source states the licence {expression} (SPDX), and ships no text of it. The terms:")
-        lines += [_PAGE.format(key) for key in _keys(expression)]
+        lines += [_PAGE.format(key) for key in sorted(set(_SPDX.license_keys(expression)))]
     return ("\n".join(lines) + "\n").encode()
-
-
-def _keys(expression: str) -> list[str]:
-    return sorted(set(_spdx().license_keys(expression)))
-
-
-@cache
-def _spdx() -> Licensing:
-    from license_expression import get_spdx_licensing
-
-    return get_spdx_licensing()

@@ -12,15 +12,18 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict, Parse, ParseDict, ParseError
+from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
 from pipeline.bundle.dossier import one_line
 from pipeline.bundle.release import FileEntry
 from pipeline.errors import BundleError
-
-if TYPE_CHECKING:
-    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
-    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
+from pipeline.files import json_bytes
 
 FILE = "provenance.json"
 BUILD_TYPE = "urn:phone-model-pipeline:build-type:bundle:1"
@@ -82,7 +85,7 @@ def build(
             },
         },
     }
-    raw = (json.dumps(statement, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    raw = json_bytes(statement)
     if problem := problem_of(raw):
         raise BundleError(f"{FILE} cannot be written: {problem}.")
     return raw
@@ -99,10 +102,6 @@ def problem_of(raw: bytes) -> str | None:
     The formats' own protocol buffers refuse unknown fields and other types; what SLSA and our build type ask for beyond
     that is checked here.
     """
-    from google.protobuf.json_format import ParseError
-    from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
-    from in_toto_attestation.v1.statement import Statement
-
     try:
         parsed, provenance = _parse(raw)
         Statement.copy_from_pb(parsed).validate()
@@ -122,16 +121,10 @@ def problem_of(raw: bytes) -> str | None:
 
 def read(raw: bytes) -> dict[str, Any]:
     """The statement in the formats' own spelling, without empty fields: for bytes that have no problem."""
-    from google.protobuf.json_format import MessageToDict
-
     statement, provenance = _parse(raw)
     return MessageToDict(statement) | {"predicate": MessageToDict(provenance)}
 
 
 def _parse(raw: bytes) -> tuple[StatementMessage, Provenance]:
-    from google.protobuf.json_format import MessageToDict, Parse, ParseDict
-    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
-    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
-
     statement = Parse(raw, StatementMessage())
     return statement, ParseDict(MessageToDict(statement).get("predicate", {}), Provenance())

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from pipeline import files as file_tools
+from pipeline.checkpoint.untrusted import parse_json
 from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
@@ -153,6 +154,31 @@ class Refusal(Stamp):
 
 
 Document = TypeVar("Document", bound=Stamp)
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def problems(error: ValidationError) -> str:
+    """Every place that is wrong and how, on one line that quotes no values."""
+    found = error.errors(include_input=False, include_url=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}" for item in found)
+
+
+def parse(kind: type[Model], raw: bytes) -> Model:
+    """UTF-8 JSON as `kind`, by its own rules; no object in it has a key twice.
+
+    JSON leaves open what a repeated key means: a verifier that takes the last value and an app that takes the first
+    would not see the same document.
+
+    Raises:
+        ValueError: not JSON, a repeated key, or not of `kind`; the text is ASCII, names the places, quotes no values.
+    """
+    try:
+        value = kind.model_validate_json(raw)  # first: its parser bounds the nesting
+        parse_json(raw, len(raw))
+    except ValueError as error:
+        reason = problems(error) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(reason.encode("ascii", "backslashreplace").decode()) from None
+    return value
 
 
 def build_time(fallback: datetime) -> datetime:
@@ -208,17 +234,21 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
     }
 
 
-def make(kind: type[Document], fields: Mapping[str, Any]) -> Document:
-    """Validate `fields` as a document of `kind`.
+def make(
+    kind: type[Document], *, model: str, signing: SigningConfig, key: KeyIdentity, created: datetime, **fields: Any
+) -> Document:
+    """A document of `kind` for `model`, stamped as `stamp` says, with the other `fields` that `kind` has.
+
+    `created` must be the same for every build of the same inputs (see `build_time`).
 
     Raises:
-        BundleError: a field is missing, unknown, of another type, or holds NaN or infinity (which JSON cannot).
+        BundleError: a field is missing, unknown, of another type, or holds NaN or infinity (which JSON cannot); or the
+            release channel meets a development key.
     """
     try:
-        return kind.model_validate(dict(fields))
+        return kind.model_validate(stamp(model, signing, key, created) | fields)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise BundleError(f"{kind.file_name} of {fields.get('model')} cannot be written: {problems}.") from None
+        raise BundleError(f"{kind.file_name} of {model} cannot be written: {problems(error)}.") from None
 
 
 def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
@@ -239,71 +269,16 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
     return entries
 
 
-def build_release(
-    *,
-    model: str,
-    title: str,
-    variant: str,
-    signing: SigningConfig,
-    key: KeyIdentity,
-    created: datetime,
-    runtime: Runtime,
-    source: Mapping[str, Any],
-    licence: str,
-    context: int,
-    kv_cache: KvCache,
-    tiers: Iterable[str],
-    verdict: Mapping[str, Any],
-    files: Mapping[str, FileEntry],
-) -> Release:
-    """release.json for a variant that passed its gates.
+def build_release(**fields: Any) -> Release:
+    """release.json for a variant that passed its gates: `make` with the fields of `Release`, except for `telemetry`.
 
-    `created` must be the same for every build of the same inputs (see `build_time`). `source` holds `revision` and
-    `files` (name → SHA-256). `tiers` are those whose budget holds the variant (see `tiers.fitting_tiers`). `verdict`
-    is the gates' verdict as plain JSON, without timings.
+    `source` holds `revision` and `files` (name → SHA-256), `tiers` are those whose budget holds the variant (see
+    `planning.devices.fitting_tiers`), `verdict` is the gates' as plain JSON, without timings.
 
     Raises:
-        BundleError: a field is not valid, or the release channel meets a development key.
+        BundleError: as `make`.
     """
-    fields = stamp(model, signing, key, created) | {
-        "title": title,
-        "variant": variant,
-        "runtime": runtime,
-        "source": dict(source),
-        "licence": licence,
-        "context": context,
-        "kv_cache": kv_cache,
-        "tiers": list(tiers),
-        "verdict": dict(verdict),
-        "files": dict(files),
-        "telemetry": TELEMETRY,
-    }
-    return make(Release, fields)
-
-
-def build_refusal(
-    *,
-    model: str,
-    title: str,
-    variant: str,
-    signing: SigningConfig,
-    key: KeyIdentity,
-    created: datetime,
-    verdict: Mapping[str, Any],
-    reasons: Iterable[str],
-) -> Refusal:
-    """refusal.json for a variant that did not pass. `reasons` are sentences with the figures.
-
-    Raises:
-        BundleError: a field is not valid, or the release channel meets a development key.
-    """
-    fields = stamp(model, signing, key, created) | {
-        "title": title,
-        "variant": variant,
-        "verdict": dict(verdict),
-        "reasons": list(reasons),
-    }
-    return make(Refusal, fields)
+    return make(Release, telemetry=TELEMETRY, **fields)
 
 
 def _check_names(names: Iterable[str], content: Path) -> None:

@@ -16,17 +16,16 @@ import stat
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
-from pipeline.bundle.release import FileName
-from pipeline.bundle.strict_json import parse
+from pipeline.bundle.release import SAFE_NAME, FileName, parse
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
 
@@ -36,20 +35,41 @@ _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 
 
-class Flaw(StrEnum):
-    """Why a signature file proves nothing."""
+class Kind(StrEnum):
+    """What can be wrong with a bundle. With one of the first three, its signature file proves nothing."""
 
-    MALFORMED = "malformed-signature"
+    MALFORMED_SIGNATURE = "malformed-signature"
     OTHER_KEY = "other-key"
-    INVALID = "invalid-signature"
+    INVALID_SIGNATURE = "invalid-signature"
+    MISSING_SIGNATURE = "missing-signature"
+    MISSING = "missing"
+    EXTRA = "extra"
+    UNLISTED = "unlisted"
+    RENAMED = "renamed"
+    EXCHANGED = "exchanged"
+    MODIFIED = "modified"
+    TRUNCATED = "truncated"
+    EXTENDED = "extended"
+    SYMLINK = "symlink"
+    NOT_A_FILE = "not-a-file"
+    MALFORMED_DOCUMENT = "malformed-document"
+    DISAGREES = "disagrees"
+    SWAPPED = "swapped"
+    SWAPPED_TIER = "swapped-tier"
+    EXPIRED = "expired"
+    NOT_YET_VALID = "not-yet-valid"
+    DOWNGRADED = "downgraded"
+    APP_VERSION = "app-version"
+    DEVELOPMENT_KEY = "development-key"
+    REFUSAL = "refusal"
 
 
 class SignatureError(BundleError):
-    """A signature file that does not prove what it should; `flaw` says in which way."""
+    """A signature file that does not prove what it should; `kind` says in which way."""
 
-    def __init__(self, flaw: Flaw, message: str) -> None:
+    def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
-        self.flaw = flaw
+        self.kind = kind
 
 
 # --- the signature file, level by level; field names are the formats' own -------------------------------------------
@@ -57,6 +77,9 @@ class SignatureError(BundleError):
 
 class _Level(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Level = TypeVar("Level", bound=_Level)
 
 
 class _DsseSignature(_Level):
@@ -184,16 +207,13 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
             hold; or the token refuses to sign.
     """
     _require_flat(content)
-    statement = _statement(content.name, _digests(content))
-    try:
-        _Statement.model_validate(statement)
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
+    digests = _digests(content)
+    if unsafe := sorted(name for name in digests if not SAFE_NAME.fullmatch(name)):
         raise BundleError(
-            f"{content} holds a file that cannot be signed: {where} is {error.errors()[0]['input']!a}. Names are "
-            f"letters, digits, '.', '_' and '-', and do not start with '.'."
-        ) from None
-    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
+            f"{content} holds a file that cannot be signed: {unsafe[0]!a}. Names are letters, digits, '.', '_' and "
+            f"'-', and do not start with '.'."
+        )
+    payload = json.dumps(_statement(content.name, digests), sort_keys=True, separators=(",", ":")).encode()
     proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
     hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it
     files.write_json(
@@ -219,15 +239,15 @@ def _decode(text: str, what: str) -> bytes:
     except (binascii.Error, ValueError):
         data = None
     if data is None or base64.b64encode(data).decode() != text:
-        raise SignatureError(Flaw.MALFORMED, f"its {what} is not base64")
+        raise SignatureError(Kind.MALFORMED_SIGNATURE, f"its {what} is not base64")
     return data
 
 
-def _envelope(raw: bytes) -> _SigstoreBundle:
+def _parse(kind: type[Level], raw: bytes, what: str) -> Level:
     try:
-        return parse(_SigstoreBundle, raw)
+        return parse(kind, raw)
     except ValueError as error:
-        raise SignatureError(Flaw.MALFORMED, f"it is not an OMS signature ({error})") from None
+        raise SignatureError(Kind.MALFORMED_SIGNATURE, f"{what} ({error})") from None
 
 
 def _signed_by(public_key: ec.EllipticCurvePublicKey, signature: bytes, payload: bytes) -> bool:
@@ -244,7 +264,7 @@ def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -
     Raises:
         SignatureError: malformed, made with another key, or not made by the key it names.
     """
-    bundle = _envelope(raw)
+    bundle = _parse(_SigstoreBundle, raw, "it is not an OMS signature")
     proof = bundle.dsseEnvelope.signatures[0]
     payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
     signer = next((key for key in public_keys if _signed_by(key, signature, payload)), None)
@@ -252,12 +272,14 @@ def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -
         trusted = [key_id(key) for key in public_keys]
         if proof.keyid not in trusted:
             message = f"signed with the key {proof.keyid!a}, but the key to trust is {' or '.join(trusted)}"
-            raise SignatureError(Flaw.OTHER_KEY, message)
-        raise SignatureError(Flaw.INVALID, f"it names the key {proof.keyid}, but that key did not sign this statement")
+            raise SignatureError(Kind.OTHER_KEY, message)
+        raise SignatureError(
+            Kind.INVALID_SIGNATURE, f"it names the key {proof.keyid}, but that key did not sign this statement"
+        )
     expected, hint = key_id(signer), hashlib.sha256(public_pem(signer)).hexdigest()
     if proof.keyid != expected or bundle.verificationMaterial.publicKey.hint != hint:
         raise SignatureError(
-            Flaw.MALFORMED, f"the key {expected} signed it, but it names another (its label was changed)"
+            Kind.MALFORMED_SIGNATURE, f"the key {expected} signed it, but it names another (its label was changed)"
         )
     return expected, payload
 
@@ -270,20 +292,19 @@ def read_statement(payload: bytes) -> dict[str, str]:
     Raises:
         SignatureError: it is none that `sign` makes.
     """
-    try:
-        statement = parse(_Statement, payload)
-    except ValueError as error:
-        raise SignatureError(
-            Flaw.MALFORMED, f"the signed statement is none that this pipeline makes ({error})"
-        ) from None
+    statement = _parse(_Statement, payload, "the signed statement is none that this pipeline makes")
     resources = statement.predicate.resources
     digests = {resource.name: resource.digest for resource in resources}
-    if len(digests) != len(resources):
-        raise SignatureError(Flaw.MALFORMED, "the signed statement names a file twice")
-    if len({name.casefold() for name in digests}) != len(digests):
-        raise SignatureError(Flaw.MALFORMED, "the signed statement names two files that differ only in case")
-    if root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256:
-        raise SignatureError(Flaw.MALFORMED, "the signed statement's root digest is not that of its files")
+    faults = {
+        "names a file twice": len(digests) != len(resources),
+        "names two files that differ only in case": len({name.casefold() for name in digests}) != len(digests),
+        "has another root digest than its files": (
+            root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise SignatureError(Kind.MALFORMED_SIGNATURE, f"the signed statement {fault}")
     return digests
 
 

@@ -10,11 +10,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.bundle.release import KeyIdentity, Record, Stamp, make, stamp
+from pipeline.bundle.release import KeyIdentity, Record, Stamp, make
 from pipeline.config.phones import Tier, TiersConfig
 from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
@@ -120,11 +120,10 @@ def _suggestion(found: Suggestion) -> TierSuggestion:
 
 def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> TierBundle | TierRefusal:
     budget, passing = budget_bytes(tier), [candidate for candidate in needs if candidate.verdict == "PASS"]
+    common: dict[str, Any] = {"platform": tier.platform, "ram_bytes": tier.ram_bytes, "budget_bytes": budget}
     if chosen := best(passing, tier, tiers, tiers.context):
         return TierBundle(
-            platform=tier.platform,
-            ram_bytes=tier.ram_bytes,
-            budget_bytes=budget,
+            **common,
             variant=chosen.variant,
             need_bytes=needs[chosen].private,
             bundle_bytes=chosen.footprint.download.bytes,
@@ -132,9 +131,7 @@ def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> 
         )
     smallest = min((needs[candidate].private for candidate in passing), default=None)
     return TierRefusal(
-        platform=tier.platform,
-        ram_bytes=tier.ram_bytes,
-        budget_bytes=budget,
+        **common,
         smallest_need_bytes=smallest,
         shortfall_bytes=None if smallest is None else smallest - budget,
         reasons=_reasons(needs, budget),
@@ -189,9 +186,5 @@ def build_tiers(
     bundles = {
         variant: BundleReference(signature_sha256=signatures[variant], release=signing.release) for variant in chosen
     }
-    fields = stamp(model, signing, key, created) | {
-        "context": context,
-        "tiers": dict(decisions),
-        "bundles": bundles,
-    }
-    return make(TiersDocument, fields)
+    stamped = {"model": model, "signing": signing, "key": key, "created": created}
+    return make(TiersDocument, **stamped, context=context, tiers=dict(decisions), bundles=bundles)

@@ -13,8 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pipeline import files
-from pipeline.bundle.release import Record
-from pipeline.bundle.strict_json import parse
+from pipeline.bundle.release import Record, parse
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 

@@ -13,49 +13,19 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.bundle.keys import key_id, load_public_keys
-from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Refusal, Release, Stamp, parse_time
-from pipeline.bundle.signing import SignatureError, authenticate, read_statement
-from pipeline.bundle.strict_json import parse
+from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Refusal, Release, Stamp, parse, parse_time
+from pipeline.bundle.signing import Kind, SignatureError, authenticate, read_statement
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.errors import BundleError
 
 _SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
 _CLOCK_SKEW = timedelta(days=1)  # two honest clocks may differ by this much
-
-
-class Kind(StrEnum):
-    """What is wrong. The first three are `signing.Flaw`'s."""
-
-    MALFORMED_SIGNATURE = "malformed-signature"
-    OTHER_KEY = "other-key"
-    INVALID_SIGNATURE = "invalid-signature"
-    MISSING_SIGNATURE = "missing-signature"
-    MISSING = "missing"
-    EXTRA = "extra"
-    UNLISTED = "unlisted"
-    RENAMED = "renamed"
-    EXCHANGED = "exchanged"
-    MODIFIED = "modified"
-    TRUNCATED = "truncated"
-    EXTENDED = "extended"
-    SYMLINK = "symlink"
-    NOT_A_FILE = "not-a-file"
-    MALFORMED_DOCUMENT = "malformed-document"
-    DISAGREES = "disagrees"
-    SWAPPED = "swapped"
-    SWAPPED_TIER = "swapped-tier"
-    EXPIRED = "expired"
-    NOT_YET_VALID = "not-yet-valid"
-    DOWNGRADED = "downgraded"
-    APP_VERSION = "app-version"
-    DEVELOPMENT_KEY = "development-key"
-    REFUSAL = "refusal"
 
 
 @dataclass(frozen=True, order=True)
@@ -285,70 +255,63 @@ def _read_document(content: Path, kind: type[Stamp], digest: str) -> tuple[Stamp
         return None, Finding(Kind.MALFORMED_DOCUMENT, f"{CONTENT}/{kind.file_name}", message)
 
 
-def _check_key(stamp: Stamp, key: str, expected: _Expected) -> Iterator[Finding]:
-    """Findings about who signed a document and for whom."""
-    file = f"{CONTENT}/{stamp.file_name}"
+_Complaints = Iterator[tuple[Kind, str]]
+
+
+def _check_key(stamp: Stamp, key: str, expected: _Expected) -> _Complaints:
+    """What is wrong with who signed a document and for whom."""
     if stamp.key.id != key:
-        yield Finding(Kind.DISAGREES, file, f"it names the key {stamp.key.id}, but {key} signed it")
+        yield Kind.DISAGREES, f"it names the key {stamp.key.id}, but {key} signed it"
     development = "development" in (stamp.key.kind, stamp.channel)
     if stamp.key.kind == "development" and stamp.channel == "release":
-        yield Finding(Kind.DEVELOPMENT_KEY, file, f"channel 'release' was signed with the development key {key}")
+        yield Kind.DEVELOPMENT_KEY, f"channel 'release' was signed with the development key {key}"
     elif development and not expected.allow_development:
-        message = (
-            f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key; to try it all the same, "
-            f"--allow-development"
-        )
-        yield Finding(Kind.DEVELOPMENT_KEY, file, message)
+        message = f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key"
+        yield Kind.DEVELOPMENT_KEY, f"{message}; to try it all the same, --allow-development"
 
 
-def _check_freshness(stamp: Stamp, expected: _Expected) -> Iterator[Finding]:
-    """Findings about a document's time, release number and the app versions it is for."""
-    file, now = f"{CONTENT}/{stamp.file_name}", expected.now.astimezone(UTC).isoformat(timespec="seconds")
+def _check_freshness(stamp: Stamp, expected: _Expected) -> _Complaints:
+    """What is wrong with a document's time, release number and the app versions it is for."""
+    now = expected.now.astimezone(UTC).isoformat(timespec="seconds")
     if expected.now >= parse_time(stamp.expires):
-        yield Finding(Kind.EXPIRED, file, f"it expired on {stamp.expires}; the time is {now}")
+        yield Kind.EXPIRED, f"it expired on {stamp.expires}; the time is {now}"
     if expected.now + _CLOCK_SKEW < parse_time(stamp.created):
         message = f"it was created on {stamp.created}, after the time, which is {now}: with such a clock none expires"
-        yield Finding(Kind.NOT_YET_VALID, file, message)
+        yield Kind.NOT_YET_VALID, message
     if stamp.release < (floor := expected.floor(stamp.model)):
-        message = f"expected release {floor} or later, found {stamp.release}: it was rolled back"
-        yield Finding(Kind.DOWNGRADED, file, message)
+        yield Kind.DOWNGRADED, f"expected release {floor} or later, found {stamp.release}: it was rolled back"
     app, least, most = expected.app_version, stamp.min_app_version, stamp.max_app_version
     if app is not None and (app < least or (most is not None and app > most)):
         wanted = f"{least} or later" if most is None else f"{least} to {most}"
-        yield Finding(Kind.APP_VERSION, file, f"it is for app versions {wanted}; this app has version {app}")
+        yield Kind.APP_VERSION, f"it is for app versions {wanted}; this app has version {app}"
 
 
-def _check_identity(stamp: Stamp, expected: _Expected) -> Iterator[Finding]:
-    """Findings where a document is not the one that was asked for."""
-    file = f"{CONTENT}/{stamp.file_name}"
+def _check_identity(stamp: Stamp, expected: _Expected) -> _Complaints:
+    """Where a document is not the one that was asked for."""
     for field in ("model", "variant"):
         wanted, found = getattr(expected, field), getattr(stamp, field, None)
         if wanted is not None and found != wanted:
-            yield Finding(Kind.SWAPPED, file, f"expected {field} {wanted!r}, found {found!r}")
+            yield Kind.SWAPPED, f"expected {field} {wanted!r}, found {found!r}"
     if expected.tier is not None and isinstance(stamp, Release | TiersDocument) and expected.tier not in stamp.tiers:
         named = f"it is for {', '.join(stamp.tiers)}" if stamp.tiers else "it is for no tier"
-        yield Finding(Kind.SWAPPED_TIER, file, f"expected tier {expected.tier!r}, but {named}")
+        yield Kind.SWAPPED_TIER, f"expected tier {expected.tier!r}, but {named}"
+    if isinstance(stamp, Refusal):
+        reasons = "; ".join(stamp.reasons)
+        yield Kind.REFUSAL, f"{stamp.model}/{stamp.variant} was refused, there is no bundle: {reasons}"
 
 
-def _check_agreement(document: Stamp, digests: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings where the document's own list of files differs from what was signed."""
-    file = f"{CONTENT}/{document.file_name}"
+def _check_agreement(document: Stamp, digests: Mapping[str, str]) -> _Complaints:
+    """Where the document's own list of files differs from what was signed."""
     entries = document.files if isinstance(document, Release) else {}
     signed = digests.keys() - {document.file_name}
     for name in sorted(entries.keys() - signed):
-        yield Finding(Kind.DISAGREES, file, f"{name}: it lists this file, but the signature does not")
+        yield Kind.DISAGREES, f"{name}: it lists this file, but the signature does not"
     for name in sorted(signed - entries.keys()):
-        yield Finding(Kind.DISAGREES, file, f"{name}: it does not list this file, but the signature does")
+        yield Kind.DISAGREES, f"{name}: it does not list this file, but the signature does"
     for name in sorted(entries.keys() & signed):
         if entries[name].sha256 != digests[name]:
             message = f"{name}: it says sha256 {entries[name].sha256}, the signature says {digests[name]}"
-            yield Finding(Kind.DISAGREES, file, message)
-
-
-def _check_refusal(document: Stamp) -> Iterator[Finding]:
-    if isinstance(document, Refusal):
-        message = f"{document.model}/{document.variant} was refused, there is no bundle: {'; '.join(document.reasons)}"
-        yield Finding(Kind.REFUSAL, f"{CONTENT}/{document.file_name}", message)
+            yield Kind.DISAGREES, message
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
@@ -370,41 +333,17 @@ def _check_signed(
     entries = document.files if isinstance(document, Release) else {}
     findings += _check_content(content, _Signed(digests, entries))
     if document is not None:
-        findings += _check_key(document, key, expected)
-        findings += _check_freshness(document, expected)
-        findings += _check_identity(document, expected)
-        findings += _check_agreement(document, digests)
-        findings += _check_refusal(document)
+        complaints = [*_check_key(document, key, expected), *_check_freshness(document, expected)]
+        complaints += [*_check_identity(document, expected), *_check_agreement(document, digests)]
+        findings += [Finding(kind, f"{CONTENT}/{document.file_name}", message) for kind, message in complaints]
     return findings, document
 
 
-def _verify(
-    directory: Path, public_keys: Path | Sequence[Path], kinds: tuple[type[Stamp], ...], expected: _Expected
-) -> Report:
-    if expected.now.tzinfo is None:
-        raise BundleError(f"the time {expected.now.isoformat()} has no time zone: pass an aware datetime.")
-    trusted = load_public_keys(public_keys)
-    if not trusted:
-        raise BundleError(f"{directory} cannot be verified without a public key to trust.")
-    signer = document = None
-    try:
-        findings = list(_check_layout(directory))
-        if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
-            signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
-            signed, document = _check_signed(directory, read_statement(payload), kinds, signer, expected)
-            findings += signed
-    except SignatureError as error:
-        findings.append(Finding(Kind(error.flaw.value), SIGNATURE, str(error)))
-    except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else str(directory)
-        raise BundleError(f"{_shown(where)} cannot be read: {error.strerror}. Nothing was verified.") from None
-    return Report(directory, tuple(map(key_id, trusted)), signer, tuple(sorted(set(findings))), document)
-
-
 def verify(
-    bundle: Path,
+    directory: Path,
     public_keys: Path | Sequence[Path],
     *,
+    kinds: tuple[type[Stamp], ...] = (Release, Refusal),
     now: datetime | None = None,
     highest_release: int | None = None,
     memory: ReleaseMemory | None = None,
@@ -416,36 +355,36 @@ def verify(
 ) -> Report:
     """Check a bundle folder (`content/` and `model.sig`) from nothing but itself and trusted public keys (PEM files).
 
-    Any one of the keys may have signed: an app pins the current and the next. `now` (aware; default: the clock) is
-    compared with the expiry, `highest_release` and `memory` are what was accepted so far, `app_version`, `tier`,
-    `model` and `variant` what the bundle is wanted for. Files are hashed in bounded memory. A bundle that was tampered
-    with is a report with findings, never an exception; nothing is recorded in `memory`.
+    Any one of the keys may have signed: an app pins the current and the next. `kinds` are the documents of which the
+    content must hold one. `now` (aware; default: the clock) is compared with the expiry, `highest_release` and `memory`
+    are what was accepted so far, `app_version`, `tier`, `model` and `variant` what the bundle is wanted for. Files are
+    hashed in bounded memory. A bundle that was tampered with is a report with findings, never an exception; nothing is
+    recorded in `memory`.
 
     Raises:
         BundleError: the folder, a public key or the memory cannot be read, or `now` has no time zone.
     """
     when = now or datetime.now(UTC)
+    if when.tzinfo is None:
+        raise BundleError(f"the time {when.isoformat()} has no time zone: pass an aware datetime.")
     expected = _Expected(when, highest_release, memory, allow_development, app_version, tier, model, variant)
-    return _verify(bundle, public_keys, (Release, Refusal), expected)
+    trusted = load_public_keys(public_keys)
+    if not trusted:
+        raise BundleError(f"{directory} cannot be verified without a public key to trust.")
+    signer = document = None
+    try:
+        findings = list(_check_layout(directory))
+        if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
+            signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
+            signed, document = _check_signed(directory, read_statement(payload), kinds, signer, expected)
+            findings += signed
+    except SignatureError as error:
+        findings.append(Finding(error.kind, SIGNATURE, str(error)))
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else str(directory)
+        raise BundleError(f"{_shown(where)} cannot be read: {error.strerror}. Nothing was verified.") from None
+    return Report(directory, tuple(map(key_id, trusted)), signer, tuple(sorted(set(findings))), document)
 
 
-def verify_tiers(
-    directory: Path,
-    public_keys: Path | Sequence[Path],
-    *,
-    now: datetime | None = None,
-    highest_release: int | None = None,
-    memory: ReleaseMemory | None = None,
-    allow_development: bool = False,
-    app_version: int | None = None,
-    tier: str | None = None,
-    model: str | None = None,
-) -> Report:
-    """Check a signed tiers.json folder as `verify` checks a bundle; the report's document is a `TiersDocument`.
-
-    Raises:
-        BundleError: the folder, a public key or the memory cannot be read, or `now` has no time zone.
-    """
-    when = now or datetime.now(UTC)
-    expected = _Expected(when, highest_release, memory, allow_development, app_version, tier, model, None)
-    return _verify(directory, public_keys, (TiersDocument,), expected)
+verify_tiers = partial(verify, kinds=(TiersDocument,))
+"""Check a signed tiers.json folder as `verify` checks a bundle; the report's document is a `TiersDocument`."""

@@ -52,15 +52,15 @@ def read_json(path: Path, *, follow: bool = False) -> Any:
         return parse_json(file.read(MAX_JSON + 1))
 
 
-def parse_json(raw: bytes) -> Any:
-    """Parse UTF-8 JSON.
+def parse_json(raw: bytes, most: int = MAX_JSON) -> Any:
+    """Parse UTF-8 JSON of at most `most` bytes.
 
     Raises:
-        ValueError: longer than `MAX_JSON` bytes, malformed, nested too deeply, or a key given twice in one object,
+        ValueError: longer than that, malformed, nested too deeply, or a key given twice in one object,
             which another reader would resolve differently.
     """
-    if len(raw) > MAX_JSON:
-        raise ValueError(f"longer than {MAX_JSON:,} bytes")
+    if len(raw) > most:
+        raise ValueError(f"longer than {most:,} bytes")
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique)
     except RecursionError:

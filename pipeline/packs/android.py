@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
-from xml.sax.saxutils import quoteattr
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
 from pipeline.bundle.release import Record
+from pipeline.bundle.template import render
 from pipeline.bundle.tiers import TierBundle, TierRefusal, TiersDocument
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
@@ -132,7 +132,7 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
     count = max((len(group.delivery.packs) for group in index.groups.values()), default=0)
     modules = [module_name(index.model, number) for number in range(1, count + 1)]
     for number, module in enumerate(modules):
-        write_bytes(folder / module / "build.gradle", _module(module).encode())
+        write_bytes(folder / module / "build.gradle", _render("module.gradle", module=module))
         assets = folder / module / "src" / "main" / "assets"
         for name, group in index.groups.items():
             target, packs = assets / f"{module}#group_{name}", group.delivery.packs
@@ -143,63 +143,15 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
                 write_bytes(target / PLACEHOLDER, b"")
         write_bytes(assets / f"{module}#group_{OTHER}" / PLACEHOLDER, b"")
     if modules:
-        write_bytes(folder / "settings.gradle", "".join(f"include ':{module}'\n" for module in modules).encode())
-        write_bytes(folder / "build.gradle", _root().encode())
+        write_bytes(folder / "settings.gradle", _render("settings.gradle", modules=modules))
+        write_bytes(folder / "build.gradle", _render("root.gradle"))
         write_bytes(folder / "gradle.properties", f"{FLAG}\n".encode())
-        write_bytes(folder / "app" / "build.gradle", _app(modules).encode())
-        write_bytes(folder / "app" / TARGETING, _targeting(index).encode())
+        write_bytes(folder / "app" / "build.gradle", _render("app.gradle", modules=modules))
+        # RAM is an attribute, and the first matching group in file order wins; ours are disjoint.
+        write_bytes(folder / "app" / TARGETING, _render(TARGETING, groups=index.groups))
     write_json(folder / INDEX, index.model_dump(mode="json"))
 
 
-def _module(module: str) -> str:
-    return f"""\
-plugins {{
-    id '{AI_PACK}'
-}}
-
-aiPack {{
-    packName = "{module}"
-    dynamicDelivery {{
-        deliveryType = "on-demand"
-    }}
-}}
-"""
-
-
-def _root() -> str:
-    return f"""\
-// Merge into the project's build.gradle: device targeting needs the Android Gradle Plugin {AGP} or later.
-plugins {{
-    id 'com.android.application' version '{AGP}' apply false
-    id '{AI_PACK}' version '{AGP}' apply false
-}}
-"""
-
-
-def _app(modules: list[str]) -> str:
-    packs = ", ".join(f'":{module}"' for module in modules)
-    return f"""\
-// Merge into the app's build.gradle.
-android {{
-    assetPacks = [{packs}]
-    bundle {{
-        deviceTargetingConfig = file('{TARGETING}')
-        deviceGroup {{
-            enableSplit = true
-            defaultGroup = "{OTHER}"
-        }}
-    }}
-}}
-"""
-
-
-def _targeting(index: AndroidIndex) -> str:
-    """Device groups as XML. RAM is an attribute, and the first matching group in file order wins; ours are disjoint."""
-    lines = [f"<config:device-targeting-config xmlns:config={quoteattr(NAMESPACE)}>"]
-    for name, group in index.groups.items():
-        lines.append(f"    <config:device-group name={quoteattr(name)}>")
-        for selector in group.selectors:
-            most = f' ram-max-bytes="{selector.max_bytes}"' if selector.max_bytes is not None else ""
-            lines.append(f'        <config:device-selector ram-min-bytes="{selector.min_bytes}"{most}/>')
-        lines.append("    </config:device-group>")
-    return "\n".join([*lines, "</config:device-targeting-config>", ""])
+def _render(name: str, **fields: Any) -> bytes:
+    names = {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
+    return render(Path(__file__).with_name(name), **names, **fields)

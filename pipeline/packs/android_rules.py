@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,20 +29,8 @@ from pipeline.packs.android import (
     AndroidIndex,
     Selector,
 )
-from pipeline.packs.delivery import INDEX, Delivery
-from pipeline.packs.rules import (
-    Found,
-    Problem,
-    Rule,
-    Tree,
-    app_versions,
-    apply,
-    digests,
-    joined,
-    pack_files,
-    readable_index,
-    strange_files,
-)
+from pipeline.packs.delivery import Delivery, Pack
+from pipeline.packs.rules import COMMON, Found, Problem, Rules, Tree
 
 PACK_LIMIT = 1_500_000_000  # bytes of one pack as one phone downloads it
 PACKS_LIMIT = 100
@@ -51,8 +39,9 @@ PART_LIMIT = 1_400_000_000  # so that a part and the small files share a pack
 SOLD = (3, 4, 6, 8, 12, 16, 24, 32)  # GB of RAM, marketing figures
 
 ASSETS = "src/main/assets"
-_GROUP_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")
-_PACK_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")
+_APP = "app/build.gradle"
+_GROUPS = f"app/{TARGETING}"
+_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")  # of a pack, and of a group
 _BYTES = re.compile(r"[0-9]{1,18}")
 _TAG = f"{{{NAMESPACE}}}"
 
@@ -67,12 +56,16 @@ class _Asset:
     path: str
     size: int
 
+    @property
+    def where(self) -> str:
+        """Its path in the store folder."""
+        return f"{self.module}/{ASSETS}/{self.path}"
+
 
 class AndroidTree(Tree[AndroidIndex]):
     """A folder as `write_android` writes it, whoever wrote or edited it."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder, AndroidIndex)
+    kind = AndroidIndex
 
     @cached_property
     def modules(self) -> list[str]:
@@ -100,13 +93,17 @@ class AndroidTree(Tree[AndroidIndex]):
                 groups[asset.module, asset.folder].add(asset.group)
         return dict(groups)
 
+    @property
+    def used(self) -> set[str]:
+        """The groups that have a folder."""
+        return set().union(*self.groups.values())
+
     @cached_property
     def targeting(self) -> ElementTree.Element | str:
         """device_targeting_config.xml, or what is wrong with it."""
-        path = f"app/{TARGETING}"
-        if path not in self.sizes:
+        if _GROUPS not in self.sizes:
             return "there is no such file"
-        text = self.text(path)
+        text = self.text(_GROUPS)
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             return "it declares a document type or entities, which have no place here"
         try:
@@ -125,21 +122,17 @@ class AndroidTree(Tree[AndroidIndex]):
         groups = self.targeting.findall(f"{_TAG}device-group")
         return [(group.get("name", ""), group.findall(f"{_TAG}device-selector")) for group in groups]
 
-    @cached_property
+    @property
     def deliveries(self) -> dict[str, Delivery]:
-        """Group → delivery of the index; nothing when it is damaged."""
-        return (
-            {} if isinstance(self.index, str) else {name: group.delivery for name, group in self.index.groups.items()}
-        )
+        """Group → delivery."""
+        return {name: group.delivery for name, group in self.index.groups.items()} if self.index else {}
 
-    @cached_property
-    def first_folders(self) -> dict[str, Delivery]:
-        """Where each group's first pack lies."""
-        return {_folder(item.packs[0].name, group): item for group, item in self.deliveries.items()}
+    def pack_folder(self, name: str, pack: Pack) -> str:
+        """A group's folder in a pack's module."""
+        return f"{pack.name}/{ASSETS}/{pack.name}#group_{name}"
 
 
-def _folder(module: str, group: str) -> str:
-    return f"{module}/{ASSETS}/{module}#group_{group}"
+RULES = Rules(COMMON)
 
 
 # --- Gradle ----------------------------------------------------------------------------------------------------------
@@ -151,22 +144,25 @@ def _setting(text: str, name: str) -> str | None:
     return (match[1] if match[1] is not None else match[2]) if match else None
 
 
+@RULES.add("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin")
 def _plugin(tree: AndroidTree) -> Found:
     for module in tree.modules:
         if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", tree.text(f"{module}/build.gradle")):
             yield f"{module}/build.gradle", f"the plugin {AI_PACK} is not applied"
 
 
+@RULES.add("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores")
 def _pack_name(tree: AndroidTree) -> Found:
     for module in tree.modules:
         path = f"{module}/build.gradle"
         name = _setting(tree.text(path), "packName")
         if name != module:
             yield path, f"packName is {name!r}, the module's folder {module!r}"
-        elif not _PACK_NAME.fullmatch(name):
+        elif not _NAME.fullmatch(name):
             yield path, f"packName {name!r} must start with a letter and go on with letters, digits and underscores"
 
 
+@RULES.add("delivery-type", "Play: on-demand; install-time packs have no path")
 def _delivery_type(tree: AndroidTree) -> Found:
     for module in tree.modules:
         path = f"{module}/build.gradle"
@@ -174,88 +170,98 @@ def _delivery_type(tree: AndroidTree) -> Found:
             yield path, f"deliveryType is {kind!r}: gigabytes go on-demand, and install-time packs have no file paths"
 
 
-def _settings(tree: AndroidTree) -> Found:
+@RULES.add("settings", "Gradle: settings.gradle includes every module", "settings.gradle")
+def _settings(tree: AndroidTree) -> Iterator[str]:
     included = set(re.findall(r"""["']:([^"':]+)["']""", tree.text("settings.gradle")))
     for module in sorted(set(tree.modules) - included):
-        yield "settings.gradle", f"include ':{module}' is missing"
+        yield f"include ':{module}' is missing"
     for module in sorted(included - set(tree.modules) - {"app"}):
-        yield "settings.gradle", f"it includes ':{module}', for which there is no folder"
+        yield f"it includes ':{module}', for which there is no folder"
 
 
-def _app_packs(tree: AndroidTree) -> Found:
-    match = re.search(r"assetPacks\s*(?:\+)?=\s*\[([^\]]*)\]", tree.text("app/build.gradle"))
+@RULES.add("asset-packs", "Gradle: the app lists every pack", _APP)
+def _app_packs(tree: AndroidTree) -> Iterator[str]:
+    match = re.search(r"assetPacks\s*(?:\+)?=\s*\[([^\]]*)\]", tree.text(_APP))
     listed = set(re.findall(r"""["']:([^"']+)["']""", match[1])) if match else set()
     if listed != set(tree.modules):
         different = ", ".join(sorted(listed ^ set(tree.modules)))
-        yield "app/build.gradle", f"assetPacks and the module folders disagree about {different}"
+        yield f"assetPacks and the module folders disagree about {different}"
 
 
-def _app_groups(tree: AndroidTree) -> Found:
-    path = "app/build.gradle"
-    text = tree.text(path)
+@RULES.add("device-group", "Gradle: the app splits by device group, with the default group other", _APP)
+def _app_groups(tree: AndroidTree) -> Iterator[str]:
+    text = tree.text(_APP)
     if not re.search(rf"""deviceTargetingConfig\s*=\s*file\(["']{re.escape(TARGETING)}["']\)""", text):
-        yield path, f"deviceTargetingConfig = file('{TARGETING}') is missing: every phone would get every group or none"
+        yield f"deviceTargetingConfig = file('{TARGETING}') is missing: every phone would get every group or none"
     block = re.search(r"deviceGroup\s*\{([^}]*)\}", text)
     split, default = (_setting(block[1], name) if block else None for name in ("enableSplit", "defaultGroup"))
     if split != "true":
-        yield path, f"deviceGroup.enableSplit is {split!r}, expected true"
+        yield f"deviceGroup.enableSplit is {split!r}, expected true"
     if default != OTHER:
-        yield path, f"deviceGroup.defaultGroup is {default!r}, expected {OTHER!r}, whose folder is empty"
+        yield f"deviceGroup.defaultGroup is {default!r}, expected {OTHER!r}, whose folder is empty"
 
 
-def _flag(tree: AndroidTree) -> Found:
+@RULES.add("targeting-flag", "Gradle: gradle.properties enables device targeting", "gradle.properties")
+def _flag(tree: AndroidTree) -> Iterator[str]:
     lines = [line.strip() for line in tree.text("gradle.properties").splitlines()]
     if FLAG not in lines:
-        yield "gradle.properties", f"{FLAG} is missing: without it the plugin drops the device groups in silence"
+        yield f"{FLAG} is missing: without it the plugin drops the device groups in silence"
 
 
-def _plugin_version(tree: AndroidTree) -> Found:
+@RULES.add("plugin-version", f"Gradle: Android Gradle Plugin {AGP} or later", "build.gradle")
+def _plugin_version(tree: AndroidTree) -> Iterator[str]:
     wanted = tuple(map(int, AGP.split(".")))
     found = re.findall(
         r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)""",
         tree.text("build.gradle"),
     )
     for plugin in {"com.android.application", AI_PACK} - {name for name, _ in found}:
-        yield "build.gradle", f"no version of {plugin}; device targeting needs {AGP} or later"
+        yield f"no version of {plugin}; device targeting needs {AGP} or later"
     for plugin, version in found:
         if tuple(map(int, version.split("."))) < wanted:
-            yield "build.gradle", f"{plugin} {version} is too old: device targeting needs {AGP} or later"
+            yield f"{plugin} {version} is too old: device targeting needs {AGP} or later"
 
 
 # --- device groups ---------------------------------------------------------------------------------------------------
 
 
-def _targeting_file(tree: AndroidTree) -> Found:
+@RULES.add("targeting-file", "Play: device groups as XML in the config namespace", _GROUPS)
+def _targeting_file(tree: AndroidTree) -> Iterator[str]:
     if isinstance(tree.targeting, str):
-        yield f"app/{TARGETING}", tree.targeting
+        yield tree.targeting
 
 
-def _any_group(tree: AndroidTree) -> Found:
+@RULES.add("group-count", "bundletool: at least one device group", _GROUPS)
+def _any_group(tree: AndroidTree) -> Iterator[str]:
     if not tree.declared and not isinstance(tree.targeting, str):
-        yield f"app/{TARGETING}", "it declares no device group; bundletool asks for at least one"
+        yield "it declares no device group; bundletool asks for at least one"
 
 
-def _group_name(tree: AndroidTree) -> Found:
+@RULES.add("group-name", "bundletool: group names match ^[a-zA-Z][a-zA-Z0-9_]*$", _GROUPS)
+def _group_name(tree: AndroidTree) -> Iterator[str]:
     for name, _ in tree.declared:
-        if not _GROUP_NAME.fullmatch(name):
-            yield f"app/{TARGETING}", f"group name {name!r} does not match {_GROUP_NAME.pattern}"
+        if not _NAME.fullmatch(name):
+            yield f"group name {name!r} does not match {_NAME.pattern}"
 
 
-def _group_unique(tree: AndroidTree) -> Found:
+@RULES.add("group-unique", "bundletool: no group is declared twice", _GROUPS)
+def _group_unique(tree: AndroidTree) -> Iterator[str]:
     names = [name for name, _ in tree.declared]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"app/{TARGETING}", f"group {name!r} is declared {names.count(name)} times"
+        yield f"group {name!r} is declared {names.count(name)} times"
 
 
-def _group_other(tree: AndroidTree) -> Found:
+@RULES.add("group-other", "Play: the group other is never declared", _GROUPS)
+def _group_other(tree: AndroidTree) -> Iterator[str]:
     if any(name == OTHER for name, _ in tree.declared):
-        yield f"app/{TARGETING}", f"group {OTHER!r} is Play's own for phones that match no group: never declare it"
+        yield f"group {OTHER!r} is Play's own for phones that match no group: never declare it"
 
 
-def _selector_count(tree: AndroidTree) -> Found:
+@RULES.add("selector-count", f"Play: 1 to {SELECTORS} selectors a group", _GROUPS)
+def _selector_count(tree: AndroidTree) -> Iterator[str]:
     for name, selectors in tree.declared:
         if not 1 <= len(selectors) <= SELECTORS:
-            yield f"app/{TARGETING}", f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {SELECTORS}"
+            yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {SELECTORS}"
 
 
 def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
@@ -269,69 +275,73 @@ def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
             yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
 
 
-def _selector_ram(tree: AndroidTree) -> Found:
+@RULES.add("selector-ram", "Play: RAM from an inclusive minimum to an exclusive maximum, in bytes", _GROUPS)
+def _selector_ram(tree: AndroidTree) -> Iterator[str]:
     for name, found in _ranges(tree):
         if isinstance(found, str):
-            yield f"app/{TARGETING}", f"group {name!r}: {found}"
+            yield f"group {name!r}: {found}"
         elif found.max_bytes is not None and found.min_bytes >= found.max_bytes:
             limits = f"{found.min_bytes:,} to {found.max_bytes:,}"
-            yield f"app/{TARGETING}", f"group {name!r} has the empty range {limits} (the upper end is exclusive)"
+            yield f"group {name!r} has the empty range {limits} (the upper end is exclusive)"
 
 
-def _selector_overlap(tree: AndroidTree) -> Found:
+@RULES.add("selector-overlap", "Play: the first matching group wins, so ranges must not overlap", _GROUPS)
+def _selector_overlap(tree: AndroidTree) -> Iterator[str]:
     ranges = [(name, found) for name, found in _ranges(tree) if isinstance(found, Selector)]
     for (first, one), (second, two) in itertools.combinations(ranges, 2):
         start = max(one.min_bytes, two.min_bytes)
         ends = [item.max_bytes for item in (one, two) if item.max_bytes is not None]
         if first != second and (not ends or start < min(ends)):
             end = f"{min(ends):,}" if ends else "any size"
-            message = f"groups {first!r} and {second!r} both match {start:,} to {end} bytes: the first wins, always"
-            yield f"app/{TARGETING}", message
+            yield f"groups {first!r} and {second!r} both match {start:,} to {end} bytes: the first wins, always"
 
 
-def _selector_index(tree: AndroidTree) -> Found:
-    if isinstance(tree.index, str) or isinstance(tree.targeting, str):
+@RULES.add("selector-index", "ours: groups select what the signed tiers say", _GROUPS)
+def _selector_index(tree: AndroidTree) -> Iterator[str]:
+    if tree.index is None or isinstance(tree.targeting, str):
         return
     found = defaultdict(list)
     for name, selector in _ranges(tree):
         found[name].append(selector)
     for name in sorted(found.keys() | tree.index.groups.keys()):
-        planned = tree.index.groups[name].selectors if name in tree.index.groups else []
-        if found.get(name, []) != planned:
-            yield f"app/{TARGETING}", f"group {name!r} selects otherwise than the index says"
+        group = tree.index.groups.get(name)
+        if found[name] != (group.selectors if group else []):
+            yield f"group {name!r} selects otherwise than the index says"
 
 
-def _ram_margin(tree: AndroidTree) -> Found:
+@RULES.add("ram-margin", "ours: thresholds 10 to 15 % under the marketing figure", _GROUPS, note=True)
+def _ram_margin(tree: AndroidTree) -> Iterator[str]:
     for name, found in _ranges(tree):
         for edge in (found.min_bytes, found.max_bytes) if isinstance(found, Selector) else ():
             if edge and not any(0.85 * sold * 10**9 <= edge <= 0.90 * sold * 10**9 for sold in SOLD):
                 message = f"group {name!r}: {edge:,} bytes is not 10 to 15 % under a size that phones are sold with"
-                yield f"app/{TARGETING}", f"{message} ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
+                yield f"{message} ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
+@RULES.add("same-groups", "bundletool: every targeted folder and pack has the same set of groups")
 def _same_groups(tree: AndroidTree) -> Found:
-    every = set().union(*tree.groups.values()) if tree.groups else set()
     for (module, folder), groups in tree.groups.items():
-        if missing := sorted(every - groups):
+        if missing := sorted(tree.used - groups):
             message = f"no folder for {', '.join(missing)}: all targeted folders and packs need the same groups"
             yield f"{module}/{ASSETS}/{folder}", f"{message} (an empty one holds {PLACEHOLDER})"
     for module in tree.modules:
-        if every and not any(owner == module for owner, _ in tree.groups):
-            yield f"{module}/{ASSETS}", f"no targeted folder, where other packs have {', '.join(sorted(every))}"
+        if tree.used and not any(owner == module for owner, _ in tree.groups):
+            yield f"{module}/{ASSETS}", f"no targeted folder, where other packs have {', '.join(sorted(tree.used))}"
 
 
-def _groups_declared(tree: AndroidTree) -> Found:
-    used = set().union(*tree.groups.values()) if tree.groups else set()
+@RULES.add("groups-declared", "bundletool: folders and declared groups agree", _GROUPS)
+def _groups_declared(tree: AndroidTree) -> Iterator[str]:
     names = {name for name, _ in tree.declared}
-    for name in sorted(used - names - {OTHER}):
-        yield f"app/{TARGETING}", f"folders are for group {name!r}, which is not declared"
-    for name in sorted(names - used):
-        yield f"app/{TARGETING}", f"group {name!r} is declared, but no folder is for it"
+    for name in sorted(tree.used - names - {OTHER}):
+        yield f"folders are for group {name!r}, which is not declared"
+    for name in sorted(names - tree.used):
+        yield f"group {name!r} is declared, but no folder is for it"
 
 
+@RULES.add("other-folder", "ours: phones in no group download nothing")
 def _other_folder(tree: AndroidTree) -> Found:
     for (module, folder), groups in tree.groups.items():
         where = f"{module}/{ASSETS}/{folder}#group_{OTHER}"
@@ -342,22 +352,23 @@ def _other_folder(tree: AndroidTree) -> Found:
             yield where, f"phones that match no group would download {len(files)} files, {files[0]} among them"
 
 
+@RULES.add("unsuffixed-sibling", "bundletool: no folder without suffix beside a targeted one")
 def _unsuffixed(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets if asset.group is None}):
         if (module, folder) in tree.groups:
-            yield (
-                f"{module}/{ASSETS}/{folder}",
-                f"a folder without suffix beside {folder}#group_…: bundletool refuses it",
-            )
+            message = f"a folder without suffix beside {folder}#group_…: bundletool refuses it"
+            yield f"{module}/{ASSETS}/{folder}", message
 
 
+@RULES.add("nested-targeting", "bundletool: nested targeting must be complete; we use none")
 def _nested(tree: AndroidTree) -> Found:
     for asset in tree.assets:
         rest = asset.path.split("/", 1)[-1] if asset.group is not None else asset.path
         if "#" in rest or "#" in (asset.group or "") or "#" in asset.folder:
-            yield f"{asset.module}/{ASSETS}/{asset.path}", "a second '#': one dimension of targeting, on the top folder"
+            yield asset.where, "a second '#': one dimension of targeting, on the top folder"
 
 
+@RULES.add("empty-folder", "bundletool: no targeted folder is empty")
 def _empty_folder(tree: AndroidTree) -> Found:
     for module in tree.modules:
         assets = tree.folder / module / ASSETS
@@ -366,12 +377,11 @@ def _empty_folder(tree: AndroidTree) -> Found:
             continue
         for folder in sorted(path for path in assets.iterdir() if path.is_dir() and not path.is_symlink()):
             if not tree.below(f"{module}/{ASSETS}/{folder.name}"):
-                yield (
-                    f"{module}/{ASSETS}/{folder.name}",
-                    f"an empty folder vanishes from the zip: put {PLACEHOLDER} in it",
-                )
+                where = f"{module}/{ASSETS}/{folder.name}"
+                yield where, f"an empty folder vanishes from the zip: put {PLACEHOLDER} in it"
 
 
+@RULES.add("top-folder", "ours: the top folder is named after the pack")
 def _top_folder(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets}):
         if folder != module:
@@ -379,18 +389,19 @@ def _top_folder(tree: AndroidTree) -> Found:
             yield f"{module}/{ASSETS}/{folder}", message
 
 
+@RULES.add("entry-clash", "bundletool: one path in two packs has the same bytes")
 def _entry_clash(tree: AndroidTree) -> Found:
     places = defaultdict(list)
     for asset in tree.assets:
         places[asset.path].append(asset)
-    shared = {path: found for path, found in sorted(places.items()) if len(found) > 1}
-    for path, found in shared.items():
-        wheres = [f"{asset.module}/{ASSETS}/{path}" for asset in found]
-        if len({asset.size for asset in found}) > 1 or len({tree.hash(where) for where in wheres}) > 1:
-            packs = ", ".join(asset.module for asset in found)
-            yield wheres[0], f"packs {packs} have different bytes at assets/{path}: bundletool refuses the app bundle"
+    for path, found in sorted(places.items()):
+        sizes = {asset.size for asset in found}
+        if len(sizes) > 1 or (len(found) > 1 and len({tree.hash(asset.where) for asset in found}) > 1):
+            packs, message = ", ".join(asset.module for asset in found), "bundletool refuses the app bundle"
+            yield found[0].where, f"packs {packs} have different bytes at assets/{path}: {message}"
 
 
+@RULES.add("assets-only", "bundletool: a pack holds assets and nothing else")
 def _only_assets(tree: AndroidTree) -> Found:
     for module in tree.modules:
         for path in tree.below(module):
@@ -411,108 +422,55 @@ def _per_device(tree: AndroidTree) -> dict[str, dict[str, int]]:
     return sizes
 
 
+@RULES.add("pack-size", "Play: 1.5 GB a pack, as downloaded by one phone")
 def _pack_size(tree: AndroidTree) -> Found:
     for group, packs in _per_device(tree).items():
         for module, size in packs.items():
             if size > PACK_LIMIT:
-                yield (
-                    module,
-                    f"group {group!r}: {size:,} bytes, {size - PACK_LIMIT:,} over Play's {PACK_LIMIT:,} a pack",
-                )
+                over = f"{size - PACK_LIMIT:,} over Play's {PACK_LIMIT:,} a pack"
+                yield module, f"group {group!r}: {size:,} bytes, {over}"
 
 
+@RULES.add("part-size", "ours: parts of at most 1.4e9 bytes")
 def _part_size(tree: AndroidTree) -> Found:
     for asset in tree.assets:
         if asset.size > PART_LIMIT:
             message = f"{asset.size:,} bytes, parts have at most {PART_LIMIT:,}, so that packs stay under the limit"
-            yield f"{asset.module}/{ASSETS}/{asset.path}", message
+            yield asset.where, message
 
 
-def _pack_count(tree: AndroidTree) -> Found:
+@RULES.add("pack-count", f"Play: {PACKS_LIMIT} packs", ".")
+def _pack_count(tree: AndroidTree) -> Iterator[str]:
     if len(tree.modules) > PACKS_LIMIT:
-        yield ".", f"{len(tree.modules)} packs, Play takes {PACKS_LIMIT} an app"
+        yield f"{len(tree.modules)} packs, Play takes {PACKS_LIMIT} an app"
 
 
-def _total(tree: AndroidTree, limit: int) -> Found:
+@RULES.add("total-4gb", "Play, AI-pack page: 4 GB for one phone", ".", note=True)
+def _total(tree: AndroidTree, limit: int = TOTAL_LIMITS[0]) -> Iterator[str]:
     for group, packs in _per_device(tree).items():
         if (size := sum(packs.values())) > limit:
-            yield ".", f"group {group!r} downloads {size:,} bytes, {size - limit:,} over {limit:,}"
+            yield f"group {group!r} downloads {size:,} bytes, {size - limit:,} over {limit:,}"
 
 
-# --- the index -------------------------------------------------------------------------------------------------------
+RULES.add("total-30gb", "Play help: 30 GB on demand for one phone", ".")(partial(_total, limit=TOTAL_LIMITS[1]))
 
 
-def _packs_as_indexed(tree: AndroidTree) -> Found:
-    for group, delivery in tree.deliveries.items():
-        for number, pack in enumerate(delivery.packs):
-            yield from pack_files(tree, _folder(pack.name, group), delivery, number)
+@RULES.add("index-files", "ours: a group has no pack that the index does not know")
+def _known_packs(tree: AndroidTree) -> Found:
     carried = {(pack.name, group) for group, item in tree.deliveries.items() for pack in item.packs}
     for asset in tree.assets:
         known = asset.group in (None, OTHER) or (asset.module, asset.group) in carried
-        if not known and not asset.path.endswith(f"/{PLACEHOLDER}") and not isinstance(tree.index, str):
-            yield f"{asset.module}/{ASSETS}/{asset.path}", "the index knows no such pack in this group"
-
-
-RULES: tuple[Rule[AndroidIndex], ...] = (
-    Rule("regular-files", "Gradle copies regular files; a link would point outside the project", strange_files),
-    Rule("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin", _plugin),
-    Rule("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores", _pack_name),
-    Rule("delivery-type", "Play: on-demand; install-time packs have no path", _delivery_type),
-    Rule("settings", "Gradle: settings.gradle includes every module", _settings),
-    Rule("asset-packs", "Gradle: the app lists every pack", _app_packs),
-    Rule("device-group", "Gradle: the app splits by device group, with the default group other", _app_groups),
-    Rule("targeting-flag", "Gradle: gradle.properties enables device targeting", _flag),
-    Rule("plugin-version", f"Gradle: Android Gradle Plugin {AGP} or later", _plugin_version),
-    Rule("targeting-file", "Play: device groups as XML in the config namespace", _targeting_file),
-    Rule("group-count", "bundletool: at least one device group", _any_group),
-    Rule("group-name", "bundletool: group names match ^[a-zA-Z][a-zA-Z0-9_]*$", _group_name),
-    Rule("group-unique", "bundletool: no group is declared twice", _group_unique),
-    Rule("group-other", "Play: the group other is never declared", _group_other),
-    Rule("selector-count", f"Play: 1 to {SELECTORS} selectors a group", _selector_count),
-    Rule("selector-ram", "Play: RAM from an inclusive minimum to an exclusive maximum, in bytes", _selector_ram),
-    Rule("selector-overlap", "Play: the first matching group wins, so ranges must not overlap", _selector_overlap),
-    Rule("selector-index", "ours: groups select what the signed tiers say", _selector_index),
-    Rule("ram-margin", "ours: thresholds 10 to 15 % under the marketing figure", _ram_margin, note=True),
-    Rule("same-groups", "bundletool: every targeted folder and pack has the same set of groups", _same_groups),
-    Rule("groups-declared", "bundletool: folders and declared groups agree", _groups_declared),
-    Rule("other-folder", "ours: phones in no group download nothing", _other_folder),
-    Rule("unsuffixed-sibling", "bundletool: no folder without suffix beside a targeted one", _unsuffixed),
-    Rule("nested-targeting", "bundletool: nested targeting must be complete; we use none", _nested),
-    Rule("empty-folder", "bundletool: no targeted folder is empty", _empty_folder),
-    Rule("top-folder", "ours: the top folder is named after the pack", _top_folder),
-    Rule("entry-clash", "bundletool: one path in two packs has the same bytes", _entry_clash),
-    Rule("assets-only", "bundletool: a pack holds assets and nothing else", _only_assets),
-    Rule("pack-size", "Play: 1.5 GB a pack, as downloaded by one phone", _pack_size),
-    Rule("part-size", "ours: parts of at most 1.4e9 bytes", _part_size),
-    Rule("pack-count", f"Play: {PACKS_LIMIT} packs", _pack_count),
-    Rule("total-4gb", "Play, AI-pack page: 4 GB for one phone", lambda tree: _total(tree, TOTAL_LIMITS[0]), note=True),
-    Rule("total-30gb", "Play help: 30 GB on demand for one phone", lambda tree: _total(tree, TOTAL_LIMITS[1])),
-    Rule("index", "ours: packs.json is there and readable", readable_index),
-    Rule("index-files", "ours: each pack holds what the index says, to the byte", _packs_as_indexed),
-    Rule(
-        "index-digests",
-        "ours: sizes and digests of the index follow from its files",
-        lambda t: digests(t.deliveries.values()),
-    ),
-    Rule("joins", "ours: each group's packs join to one whole bundle", lambda tree: joined(tree, tree.first_folders)),
-    Rule(
-        "app-versions",
-        "ours: the index repeats the signed release",
-        lambda tree: app_versions(tree, tree.first_folders),
-    ),
-)
+        if tree.index is not None and not known and not asset.path.endswith(f"/{PLACEHOLDER}"):
+            yield asset.where, "the index knows no such pack in this group"
 
 
 def check_android(folder: Path) -> list[Problem]:
-    """Every rule that `folder` breaks. An index without groups has no modules: nothing ships, and nothing is wrong.
+    """Every rule that `folder` breaks.
 
     Raises:
         BundleError: the folder cannot be read.
     """
-    tree = AndroidTree(folder)
-    if not isinstance(tree.index, str) and not tree.index.groups and tree.sizes.keys() == {INDEX}:
-        return []
-    return apply(RULES, tree)
+    return RULES.problems(AndroidTree(folder))
 
 
 def describe_android(folder: Path) -> str:

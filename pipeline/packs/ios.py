@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.bundle.release import Record
+from pipeline.bundle.template import render
 from pipeline.bundle.tiers import TierBundle, TiersDocument
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
@@ -102,44 +103,8 @@ def write_ios(folder: Path, index: IosIndex, bundles: Mapping[str, Packable]) ->
             write_pack(folder / pack.name, delivery, pack, bundles[variant].sources)
             write_json(folder / MANIFESTS / f"{pack.name}.json", manifest(pack.name))
     if index.deliveries:
-        write_bytes(folder / ENTITLEMENTS, _entitlements().encode())
-        write_bytes(folder / COMMANDS, _commands(index).encode())
+        packs = [pack.name for delivery in index.deliveries.values() for pack in delivery.packs]
+        fields = {"ENTITLEMENT": ENTITLEMENT, "MANIFESTS": MANIFESTS, "packs": packs} | index.model_dump()
+        for name in (ENTITLEMENTS, COMMANDS):
+            write_bytes(folder / name, render(Path(__file__).with_name(name), **fields))
     write_json(folder / INDEX, index.model_dump(mode="json"))
-
-
-def _entitlements() -> str:
-    return f"""\
-<?xml version="1.0" encoding="UTF-8"?>
-<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<plist version="1.0">
-<dict>
-    <key>{ENTITLEMENT}</key>
-    <true/>
-</dict>
-</plist>
-"""
-
-
-def _commands(index: IosIndex) -> str:
-    names = " ".join(pack.name for delivery in index.deliveries.values() for pack in delivery.packs)
-    return f"""\
-#!/bin/sh
-# Package and upload the asset packs of {index.model}, release {index.release}: on a Mac with Xcode 26 or later.
-#   APPLE_ID    the app's numeric Apple ID in App Store Connect
-#   API_KEY     id of an App Store Connect API key; its file is ~/.appstoreconnect/private_keys/AuthKey_$API_KEY.p8
-#   API_ISSUER  the key's issuer
-# Arguments: the packs to upload, default all. A pack that was uploaded is not uploaded again.
-# Selectors in a manifest are relative to this folder. ba-package does not overwrite an archive.
-set -eu
-: "${{APPLE_ID:?}}" "${{API_KEY:?}}" "${{API_ISSUER:?}}"
-cd "$(dirname "$0")"
-mkdir -p build
-[ $# -gt 0 ] || set -- {names}
-for pack in "$@"; do
-    rm -f "build/$pack.aar"
-    xcrun ba-package package "{MANIFESTS}/$pack.json" --output-path "build/$pack.aar"
-    xcrun altool --upload-asset-pack "build/$pack.aar" --apple-id "$APPLE_ID" \\
-        --apiKey "$API_KEY" --apiIssuer "$API_ISSUER"
-done
-xcrun altool --list-asset-packs --apple-id "$APPLE_ID" --apiKey "$API_KEY" --apiIssuer "$API_ISSUER"
-"""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
-
-from pipeline.bundle.release import CONTENT, SIGNATURE, Record, Release
+from pipeline.bundle.release import CONTENT, SIGNATURE, Record, Release, parse
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
@@ -22,6 +21,7 @@ _SMALL = 16 << 20  # bytes; no text of a store folder comes near it
 RELEASE = f"{BUNDLE}/{CONTENT}/{Release.file_name}"
 
 Index = TypeVar("Index", bound=Record)
+Check = TypeVar("Check", bound=Callable[[Any], Iterator[Any]])
 Found = Iterator[tuple[str, str]]  # a path in the folder, and what is wrong there with the figures
 
 
@@ -38,21 +38,37 @@ class Problem:
         return f"{'note' if self.note else 'error'} [{self.rule}] {self.where}: {self.message}"
 
 
-class Tree(Generic[Index]):
+class Tree(ABC, Generic[Index]):
     """A store folder: its regular files by relative path, and its index. Links are listed, never followed.
 
     Raises:
         BundleError: the folder cannot be read.
     """
 
-    def __init__(self, folder: Path, kind: type[Index]):
-        self.folder, self.kind = folder, kind
+    kind: type[Index]
+
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.sizes: dict[str, int] = {}
         self.strange: dict[str, str] = {}
         try:
             self._walk("")
         except OSError as error:
             raise BundleError(f"{error.filename} cannot be read: {error.strerror}. Nothing was checked.") from None
+
+    @property
+    @abstractmethod
+    def deliveries(self) -> dict[str, Delivery]:
+        """The deliveries of the index by their name there; none when it is damaged."""
+
+    @abstractmethod
+    def pack_folder(self, name: str, pack: Pack) -> str:
+        """Where a pack of the delivery `name` lies."""
+
+    @cached_property
+    def first_folders(self) -> dict[str, Delivery]:
+        """Where each delivery's first pack lies."""
+        return {self.pack_folder(name, item.packs[0]): item for name, item in self.deliveries.items()}
 
     def _walk(self, below: str) -> None:
         for name in sorted(os.listdir(self.folder / below)):
@@ -84,45 +100,79 @@ class Tree(Generic[Index]):
         return {path.removeprefix(prefix): size for path, size in self.sizes.items() if path.startswith(prefix)}
 
     @cached_property
-    def index(self) -> Index | str:
-        """packs.json, or what is wrong with it."""
+    def read(self) -> tuple[Index | None, str]:
+        """packs.json; or None, and what is wrong with it."""
         if INDEX not in self.sizes:
-            return "there is no such file"
+            return None, "there is no such file"
         try:
-            return self.kind.model_validate_json(self.text(INDEX))
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-            return "; ".join(problems[:5])
+            return parse(self.kind, self.text(INDEX).encode()), ""
+        except ValueError as error:
+            return None, "; ".join(str(error).split("; ")[:5])
+
+    @property
+    def index(self) -> Index | None:
+        """packs.json; None when it is damaged."""
+        return self.read[0]
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Index]):
-    """One rule: `says` names it and whose it is; `check` yields what breaks it. `note`: reported, refuses nothing."""
+class Rule:
+    """One rule: `says` names it and whose it is; `check` yields what breaks it: a path and what is wrong there.
+
+    With `at`, a path, `check` yields only the latter. `note`: reported, refuses nothing.
+    """
 
     id: str
     says: str
-    check: Callable[[Tree[Index]], Found] = field(repr=False)
+    check: Callable[[Any], Iterator[Any]] = field(repr=False)
+    at: str | None = None
     note: bool = False
 
 
-def apply(rules: Iterable[Rule[Index]], tree: Tree[Index]) -> list[Problem]:
-    """Every problem of `tree`, in the order of the rules."""
-    return [Problem(rule.id, where, what, rule.note) for rule in rules for where, what in rule.check(tree)]
+class Rules(list[Rule]):
+    """Rules in the order in which they are checked."""
+
+    def add(self, id: str, says: str, at: str | None = None, note: bool = False) -> Callable[[Check], Check]:
+        """A decorator: the function is the check of one more rule."""
+
+        def register(check: Check) -> Check:
+            self.append(Rule(id, says, check, at, note))
+            return check
+
+        return register
+
+    def problems(self, tree: Tree[Any]) -> list[Problem]:
+        """All that `tree` breaks. An index without deliveries has no packs: nothing ships, and nothing is wrong."""
+        if tree.index is not None and not tree.deliveries and tree.sizes.keys() == {INDEX}:
+            return []
+        found = ((rule, item if rule.at is None else (rule.at, item)) for rule in self for item in rule.check(tree))
+        return [Problem(rule.id, *item, rule.note) for rule, item in found]
 
 
-def strange_files(tree: Tree[Index]) -> Found:
-    """Whatever is no regular file."""
+COMMON = Rules()
+"""The rules of both stores."""
+
+
+@COMMON.add("regular-files", "Gradle and ba-package take regular files; a link would point outside the project")
+def _strange_files(tree: Tree[Any]) -> Found:
     for path, mode in tree.strange.items():
         yield path, f"a store takes regular files and folders only, found {mode}"
 
 
-def readable_index(tree: Tree[Index]) -> Found:
-    """An index that is missing or malformed."""
-    if isinstance(tree.index, str):
-        yield INDEX, tree.index
+@COMMON.add("index", "ours: packs.json is there and readable", INDEX)
+def _readable_index(tree: Tree[Any]) -> Iterator[str]:
+    if tree.index is None:
+        yield tree.read[1]
 
 
-def pack_files(tree: Tree[Index], folder: str, delivery: Delivery, number: int) -> Found:
+@COMMON.add("index-files", "ours: each pack holds what the index says, to the byte")
+def _packs_as_indexed(tree: Tree[Any]) -> Found:
+    for name, delivery in tree.deliveries.items():
+        for number, pack in enumerate(delivery.packs):
+            yield from _pack_files(tree, tree.pack_folder(name, pack), delivery, number)
+
+
+def _pack_files(tree: Tree[Any], folder: str, delivery: Delivery, number: int) -> Found:
     """One pack's folder against the index: every file there with its size and hash, and no other."""
     pack, present = delivery.packs[number], tree.below(folder)
     own_index = {INDEX} if number == 0 else set()
@@ -140,25 +190,20 @@ def pack_files(tree: Tree[Index], folder: str, delivery: Delivery, number: int) 
         yield from _own_index(tree, folder, delivery)
 
 
-def _own_index(tree: Tree[Index], folder: str, delivery: Delivery) -> Found:
+def _own_index(tree: Tree[Any], folder: str, delivery: Delivery) -> Found:
     """The delivery's copy in its first pack, which is the one that the app reads."""
     path = f"{folder}/{INDEX}"
     try:
-        if Delivery.model_validate_json(tree.text(path)) != delivery:
+        if parse(Delivery, tree.text(path).encode()) != delivery:
             yield path, "it differs from this delivery in the index beside the packs"
-    except ValidationError as error:
-        yield (
-            path,
-            f"the first pack carries the delivery for the app, but it cannot be read: {error.errors()[0]['msg']}",
-        )
+    except ValueError as error:
+        yield path, f"the first pack carries the delivery for the app, but it cannot be read: {error}"
 
 
-def joined(tree: Tree[Index], folders: Mapping[str, Delivery]) -> Found:
-    """Whether each delivery joins to a whole bundle: the files that release.json lists, each once, and the signatures.
-
-    `folders` gives the folder of each delivery's first pack, which holds release.json.
-    """
-    for folder, delivery in folders.items():
+@COMMON.add("joins", "ours: each delivery's packs join to one whole bundle")
+def _joined(tree: Tree[Any]) -> Found:
+    """The files that release.json, in the first pack, lists, each once, and the signatures."""
+    for folder, delivery in tree.first_folders.items():
         places = [place for pack in delivery.packs for place in pack.files]
         if twice := sorted({place for place in places if places.count(place) > 1}):
             yield folder, f"{', '.join(twice)} in more than one pack: on the phone one would replace the other"
@@ -174,9 +219,9 @@ def joined(tree: Tree[Index], folders: Mapping[str, Delivery]) -> Found:
             yield folder, f"release.json does not list {', '.join(strangers[:5])}: verification on the phone would fail"
 
 
-def app_versions(tree: Tree[Index], folders: Mapping[str, Delivery]) -> Found:
-    """The index repeats model, variant, release and app versions of release.json."""
-    for folder, delivery in folders.items():
+@COMMON.add("app-versions", "ours: the index repeats the signed release")
+def _app_versions(tree: Tree[Any]) -> Found:
+    for folder, delivery in tree.first_folders.items():
         release = _release(tree, f"{folder}/{RELEASE}")
         for name in ("model", "variant", "release", "min_app_version", "max_app_version"):
             if release is not None and getattr(delivery, name) != getattr(release, name):
@@ -184,24 +229,20 @@ def app_versions(tree: Tree[Index], folders: Mapping[str, Delivery]) -> Found:
                 yield folder, f"the index says {name} {says}, the signed release.json says {signed}"
 
 
-def _release(tree: Tree[Index], path: str) -> Release | None:
+def _release(tree: Tree[Any], path: str) -> Release | None:
     try:
-        return Release.model_validate_json(tree.text(path))
-    except ValidationError:
+        return parse(Release, tree.text(path).encode())
+    except ValueError:
         return None
 
 
-def digests(deliveries: Iterable[Delivery]) -> Found:
-    """A pack's `bytes` and `digest`, and a delivery's `bytes`, follow from the files they list."""
-    for delivery in deliveries:
+@COMMON.add("index-digests", "ours: sizes and digests of the index follow from its files", INDEX)
+def _digests(tree: Tree[Any]) -> Iterator[str]:
+    for delivery in tree.deliveries.values():
         for pack in delivery.packs:
-            yield from _digest(pack)
+            if pack.bytes != (found := total(pack.files.values())):
+                yield f"pack {pack.name}: it says {pack.bytes:,} bytes, its files have {found:,}"
+            if pack.digest != (digest := pack_digest(pack.files)):
+                yield f"pack {pack.name}: it says digest {pack.digest}, its files give {digest}"
         if delivery.bytes != (found := sum(pack.bytes for pack in delivery.packs)):
-            yield INDEX, f"{delivery.variant}: it says {delivery.bytes:,} bytes, its packs have {found:,}"
-
-
-def _digest(pack: Pack) -> Found:
-    if pack.bytes != (found := total(pack.files.values())):
-        yield INDEX, f"pack {pack.name}: it says {pack.bytes:,} bytes, its files have {found:,}"
-    if pack.digest != (digest := pack_digest(pack.files)):
-        yield INDEX, f"pack {pack.name}: it says digest {pack.digest}, its files give {digest}"
+            yield f"{delivery.variant}: it says {delivery.bytes:,} bytes, its packs have {found:,}"

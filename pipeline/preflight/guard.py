@@ -7,6 +7,7 @@ keys.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.calibrate.texts import input_ids
@@ -14,6 +15,7 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import load_calibration, load_sensitivity
 from pipeline.config.models import load_pipeline
+from pipeline.config.recipes import has_budget
 from pipeline.preflight.check import check_all, needed_datasets
 from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
 from pipeline.tasks.registry import load_suite
@@ -21,6 +23,33 @@ from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import REFERENCE, Workspace
 
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
+
+
+def guarded(
+    stage: str,
+    run: Callable[..., None],
+    model: str | None = None,
+    variant: str | None = None,
+    dry_run: bool = False,
+    if_needed: bool = False,
+) -> None:
+    """Run a stage for a model and a variant, as its matrix has them, once nothing speaks against it.
+
+    `dry_run`: of quantize, which then writes nothing; `if_needed`: of sensitivity, which then measures only for recipes
+    with a budget.
+    """
+    if dry_run:
+        run(model, variant, dry_run=True)
+    elif if_needed and not has_budget(load_pipeline().variants):
+        Workspace(model or "").sensitivity.mkdir(parents=True, exist_ok=True)
+        print(f"{model}: no variant has a budget, so nothing was measured")
+    else:
+        if model:
+            before(stage, model, variant)
+        run(*filter(None, (model, variant)))
+        if stage == "download":
+            for sentence in misfits(model or ""):
+                print(f"{model}: will not run here: {sentence}", file=sys.stderr)
 
 
 def before(stage: str, model: str, variant: str | None = None) -> None:
@@ -63,10 +92,3 @@ def _require_room(stage: str, model: str, variant: str | None, store: Store) -> 
 
 def _budgets(stage: str) -> tuple[str, ...]:
     return load_pipeline().variants if stage == "sensitivity" else ()
-
-
-def after(stage: str, model: str) -> None:
-    """What the user should know once a stage has ended: after `download`, which stages will not run here."""
-    if stage == "download":
-        for sentence in misfits(model):
-            print(f"{model}: will not run here: {sentence}", file=sys.stderr)

@@ -247,7 +247,7 @@ def _sizes(
     """
     import onnx
 
-    from pipeline.artifact.plans import bytes_bound, plan_recipe
+    from pipeline.artifact.plans import budget_bound, plan_recipe
     from pipeline.graph.decoder import build_decoder
     from pipeline.planning.recipes import cache_of
 
@@ -262,7 +262,7 @@ def _sizes(
         recipe = load_recipe(variant)
         cache = cache_of(architecture, recipe.kv_cache).bytes
         if isinstance(recipe, BudgetRecipe) and not workspace.nats.exists():
-            sizes[variant] = bytes_bound(recipe, architecture), cache
+            sizes[variant] = budget_bound(recipe, architecture).bytes, cache
         else:
             sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache
     return sizes

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
@@ -31,12 +31,12 @@ from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Release, Stam
 from pipeline.bundle.signing import SignatureError, open_signature
 from pipeline.bundle.tiers import TierRefusal, TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
-from pipeline.bundle.verify import Kind, Report, verify, verify_tiers
+from pipeline.bundle.verify import Kind, Report, verify
 from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.places import Reader, open_store
+from pipeline.publish.places import Reader, open_place
 from pipeline.publish.transfer import CHUNK, read_all, stream
 
 SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
@@ -60,18 +60,47 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Client:
-    """Whom to ask, whom to trust, what was accepted so far."""
+    """Whom to ask and whom to trust. `checks` are what `verify` is asked of every folder."""
 
     reader: Reader
     public_keys: Path | Sequence[Path]
-    model: str
-    highest: int | None
-    allow_development: bool
-    now: datetime | None
+    checks: dict[str, Any]
+
+    def lay_out(self, folder: Path, path: str, kind: type[Stamp], pinned: str | None = None) -> Path:
+        """Fetch a signature and, by the digest that it proves, its document; `folder` holds them and no other file."""
+        signature, where = read_all(self.reader, path, SMALL), f"{self.reader.shown}/{path}"
+        if pinned is not None and hashlib.sha256(signature).hexdigest() != pinned:
+            raise BundleError(f"{where} is not the signature that tiers.json pins, {pinned}.")
+        try:
+            digests = open_signature(signature, *load_public_keys(self.public_keys))
+        except SignatureError as error:
+            raise BundleError(f"{where}: {error}. Nothing else was fetched.") from None
+        if kind.file_name not in digests:
+            raise BundleError(f"{where} signs no {kind.file_name}: this is something else.")
+        blob = layout.blob(digests[kind.file_name])
+        raw = read_all(self.reader, blob, SMALL)
+        if hashlib.sha256(raw).hexdigest() != digests[kind.file_name]:
+            raise BundleError(f"{self.reader.shown}/{blob}: wrong bytes for {kind.file_name}. Nothing was kept.")
+        shutil.rmtree(folder, ignore_errors=True)
+        files.write_bytes(folder / SIGNATURE, signature)
+        files.write_bytes(folder / CONTENT / kind.file_name, raw)
+        return folder
+
+    def verify(self, folder: Path, **more: Any) -> Report:
+        """What `verify` finds in a folder."""
+        return verify(folder, self.public_keys, **self.checks, **more)
+
+    def accept(self, folder: Path, *passing: Kind, **more: Any) -> Any:
+        """The folder's document. Raises BundleError for all that is wrong with it but findings of a `passing` kind."""
+        report = self.verify(folder, **more)
+        wrong = [finding for finding in report.findings if finding.kind not in passing]
+        if wrong or report.document is None:
+            raise BundleError("not accepted: " + "; ".join(map(str, wrong)))
+        return report.document
 
 
 def open_reader(address: str) -> Reader:
-    """The store at a folder's path, or at a file://, s3://, https:// or http:// address.
+    """The place at a folder's path, or at a file://, s3://, https:// or http:// address.
 
     Raises:
         BundleError: another scheme, or s3fs is not installed.
@@ -80,7 +109,7 @@ def open_reader(address: str) -> Reader:
         from pipeline.publish.http import Http
 
         return Http(address)
-    return open_store(address)
+    return open_place(address)
 
 
 def fetch(
@@ -102,7 +131,7 @@ def fetch(
 
     Raises:
         BundleError: not published, signed by none of `public_keys`, expired, rolled back, wrong bytes, no bundle for
-            the tier, the store does not answer, or `directory` holds something else.
+            the tier, the place does not answer, or `directory` holds something else.
         ResourceError: the disk is too small, known before the first part moves.
     """
     for what, name in (("model", model), ("variant", variant), ("tier", tier)):
@@ -111,12 +140,17 @@ def fetch(
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
     accepted = ReleaseMemory(state or target.parent / STATE)
-    client = _Client(open_reader(address), public_keys, model, accepted.highest(model), allow_development, now)
+    checks = {"now": now, "highest_release": accepted.highest(model), "allow_development": allow_development}
+    client = _Client(open_reader(address), public_keys, checks | {"model": model})
     with _staging(target) as staging:
         _recover(target)
-        proven = _of_tier(client, tier, staging) if tier else _latest(client, str(variant), staging)
-        fetched = _install(client, proven, staging, target)
-    accepted.record(model, fetched.document.release)
+        path, pinned = layout.pointer(layout.folder(model, variant)), None
+        if tier:
+            variant, path, pinned = _of_tier(client, model, tier, staging)
+        bundle = client.lay_out(staging / "bundle", path, Release, pinned)
+        document = client.accept(bundle, Kind.MISSING, variant=variant)
+        fetched = _install(client, document, bundle, staging / "parts", target)
+    accepted.record(model, document.release)
     return fetched
 
 
@@ -157,89 +191,26 @@ def _recover(target: Path) -> None:
     files.remove_leftovers(target)
 
 
-def _lay_out(folder: Path, signature: bytes, document: type[Stamp], raw: bytes) -> Path:
-    """A bundle's folder with its signature and document, and no other file yet."""
-    shutil.rmtree(folder, ignore_errors=True)
-    files.write_bytes(folder / SIGNATURE, signature)
-    files.write_bytes(folder / CONTENT / document.file_name, raw)
-    return folder
+# --- tiers -----------------------------------------------------------------------------------------------------------
 
 
-# --- signature and document ------------------------------------------------------------------------------------------
+def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str, str, str]:
+    """What the newest signed tiers.json gives `tier`: variant, path and SHA-256 of the bundle's signature.
 
-
-def _document(client: _Client, path: str, kind: type[Stamp], folder: Path, pinned: str | None = None) -> Path:
-    """Fetch a signature and, by the digest that it proves, its document; laid out in `folder`."""
-    signature = read_all(client.reader, path, SMALL)
-    if pinned is not None and hashlib.sha256(signature).hexdigest() != pinned:
-        raise BundleError(f"{client.reader.shown}/{path} is not the signature that tiers.json pins, {pinned}.")
-    try:
-        digests = open_signature(signature, *load_public_keys(client.public_keys))
-    except SignatureError as error:
-        raise BundleError(f"{client.reader.shown}/{path}: {error}. Nothing else was fetched.") from None
-    if kind.file_name not in digests:
-        raise BundleError(f"{client.reader.shown}/{path} signs no {kind.file_name}: this is something else.")
-    blob = layout.blob(digests[kind.file_name])
-    raw = read_all(client.reader, blob, SMALL)
-    if hashlib.sha256(raw).hexdigest() != digests[kind.file_name]:
-        raise BundleError(f"{client.reader.shown}/{blob}: wrong bytes for {kind.file_name}. Nothing was kept.")
-    return _lay_out(folder, signature, kind, raw)
-
-
-def _check(report: Report, *passing: Kind) -> Report:
-    """Refuse whatever is wrong with it, except for findings of a `passing` kind."""
-    wrong = [finding for finding in report.findings if finding.kind not in passing]
-    if wrong or report.document is None:
-        raise BundleError("not accepted: " + "; ".join(map(str, wrong)))
-    return report
-
-
-def _latest(client: _Client, variant: str, staging: Path) -> Report:
-    path = layout.pointer(layout.bundles(client.model, variant))
-    return _bundle(client, path, variant, staging)
-
-
-def _bundle(client: _Client, path: str, variant: str, staging: Path, pinned: str | None = None) -> Report:
-    """The proven release.json of the bundle whose signature is at `path`; its files are missing as yet."""
-    folder = _document(client, path, Release, staging / "bundle", pinned)
-    return _check(_verify(client, folder, variant), Kind.MISSING)
-
-
-def _verify(client: _Client, folder: Path, variant: str) -> Report:
-    return verify(
-        folder,
-        client.public_keys,
-        now=client.now,
-        highest_release=client.highest,
-        allow_development=client.allow_development,
-        model=client.model,
-        variant=variant,
-    )
-
-
-def _of_tier(client: _Client, tier: str, staging: Path) -> Report:
-    """The release that the newest signed tiers.json gives `tier`; a refusal is an error with its figures."""
-    folder = _document(client, layout.pointer(layout.tiers(client.model)), TiersDocument, staging / "tiers")
-    report = verify_tiers(
-        folder,
-        client.public_keys,
-        now=client.now,
-        highest_release=client.highest,
-        allow_development=client.allow_development,
-        model=client.model,
-    )
-    document = _check(report).document
-    assert isinstance(document, TiersDocument)
+    A refusal is an error with its figures.
+    """
+    folder = client.lay_out(staging / "tiers", layout.pointer(layout.folder(model, None)), TiersDocument)
+    document: TiersDocument = client.accept(folder, kinds=(TiersDocument,))
     decision = document.tiers.get(tier)
     if decision is None:
-        raise BundleError(f"{client.model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
+        raise BundleError(f"{model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
     if isinstance(decision, TierRefusal):
         raise BundleError(_refused(document, tier, decision))
     reference = document.bundles.get(decision.variant)
     if reference is None:
-        raise BundleError(f"tiers.json of {client.model} gives {tier} {decision.variant}, and pins no bundle of it.")
-    path = layout.signature(layout.bundles(client.model, decision.variant), reference.release)
-    return _bundle(client, path, decision.variant, staging, reference.signature_sha256)
+        raise BundleError(f"tiers.json of {model} gives {tier} {decision.variant}, and pins no bundle of it.")
+    path = layout.signature(layout.folder(model, decision.variant), reference.release)
+    return decision.variant, path, reference.signature_sha256
 
 
 def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
@@ -255,9 +226,8 @@ def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _install(client: _Client, proven: Report, staging: Path, target: Path) -> Fetched:
-    document, bundle, parts = proven.document, proven.directory, staging / "parts"
-    assert isinstance(document, Release)
+def _install(client: _Client, document: Release, bundle: Path, parts: Path, target: Path) -> Fetched:
+    """Complete `bundle`, which has signature and document as yet, through `parts`, and make it `target`."""
     if _installed(client, bundle, target, document.variant):
         return Fetched(target, document, 0, sum(entry.size for entry in document.files.values()))
     wanted = {entry.sha256: entry for entry in document.files.values()}
@@ -266,7 +236,7 @@ def _install(client: _Client, proven: Report, staging: Path, target: Path) -> Fe
     _reuse(target / CONTENT, wanted, parts)
     kept = {digest: _kept(parts, digest) for digest in wanted}
     left = sum(wanted[digest].size - kept[digest] for digest in wanted)
-    files.require_free_space(staging, left, f"fetch {document.model} {document.variant}")
+    files.require_free_space(parts, left, f"fetch {document.model} {document.variant}")
     with Progress(f"fetch {document.model} {document.variant}", len(wanted), "files", left) as progress:
         for digest, entry in sorted(wanted.items(), key=lambda item: names[item[0]]):
             if not (parts / digest).is_file():
@@ -275,7 +245,7 @@ def _install(client: _Client, proven: Report, staging: Path, target: Path) -> Fe
     for name, entry in sorted(document.files.items()):
         files.link_or_copy(parts / entry.sha256, bundle / CONTENT / name)
     try:
-        _check(_verify(client, bundle, document.variant))
+        client.accept(bundle, variant=document.variant)
     except BundleError:
         shutil.rmtree(parts)  # they were right when they arrived: what is on the disk now is not
         raise
@@ -291,7 +261,7 @@ def _installed(client: _Client, bundle: Path, target: Path, variant: str) -> boo
     signature = target / SIGNATURE
     if not signature.is_file() or signature.read_bytes() != (bundle / SIGNATURE).read_bytes():
         return False
-    return _verify(client, target, variant).ok
+    return client.verify(target, variant=variant).ok
 
 
 def _forget(parts: Path, wanted: dict[str, FileEntry]) -> None:
@@ -326,7 +296,7 @@ def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress
     What that run left is hashed again; if the whole is wrong then, it is fetched once more from its first byte.
 
     Raises:
-        BundleError: the store has other bytes; none of them is kept.
+        BundleError: the place has other bytes; none of them is kept.
     """
     partial = parts / f"{entry.sha256}.partial"
     with open(partial, "a+b") as file:
@@ -340,7 +310,7 @@ def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress
         partial.unlink()
         raise BundleError(
             f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes), got "
-            f"{actual}. None of them was kept; what was installed stays. Try again; if it happens twice, the store or "
+            f"{actual}. None of them was kept; what was installed stays. Try again; if it happens twice, the place or "
             f"something before it changes the file."
         )
     os.replace(partial, parts / entry.sha256)

@@ -1,4 +1,4 @@
-"""Reading a store through a web server or a CDN: plain GET with Range, over https or http."""
+"""Reading a place of publication through a web server or a CDN: plain GET with Range, over https or http."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class _Session(requests.Session):
 
 
 class Http:
-    """A store behind `address`. Proxies, certificates and .netrc are those of the environment."""
+    """A place behind `address`. Proxies, certificates and .netrc are those of the environment."""
 
     def __init__(self, address: str) -> None:
         if urlsplit(address).query or urlsplit(address).fragment:
-            raise BundleError(f"{shown(address)}: a store's address ends with its path, without ? and #.")
+            raise BundleError(f"{shown(address)}: the address of a place ends with its path, without ? and #.")
         self.base, self.shown = address.rstrip("/"), shown(address).rstrip("/")
         self.session = _Session()
 
@@ -63,11 +63,11 @@ def _body(response: requests.Response, where: str, start: int) -> Body:
     if status in _ABSENT:
         raise Missing(f"{where} is not there (HTTP {status}).")
     if status == 416:
-        raise BundleError(f"{where} ends before byte {start:,}: the store's copy is shorter than it should be.")
+        raise BundleError(f"{where} ends before byte {start:,}: its copy is shorter than it should be.")
     if status not in (200, 206):
         raise BundleError(f"{where}: HTTP {status}. Check the address and whether it needs a login.")
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise BundleError(f"{where} arrives as {headers['Content-Encoding']!a}; turn compression off for this store.")
+        raise BundleError(f"{where} arrives as {headers['Content-Encoding']!a}; turn compression off there.")
     length = headers.get("Content-Length", "")
     total = int(length) if length.isascii() and length.isdigit() else None
     if status == 206:

@@ -1,4 +1,4 @@
-"""Where everything lies in a store, the same in a folder, in an object store and behind a web server.
+"""Where everything lies in a place of publication, the same in a folder, in an object store and behind a web server.
 
     blobs/sha256/<hex>                               every file of every bundle: written once, never changed
     bundles/<model>/<variant>/<release>/model.sig    the signature: it names the files and their digests
@@ -11,7 +11,7 @@ file changes, `latest.sig`, and whoever holds its bytes holds a whole release.
 
 from __future__ import annotations
 
-from pipeline.bundle.release import SIGNATURE, Release, Stamp
+from pipeline.bundle.release import SIGNATURE
 
 POINTER = "latest.sig"
 
@@ -21,19 +21,9 @@ def blob(sha256: str) -> str:
     return f"blobs/sha256/{sha256}"
 
 
-def bundles(model: str, variant: str) -> str:
-    """Folder of a variant's releases."""
-    return f"bundles/{model}/{variant}"
-
-
-def tiers(model: str) -> str:
-    """Folder of the releases of a model's tiers.json."""
-    return f"tiers/{model}"
-
-
-def folder(document: Stamp) -> str:
-    """Folder of the releases of what `document` describes."""
-    return bundles(document.model, document.variant) if isinstance(document, Release) else tiers(document.model)
+def folder(model: str, variant: str | None) -> str:
+    """Folder of a variant's releases; without one, of the releases of the model's tiers.json."""
+    return f"bundles/{model}/{variant}" if variant else f"tiers/{model}"
 
 
 def signature(folder: str, release: int) -> str:

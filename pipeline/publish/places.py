@@ -1,4 +1,4 @@
-"""Places to publish to and to fetch from: a folder, and an object store through fsspec.
+"""Places to publish to and to fetch from: a folder, and an object store, both through fsspec.
 
 Both take whole files only. A file of a folder appears under its name when it is complete; an object store promises that
 itself. Credentials come from the environment, as the store's own tools read them, never from an address.
@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 
 class Missing(BundleError):
-    """The store does not have this file."""
+    """The place does not have this file."""
 
 
 @dataclass(frozen=True)
@@ -55,74 +55,13 @@ class Reader(Protocol):
         """
 
 
-class Store(Reader, Protocol):
-    """What `push` writes to as well."""
+class Place:
+    """Behind an fsspec file system whose files appear whole: s3:// with s3fs.
 
-    def size(self, path: str) -> int | None:
-        """Bytes of `path`; None if there is no such file."""
+    What the library raises is a BundleError; its messages name addresses and keys' ids, never a secret.
+    """
 
-    def put(self, source: Path, path: str, sha256: str) -> None:
-        """Store `source`, whose bytes have `sha256`, as `path`, which must not be there."""
-
-    def read(self, path: str) -> bytes | None:
-        """All bytes of a small file; None if there is no such file."""
-
-    def write(self, path: str, data: bytes) -> None:
-        """Store a small file, in place of one that is there."""
-
-    def children(self, folder: str) -> list[str]:
-        """Names of what lies in `folder`; none if there is no such folder."""
-
-
-class Folder:
-    """A store in a folder, on this machine or mounted."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.shown = root, str(root)
-
-    @contextmanager
-    def open(self, path: str, start: int) -> Iterator[Body]:
-        try:
-            file = open(self.root / path, "rb")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:
-            raise Missing(f"{self.root / path} is not there.") from None
-        except OSError as error:
-            raise BundleError(f"{self.root / path} cannot be read: {error.strerror}.") from None
-        with file:
-            file.seek(start)
-            yield Body(start, (self.root / path).stat().st_size, file.read)
-
-    def size(self, path: str) -> int | None:
-        target = self.root / path
-        return target.stat().st_size if target.is_file() else None
-
-    def put(self, source: Path, path: str, sha256: str) -> None:
-        target = self.root / path
-        for left in target.parent.glob(f".{target.name}.*"):  # of a killed run: gigabytes otherwise stay for ever
-            left.unlink(missing_ok=True)
-        files.require_free_space(self.root, source.stat().st_size, f"publish {source.name}")
-        with open(source, "rb") as stream, files.atomic_file(target) as copy:
-            _, digest = files.copy_stream(stream, copy)
-            if digest != sha256:
-                raise BundleError(f"{source} changed while it was published: sha256 {digest}, signed is {sha256}.")
-        if (found := files.sha256_of(target)) != sha256:
-            target.unlink()
-            raise BundleError(f"{target} reads back with sha256 {found}, written was {sha256}: check that disk.")
-
-    def read(self, path: str) -> bytes | None:
-        target = self.root / path
-        return target.read_bytes() if target.is_file() else None
-
-    def write(self, path: str, data: bytes) -> None:
-        files.write_bytes(self.root / path, data)
-
-    def children(self, folder: str) -> list[str]:
-        target = self.root / folder
-        return sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-
-
-class ObjectStore:
-    """A store behind an fsspec file system whose objects appear whole: s3:// with s3fs."""
+    hint = "Check the bucket's name, AWS_ENDPOINT_URL and the credentials in the environment"
 
     def __init__(self, filesystem: Any, root: str, shown: str) -> None:
         self.filesystem, self.root, self.shown = filesystem, root.rstrip("/"), shown
@@ -132,22 +71,28 @@ class ObjectStore:
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Whatever the library raises, as ours. Its messages name addresses and keys' ids, never a secret."""
         try:
             yield
         except FileNotFoundError:
             raise Missing(f"{self.shown}/{what} is not there.") from None
-        except (BundleError, Interrupted):
-            raise
         except Exception as error:  # botocore's and aiohttp's have no common base
             reason = " ".join(str(error).split())[:200]
             raise BundleError(
-                f"{self.shown}: {what} failed ({type(error).__name__}: {reason}). Check the bucket's name, "
-                f"AWS_ENDPOINT_URL and the credentials in the environment, then run the same command again."
+                f"{self.shown}: {what} failed ({type(error).__name__}: {reason}). {self.hint}, then run the same "
+                f"command again."
             ) from None
+
+    def _ask(self, method: str, path: str, missing: Any = None, **options: Any) -> Any:
+        """What a method of the file system says of `path`; `missing` if nothing is there."""
+        try:
+            with self._errors(path):
+                return getattr(self.filesystem, method)(self._key(path), **options)
+        except Missing:
+            return missing
 
     @contextmanager
     def open(self, path: str, start: int) -> Iterator[Body]:
+        """As `Reader.open`."""
         with self._errors(path):
             file = self.filesystem.open(self._key(path), "rb")
 
@@ -162,13 +107,19 @@ class ObjectStore:
             yield Body(start, file.size, read)
 
     def size(self, path: str) -> int | None:
-        try:
-            with self._errors(path):
-                return self.filesystem.info(self._key(path))["size"]
-        except Missing:
-            return None
+        """Bytes of `path`; None if there is no such file."""
+        return self._ask("info", path, {"size": None})["size"]
+
+    def read(self, path: str) -> bytes | None:
+        """All bytes of a small file; None if there is no such file."""
+        return self._ask("cat_file", path)
+
+    def children(self, folder: str) -> list[str]:
+        """Names of what lies in `folder`; none if there is no such folder."""
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in self._ask("ls", folder, [], detail=False))
 
     def put(self, source: Path, path: str, sha256: str) -> None:
+        """Write `source`, whose bytes have `sha256`, as `path`, which must not be there."""
         try:
             with self._errors(path):
                 self.filesystem.put_file(str(source), self._key(path))
@@ -178,52 +129,64 @@ class ObjectStore:
         if found != wanted:
             raise BundleError(f"{self.shown}/{path} has {found} bytes after the upload, {source.name} has {wanted:,}.")
 
-    def read(self, path: str) -> bytes | None:
-        try:
-            with self._errors(path):
-                return self.filesystem.cat_file(self._key(path))
-        except Missing:
-            return None
-
     def write(self, path: str, data: bytes) -> None:
+        """Write a small file, in place of one that is there."""
         with self._errors(path):
             self.filesystem.pipe_file(self._key(path), data)
 
-    def children(self, folder: str) -> list[str]:
-        try:
-            with self._errors(folder):
-                found = self.filesystem.ls(self._key(folder), detail=False)
-        except Missing:
-            return []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+class Folder(Place):
+    """A folder, on this machine or mounted: what is written is on the disk, whole, and was read back."""
+
+    hint = "Check who may read it"
+
+    def __init__(self, root: Path) -> None:
+        from fsspec.implementations.local import LocalFileSystem
+
+        if root.exists() and not root.is_dir():
+            raise BundleError(f"{root} is a file, and a place to publish to is a folder.")
+        super().__init__(LocalFileSystem(), str(root.absolute()), str(root))
+
+    def put(self, source: Path, path: str, sha256: str) -> None:
+        """As `Place.put`."""
+        target = Path(self._key(path))
+        for left in target.parent.glob(f".{target.name}.*"):  # of a killed run: gigabytes otherwise stay for ever
+            left.unlink(missing_ok=True)
+        files.require_free_space(Path(self.root), source.stat().st_size, f"publish {source.name}")
+        with open(source, "rb") as stream, files.atomic_file(target) as copy:
+            _, digest = files.copy_stream(stream, copy)
+            if digest != sha256:
+                raise BundleError(f"{source} changed while it was published: sha256 {digest}, signed is {sha256}.")
+        if (found := files.sha256_of(target)) != sha256:
+            target.unlink()
+            raise BundleError(f"{target} reads back with sha256 {found}, written was {sha256}: check that disk.")
+
+    def write(self, path: str, data: bytes) -> None:
+        """As `Place.write`."""
+        files.write_bytes(Path(self._key(path)), data)
 
 
-def open_store(address: str) -> Folder | ObjectStore:
-    """The store at a folder's path, a file:// or an s3:// address.
+def open_place(address: str) -> Place:
+    """The place at a folder's path, a file:// or an s3:// address.
 
     Raises:
         BundleError: another scheme, a password in the address, or s3fs is not installed.
     """
     parts = urlsplit(address)
     if not parts.scheme:
-        return _folder(Path(address))
+        return Folder(Path(address))
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return _folder(Path(unquote(parts.path)))
+        return Folder(Path(unquote(parts.path)))
     if parts.scheme == "s3" and parts.netloc:
         return _s3(parts.netloc, parts.path)
     raise BundleError(
-        f"{shown(address)} is no store. A store is a folder, file:///folder or s3://bucket/folder; `fetch` also reads "
-        f"https:// and http://, `push` also writes to a Hub repository, hf://owner/name."
+        f"{shown(address)} is no place to publish to or to fetch from: name a folder, file:///folder or "
+        f"s3://bucket/folder; `fetch` also reads https:// and http://, `push` also writes to a Hub repository, "
+        f"hf://owner/name."
     )
 
 
-def _folder(root: Path) -> Folder:
-    if root.exists() and not root.is_dir():
-        raise BundleError(f"{root} is a file, and a store is a folder.")
-    return Folder(root)
-
-
-def _s3(bucket: str, path: str) -> ObjectStore:
+def _s3(bucket: str, path: str) -> Place:
     if "@" in bucket or ":" in bucket:
         raise BundleError("an s3:// address holds no key and no password: set AWS_PROFILE, or the usual AWS variables.")
     try:
@@ -233,7 +196,7 @@ def _s3(bucket: str, path: str) -> ObjectStore:
             "s3:// needs the package s3fs. Install it with `pip install -r requirements-s3.txt -c constraints.txt`."
         ) from None
     root = f"{bucket}/{path.strip('/')}".rstrip("/")
-    return ObjectStore(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
+    return Place(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
 
 
 def shown(address: str) -> str:

@@ -1,4 +1,4 @@
-"""push: a verified bundle, or tiers folder, into a store. Nothing that was published is ever changed.
+"""push: a verified bundle, or tiers folder, to where phones fetch it. Nothing that was published is ever changed.
 
 Files go first, each under its own digest; then the release's signature; `latest.sig` last, so that whoever follows it
 finds everything. A killed push leaves unreferenced files and goes on where it was.
@@ -7,43 +7,36 @@ finds everything. A killed push leaves unreferenced files and goes on where it w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
-from pipeline.bundle.keys import load_public_keys
-from pipeline.bundle.release import CONTENT, SIGNATURE, Release, Stamp
-from pipeline.bundle.signing import open_signature
+from pipeline.bundle.release import CONTENT
 from pipeline.bundle.tiers import TiersDocument
-from pipeline.bundle.verify import verify, verify_tiers
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.places import Store, open_store
+from pipeline.publish.places import Place, open_place
+from pipeline.publish.verified import Verified, verified
 
 HUB = "hf://"
 
 
-@dataclass(frozen=True)
-class Verified:
-    """A folder found to be in order: its document, its signature file's bytes, and the signed digests by file name."""
+class Destination(Protocol):
+    """Where releases are published, each under its number. `shown` is its address for messages."""
 
-    directory: Path
-    document: Release | TiersDocument
-    signature: bytes
-    digests: Mapping[str, str]
+    shown: str
 
-    @property
-    def title(self) -> str:
-        """Such as `demo q4 release 7`."""
-        return title(self.document)
+    def releases(self, model: str, variant: str | None) -> list[int]:
+        """The numbers that a variant, or the tiers (None), were published under."""
 
+    def signature(self, model: str, variant: str | None, release: int) -> bytes | None:
+        """The signature file of one release; None if it is not published."""
 
-def title(document: Stamp) -> str:
-    """What a document describes, for people."""
-    what = document.variant if isinstance(document, Release) else "tiers"
-    return f"{document.model} {what} release {document.release}"
+    def publish(self, wanted: Verified) -> str:
+        """Write what is not there yet; says what it did."""
 
 
 def push(
@@ -60,110 +53,99 @@ def push(
 
     Raises:
         BundleError: the bundle does not verify or is a refusal; this release is published with other bytes, or a
-            higher one is; tiers name a bundle that is not published; the store refuses or does not keep what it got.
+            higher one is; tiers name a bundle that is not published; the place refuses or does not keep what it got.
         ResourceError: a folder's disk is too small.
     """
-    verified = _verified(directory, public_keys, now, allow_development)
+    wanted = verified(directory, public_keys, now, allow_development)
+    target = _open(destination)
+    _require_next(wanted, target)
+    if isinstance(wanted.document, TiersDocument):
+        _require_bundles(wanted.title, wanted.document, target)
+    return target.publish(wanted)
+
+
+def _open(destination: str) -> Destination:
     if destination.startswith(HUB):
-        from pipeline.publish.hub import push_to_hub
+        from pipeline.publish.hub import Hub
 
-        return push_to_hub(verified, destination.removeprefix(HUB))
-    return _publish(verified, open_store(destination))
-
-
-def _verified(
-    directory: Path, public_keys: Path | Sequence[Path], now: datetime | None, allow_development: bool
-) -> Verified:
-    is_tiers = (directory / CONTENT / TiersDocument.file_name).is_file()
-    report = (verify_tiers if is_tiers else verify)(
-        directory, public_keys, now=now, allow_development=allow_development
-    )
-    if not report.ok or not isinstance(report.document, Release | TiersDocument):
-        keys, wrong = " or ".join(report.trusted), "; ".join(map(str, report.findings))
-        raise BundleError(f"{directory} does not verify under {keys}, so it is not published: {wrong}.")
-    signature = (directory / SIGNATURE).read_bytes()
-    return Verified(directory, report.document, signature, open_signature(signature, *load_public_keys(public_keys)))
+        return Hub(destination.removeprefix(HUB))
+    return _Blobs(open_place(destination))
 
 
-def require_next(verified: Verified, published: list[int], same: bool | None) -> None:
-    """Refuse a release below the highest of `published`, or with other bytes than published under its number.
-
-    `same`: whether the published signature equals ours; None if this number was never published.
-
-    Raises:
-        BundleError: either.
-    """
-    release = verified.document.release
-    if same is False:
+def _require_next(wanted: Verified, target: Destination) -> None:
+    """Refuse a release below the highest that is published, or with other bytes than published under its number."""
+    model, release = wanted.document.model, wanted.document.release
+    if target.signature(model, wanted.variant, release) not in (None, wanted.signature):
         raise BundleError(
-            f"{verified.title} is published with another signature, and what is published never changes. Raise "
+            f"{wanted.title} is published with another signature, and what is published never changes. Raise "
             f"`release` in configs/signing.yaml, then bundle and sign again."
         )
-    if published and max(published) > release:
+    highest = max(target.releases(model, wanted.variant), default=0)
+    if highest > release:
         raise BundleError(
-            f"{verified.title} is older than what is published, release {max(published)}: phones that have that one "
-            f"refuse a lower one. Publish the older content under a new number."
+            f"{wanted.title} is older than what is published, release {highest}: phones that have that one refuse a "
+            f"lower one. Publish the older content under a new number."
         )
 
 
-def _publish(verified: Verified, store: Store) -> str:
-    folder, release = layout.folder(verified.document), verified.document.release
-    published = [int(name) for name in store.children(folder) if name.isascii() and name.isdigit()]
-    there = store.read(layout.signature(folder, release))
-    require_next(verified, published, None if there is None else there == verified.signature)
-    if isinstance(verified.document, TiersDocument):
-        _require_bundles(verified.document, store)
-    written = _put_blobs(verified, store)
-    for path in (layout.signature(folder, release), layout.pointer(folder)):
-        if store.read(path) != verified.signature:
-            store.write(path, verified.signature)
-            if store.read(path) != verified.signature:
-                raise BundleError(f"{store.shown}/{path} reads back with other bytes than were written.")
-    total = len(verified.digests)
-    kept = f", {total - len(written)} were there" if len(written) < total else ""
-    return (
-        f"{verified.title}: {len(written)} of {total} files, {sum(written.values()):,} bytes, to {store.shown}{kept}; "
-        f"{layout.pointer(folder)} names it"
-    )
-
-
-def _require_bundles(document: TiersDocument, store: Store) -> None:
+def _require_bundles(title: str, document: TiersDocument, target: Destination) -> None:
+    """Refuse tiers unless the bundles that they pin are published: a phone that follows them must find them."""
     for variant, reference in sorted(document.bundles.items()):
-        path = layout.signature(layout.bundles(document.model, variant), reference.release)
-        require_bundle(document, variant, store.read(path), store.shown)
+        there = target.signature(document.model, variant, reference.release)
+        if there is None or hashlib.sha256(there).hexdigest() != reference.signature_sha256:
+            found = "is not published" if there is None else "is published with another signature"
+            raise BundleError(
+                f"{title} names {variant} release {reference.release}, which {found} in {target.shown}. Push that "
+                f"bundle first."
+            )
 
 
-def require_bundle(document: TiersDocument, variant: str, published: bytes | None, where: str) -> None:
-    """Refuse tiers unless the bundle that they pin is published: a phone that follows them must find it.
+@dataclass(frozen=True)
+class _Blobs:
+    """A place whose files lie as `layout` says."""
 
-    Raises:
-        BundleError: `published`, the signature that is there, is None or another than the pinned one.
-    """
-    reference = document.bundles[variant]
-    if published is None or hashlib.sha256(published).hexdigest() != reference.signature_sha256:
-        found = "is not published" if published is None else "is published with another signature"
-        raise BundleError(
-            f"{title(document)} names {variant} release {reference.release}, which {found} in {where}. Push that "
-            f"bundle first."
-        )
+    place: Place
 
+    @property
+    def shown(self) -> str:
+        return self.place.shown
 
-def _put_blobs(verified: Verified, store: Store) -> dict[str, int]:
-    """Write the files that are not there; digest → bytes of those that were written."""
-    content = verified.directory / CONTENT
-    sources = {digest: content / name for name, digest in verified.digests.items()}
-    sizes = {digest: path.stat().st_size for digest, path in sources.items()}
-    written = {}
-    with Progress(f"push {verified.title}", len(sources), "files", sum(sizes.values())) as progress:
-        for digest, path in sorted(sources.items(), key=lambda item: item[1]):
-            there = store.size(layout.blob(digest))
-            if there is None:
-                store.put(path, layout.blob(digest), digest)
-                written[digest] = sizes[digest]
-            elif there != sizes[digest]:
-                raise BundleError(
-                    f"{store.shown}/{layout.blob(digest)} has {there:,} bytes, {path.name} has {sizes[digest]:,}: it "
-                    f"was not written by push. Find out what wrote it, and remove it."
-                )
-            progress.advance(1, sizes[digest], kept=there is not None)
-    return written
+    def releases(self, model: str, variant: str | None) -> list[int]:
+        names = self.place.children(layout.folder(model, variant))
+        return [int(name) for name in names if name.isascii() and name.isdigit()]
+
+    def signature(self, model: str, variant: str | None, release: int) -> bytes | None:
+        return self.place.read(layout.signature(layout.folder(model, variant), release))
+
+    def publish(self, wanted: Verified) -> str:
+        folder = layout.folder(wanted.document.model, wanted.variant)
+        written = self._put_blobs(wanted)
+        for path in (layout.signature(folder, wanted.document.release), layout.pointer(folder)):
+            if self.place.read(path) != wanted.signature:
+                self.place.write(path, wanted.signature)
+                if self.place.read(path) != wanted.signature:
+                    raise BundleError(f"{self.shown}/{path} reads back with other bytes than were written.")
+        total = len(wanted.digests)
+        kept = f", {total - len(written)} were there" if len(written) < total else ""
+        moved = f"{len(written)} of {total} files, {sum(written.values()):,} bytes"
+        return f"{wanted.title}: {moved}, to {self.shown}{kept}; {layout.pointer(folder)} names it"
+
+    def _put_blobs(self, wanted: Verified) -> dict[str, int]:
+        """Write the files that are not there; digest → bytes of those that were written."""
+        sources = {digest: wanted.directory / CONTENT / name for name, digest in wanted.digests.items()}
+        sizes = {digest: path.stat().st_size for digest, path in sources.items()}
+        written = {}
+        with Progress(f"push {wanted.title}", len(sources), "files", sum(sizes.values())) as progress:
+            for digest, path in sorted(sources.items(), key=lambda item: item[1]):
+                blob, size = layout.blob(digest), sizes[digest]
+                there = self.place.size(blob)
+                if there is None:
+                    self.place.put(path, blob, digest)
+                    written[digest] = size
+                elif there != size:
+                    raise BundleError(
+                        f"{self.shown}/{blob} has {there:,} bytes, {path.name} has {size:,}: it was not written by "
+                        f"push. Find out what wrote it, and remove it."
+                    )
+                progress.advance(1, size, kept=there is not None)
+        return written

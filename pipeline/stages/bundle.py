@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.bundle import documents
 from pipeline.bundle.keys import announced_key
-from pipeline.bundle.release import CONTENT, Runtime, assemble, build_refusal, build_release, build_time, describe_files
+from pipeline.bundle.release import (
+    CONTENT,
+    FileEntry,
+    Refusal,
+    Runtime,
+    assemble,
+    build_release,
+    build_time,
+    describe_files,
+    make,
+)
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
+from pipeline.errors import BundleError
 from pipeline.graph.nodes import OPSET
 from pipeline.judge.gates import PASS, Verdict
 from pipeline.judge.measured import judged
@@ -48,13 +59,16 @@ def _run(model: str, variant: str, folder: Path) -> None:
     }
     content = workspace.bundle(variant) / CONTENT
     if verdict.verdict != PASS:
-        assemble(content, {}, build_refusal(**common, reasons=_reasons(verdict)))
+        assemble(content, {}, make(Refusal, **common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
-    artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
-    runtime = Runtime(onnxruntime=version("onnxruntime"), onnxruntime_genai=version("onnxruntime-genai"), opset=OPSET)
+    artifact = workspace.made(workspace.artifact(variant), "quantize", variant)
+    plan = workspace.read(artifact / PLAN_FILE, "quantize", variant)
+    measured = workspace.read(workspace.metrics(variant), "validate", variant)["identity"]
+    runtime = Runtime(onnxruntime=measured["onnxruntime"], onnxruntime_genai=measured["onnxruntime-genai"], opset=OPSET)
     files = {file.name: file for file in sorted(artifact.iterdir())}
     entries = describe_files(files)
+    _require_judged(artifact, entries, plan["sha256"], measured)
     papers = documents.write(folder, workspace, variant, runtime, common["created"], verdict, entries)
     files, entries = files | papers, entries | describe_files(papers)
     tiers = load_tiers()
@@ -64,12 +78,25 @@ def _run(model: str, variant: str, folder: Path) -> None:
         source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
         licence=lock.licence,
         context=entry.context,
-        kv_cache=workspace.read(artifact / PLAN_FILE, "quantize", variant)["kv_cache"]["type"],
-        tiers=fitting_tiers(judged(workspace, variant), tiers),
+        kv_cache=plan["kv_cache"]["type"],
+        tiers=list(fitting_tiers(judged(workspace, variant), tiers)),
         files=entries,
     )
     assemble(content, files, release)
     print(f"{model} {variant}: bundle of {sum(file.stat().st_size for file in files.values()):,} bytes in {content}")
+
+
+def _require_judged(
+    artifact: Path, files: Mapping[str, FileEntry], planned: Mapping[str, str], measured: Mapping[str, str]
+) -> None:
+    """Refuse an artifact that is not, to the byte, what was quantized and measured."""
+    found = {name: entry.sha256 for name, entry in files.items()}
+    expected = planned | {PLAN_FILE: measured.get("plan_sha256")}
+    if changed := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        raise BundleError(
+            f"{artifact / changed[0]} and {len(changed) - 1} more are not what was quantized and measured: SHA-256 "
+            f"{found.get(changed[0])}, expected {expected.get(changed[0])}. Run `dvc repro`."
+        )
 
 
 def _reasons(verdict: Verdict) -> list[str]:

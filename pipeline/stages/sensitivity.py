@@ -23,8 +23,6 @@ from pipeline.checkpoint.architecture import Architecture, Matrix, read_architec
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
-from pipeline.config.models import load_pipeline
-from pipeline.config.recipes import has_budget
 from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
@@ -71,18 +69,6 @@ def run(model: str) -> None:
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in worst:
         print(f"  {name:<44} {nats[name]:.5f} nats")
-
-
-def is_needed() -> bool:
-    """Whether a variant of configs/pipeline.yaml has a budget."""
-    return has_budget(load_pipeline().variants)
-
-
-def skip(model: str) -> None:
-    """Leave the results as they are, or write an empty folder where there are none."""
-    folder = Workspace(model).sensitivity
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{model}: no variant has a budget, so nothing was measured")
 
 
 def _measured_by(workspace: Workspace, key: str) -> bool:

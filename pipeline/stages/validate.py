@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 import shutil
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
-from pipeline.runtime.session import runs_layered
+from pipeline.runtime.session import runs_layered, runtimes
 from pipeline.tasks import kept
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.tasks.sections import key_of, measured_files
@@ -89,7 +88,7 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
         layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
-        folder = workspace.require(workspace.artifact(variant), "quantize", variant)
+        folder = workspace.made(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
         for task, _ in suite.by_task():
@@ -112,6 +111,5 @@ def _size(subject: Subject) -> dict[str, Any]:
 def _identity(subject: Subject) -> dict[str, str]:
     """What exactly was measured, and what ran it."""
     plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
-    runtimes = {name: version(name) for name in ("onnxruntime", "onnxruntime-genai")}
     system = f"{platform.system()} {platform.machine()}"
-    return {"revision": Workspace(subject.model).read_lock().revision, **plan, **runtimes, "system": system}
+    return {"revision": Workspace(subject.model).read_lock().revision, **plan, **runtimes(), "system": system}

@@ -8,10 +8,12 @@ from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.config.models import load_model
 from pipeline.config.signing import load_signing
 from pipeline.errors import ConfigError, EvaluationError
-from pipeline.files import write_json
+from pipeline.files import sha256_of, write_json
+from pipeline.judge import evidence
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import gate_row, load_gates
-from pipeline.workspace import REFERENCE, Workspace
+from pipeline.runtime.session import runtimes
+from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 
 
 def run(model: str, variant: str) -> None:
@@ -21,13 +23,12 @@ def run(model: str, variant: str) -> None:
     """
     workspace = Workspace(model)
     metrics = workspace.read(workspace.metrics(variant), "validate", variant)
+    reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
     _check_class(model, metrics)
-    verdict = decide(
-        metrics,
-        workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE),
-        _policy(model, variant),
-        workspace.read(workspace.parity, "parity"),
-    )
+    verdict = decide(metrics, reference, _policy(model, variant), workspace.read(workspace.parity, "parity"))
+    plan = workspace.require(workspace.artifact(variant) / PLAN_FILE, "quantize", variant)
+    if problem := evidence.problem_of(metrics, reference, sha256_of(plan), runtimes()):
+        verdict = evidence.refused(verdict, problem)
     write_json(workspace.verdict(variant), verdict.to_json())
     print(f"{model} {variant}: {verdict.verdict}")
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from pipeline.bundle import keys, release
+from pipeline.bundle import keys, release, samples
 from pipeline.bundle.keys import SigningKey
-from pipeline.bundle.release import KeyIdentity, Runtime
+from pipeline.bundle.release import KeyIdentity
+from pipeline.bundle.samples import CREATED
 from pipeline.bundle.signing import sign
 from pipeline.config.signing import SigningConfig
 
-CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 FILES = {
     "demo_q4.onnx": b"graph" * 100,
     "demo_q4.onnx.data.0": bytes(range(256)) * 64,
@@ -53,52 +53,30 @@ class Maker:
         name = "development" if self.kind == "development" else self.key.identity.id
         return SigningConfig(channel=self.kind, key_id=name, release=7, expires_days=365, min_app_version=1)
 
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What every document of this maker says of itself."""
+        return {"model": "demo", "signing": self.config, "key": self.key.identity, "created": CREATED}
+
     def document(self, sources: Path, **changes: Any) -> release.Release:
         """release.json of FILES as written under `sources`."""
         for name, data in FILES.items():
             (sources / name).write_bytes(data)
-        fields = {
-            "model": "demo",
-            "title": "Demo",
-            "variant": "q4",
-            "signing": self.config,
-            "key": self.key.identity,
-            "created": CREATED,
-            "runtime": Runtime(onnxruntime="1.31", onnxruntime_genai="0.18", opset=21),
-            "source": {"revision": "a" * 40, "files": {"model.safetensors": "b" * 64}},
-            "licence": "MIT",
-            "context": 2048,
-            "kv_cache": "float32",
-            "tiers": ["android-8gb", "ios-8gb"],
-            "verdict": {"verdict": "PASS", "kl_mean": 0.05},
-            "files": release.describe_files({name: sources / name for name in FILES}),
-        }
-        return release.build_release(**(fields | changes))
+        return samples.release_document({name: sources / name for name in FILES}, **(self.stamp | changes))
 
     def bundle(self, where: Path, **changes: Any) -> Path:
         """A signed bundle at `where`."""
         sources = where.with_name(f"{where.name}-sources")
         sources.mkdir(parents=True)
-        document = self.document(sources, **changes)
-        release.assemble(where / "content", {name: sources / name for name in FILES}, document)
-        self.sign(where)
-        return where
+        return self.write(where, self.document(sources, **changes), {name: sources / name for name in FILES})
 
     def refusal(self, where: Path) -> Path:
         """A signed refusal at `where`."""
-        document = release.build_refusal(
-            model="demo",
-            title="Demo",
-            variant="q4",
-            signing=self.config,
-            key=self.key.identity,
-            created=CREATED,
-            verdict={"verdict": "FAIL"},
-            reasons=["mean KL 0.31 nats, limit 0.10"],
-        )
-        release.assemble(where / "content", {}, document)
-        self.sign(where)
-        return where
+        return self.write(where, samples.refusal_document(**self.stamp))
+
+    def write(self, where: Path, document: release.Stamp, files: Mapping[str, Path] = MappingProxyType({})) -> Path:
+        """`document` and its files, signed, at `where`."""
+        return samples.write_signed(where, files, document, self.key)
 
     def sign(self, bundle: Path) -> None:
         sign(bundle / "content", bundle / "model.sig", self.key)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.signing import Flaw, SignatureError, open_signature, sign
+from pipeline.bundle.signing import Kind, SignatureError, open_signature, sign
 from pipeline.errors import BundleError
 
 
@@ -54,7 +54,7 @@ def test_the_signature_covers_every_file_and_nothing_else(good_bundle: Path, mak
 def test_a_statement_signed_by_another_key_is_not_read(good_bundle: Path, stranger: Any) -> None:
     with pytest.raises(SignatureError) as caught:
         open_signature((good_bundle / "model.sig").read_bytes(), stranger.private.public_key())
-    assert caught.value.flaw is Flaw.OTHER_KEY
+    assert caught.value.kind is Kind.OTHER_KEY
 
 
 def test_no_private_material_in_the_outputs(good_bundle: Path, maker: Any, pem: Any) -> None:

@@ -80,19 +80,14 @@ def open_shop(
         paths = {name: sources / name for name in names}
         files = release.describe_files(paths)
         document = maker.document(sources, variant=variant, created=created, files=files)
-        release.assemble(folders[variant] / "content", paths, document)
-        maker.sign(folders[variant])
+        maker.write(folders[variant], document, paths)
     decided = build_tiers(
-        model=MODEL,
-        signing=maker.config,
-        key=maker.key.identity,
-        created=created,
+        **maker.stamp | {"created": created},
         context=2048,
         decisions=tiers,
         signatures={variant: sha256_of(folder / "model.sig") for variant, folder in folders.items()},
     )
-    release.assemble(where / "tiers" / "content", {}, decided)
-    maker.sign(where / "tiers")
+    maker.write(where / "tiers", decided)
     bundles = {
         variant: packable(
             folder,

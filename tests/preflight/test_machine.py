@@ -13,11 +13,12 @@ import pytest
 from pipeline import cli, machine
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import ResourceError
+from pipeline.preflight import guard, needs
 from pipeline.preflight import machine as preflight
-from pipeline.preflight import needs
 from pipeline.preflight.machine import Room
 from pipeline.preflight.needs import Needs
-from pipeline.stages import calibrate, download, export, parity, validate
+from pipeline.runtime import session
+from pipeline.stages import calibrate, download, export
 from pipeline.workspace import Workspace
 from tests import tiny
 
@@ -122,7 +123,8 @@ def test_the_table_before_anything_has_run(project: Path, table: Callable[..., t
 def test_the_table_refuses_what_does_not_fit_and_only_that(
     project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)  # validate holds a batch's logits besides
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)  # what validate holds and the others do not
     status, text = table("--model", tiny.MODEL)
     assert status == 1
     refused = [line.split()[0] for line in text.splitlines() if line.endswith("NO")]
@@ -134,7 +136,7 @@ def test_the_table_refuses_what_does_not_fit_and_only_that(
 def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suite_forbids_it(
     project: Path, monkeypatch: pytest.MonkeyPatch, way: str, layered: bool
 ) -> None:
-    monkeypatch.setattr(needs, "HEADROOM", 1e6)
+    monkeypatch.setattr(session, "_HEADROOM", 1e6)
     tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
     source = preflight.find_source(tiny.MODEL, Store())
     assert source is not None
@@ -209,8 +211,10 @@ def test_a_lock_without_its_blobs_does_not_stop_the_download_that_mends_it(proje
 def test_download_names_the_stages_that_will_not_fit(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
     download.run(tiny.MODEL)
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)
+    guard.guarded("download", download.run, tiny.MODEL)
     error = capsys.readouterr().err
     assert error.count("will not run here: validate tiny") == 3
 
@@ -230,16 +234,10 @@ def test_every_heavy_stage_refuses_first_and_writes_nothing(
         quantize.run(model, "q4")
         for section in ("mmlu", "divergence"):
             (workspace.evaluation("reference") / section).mkdir(parents=True)
-    run = {
-        "download": lambda: download.run(model),
-        "calibrate": lambda: calibrate.run(model),
-        "parity": lambda: parity.run(model),
-        "reference": lambda: validate.run(model, "reference"),
-        "validate": lambda: validate.run(model, "q4"),
-    }[stage]
+    variant = {"reference": "reference", "validate": "q4"}.get(stage)
     squeeze(monkeypatch, disk=1)
     with pytest.raises(ResourceError, match=rf"^{stage} tiny( q4)?: not enough disk"):
-        run()
+        guard.before("validate" if variant else stage, model, variant)
     outputs = {
         "download": workspace.lock,
         "calibrate": workspace.moments,

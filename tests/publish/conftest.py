@@ -49,18 +49,13 @@ class Line:
             signing=self.maker.config.model_copy(update={"release": number}),
             files=release.describe_files(paths),
         )
-        release.assemble(where / "content", paths, document)
-        self.maker.sign(where)
-        return where
+        return self.maker.write(where, document, paths)
 
     def tiers(self, bundle: Path, number: int = 7) -> Path:
         """A signed tiers folder: `big` gets `bundle`, `small` nothing."""
         where = self.root / f"tiers-{number}-{len(list(self.root.iterdir()))}"
         document = build_tiers(
-            model="demo",
-            signing=self.maker.config.model_copy(update={"release": number}),
-            key=self.maker.key.identity,
-            created=CREATED,
+            **self.maker.stamp | {"signing": self.maker.config.model_copy(update={"release": number})},
             context=2048,
             decisions={
                 "big": TierBundle(**BUDGET, variant="q4", need_bytes=300, bundle_bytes=200, kl_mean=0.1),
@@ -70,9 +65,7 @@ class Line:
             },
             signatures={"q4": hashlib.sha256((bundle / "model.sig").read_bytes()).hexdigest()},
         )
-        release.assemble(where / "content", {}, document)
-        self.maker.sign(where)
-        return where
+        return self.maker.write(where, document)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_a_server_cannot_make_us_wait_for_ever(web: Web, get: Any, monkeypatch: 
 
 def test_a_copy_that_is_too_short_is_refused(web: Web, get: Any, store: Path, target: Path) -> None:
     os.truncate(store / blob_of(store, 1), 10_000)
-    with pytest.raises(BundleError, match=r"ends before byte 10,000: the store's copy is shorter than"):
+    with pytest.raises(BundleError, match=r"ends before byte 10,000: its copy is shorter than"):
         get()
     assert not target.exists()
 
@@ -431,10 +431,10 @@ def test_a_full_disk_is_known_before_the_first_part(web: Web, get: Any, monkeypa
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ftp://host/x", "is no store"),
-        ("hf://owner/name", "is no store"),
-        ("file://host/x", "is no store"),
-        ("gopher://me:secret@host/x", "is no store"),
+        ("ftp://host/x", "is no place to publish"),
+        ("hf://owner/name", "is no place to publish"),
+        ("file://host/x", "is no place to publish"),
+        ("gopher://me:secret@host/x", "is no place to publish"),
         ("s3://me:secret@bucket/x", "holds no key and no password"),
         ("http://me:secret@127.0.0.1:9/x", "attempts in a row"),
         ("https://me:secret@host/x?token=secret", "without"),

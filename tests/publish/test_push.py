@@ -17,7 +17,7 @@ from pipeline.bundle import keys
 from pipeline.errors import BundleError, ResourceError
 from pipeline.publish import push as pushing
 from pipeline.publish.fetch import fetch
-from pipeline.publish.places import Folder, ObjectStore, open_store
+from pipeline.publish.places import Folder, Place, open_place
 from pipeline.publish.push import push
 from tests.bundle.conftest import Maker
 from tests.publish.conftest import NOW, PARTS, SMALL, Line
@@ -26,19 +26,19 @@ FILES = len(PARTS | SMALL) + 1  # with release.json
 
 
 @pytest.fixture(params=["folder", "objects"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder | ObjectStore:
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """An empty store of each kind; fsspec's memory stands for S3."""
     if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    made = ObjectStore(MemoryFileSystem(skip_instance_cache=True), f"/{uuid.uuid4().hex}", "s3://bucket/x")
+        return open_place(str(tmp_path / "store"))
+    made = Place(MemoryFileSystem(skip_instance_cache=True), f"/{uuid.uuid4().hex}", "s3://bucket/x")
     return made
 
 
 @pytest.fixture
-def send(store: Folder | ObjectStore, public_key: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+def send(store: Place, public_key: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
     """Push to `store`."""
-    monkeypatch.setattr(pushing, "open_store", lambda address: store)
-    monkeypatch.setattr("pipeline.publish.fetch.open_store", lambda address: store)
+    monkeypatch.setattr(pushing, "open_place", lambda address: store)
+    monkeypatch.setattr("pipeline.publish.fetch.open_place", lambda address: store)
     return lambda bundle: push(bundle, "there", public_key, now=NOW)
 
 
@@ -46,7 +46,9 @@ def contents(store: Any) -> dict[str, bytes]:
     """Every file of a store."""
     if isinstance(store, Folder):
         return {
-            str(file.relative_to(store.root)): file.read_bytes() for file in store.root.rglob("*") if file.is_file()
+            str(file.relative_to(store.root)): file.read_bytes()
+            for file in Path(store.root).rglob("*")
+            if file.is_file()
         }
     names = store.filesystem.find(store.root)
     return {name.removeprefix(f"{store.root}/"): store.filesystem.cat_file(name) for name in names}
@@ -216,7 +218,7 @@ def test_a_full_disk_is_known_before_the_first_byte(
 
 def test_a_file_is_no_store(line: Line, tmp_path: Path, public_key: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match=re.escape("is a file, and a store is a folder")):
+    with pytest.raises(BundleError, match=re.escape("is a file, and a place to publish to is a folder")):
         push(line.bundle(), str(tmp_path / "file"), public_key, now=NOW)
 
 
