@@ -70,13 +70,10 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
 
 
 def fields_read(value: Any, attributes: frozenset[str]) -> Any:
-    """JSON data of a value; of configuration objects only the fields that are read as attributes.
-
-    A suite's parts are read through `by_task`, not by name.
-    """
+    """JSON data of a value; of configuration objects only the fields that are read as attributes."""
     if isinstance(value, BaseModel):
-        parts = "by_task" in attributes and hasattr(value, "by_task")
-        fields = (name for name in type(value).model_fields if parts or name in attributes)
+        whole = getattr(value, "read_by_name", False)
+        fields = (name for name in type(value).model_fields if whole or name in attributes)
         return {name: fields_read(getattr(value, name), attributes) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): fields_read(entry, attributes) for key, entry in value.items()}
