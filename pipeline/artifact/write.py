@@ -191,8 +191,8 @@ class _Run:
                 if unflushed > _FLUSH_BYTES:
                     flushes.append(self.flusher.submit(self.writer.flush))
                     unflushed = 0
-                last = unit.stop == unit.planned.matrix.rows
-                progress.advance(int(last), unit.weights * self._item_bytes(unit), kept=not written)
+                ref, last = self.checkpoint[unit.planned.matrix.name], unit.stop == unit.planned.matrix.rows
+                progress.advance(int(last), unit.weights * ref.length // ref.elements, kept=not written)
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
@@ -217,10 +217,6 @@ class _Run:
                     self.checkpoint.prefetch(name, unit.start, unit.stop)
                     self.quantizers[name]()
                 yield unit
-
-    def _item_bytes(self, unit: Unit) -> int:
-        ref = self.checkpoint[unit.planned.matrix.name]
-        return ref.length // ref.elements
 
     def _in_order(self, items: Iterable[S | None], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
         """(item, result) in the items' order, whichever thread was faster. None waits for all items before it."""
