@@ -46,7 +46,7 @@ class Repository:
         return done.stdout
 
     def stale(self) -> set[str]:
-        """Stages that would run again, as `dvc status` has them; in this process, because DVC takes a second to start."""
+        """Stages that `dvc status` would run again; asked in this process, because DVC takes a second to start."""
         from dvc.repo import Repo
 
         with Repo(str(self.folder)) as repo:

@@ -40,6 +40,8 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         values = [reach.cut(fields_read(value, closure.attributes)) for value in _calls(loaders[name], item)]
         found[name] = values[0] if len(values) == 1 else values
         reach.mentioned |= set(_strings(found[name]))
+    for chosen in ("models",) * bool(item.model) + ("variants",) * bool(item.variant):  # others change nothing for it
+        found.get("load_pipeline", {}).pop(chosen, None)
     return found
 
 
@@ -57,7 +59,7 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
     choices: dict[str, Iterable[Any]] = {
         "model": [item.model] if item.model else selected.models,
         "variant": [item.variant] if item.variant else selected.variants,
-        "variants": [selected.variants],
+        "variants": [(item.variant,) if item.variant else selected.variants],
         "suite": [selected.suite],
     }
     parameter = next(iter(inspect.signature(loader).parameters), None)

@@ -39,6 +39,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from pydantic import TypeAdapter
 
 from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
@@ -131,7 +132,7 @@ def _run(task: Task) -> Watched:
                 f"{task.folder}: measuring speed failed with status {process.returncode} (negative: the signal; 9 is "
                 f"what the kernel sends when memory is out): {last}"
             )
-        return Watched(Observed.parse(output.read().strip().splitlines()[-1]), looks)
+        return Watched(TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks)
 
 
 def _runs(process: subprocess.Popen[bytes]) -> bool:

@@ -29,7 +29,7 @@ def run(model: str) -> None:
         else:
             tokens = wanted.prompt_tokens + DECODE_STEPS
             save_decoder(folder, *build_decoder(smaller, tensors, tokens), MODEL_FILE)
-            for file in reference.glob("*.safetensors"):
+            for file in reference.glob("*.safetensors*"):  # with the lists of their chunks
                 link_or_copy(file, folder / file.name)
             ours = folder / MODEL_FILE
         theirs = export_reference(reference, part.layers, part.vocab, folder / "optimum")

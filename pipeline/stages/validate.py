@@ -100,7 +100,7 @@ def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) 
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
         layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
-        folder = workspace.require(workspace.artifact(variant), "quantize", variant)
+        folder = workspace.made(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
         for section in SECTIONS:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
@@ -138,7 +139,7 @@ def test_the_bandwidth_is_measured_again_before_a_rate_seems_impossible(monkeypa
 
 def test_the_process_speaks_json() -> None:
     for run in (watched({4: [1.0, 2.0]}).observed, Observed(1.0, Look(2.0, 3, 4))):
-        assert Observed.parse(json.dumps(asdict(run))) == run
+        assert TypeAdapter(Observed).validate_json(json.dumps(asdict(run))) == run
 
 
 def test_what_cannot_be_measured_is_an_evaluation_error(folder: Path, tmp_path: Path) -> None:
