@@ -10,16 +10,15 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.calibration import CalibrationConfig
-from pipeline.config.evaluation import EvaluationConfig, load_suite
-from pipeline.config.gates import load_gates
 from pipeline.config.models import ModelConfig, PipelineConfig, load_model
 from pipeline.config.phones import TiersConfig
 from pipeline.config.recipes import RecipeConfig, load_recipe, recipe_files
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import load
 from pipeline.errors import ConfigError
-from pipeline.judge.policy import gate_row
+from pipeline.judge.policy import gate_row, load_gates
 from pipeline.preflight.check import check_all
+from pipeline.tasks.registry import load_suite, suite_type
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -97,17 +96,17 @@ def test_configuration_is_immutable() -> None:
         (RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
         (ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
         (
-            EvaluationConfig,
+            suite_type(),
             suite_with(samples=5),
             ["humaneval: 5 greedy samples are 5 times the same", "temperature"],
         ),
         (
-            EvaluationConfig,
+            suite_type(),
             suite_with(samples=5, temperature=0.8, k=[1, 10]),
             ["pass@10 needs 10 samples of each problem, not 5"],
         ),
-        (EvaluationConfig, suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
-        (EvaluationConfig, suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
+        (suite_type(), suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
+        (suite_type(), suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
         (ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),
         (
             PipelineConfig,
