@@ -6,7 +6,7 @@ machine that measured and differ from run to run. Limits are sentences about wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.judge.gates import REPORTED, Verdict
-
-_LINES = {"mmlu": "MMLU drop", "mmlu_probability": "MMLU probability drop", "humaneval": "HumanEval drop"}
+from pipeline.tasks import registry
+from pipeline.tasks.task import RATCHET, Figure
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,6 @@ class Dossier:
         return f"{one_line(recipe['title'])}, recipe version {recipe['version']}, search {recipe['search']}"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measurement. `value` and its two-sided 90 % interval are in `unit`; `detail` says on what it was measured."""
-
-    key: str
-    title: str
-    unit: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int | None
-    dataset: str
-    detail: str
-
-
 def one_line(text: object) -> str:
     """Text of a checkpoint or a configuration on one line, so that it cannot break out of a list or a table."""
     return " ".join(str(text).split())
@@ -84,44 +69,7 @@ def number(value: float) -> str:
 
 def figures(dossier: Dossier) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out."""
-    return [*_divergence(dossier), *_mmlu(dossier.metrics.get("mmlu", {})), *_humaneval(dossier.metrics)]
-
-
-def _figure(section: Mapping[str, Any], key: str, **fields: Any) -> Iterator[Figure]:
-    if section.get(key) is not None:
-        yield Figure(
-            key=key, value=section[key], low=section.get(f"{key}_low"), high=section.get(f"{key}_high"), **fields
-        )
-
-
-def _divergence(dossier: Dossier) -> Iterator[Figure]:
-    section = dossier.metrics.get("divergence", {})
-    n, dataset = section.get("tokens"), ", ".join(dossier.texts)
-    detail = f"{n:,} tokens of {dataset}" if n else dataset
-    rows = (
-        ("kl_mean", "mean KL divergence from the full-precision model", "nats per token"),
-        ("kl_p99", "99th percentile of the KL divergence", "nats"),
-        ("top1", "agreement of the most likely token", "share"),
-        ("perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
-    )
-    for key, title, unit in rows:
-        yield from _figure(section, key, title=title, unit=unit, n=n, dataset=dataset, detail=detail)
-
-
-def _mmlu(section: Mapping[str, Any]) -> Iterator[Figure]:
-    n, mode = section.get("n"), section.get("mode")
-    common = {"n": n, "dataset": "MMLU", "detail": f"MMLU, mode {mode}, {n} questions"}
-    yield from _figure(section, "accuracy", title="MMLU accuracy", unit="share", **common)
-    yield from _figure(section, "drop_points", title="MMLU drop", unit="percentage points", **common)
-
-
-def _humaneval(metrics: Mapping[str, Any]) -> Iterator[Figure]:
-    section = metrics.get("humaneval", {})
-    n = section.get("n")
-    asked = "greedy" if section.get("temperature") == 0 else f"temperature {section.get('temperature')}"
-    detail = f"HumanEval, {section.get('prompt')} prompts, {asked}, {n} problems"
-    common = {"n": n, "dataset": "HumanEval", "detail": detail}
-    yield from _figure(section, "pass_at_1", title="HumanEval pass@1", unit="share", **common)
+    return registry.figures(dossier.metrics, dossier.texts)
 
 
 def measured_by(dossier: Dossier) -> str:
@@ -148,14 +96,11 @@ def limits(dossier: Dossier) -> list[str]:
             f"excess can go unseen."
         )
     for line in dossier.verdict.lines:
-        if line.name in _LINES and line.verdict == REPORTED and line.note:
-            sentences.append(f"{_LINES[line.name]}: {one_line(line.note)}.")
-    sentences += [f"{title} was not measured." for title in _unmeasured(dossier)]
+        gate = registry.gates().get(line.name)
+        if gate and gate.kind != RATCHET and line.verdict == REPORTED and line.note:
+            sentences.append(f"{gate.title}: {one_line(line.note)}.")
+    judging = [task for task in registry.tasks() if task.gates]
+    sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
     if dossier.note:
         sentences.append(one_line(dossier.note))
     return sentences
-
-
-def _unmeasured(dossier: Dossier) -> list[str]:
-    wanted = {"divergence": "Divergence", "mmlu": "MMLU", "humaneval": "HumanEval"}
-    return [title for section, title in wanted.items() if not dossier.metrics.get(section)]
