@@ -6,7 +6,7 @@ machine that measured and differ from run to run. Limits are sentences about wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +15,16 @@ from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.judge.gates import REPORTED, Verdict
 
+_SECTIONS = {"divergence": "Divergence", "mmlu": "MMLU", "humaneval": "HumanEval"}
+_FIGURES = (  # section and key of the metrics, title, unit
+    ("divergence", "kl_mean", "mean KL divergence from the full-precision model", "nats per token"),
+    ("divergence", "kl_p99", "99th percentile of the KL divergence", "nats"),
+    ("divergence", "top1", "agreement of the most likely token", "share"),
+    ("divergence", "perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
+    ("mmlu", "accuracy", "MMLU accuracy", "share"),
+    ("mmlu", "drop_points", "MMLU drop", "percentage points"),
+    ("humaneval", "pass_at_1", "HumanEval pass@1", "share"),
+)
 _LINES = {"mmlu": "MMLU drop", "mmlu_probability": "MMLU probability drop", "humaneval": "HumanEval drop"}
 
 
@@ -84,44 +94,26 @@ def number(value: float) -> str:
 
 def figures(dossier: Dossier) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out."""
-    return [*_divergence(dossier), *_mmlu(dossier.metrics.get("mmlu", {})), *_humaneval(dossier.metrics)]
+    found = []
+    for section, key, title, unit in _FIGURES:
+        measured = dossier.metrics.get(section, {})
+        if measured.get(key) is not None:
+            bounds = measured.get(f"{key}_low"), measured.get(f"{key}_high")
+            found.append(Figure(key, title, unit, measured[key], *bounds, *_asked(section, measured, dossier.texts)))
+    return found
 
 
-def _figure(section: Mapping[str, Any], key: str, **fields: Any) -> Iterator[Figure]:
-    if section.get(key) is not None:
-        yield Figure(
-            key=key, value=section[key], low=section.get(f"{key}_low"), high=section.get(f"{key}_high"), **fields
-        )
-
-
-def _divergence(dossier: Dossier) -> Iterator[Figure]:
-    section = dossier.metrics.get("divergence", {})
-    n, dataset = section.get("tokens"), ", ".join(dossier.texts)
-    detail = f"{n:,} tokens of {dataset}" if n else dataset
-    rows = (
-        ("kl_mean", "mean KL divergence from the full-precision model", "nats per token"),
-        ("kl_p99", "99th percentile of the KL divergence", "nats"),
-        ("top1", "agreement of the most likely token", "share"),
-        ("perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
-    )
-    for key, title, unit in rows:
-        yield from _figure(section, key, title=title, unit=unit, n=n, dataset=dataset, detail=detail)
-
-
-def _mmlu(section: Mapping[str, Any]) -> Iterator[Figure]:
-    n, mode = section.get("n"), section.get("mode")
-    common = {"n": n, "dataset": "MMLU", "detail": f"MMLU, mode {mode}, {n} questions"}
-    yield from _figure(section, "accuracy", title="MMLU accuracy", unit="share", **common)
-    yield from _figure(section, "drop_points", title="MMLU drop", unit="percentage points", **common)
-
-
-def _humaneval(metrics: Mapping[str, Any]) -> Iterator[Figure]:
-    section = metrics.get("humaneval", {})
-    n = section.get("n")
-    asked = "greedy" if section.get("temperature") == 0 else f"temperature {section.get('temperature')}"
-    detail = f"HumanEval, {section.get('prompt')} prompts, {asked}, {n} problems"
-    common = {"n": n, "dataset": "HumanEval", "detail": detail}
-    yield from _figure(section, "pass_at_1", title="HumanEval pass@1", unit="share", **common)
+def _asked(section: str, measured: Mapping[str, Any], texts: tuple[str, ...]) -> tuple[int | None, str, str]:
+    """On how many items of which data a section was measured, and how, in words."""
+    n = measured.get("n")
+    if section == "mmlu":
+        return n, "MMLU", f"MMLU, mode {measured.get('mode')}, {n} questions"
+    if section == "humaneval":
+        temperature = measured.get("temperature")
+        asked = "greedy" if temperature == 0 else f"temperature {temperature}"
+        return n, "HumanEval", f"HumanEval, {measured.get('prompt')} prompts, {asked}, {n} problems"
+    n, dataset = measured.get("tokens"), ", ".join(texts)
+    return n, dataset, f"{n:,} tokens of {dataset}" if n else dataset
 
 
 def measured_by(dossier: Dossier) -> str:
@@ -150,12 +142,8 @@ def limits(dossier: Dossier) -> list[str]:
     for line in dossier.verdict.lines:
         if line.name in _LINES and line.verdict == REPORTED and line.note:
             sentences.append(f"{_LINES[line.name]}: {one_line(line.note)}.")
-    sentences += [f"{title} was not measured." for title in _unmeasured(dossier)]
+    unmeasured = [title for section, title in _SECTIONS.items() if not dossier.metrics.get(section)]
+    sentences += [f"{title} was not measured." for title in unmeasured]
     if dossier.note:
         sentences.append(one_line(dossier.note))
     return sentences
-
-
-def _unmeasured(dossier: Dossier) -> list[str]:
-    wanted = {"divergence": "Divergence", "mmlu": "MMLU", "humaneval": "HumanEval"}
-    return [title for section, title in wanted.items() if not dossier.metrics.get(section)]
