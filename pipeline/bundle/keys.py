@@ -85,10 +85,10 @@ def load_public_keys(paths: Path | Sequence[Path]) -> list[ec.EllipticCurvePubli
 
 
 def _require_p256(key: Any, where: str) -> Any:
-    if not isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey):
-        raise BundleError(f"{where} holds a key of another kind than ECDSA. Use a P-256 key (prime256v1).")
-    if not isinstance(key.curve, ec.SECP256R1):
-        raise BundleError(f"{where} holds a key on curve {key.curve.name}. Use a P-256 key (prime256v1).")
+    curve = getattr(key, "curve", None)  # only keys of elliptic curves have one
+    if not isinstance(curve, ec.SECP256R1):
+        found = f"on curve {curve.name}" if curve else "of another kind than ECDSA"
+        raise BundleError(f"{where} holds a key {found}. Use a P-256 key (prime256v1).")
     return key
 
 
@@ -114,14 +114,10 @@ def _create_development_key() -> None:
         os.unlink(name)
     files.fsync_directory(DEVELOPMENT_KEY.parent)
     _LOG.warning(
-        "WARNING: no development signing key was found, so %s was created. It is good for trying the pipeline on this "
-        "machine and for nothing else: phones must not trust it, a release refuses it, and whoever reads the file can "
-        "sign in its name. For a release, set channel and key_id in configs/signing.yaml and supply the key through "
-        "%s, %s or %s.",
-        DEVELOPMENT_KEY,
-        KEY_FILE,
-        KEY_TEXT,
-        KEY_PKCS11,
+        f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
+        f"pipeline on this machine and for nothing else: phones must not trust it, a release refuses it, and whoever "
+        f"reads the file can sign in its name. For a release, set channel and key_id in configs/signing.yaml and "
+        f"supply the key through {KEY_FILE}, {KEY_TEXT} or {KEY_PKCS11}."
     )
 
 
@@ -135,10 +131,6 @@ def _development_private_key() -> ec.EllipticCurvePrivateKey:
     return _parse_private_key(pem, None, str(DEVELOPMENT_KEY))
 
 
-def _is_development(identifier: str) -> bool:
-    return DEVELOPMENT_KEY.exists() and key_id(_development_private_key().public_key()) == identifier
-
-
 def announced_key(config: SigningConfig) -> KeyIdentity:
     """The key that will sign under `config`, known before the private key is: release.json names it.
 
@@ -148,16 +140,17 @@ def announced_key(config: SigningConfig) -> KeyIdentity:
     Raises:
         BundleError: the development key cannot be made or read, or is asked for in the release channel.
     """
-    if config.key_id == "development":
-        return KeyIdentity(id=key_id(_development_private_key().public_key()), kind="development")
-    if not _is_development(config.key_id):
+    if config.key_id != "development" and not DEVELOPMENT_KEY.exists():
+        return KeyIdentity(id=config.key_id, kind="release")
+    ours = key_id(_development_private_key().public_key())
+    if config.key_id not in ("development", ours):
         return KeyIdentity(id=config.key_id, kind="release")
     if config.channel == "release":
         raise BundleError(
             f"channel 'release' refuses development keys: key_id {config.key_id} in configs/signing.yaml is "
             f"{DEVELOPMENT_KEY}. Use a key made for releases."
         )
-    return KeyIdentity(id=config.key_id, kind="development")
+    return KeyIdentity(id=ours, kind="development")
 
 
 # --- release keys --------------------------------------------------------------------------------------------------
