@@ -17,18 +17,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pipeline.packs.android import (
-    AGP,
-    AI_PACK,
-    FLAG,
-    NAMESPACE,
-    OTHER,
-    PLACEHOLDER,
-    SELECTORS,
-    TARGETING,
-    AndroidIndex,
-    Selector,
-)
+from pipeline.packs import android
+from pipeline.packs.android import AGP, AI_PACK, FLAG, OTHER, PLACEHOLDER, TARGETING, AndroidIndex, Selector
 from pipeline.packs.delivery import Delivery, Pack
 from pipeline.packs.rules import COMMON, Found, Problem, Rules, Tree
 
@@ -43,7 +33,7 @@ _APP = "app/build.gradle"
 _GROUPS = f"app/{TARGETING}"
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")  # of a pack, and of a group
 _BYTES = re.compile(r"[0-9]{1,18}")
-_TAG = f"{{{NAMESPACE}}}"
+_TAG = f"{{{android.NAMESPACE}}}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class AndroidTree(Tree[AndroidIndex]):
         except ElementTree.ParseError as error:
             return f"it is no XML: {error}"
         if root.tag != f"{_TAG}device-targeting-config":
-            return f"expected <config:device-targeting-config> in namespace {NAMESPACE}, found {root.tag}"
+            return f"expected <config:device-targeting-config> in namespace {android.NAMESPACE}, found {root.tag}"
         return root
 
     @cached_property
@@ -257,11 +247,11 @@ def _group_other(tree: AndroidTree) -> Iterator[str]:
         yield f"group {OTHER!r} is Play's own for phones that match no group: never declare it"
 
 
-@RULES.add("selector-count", f"Play: 1 to {SELECTORS} selectors a group", _GROUPS)
+@RULES.add("selector-count", f"Play: 1 to {android.SELECTORS} selectors a group", _GROUPS)
 def _selector_count(tree: AndroidTree) -> Iterator[str]:
     for name, selectors in tree.declared:
-        if not 1 <= len(selectors) <= SELECTORS:
-            yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {SELECTORS}"
+        if not 1 <= len(selectors) <= android.SELECTORS:
+            yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {android.SELECTORS}"
 
 
 def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
