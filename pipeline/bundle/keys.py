@@ -169,7 +169,8 @@ def _parse_private_key(pem: bytes, password: bytes | None, where: str) -> ec.Ell
     return _require_p256(key, where)
 
 
-def _software_key(private: ec.EllipticCurvePrivateKey) -> _KeyPair:
+def software_key(private: ec.EllipticCurvePrivateKey) -> _KeyPair:
+    """Public half and signing function of a key in memory."""
     # RFC 6979: the nonce comes from key and message, so that equal content gives an equal signature.
     algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
     return private.public_key(), lambda message: private.sign(message, algorithm)
@@ -220,7 +221,7 @@ def _supplied_key(variable: str) -> _KeyPair:
         reason = getattr(error, "strerror", None) or "it is not a path"
         raise BundleError(f"{variable}: the key file cannot be read: {reason}.") from None
     password = os.environ.get(PASSWORD)
-    return _software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
+    return software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
 
 
 def load_signer(config: SigningConfig) -> SigningKey:
@@ -244,7 +245,7 @@ def load_signer(config: SigningConfig) -> SigningKey:
             f"{KEY_TEXT} or {KEY_PKCS11}."
         )
     if not given:
-        return SigningKey(expected, *_software_key(_development_private_key()))
+        return SigningKey(expected, *software_key(_development_private_key()))
     public, sign = _supplied_key(given[0])
     if key_id(public) != expected.id:
         raise BundleError(
