@@ -63,6 +63,12 @@ class AndroidTree(Tree[AndroidIndex]):
         tops = {path.split("/")[0] for path in self.sizes if "/" in path}
         return sorted(top for top in tops if top != "app")
 
+    @property
+    def scripts(self) -> list[tuple[str, str, str]]:
+        """Module, path and text of each pack's build.gradle; the text is empty if there is none."""
+        paths = [(module, f"{module}/build.gradle") for module in self.modules]
+        return [(module, path, self.text(path)) for module, path in paths]
+
     @cached_property
     def assets(self) -> list[_Asset]:
         """Every file of every pack."""
@@ -136,16 +142,15 @@ def _setting(text: str, name: str) -> str | None:
 
 @RULES.add("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin")
 def _plugin(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", tree.text(f"{module}/build.gradle")):
-            yield f"{module}/build.gradle", f"the plugin {AI_PACK} is not applied"
+    for _, path, text in tree.scripts:
+        if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", text):
+            yield path, f"the plugin {AI_PACK} is not applied"
 
 
 @RULES.add("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores")
 def _pack_name(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        path = f"{module}/build.gradle"
-        name = _setting(tree.text(path), "packName")
+    for module, path, text in tree.scripts:
+        name = _setting(text, "packName")
         if name != module:
             yield path, f"packName is {name!r}, the module's folder {module!r}"
         elif not _NAME.fullmatch(name):
@@ -154,9 +159,8 @@ def _pack_name(tree: AndroidTree) -> Found:
 
 @RULES.add("delivery-type", "Play: on-demand; install-time packs have no path")
 def _delivery_type(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        path = f"{module}/build.gradle"
-        if (kind := _setting(tree.text(path), "deliveryType")) != "on-demand":
+    for _, path, text in tree.scripts:
+        if (kind := _setting(text, "deliveryType")) != "on-demand":
             yield path, f"deliveryType is {kind!r}: gigabytes go on-demand, and install-time packs have no file paths"
 
 
