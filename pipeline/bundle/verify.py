@@ -91,7 +91,7 @@ class _Expected:
         return max(self.highest_release or 0, remembered or 0)
 
 
-# --- reading: a symlink put in a file's place meanwhile is an error, not followed ------------------------------------------
+# --- reading: a symlink put in a file's place meanwhile is an error, not followed -------------------------------------
 
 
 def _sha256(path: Path) -> str:
