@@ -66,10 +66,9 @@ def write(
     )
     paths: dict[str, Path] = {}
 
-    def present() -> Dossier:
-        return replace(dossier, files={**files, **describe_files(paths)})
-
-    def add(name: str, content: bytes | None) -> None:
+    def add(name: str, build: Callable[[Dossier], bytes | None]) -> None:
+        """Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it."""
+        content = build(replace(dossier, files={**files, **describe_files(paths)}))
         if content is not None:
             if name in files:
                 raise BundleError(
@@ -78,12 +77,11 @@ def write(
             paths[name] = folder / name
             write_bytes(paths[name], content)
 
-    # Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it.
-    add(licence.STATEMENT, licence.statement(entry.title, lock.revision, lock.licence, files))
-    add(card.FILE, card.build(present()))
-    add(bom.FILE, bom.build(present()))
-    build = (present().files, materials.external, materials.internal, materials.items)
-    add(provenance.FILE, provenance.build(*build))
+    made = (materials.external, materials.internal, materials.items)
+    add(licence.STATEMENT, lambda known: licence.statement(entry.title, lock.revision, lock.licence, known.files))
+    add(card.FILE, card.build)
+    add(bom.FILE, bom.build)
+    add(provenance.FILE, lambda known: provenance.build(known.files, *made))
     return paths
 
 

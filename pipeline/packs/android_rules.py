@@ -60,8 +60,7 @@ class AndroidTree(Tree[AndroidIndex]):
     @cached_property
     def modules(self) -> list[str]:
         """Folders with a build.gradle or assets, but the app's."""
-        tops = {path.split("/")[0] for path in self.sizes if "/" in path}
-        return sorted(top for top in tops if top != "app")
+        return sorted(self.folders - {"app"})
 
     @property
     def scripts(self) -> list[tuple[str, str, str]]:
