@@ -27,7 +27,7 @@ import psutil
 from pipeline.errors import EvaluationError
 from pipeline.files import disk_full, require_free_space
 from pipeline.machine import cores, resident_memory
-from pipeline.runtime.bandwidth import largest_cache, memory_bandwidth
+from pipeline.runtime.bandwidth import memory_bandwidth
 from pipeline.runtime.pagecache import evict, regular_files
 
 _BLOCK = 8 << 20  # bytes of one plain read or write
@@ -49,6 +49,14 @@ for _ in range(6):
     best = min(best, time.perf_counter() - start)
 print(2 * n**3 / best / 1e9)
 """
+
+
+def largest_cache() -> int:
+    """Bytes of the first core's largest cache; 0 where the kernel does not say."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20}
+    texts = (path.read_text(encoding="ascii").strip() for path in found)
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1] in units), default=0)
 
 
 def describe() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.quantize.formats import TensorFormat, pack
+from pipeline.quantize.formats import FORMATS, TensorFormat
 
 INT8 = (1e-3, 2e-2)
 """Relative error of a product whose activations were rounded to int8; less means that a float kernel ran."""
@@ -38,7 +38,7 @@ def formats(model: onnx.ModelProto) -> list[TensorFormat]:
     found = {}
     for node in products(model):
         values = {item.name: item.i for item in node.attribute}
-        fmt = TensorFormat(values["bits"], values["block_size"], symmetric=len(node.input) < 4)
+        fmt = FORMATS[values["bits"]](values["block_size"], symmetric=len(node.input) < 4)
         found[str(fmt)] = fmt
     return [found[name] for name in sorted(found)]
 
@@ -60,9 +60,9 @@ def _probe(fmt: TensorFormat, rows: int, folder: Path) -> Probe:
     x = rng.standard_normal((1, rows, _COLUMNS)).astype(np.float32)
     centred = codes.reshape(_OUTPUTS, blocks, fmt.block).astype(np.float64) - zeros[..., None]
     weights = (centred * scales[..., None]).reshape(_OUTPUTS, _COLUMNS)
-    inputs = {"codes": pack(codes, fmt.bits).reshape(_OUTPUTS, blocks, -1), "scales": scales}
+    inputs = {"codes": fmt.pack(codes).reshape(_OUTPUTS, blocks, -1), "scales": scales}
     if not fmt.symmetric:
-        inputs["zeros"] = pack(zeros, fmt.bits)
+        inputs["zeros"] = fmt.pack(zeros)
     path = folder / f"probe-{fmt}-{rows}.onnx"
     onnx.save(_graph(fmt, rows, inputs), path)
     return Probe(f"{fmt}, {rows} row{'s' * (rows > 1)}", path, x, x[0].astype(np.float64) @ weights.T)

@@ -1,7 +1,7 @@
-"""Finished items of a measurement, so that a run that was killed asks nothing twice.
+"""A file of finished items, one JSON line each, appended when an item is finished: a killed run does nothing twice.
 
-One JSON line per item, appended when it is finished. A kill or a power cut leaves the last lines cut short or blank:
-from the first line that does not read, items count as never measured.
+A kill or a power cut leaves the last lines cut short or blank: from the first line that does not read, items count as
+never finished.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ class Journal:
             os.truncate(path, kept)
 
     def record(self, name: str, item: Any) -> None:
-        """Keep `item`, plain JSON data, under `name`."""
+        """Keep `item`, plain JSON data, under `name`, in one append: a kill cuts no line but this."""
         self.items[name] = item
         with open(self._path, "ab") as file:
             file.write(_line(name, item))
+
+    def clear(self) -> None:
+        """Forget all items. The file stays the same one: who has locked it still holds its lock."""
+        self.items.clear()
+        os.truncate(self._path, 0)
 
     def arrange(self, names: Iterable[str]) -> None:
         """Put the items in the order of `names`, others after them: the file of one history equals that of another."""

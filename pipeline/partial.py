@@ -1,9 +1,9 @@
 """An unfinished artifact, kept where a killed run left it, so that the next run continues.
 
 `dvc repro` deletes a stage's outputs before it runs, so the work in progress lies beside them: `<name>/`, the artifact
-itself as it grows, and `<name>.journal`: a first line that says what makes these files (source, recipe, code), then
-one line for every finished unit of work with the SHA-256 of its bytes. A unit counts as finished when the bytes in the
-files still have that digest: neither a power cut nor an edit can bring a wrong byte into an artifact.
+itself as it grows, and the journal `<name>.journal`: a first item that says what makes these files (source, recipe,
+code), then one for every finished unit of work with the SHA-256 of its bytes. A unit counts as finished when the bytes
+in the files still have that digest: neither a power cut nor an edit can bring a wrong byte into an artifact.
 """
 
 from __future__ import annotations
@@ -19,18 +19,37 @@ from typing import BinaryIO
 
 from pipeline.errors import ResourceError
 from pipeline.files import disk_full, fsync_directory, remove_leftovers, replace_directory
+from pipeline.journal import Journal
+
+_KEY = ""  # no unit has this name
 
 
 class Partial:
-    """The folder to write into, and the journal of what is finished in it."""
+    """The folder to write into, and the SHA-256 of what is finished in it, 64 hex digits by the unit's name."""
 
-    def __init__(self, folder: Path, journal: Path):
-        self.folder = folder
-        self._journal = journal
-        lines = journal.read_bytes().split(b"\n")[1:-1]  # a line without its end was cut by a kill
-        entries = [line.decode("ascii", "replace").rpartition(" ") for line in lines]
-        self.digests = {name: digest for name, _, digest in entries if name}
-        self.begun = bool(self.digests)
+    def __init__(self, folder: Path, key: str):
+        """Keep what `key` began; drop the rest. The journal is locked."""
+        self.folder, self._journal = folder, Journal(_journal_of(folder))
+        self.digests: dict[str, str] = self._journal.items
+        if self.digests.pop(_KEY, None) == key and folder.is_dir():
+            for leftover in folder.glob(".*"):  # a file that a kill left half-written under a temporary name
+                leftover.unlink()
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            print(
+                f"{folder.name}: what an earlier run left belongs to another source, recipe or code: dropped",
+                file=sys.stderr,
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._journal.clear()
+        self._journal.record(_KEY, key)
+        del self.digests[_KEY]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a unit is finished."""
+        return bool(self.digests)
 
     @property
     def bytes(self) -> int:
@@ -38,10 +57,8 @@ class Partial:
         return sum(512 * file.stat().st_blocks for file in self.folder.iterdir())
 
     def record(self, unit: str, digest: str) -> None:
-        """Note that `unit` is written. One append: a kill leaves the line whole or cut, never in another's place."""
-        self.begun = True
-        with open(self._journal, "ab") as file:
-            file.write(f"{unit} {digest}\n".encode())
+        """Note that `unit` is written."""
+        self._journal.record(unit, digest)
 
     def finish(self, target: Path) -> None:
         """Everything is written and on the disk: make the folder `target`, replacing what was there."""
@@ -49,7 +66,7 @@ class Partial:
         remove_leftovers(target)
         replace_directory(self.folder, target)
         fsync_directory(target.parent)
-        _remove(self._journal)
+        _remove(_journal_of(self.folder))
 
 
 @contextmanager
@@ -59,10 +76,8 @@ def open_partial(folder: Path, key: str) -> Iterator[Partial]:
     Raises ResourceError when another process is at work there, or the disk is full. On any error the finished units
     stay; without one, nothing does: space reserved on a full disk helps nobody.
     """
-    journal = folder.with_name(f"{folder.name}.journal")
-    with disk_full(f"write {folder}"), _lock(journal):
-        _start(folder, journal, key)
-        partial = Partial(folder, journal)
+    with disk_full(f"write {folder}"), _lock(_journal_of(folder)):
+        partial = Partial(folder, key)
         try:
             yield partial
         except BaseException:
@@ -76,11 +91,14 @@ def discard(folder: Path) -> None:
 
     Raises ResourceError when another process is at work there.
     """
-    journal = folder.with_name(f"{folder.name}.journal")
-    if journal.parent.exists():
-        with _lock(journal):
+    if folder.parent.exists():
+        with _lock(_journal_of(folder)):
             shutil.rmtree(folder, ignore_errors=True)
-            _remove(journal)
+            _remove(_journal_of(folder))
+
+
+def _journal_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.journal")
 
 
 def _remove(journal: Path) -> None:
@@ -106,24 +124,3 @@ def _lock(journal: Path) -> BinaryIO:
                     f"is kept."
                 ) from None
             lock.close()
-
-
-def _start(folder: Path, journal: Path, key: str) -> None:
-    """Keep what `key` began; drop the rest."""
-    content = journal.read_bytes()
-    head = f"{key}\n".encode()
-    if content.startswith(head) and folder.is_dir():
-        os.truncate(journal, content.rfind(b"\n") + 1)
-        for leftover in folder.glob(".*"):  # a file that a kill left half-written under a temporary name
-            leftover.unlink()
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        print(
-            f"{folder.name}: what an earlier run left belongs to another source, recipe or code: dropped",
-            file=sys.stderr,
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    os.truncate(journal, 0)  # the same file: the lock is on it
-    with open(journal, "ab") as file:
-        file.write(head)

@@ -10,16 +10,15 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.calibration import CalibrationConfig
-from pipeline.config.evaluation import EvaluationConfig, load_suite
-from pipeline.config.gates import load_gates
 from pipeline.config.models import ModelConfig, PipelineConfig, load_model
 from pipeline.config.phones import TiersConfig
-from pipeline.config.recipes import RecipeConfig, load_recipe
+from pipeline.config.recipes import RecipeConfig, load_recipe, recipe_files
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import load
 from pipeline.errors import ConfigError
-from pipeline.judge.policy import gate_row
+from pipeline.judge.policy import gate_row, load_gates
 from pipeline.preflight.check import check_all
+from pipeline.tasks.registry import load_suite, suite_type
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -97,17 +96,17 @@ def test_configuration_is_immutable() -> None:
         (RecipeConfig, changed("recipes/q4.yaml", serach="nearest"), ["serach", "did you mean 'search'"]),
         (ModelConfig, changed("models/mimo-8b.yaml", contxt=1), ["contxt", "did you mean 'context'"]),
         (
-            EvaluationConfig,
+            suite_type(),
             suite_with(samples=5),
             ["humaneval: 5 greedy samples are 5 times the same", "temperature"],
         ),
         (
-            EvaluationConfig,
+            suite_type(),
             suite_with(samples=5, temperature=0.8, k=[1, 10]),
             ["pass@10 needs 10 samples of each problem, not 5"],
         ),
-        (EvaluationConfig, suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
-        (EvaluationConfig, suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
+        (suite_type(), suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
+        (suite_type(), suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
         (ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),
         (
             PipelineConfig,
@@ -145,6 +144,52 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
     assert "window" in message
 
 
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of configs/recipes that may be added to."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return Path("configs/recipes")
+
+
+def test_a_recipe_extends_another() -> None:
+    parent, child = load_recipe("q4"), load_recipe("q4_kv8")
+    own = {"extends": "q4", "title": child.title, "version": child.version, "gate": "q4", "kv_cache": "int8"}
+    assert child.model_dump() == parent.model_dump() | own
+    assert [path.stem for path in recipe_files("q4_kv8")] == ["q4_kv8", "q4"]
+
+
+def test_the_nearest_key_of_a_chain_counts_whole(recipes: Path) -> None:
+    (recipes / "b.yaml").write_text("extends: q4_kv8\ntitle: b\nversion: 1\nhead: w8b32s\npart_bytes: 2000000")
+    rule = "{roles: [q_proj], format: w2b64a}"
+    (recipes / "a.yaml").write_text(f"extends: b\ntitle: a\nversion: 7\npart_bytes: 3000000\nbody: [{rule}]")
+    found = load_recipe("a")
+    assert (found.title, found.version, found.part_bytes, found.head) == ("a", 7, 3_000_000, "w8b32s")
+    assert (found.kv_cache, found.embedding, len(found.body)) == ("int8", load_recipe("q4").embedding, 1)
+    (recipes / "q4.yaml").write_text(changed("recipes/q4.yaml", embedding="w8b64a"))
+    assert load_recipe("a").embedding == "w8b64a", "what changes in a parent reaches the child"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("extends: q4_km\n", ["mine.yaml: `extends`: configs/recipes/q4_km.yaml: no such file", "mean 'q4_k_m'"]),
+        ("extends: mine\n", ["mine.yaml extends configs/recipes/mine.yaml: it cannot extend itself"]),
+        ("extends: q4\nversion: 1\n", ["mine.yaml extends configs/recipes/q4.yaml: title: Field required"]),
+        ("extends: q4\ntitle: t\n", ["mine.yaml extends configs/recipes/q4.yaml: version: Field required"]),
+        ("extends: q3\ntitle: t\nversion: 1\nhead: w8b32s\n", ["q3.yaml: head: unknown key"]),
+        ("extends: q4\ntitle: t\nversion: 1\nhed: w8b32s\n", ["q4.yaml: hed: unknown key; did you mean 'head'?"]),
+        ("- extends\n", ["mine.yaml: a recipe is a mapping"]),
+    ],
+)
+def test_a_recipe_that_extends_nothing_usable(content: str, parts: list[str], recipes: Path) -> None:
+    (recipes / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("mine")
+    assert str(caught.value).startswith("configs/recipes/mine.yaml")
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
 def test_a_misspelt_role_is_not_ignored(tmp_path: Path) -> None:
     rules = [
         {"roles": ["v_prj"], "layers": "use_more_bits", "format": "w8b32s"},
@@ -153,14 +198,6 @@ def test_a_misspelt_role_is_not_ignored(tmp_path: Path) -> None:
     message = message_of(RecipeConfig, changed("recipes/q4.yaml", body=rules), tmp_path)
     assert "body.0.roles.0" in message
     assert "did you mean 'v_proj'" in message
-
-
-def test_a_split_gives_more_bits_to_what_matters(tmp_path: Path) -> None:
-    split = {"high": "w2b64a", "low": "w4b64a", "high_fraction": 0.5}
-    body = [{"roles": ["q_proj"], "format": split}]
-    message = message_of(RecipeConfig, changed("recipes/q3.yaml", body=body), tmp_path)
-    assert "w2b64a" in message
-    assert "more bits than low" in message
 
 
 def test_a_kv_cache_that_no_kernel_decodes_well_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,10 @@ def test_work_under_another_key_is_dropped(key: str, folder: Path, capsys: pytes
     assert capsys.readouterr().err == ""  # there was nothing to drop
 
 
-@pytest.mark.parametrize("journal", [b"", b"ke", b"key", b"\0\0\0\0\nmodel.norm.weight[0:7] 0a1b\n", None])
+@pytest.mark.parametrize(
+    "journal",
+    [b"", b'["", "ke', b'["", "key"]', b'\0\0\0\0\n["model.norm.weight[0:7]", "0a1b"]\n', b'["a", "0a1b"]\n', None],
+)
 def test_a_journal_without_its_head_is_worth_nothing(
     journal: bytes | None, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,3 +141,20 @@ def test_a_full_disk_is_said_and_keeps_the_work(code: int, folder: Path) -> None
         raise OSError(code, os.strerror(code))
     with open_partial(folder, "key") as partial:
         assert partial.digests == {"model.norm.weight[0:7]": "0a1b"}
+
+
+@pytest.mark.parametrize("tail", [b'["unit", "1', b"\0" * 40, b"\0\0\n", b'["unit"]\n'])
+def test_a_line_that_a_kill_cut_is_dropped_and_never_joined_to_the_next(tail: bytes, folder: Path) -> None:
+    begin(folder)
+    with open(folder.with_name("q4.journal"), "ab") as file:
+        file.write(tail)
+    with open_partial(folder, "key") as partial:
+        assert partial.digests == {"model.norm.weight[0:7]": "0a1b"}
+        partial.record("another", "2c")
+    with open_partial(folder, "key") as partial:
+        assert partial.digests == {"model.norm.weight[0:7]": "0a1b", "another": "2c"}
+
+
+def test_an_error_of_the_work_is_not_taken_for_one_of_the_lock(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="weights"), open_partial(folder, "key"):
+        raise FileNotFoundError("weights")

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.config.gates import load_gates
 from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Policy, decide
-from pipeline.report import REFERENCE, Row, build, cells, plot, rows, show, write
+from pipeline.judge.policy import load_gates
+from pipeline.report import cells, plot, rows
+from pipeline.report.rows import REFERENCE, Row, build
+from pipeline.report.terminal import show
+from pipeline.report.write import write
 from pipeline.tasks import statistics
 
 VARIANTS = ("q4", "q4_k_m", "q3")
@@ -199,7 +202,7 @@ def test_a_look_is_told_whatever_it_decided() -> None:
 
 def test_solutions_are_described(report_rows: list[Row]) -> None:
     model = build(report_rows, ["smollm2-135m"], VARIANTS).models[0]
-    agreement, cuts = cells.solution_sentences(model)
+    agreement, cuts = cells.notes(model)
     what, shares = agreement.split(": ")
     assert what == "Agreement with the reference on the 900 tokens of its own HumanEval solutions"
     assert re.fullmatch(r"q4 \d\d\.\d % \(\d\d\.\d–\d\d\.\d\), q4_k_m .*, q3 .*\.", shares)
@@ -296,7 +299,7 @@ def test_plot_is_drawn_and_repeatable(report_rows: list[Row]) -> None:
     assert first == plot.render(report)
     image = matplotlib.image.imread(io.BytesIO(first))[:, :, :3]
     for verdict in {row.verdict.verdict for row in report_rows if row.verdict}:
-        colour = np.array(matplotlib.colors.to_rgb(plot.LIGHT.verdicts[verdict]))
+        colour = np.array(matplotlib.colors.to_rgb(plot.LIGHT.of(verdict)))
         assert np.all(np.abs(image - colour) < 0.01, axis=2).sum() > 50  # its marker is there
 
 

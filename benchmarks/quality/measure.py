@@ -15,17 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.config.evaluation import DivergenceConfig, SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.runtime import speed
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.tasks import divergence_scores as divergence
+from pipeline.tasks.divergence import DivergenceConfig
 from pipeline.tasks.divergence_scores import Logits
 from pipeline.tasks.statistics import mean_interval, summarise_divergence
 
 # text-wiki judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams).
 TEXT = DivergenceConfig(texts={"text-wiki": 4080}, window=256)
-SPEED = SpeedConfig(prompt_tokens=(128,), new_tokens=32, repeats=3)
+SPEED = ((128,), 32, 3)  # prompt lengths, new tokens, repeats
 REFERENCE_GRAPH = "model.onnx"
 
 
@@ -75,7 +75,7 @@ class OnnxFile:
     def speed(self, folder: Path) -> dict[str, Any]:
         """In onnxruntime-genai."""
         try:
-            found = speed.measure(folder, SPEED)
+            found = speed.measure(folder, *SPEED)
         except EvaluationError as error:
             return {"speed_missing": str(error)}
         return {name: found[name] for name in ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")}

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,24 +33,23 @@ from pipeline.config.calibration import load_calibration
 from pipeline.files import read_json, scratch_directory, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
-from pipeline.quantize.formats import TensorFormat
+from pipeline.quantize.formats import FourBits, TensorFormat
 from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
 from pipeline.quantize.search import weighted
 from pipeline.runtime.stream import Hessians
 
 BITS = 3
 BLOCKS = (64, 32)
-_TABLE = TensorFormat(6, 64, False)
+_TABLE = TensorFormat.parse("w6b64a")
 _SIZE = "size.json"
 _CODE = ("quantize/gptq.py", "quantize/search.py", "quantize/formats.py", "evaluate/stream.py", "graph/slices.py")
 
 
-@dataclass(frozen=True)
-class _HalfByte(TensorFormat):
+class _HalfByte(FourBits):
     """A format whose codes do not fill bytes, kept two in a byte while it is searched."""
 
-    def code_bytes(self, rows: int, columns: int) -> int:
-        return rows * columns // 2
+    bits = BITS
+    ranges = np.linspace(1.0, 0.5, 4)
 
 
 def bits_per_weight(block: int) -> float:
@@ -122,7 +120,7 @@ def _body(architecture: Architecture) -> Iterator[Matrix]:
 
 def compensated_3_bit(weights: np.ndarray, found: Factor, block: int) -> np.ndarray:
     """Weights, float32 [rows, columns], on 3-bit grids with a scale and a zero point per block, errors compensated."""
-    fmt = _HalfByte(BITS, block, False)
+    fmt = _HalfByte(block, False)
 
     def one(start: int) -> np.ndarray:
         (piece,) = compensated(weights[start : start + TILE], found, [(fmt, weights.shape[1])])

@@ -65,7 +65,9 @@ def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: 
     matrix = planned.matrix
     unit = Unit(planned, 0, min(matrix.rows, max(1, _SAMPLE_WEIGHTS // matrix.columns)))
     moments = {matrix.input: np.ones(matrix.columns, np.float32)}
-    quantizer = (Nearest() if search == "nearest" else Weighted(moments)).of(planned, _first_channels(planned))
+    order = np.arange(matrix.columns, dtype=np.int32)  # the time does not depend on which
+    channels = dict(zip(channel_names(planned), np.split(order, [planned.widths[0]]), strict=True))
+    quantizer = (Nearest() if search == "nearest" else Weighted(moments)).of(planned, channels)
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(4):  # the first one compiles; others may have been interrupted
@@ -73,14 +75,6 @@ def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: 
             list(pool.map(lambda _: quantize_unit(unit, checkpoint, quantizer), range(4 * threads)))
             seconds.append(time.perf_counter() - start)
     return min(seconds) / (4 * threads * unit.weights)
-
-
-def _first_channels(planned: PlannedMatrix) -> dict[str, np.ndarray]:
-    """Some channel order: the time does not depend on which."""
-    if not planned.split:
-        return {}
-    halves = np.split(np.arange(planned.matrix.columns, dtype=np.int32), [planned.pieces[0].columns])
-    return dict(zip(channel_names(planned), halves, strict=True))
 
 
 def _read_rate(path: Path, offset: int) -> float:

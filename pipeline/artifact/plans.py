@@ -6,21 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import onnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from pipeline.artifact.write import Draft, draft
-from pipeline.calibrate.results import ERRORS, ORDER
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import BudgetRecipe, Recipe
-from pipeline.errors import PipelineError, PlanError
-from pipeline.planning.budget import Bound, Sensitivity, Solution, bound, groups, smallest, solve
+from pipeline.errors import PlanError
+from pipeline.planning.budget import Bound, Solution, bound, groups, smallest, solve
 from pipeline.planning.devices import budget_bytes
 from pipeline.planning.memory import Memory, plan_memory, use_memory
 from pipeline.planning.recipes import Plan, make_plan
+from pipeline.planning.sensitivity import Sensitivity, read_sensitivity
 from pipeline.workspace import Workspace
 
 _ATTEMPTS = 8
@@ -94,7 +91,7 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     if budget.bytes is not None:
         limits["bytes"] = budget.bytes
     if budget.body_bits is not None:
-        weights = sum(m.rows * m.columns for layer in range(architecture.layers) for m in architecture.body(layer))
+        weights = sum(matrix.rows * matrix.columns for matrix in architecture.matrices[:-1])
         limits["body"] = int(budget.body_bits * weights / 8)
     memory = [budget.memory] if budget.memory is not None else []
     if budget.tier is not None:
@@ -113,39 +110,12 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     return limits
 
 
-def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int) -> Bound:
+def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int | None = None) -> Bound:
     """What the artifact of a budget takes at most, before anything is measured of the model.
 
-    `context` in tokens. Raises PlanError for a budget that the cache alone exceeds.
+    `context` in tokens, where the budget names none; by default that of configs/tiers.yaml. Raises PlanError for a
+    budget that the cache alone exceeds.
     """
-    limits = _limits(recipe, architecture, context)
-    return bound(architecture, recipe.budget, limits, context, recipe.kv_cache)
-
-
-def bytes_bound(recipe: BudgetRecipe, architecture: Architecture) -> int:
-    """What the artifact of a budget takes at most on the disk, before anything is measured of the model."""
-    return budget_bound(recipe, architecture, recipe.budget.context or load_tiers().context).bytes
-
-
-def read_sensitivity(workspace: Workspace) -> Sensitivity:
-    """What `run` wrote. Raises PipelineError when it is missing or damaged."""
-    path = workspace.require(workspace.sensitivity / ERRORS, "sensitivity")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise PipelineError(f"{path} is damaged ({error}). Remove it and run `dvc repro`.") from None
-    rows = workspace.read(workspace.nats, "sensitivity")["tensors"]
-    errors: dict[str, dict[str, np.ndarray]] = {}
-    order: dict[str, np.ndarray] = {}
-    for key, values in stored.items():
-        name, _, kind = key.rpartition("/")
-        if kind == ORDER:
-            order[name] = values
-        else:
-            errors.setdefault(name, {})[kind] = values
-    return Sensitivity(
-        errors,
-        order,
-        {name: row["nats"] for name, row in rows.items()},
-        {name: row["format"] for name, row in rows.items()},
-    )
+    tokens = recipe.budget.context or context or load_tiers().context
+    limits = _limits(recipe, architecture, tokens)
+    return bound(architecture, recipe.budget, limits, tokens, recipe.kv_cache)

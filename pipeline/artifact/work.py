@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.artifact.graph import piece_names, plane_names
+from pipeline.artifact.graph import piece_names
 from pipeline.artifact.quantizers import Quantizer
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.planning.recipes import Plan, PlannedMatrix
-from pipeline.quantize.formats import Quantized, row_bytes
+from pipeline.quantize.formats import Quantized
 
 # float32 bytes of the rows of one unit: small enough that the allocator keeps its blocks, and a fair share of a core's
 # cache. At 32 MiB the system spends three times as long mapping fresh pages.
@@ -43,15 +43,8 @@ class Unit:
         """What it becomes, in the order of `quantize_unit`."""
         start, rows = self.start, self.stop - self.start
         for piece, prefix in zip(self.planned.pieces, piece_names(self.planned), strict=True):
-            fmt, columns = piece.format, piece.columns
-            planes = plane_names(prefix, fmt)
-            for name, bits in planes:
-                width = row_bytes(columns, bits)
-                yield f"{name}.codes", start * width, rows * width
-            yield f"{prefix}.scales", fmt.scale_bytes(start, columns), fmt.scale_bytes(rows, columns)
-            for name, bits in () if fmt.symmetric else planes:
-                width = row_bytes(columns // fmt.block, bits)
-                yield f"{name}.zeros", start * width, rows * width
+            for tensor in piece.format.tensors(rows, piece.columns):
+                yield prefix + tensor.name, start * tensor.bytes // rows, tensor.bytes
 
 
 def units(planned: PlannedMatrix, unit_bytes: int = _UNIT_BYTES, tile: int = 1) -> list[Unit]:

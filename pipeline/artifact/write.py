@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 import onnx
 
-from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names, quantize_graph
+from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
@@ -75,8 +75,8 @@ class Draft:
 
 def draft(source: onnx.ModelProto, plan: Plan, stem: str, part_bytes: int) -> Draft:
     """Lay out the artifact of `plan`; `stem` is its file name, such as mimo_8b_q4."""
-    graph: QuantizedGraph = quantize_graph(source, plan)
-    layout = make_layout(((item.name, item.bytes) for item in graph.stored), part_bytes)
+    graph = QuantizedGraph(source, plan)
+    layout = make_layout(((name, item.bytes) for name, item in graph.stored.items()), part_bytes)
     model = graph.place(layout, lambda number: f"{stem}.data.{number}")
     return Draft(plan, model, layout, stem)
 
@@ -95,12 +95,14 @@ class PartWriter:
             self.fds.append(fd)
             _reserve(fd, size)
 
-    def put(self, name: str, offset: int, data: memoryview) -> None:
-        """Write `data` at byte `offset` of tensor `name`; safe from several threads."""
+    def put(self, name: str, offset: int, array: np.ndarray) -> memoryview:
+        """Write an array at byte `offset` of tensor `name`, and return its bytes; safe from several threads."""
+        data = left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         fd, start = self._place(name, offset, len(data))
-        while data:
-            written = os.pwrite(fd, data, start)
-            data, start = data[written:], start + written
+        while left:
+            written = os.pwrite(fd, left, start)
+            left, start = left[written:], start + written
+        return data
 
     def get(self, name: str, offset: int, length: int) -> bytes:
         """What lies at byte `offset` of tensor `name`."""
@@ -241,21 +243,19 @@ class _Run:
     def _put(self, ranges: list[Range], arrays: list[np.ndarray]) -> str:
         digest = hashlib.sha256()
         for (name, offset, length), array in zip(ranges, arrays, strict=True):
-            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            if len(data) != length:
-                raise PlanError(f"tensor {name!r}: {len(data):,} bytes computed, {length:,} planned. This is a bug.")
-            self.writer.put(name, offset, data)
-            digest.update(data)
+            if array.nbytes != length:
+                raise PlanError(f"tensor {name!r}: {array.nbytes:,} bytes computed, {length:,} planned. This is a bug.")
+            digest.update(self.writer.put(name, offset, array))
         return digest.hexdigest()
 
     def _finished(self, unit: str, ranges: Iterable[Range]) -> str | None:
         """The recorded digest of `unit`, if what lies in the files has it."""
-        if unit not in self.partial.digests:
-            return None
-        digest = hashlib.sha256()
-        for name, offset, length in ranges:
-            digest.update(self.writer.get(name, offset, length))
-        return digest.hexdigest() if digest.hexdigest() == self.partial.digests[unit] else None
+        if recorded := self.partial.digests.get(unit):
+            digest = hashlib.sha256()
+            for item in ranges:
+                digest.update(self.writer.get(*item))
+            return recorded if recorded == digest.hexdigest() else None
+        return None
 
     def _account(self, unit: str, ranges: Iterable[Range], digest: str) -> int:
         """Tick off what a unit wrote; record it and return its bytes if it was not finished before."""
@@ -289,15 +289,13 @@ class _Run:
 
     def _column_norms(self, planned: PlannedMatrix) -> np.ndarray:
         """Squared norm of each column, float64 [columns]. These rows are read again at once, from the page cache."""
-        total = np.zeros(planned.matrix.columns)
-        for _, norms in self._in_order(units(planned), self._unit_norms):
-            total += norms
-        return total
 
-    def _unit_norms(self, unit: Unit) -> np.ndarray:
-        norms = np.zeros(unit.planned.matrix.columns)
-        squared_norms(self.checkpoint.rows(unit.planned.matrix.name, unit.start, unit.stop), norms)
-        return norms
+        def of_unit(unit: Unit) -> np.ndarray:
+            norms = np.zeros(planned.matrix.columns)
+            squared_norms(self.checkpoint.rows(planned.matrix.name, unit.start, unit.stop), norms)
+            return norms
+
+        return sum((norms for _, norms in self._in_order(units(planned), of_unit)), np.zeros(planned.matrix.columns))
 
 
 def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, ranges: Ranges) -> None:
@@ -307,18 +305,15 @@ def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, rang
         origin = name.removesuffix("/float32")
         values = checkpoint.rows(origin) if origin in checkpoint else computed.get(name)
         if values is not None:
-            data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-            writer.put(name, 0, data)
-            writer.left[name] -= len(data)
+            writer.left[name] -= len(writer.put(name, 0, values))
 
 
 def _rope_tables(export: Path) -> dict[str, np.ndarray]:
-    model = onnx.load(export / "model.onnx", load_external_data=False)
-    data = (export / ROPE_FILE).read_bytes()
-    tables = {}
-    for tensor in model.graph.initializer:
-        entry = {item.key: item.value for item in tensor.external_data}
-        if entry.get("location") == ROPE_FILE:
-            start, length = int(entry["offset"]), int(entry["length"])
-            tables[tensor.name] = np.frombuffer(data[start : start + length], np.float32)
+    """Read here, because onnx refuses external data in a file with a second hard link, as DVC's files are."""
+    data, tables = np.fromfile(export / ROPE_FILE, np.uint8), {}
+    for tensor in onnx.load(export / "model.onnx", load_external_data=False).graph.initializer:
+        place = {item.key: item.value for item in tensor.external_data}
+        if place.get("location") == ROPE_FILE:
+            start = int(place["offset"])
+            tables[tensor.name] = data[start : start + int(place["length"])]
     return tables

@@ -17,9 +17,10 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.spdx import is_supported_id
 
 from pipeline.bundle import licence, origin
-from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
+from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
 from pipeline.errors import BundleError
 from pipeline.files import json_bytes
+from pipeline.tasks.task import Figure
 
 FILE = "bom.cdx.json"
 PIPELINE = "phone-model-pipeline"

@@ -13,22 +13,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.bundle import licence
-from pipeline.bundle.dossier import Dossier, Figure, figures, limits, measured_by, number, one_line
+from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
 from pipeline.bundle.release import TELEMETRY
 from pipeline.bundle.template import render
 from pipeline.errors import BundleError
+from pipeline.tasks.task import Figure
 
 FILE = "README.md"
 _TASK = "text-generation"
-# figure → id of its metric on the Hub; the others are in the table only
-_METRICS = {
-    "kl_mean": "kl_divergence",
-    "top1": "top1_agreement",
-    "perplexity_ratio": "perplexity_ratio",
-    "accuracy": "accuracy",
-    "pass_at_1": "pass@1",
-}
-_DATASETS = {"MMLU": ("cais/mmlu", "test"), "HumanEval": ("openai/openai_humaneval", "test")}
 
 
 def build(dossier: Dossier) -> bytes:
@@ -58,7 +50,7 @@ def problem_of(raw: bytes) -> str | None:
 
 
 def _front_matter(dossier: Dossier) -> str:
-    results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.key in _METRICS]
+    results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.hub]
     base = {"base_model": dossier.base_model, "base_model_relation": "quantized"} if dossier.base_model else {}
     data = ModelCardData(
         **_licence(dossier),
@@ -89,14 +81,13 @@ def _licence_files(dossier: Dossier) -> list[str]:
 
 def _result(figure: Figure) -> dict[str, Any]:
     """One entry of the model-index. How it was asked goes with it: accuracies of other modes do not compare."""
-    identifier, split = _DATASETS.get(figure.dataset, (figure.dataset, None))
     return {
         "task_type": _TASK,
-        "dataset_type": identifier,
+        "dataset_type": figure.hub_dataset or figure.dataset,
         "dataset_name": figure.detail,
-        "dataset_split": split,
+        "dataset_split": "test" if figure.hub_dataset else None,
         "dataset_args": {"n": figure.n} if figure.n is not None else None,
-        "metric_type": _METRICS[figure.key],
+        "metric_type": figure.hub,
         "metric_name": f"{figure.title} ({figure.unit}), {figure.detail}",
         "metric_value": float(number(figure.value)),
     }

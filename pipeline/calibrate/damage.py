@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,163 +27,154 @@ from pipeline.partial import Partial
 from pipeline.progress import Progress
 from pipeline.runtime.session import open_slice
 
+# A matrix and some of its rows, float32 [rows, columns] → the same rows as they are after quantization.
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
-"""A matrix and some of its rows, float32 [rows, columns] → the same rows as they are after quantization."""
 
-CLEAN = ""
-"""Name of the copy that no matrix has damaged."""
-BATCH_TOKENS = 1024
-"""Of one run of a layer: products are as fast as they get, activations stay small."""
+BATCH_TOKENS = 1024  # of one run of a layer: products are as fast as they get, activations stay small
 _HEAD_ROWS = 4096
 
 
+@dataclass
 class Copies:
     """The text's hidden states, once clean and once for every damaged matrix.
 
     Attributes:
-        layer: the layer that they stand before.
-        names: the damaged matrix of each, `CLEAN` first.
+        names: the damaged matrix of each copy but the first, which is clean.
         states: float32 [copies, windows, tokens, hidden].
+        layer: the layer that they stand before.
     """
 
-    def __init__(self, names: list[str], states: np.ndarray, layer: int):
-        self.names, self.states, self.layer = names, states, layer
-
-    @classmethod
-    def embedded(cls, ids: np.ndarray, architecture: Architecture, checkpoint: Checkpoint, damage: Damage) -> Copies:
-        """Before the first layer: clean, and with a damaged embedding (a tied table is damaged there and as the head).
-
-        `ids`: int64 [windows, tokens].
-        """
-        table = architecture.tables[0]
-        used, where = np.unique(ids, return_inverse=True)
-        rows = np.concatenate([checkpoint.rows(table.name, token, token + 1) for token in used])
-        clean, hurt = (part[where].reshape(*ids.shape, -1) for part in (rows, damage(table, rows)))
-        return cls([CLEAN, table.name], np.stack([clean, hurt]), 0)
+    names: list[str]
+    states: np.ndarray
+    layer: int
 
 
 def sensitivities(
-    slices: DecoderSlices,
-    folder: Path,
-    checkpoint: Checkpoint,
-    ids: np.ndarray,
-    damage: Damage,
-    partial: Partial,
+    slices: DecoderSlices, folder: Path, checkpoint: Checkpoint, ids: np.ndarray, damage: Damage, partial: Partial,
     label: str,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """KL(original ‖ one matrix damaged) by the matrix's name: mean nats per token over `ids`, int64 [windows, tokens].
 
     Includes the embedding and the head (once, if tied). Continues at the layer whose copies lie in `partial`.
 
     Raises EvaluationError when activations or logits are not finite.
     """
-    arch = slices.architecture
-    with Progress(f"sensitivity {label}", arch.layers + 1, "layers") as progress:
-        copies = _resume(partial, arch) or Copies.embedded(ids, arch, checkpoint, damage)
+    passing, layers = Passing(slices, folder, checkpoint, damage), slices.architecture.layers
+    with Progress(f"sensitivity {label}", layers + 1, "layers") as progress:
+        copies = _resume(partial, slices.architecture) or passing.embedded(ids)
         progress.advance(copies.layer, kept=True)
-        while copies.layer < arch.layers:
-            copies = _advance(copies, slices, folder, checkpoint, damage)
+        while copies.layer < layers:
+            copies = passing.advance(copies)
             _record(partial, copies)
             progress.advance()
-        found = _divergences(copies, slices, folder, checkpoint, damage)
+        found = passing.divergences(copies)
         progress.advance()
     if bad := [name for name, value in found.items() if not np.isfinite(value)]:
         raise EvaluationError(f"{label}: logits with a quantized {bad[0]} are not finite; the weights are damaged.")
     return found
 
 
-def _advance(copies: Copies, slices: DecoderSlices, folder: Path, checkpoint: Checkpoint, damage: Damage) -> Copies:
-    """All copies through one layer, and one more for each of its matrices."""
-    matrices = slices.architecture.body(copies.layer)
-    weights = {matrix.name: checkpoint.rows(matrix.name) for matrix in matrices}
-    run = _LayerRun(slices.open_layer(copies.layer), slices.architecture, folder)
-    states = np.empty((len(copies.names) + len(matrices), *copies.states.shape[1:]), np.float32)
-    for first, stop in _batches(copies.states.shape):
-        states[first:stop] = run(copies.states[first:stop], weights)
-    for index, matrix in enumerate(matrices, len(copies.names)):
-        hurt = {matrix.name: damage(matrix, weights[matrix.name])}
-        states[index] = run(copies.states[:1], weights | hurt)[0]
-    if not np.isfinite(states[0]).all():
-        raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
-    return Copies([*copies.names, *(matrix.name for matrix in matrices)], states, copies.layer + 1)
+class Passing:
+    """Copies on their way through a model whose slices run in `folder`."""
+
+    def __init__(self, slices: DecoderSlices, folder: Path, checkpoint: Checkpoint, damage: Damage):
+        self._slices, self._arch, self._folder = slices, slices.architecture, folder
+        self._checkpoint, self._damage = checkpoint, damage
+
+    def embedded(self, ids: np.ndarray) -> Copies:
+        """Before the first layer: clean, and with a damaged embedding (a tied table is damaged there and as the head).
+
+        `ids`: int64 [windows, tokens].
+        """
+        table = self._arch.tables[0]
+        used, where = np.unique(ids, return_inverse=True)
+        rows = np.concatenate([self._checkpoint.rows(table.name, token, token + 1) for token in used])
+        both = [part[where].reshape(*ids.shape, -1) for part in (rows, self._damage(table, rows))]
+        return Copies([table.name], np.stack(both), 0)
+
+    def advance(self, copies: Copies) -> Copies:
+        """All copies through one layer, and one more for each of its matrices."""
+        matrices = self._arch.body(copies.layer)
+        weights = {matrix.name: self._checkpoint.rows(matrix.name) for matrix in matrices}
+        run, done = self._run(self._slices.open_layer(copies.layer)), len(copies.states)
+        states = np.empty((done + len(matrices), *copies.states.shape[1:]), np.float32)
+        for batch in _batches(copies.states):
+            states[batch] = run(copies.states[batch], weights)
+        for index, matrix in enumerate(matrices, done):
+            hurt = {matrix.name: self._damage(matrix, weights[matrix.name])}
+            states[index] = run(copies.states[:1], weights | hurt)[0]
+        if not np.isfinite(states[0]).all():
+            raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
+        return Copies([*copies.names, *(matrix.name for matrix in matrices)], states, copies.layer + 1)
+
+    def _run(self, part: Slice) -> Callable[..., np.ndarray]:
+        """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
+        output, of the same shape."""
+        session, arch = open_slice(part.model, self._folder), self._arch
+        inputs = [value.name for value in session.get_inputs()]
+        output = part.target or next(iter(part.taps.values()))
+
+        def run(states: np.ndarray, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+            copies, windows, tokens, hidden = states.shape
+            batch = copies * windows
+            past = np.zeros((batch, arch.kv_heads, 0, arch.head_dim), np.float32)
+            feeds = {
+                "attention_mask": np.ones((batch, tokens), np.int64),
+                part.source: states.reshape(batch, tokens, hidden),
+                **{name: past for name in inputs if name.startswith("past_key_values.")},
+                **weights,
+            }
+            (result,) = session.run([output], {name: feeds[name] for name in inputs})
+            return result.reshape(states.shape)
+
+        return run
+
+    def divergences(self, copies: Copies) -> dict[str, float]:
+        """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
+        head, run = self._arch.head, self._run(self._slices.up_to("head"))
+        states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
+        states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
+        if not self._arch.tied:  # the last copy: clean states, damaged head
+            states, names = np.concatenate([states, states[:1]]), [*names, head.name]
+        clean = states[0]
+        own, others = _LogSum(len(clean)), [_LogSum(len(clean)) for _ in names]
+        for rows in self._head_rows():
+            own.add(clean @ rows.T)
+        reference, cross = own.log(), np.zeros((len(names), len(clean)))
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+            for rows in self._head_rows():
+                logits, hurt = clean @ rows.T, self._damage(head, rows)
+                tables = [hurt if name == head.name else rows for name in names]
+                shares = np.exp(logits - reference[:, None].astype(np.float32))
+
+                def add(item: tuple[np.ndarray, np.ndarray, np.ndarray, _LogSum]) -> None:
+                    hidden, table, total, sums = item
+                    other = hidden @ table.T
+                    # Differences first: in float32, two sums of thousands of logits would not be told apart.
+                    total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
+                    sums.add(other)
+
+                list(pool.map(add, zip(states[1:], tables, cross, others, strict=True)))
+        divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
+        return dict(zip(names, divergence.tolist(), strict=True))
+
+    def _head_rows(self) -> Iterator[np.ndarray]:
+        head = self._arch.head
+        for start in range(0, head.rows, _HEAD_ROWS):
+            yield self._checkpoint.rows(head.name, start, min(start + _HEAD_ROWS, head.rows))
 
 
-def _batches(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    copies, windows, tokens, _ = shape
+def _batches(states: np.ndarray) -> Iterator[slice]:
+    copies, windows, tokens, _ = states.shape
     step = max(1, BATCH_TOKENS // (windows * tokens))
-    return ((start, min(start + step, copies)) for start in range(0, copies, step))
-
-
-class _LayerRun:
-    """A slice as a function of hidden states and weights."""
-
-    def __init__(self, part: Slice, architecture: Architecture, folder: Path):
-        self._session = open_slice(part.model, folder)
-        self._part, self._arch = part, architecture
-        self._inputs = [value.name for value in self._session.get_inputs()]
-
-    def __call__(self, states: np.ndarray, weights: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """float32 [copies, windows, tokens, hidden] → the slice's first output, of the same shape."""
-        copies, windows, tokens, hidden = states.shape
-        batch = copies * windows
-        past = np.zeros((batch, self._arch.kv_heads, 0, self._arch.head_dim), np.float32)
-        feeds = {
-            "attention_mask": np.ones((batch, tokens), np.int64),
-            self._part.source: states.reshape(batch, tokens, hidden),
-            **{name: past for name in self._inputs if name.startswith("past_key_values.")},
-            **(weights or {}),
-        }
-        output = self._part.target or next(iter(self._part.taps.values()))
-        (result,) = self._session.run([output], {name: feeds[name] for name in self._inputs})
-        return result.reshape(states.shape)
-
-
-def _divergences(
-    copies: Copies, slices: DecoderSlices, folder: Path, checkpoint: Checkpoint, damage: Damage
-) -> dict[str, float]:
-    """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
-    arch = slices.architecture
-    run = _LayerRun(slices.up_to("head"), arch, folder)
-    states = np.concatenate([run(copies.states[first:stop]) for first, stop in _batches(copies.states.shape)])
-    states = states.reshape(len(states), -1, arch.hidden)
-    names = copies.names[1:]
-    if not arch.tied:  # the last copy: clean states, damaged head
-        states, names = np.concatenate([states, states[:1]]), [*names, arch.head.name]
-    clean = states[0]
-    own, others = _LogSum(len(clean)), [_LogSum(len(clean)) for _ in names]
-    for rows in _head_rows(arch, checkpoint):
-        own.add(clean @ rows.T)
-    reference, cross = own.log(), np.zeros((len(names), len(clean)))
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
-        for rows in _head_rows(arch, checkpoint):
-            logits, hurt = clean @ rows.T, damage(arch.head, rows)
-            tables = [hurt if name == arch.head.name else rows for name in names]
-            shares = np.exp(logits - reference[:, None].astype(np.float32))
-
-            def add(item: tuple[np.ndarray, np.ndarray, np.ndarray, _LogSum]) -> None:
-                hidden, table, total, sums = item
-                other = hidden @ table.T
-                # Differences first: in float32, two sums of thousands of logits would not be told apart.
-                total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
-                sums.add(other)
-
-            list(pool.map(add, zip(states[1:], tables, cross, others, strict=True)))
-    divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
-    return dict(zip(names, divergence.tolist(), strict=True))
-
-
-def _head_rows(architecture: Architecture, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-    head = architecture.head
-    for start in range(0, head.rows, _HEAD_ROWS):
-        yield checkpoint.rows(head.name, start, min(start + _HEAD_ROWS, head.rows))
+    return (slice(start, min(start + step, copies)) for start in range(0, copies, step))
 
 
 class _LogSum:
     """log Σ exp over logits that come in chunks, float64 [tokens]."""
 
     def __init__(self, tokens: int):
-        self._top = np.full(tokens, -np.inf)
-        self._sum = np.zeros(tokens)
+        self._top, self._sum = np.full(tokens, -np.inf), np.zeros(tokens)
 
     def add(self, logits: np.ndarray) -> None:
         """float32 [tokens, chunk]; they are overwritten."""
@@ -202,11 +195,6 @@ def _file(layer: int) -> str:
     return f"copies.{layer}.npy"
 
 
-def _names(architecture: Architecture, layer: int) -> list[str]:
-    done = [matrix.name for before in range(layer) for matrix in architecture.body(before)]
-    return [CLEAN, architecture.tables[0].name, *done]
-
-
 def _record(partial: Partial, copies: Copies) -> None:
     """Keep the copies before a layer; what stood before the one before it is no longer needed."""
     path = partial.folder / _file(copies.layer)
@@ -218,7 +206,8 @@ def _record(partial: Partial, copies: Copies) -> None:
 def _resume(partial: Partial, architecture: Architecture) -> Copies | None:
     """The copies before the last layer that is whole on the disk; None for the start."""
     for layer in range(architecture.layers, 0, -1):
-        path, names = partial.folder / _file(layer), _names(architecture, layer)
+        path = partial.folder / _file(layer)
         if path.is_file() and sha256_of(path) == partial.digests.get(path.name):
-            return Copies(names, np.load(path, allow_pickle=False), layer)
+            done = [matrix.name for before in range(layer) for matrix in architecture.body(before)]
+            return Copies([architecture.tables[0].name, *done], np.load(path, allow_pickle=False), layer)
     return None

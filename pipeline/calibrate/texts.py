@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.calibrate.windows import input_windows, scored_windows
+from pipeline.calibrate.windows import input_windows
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import CalibrationConfig
-from pipeline.config.evaluation import DivergenceConfig
 from pipeline.config.sources import load_datasets
 from pipeline.errors import CheckpointError
 from pipeline.runtime.chat import transcript
@@ -53,13 +52,3 @@ def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> lis
     sources = [(read_text(name, store), tokens) for name, tokens in calibration.texts.items()]
     sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]
     return [ids for text, tokens in sources for ids in input_windows(text, encode, tokens, calibration.window)]
-
-
-def scored_ids(divergence: DivergenceConfig, folder: Path, store: Store) -> list[np.ndarray]:
-    """Held-out windows, int64 [window]; a window of w tokens scores w − 1 positions."""
-    encode = encoder(folder)
-    return [
-        ids
-        for name, tokens in divergence.texts.items()
-        for ids in scored_windows(read_text(name, store), encode, tokens, divergence.window)
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -30,8 +31,7 @@ def scored_windows(text: str, encode: Encode, tokens: int, window: int) -> list[
     Raises:
         EvaluationError: the text is too short.
     """
-    _positive(tokens, window - 1)
-    return _spread(text, encode, [length + 1 for length in _lengths(tokens, window - 1)])
+    return _spread(text, encode, tokens, window, unscored=1)
 
 
 def input_windows(text: str, encode: Encode, tokens: int, window: int) -> list[np.ndarray]:
@@ -41,8 +41,7 @@ def input_windows(text: str, encode: Encode, tokens: int, window: int) -> list[n
     Raises:
         EvaluationError: the text is too short.
     """
-    _positive(tokens, window)
-    return _spread(text, encode, _lengths(tokens, window))
+    return _spread(text, encode, tokens, window, unscored=0)
 
 
 def overlap(a_texts: Iterable[str], b_texts: Iterable[str], n: int = 13) -> int:
@@ -51,24 +50,19 @@ def overlap(a_texts: Iterable[str], b_texts: Iterable[str], n: int = 13) -> int:
     Words are runs of letters, digits and underscores, lower-cased; n-grams do not cross texts, and a text of fewer
     than n words has none. N-grams are compared by 64-bit hash: the chance of a false match is about |a|·|b| / 2^64.
     """
-    hashes: dict[str, int] = {}
-    return len(np.intersect1d(_ngrams(a_texts, n, hashes), _ngrams(b_texts, n, hashes)))
+    return len(np.intersect1d(_ngrams(a_texts, n), _ngrams(b_texts, n)))
 
 
-def _positive(tokens: int, per_window: int) -> None:
-    if tokens < 1 or per_window < 1:
+def _spread(text: str, encode: Encode, tokens: int, window: int, unscored: int) -> list[np.ndarray]:
+    """Windows that count `tokens` positions, each without its first `unscored`, at even distances from the first token
+    to the last."""
+    each = window - unscored
+    if tokens < 1 or each < 1:
         raise EvaluationError(
-            f"{tokens} tokens in windows that count {per_window} positions each were asked for; both must be positive."
+            f"{tokens} tokens in windows that count {each} positions each were asked for; both must be positive."
         )
-
-
-def _lengths(total: int, each: int) -> list[int]:
-    full, rest = divmod(total, each)
-    return [each] * full + ([rest] if rest else [])
-
-
-def _spread(text: str, encode: Encode, lengths: list[int]) -> list[np.ndarray]:
-    """Windows of these lengths (all equal but the last) at even distances, from the first token to the last."""
+    full, rest = divmod(tokens, each)
+    lengths = [window] * full + ([rest + unscored] if rest else [])
     ids = np.asarray(encode(text), dtype=np.int64)
     if len(ids) < sum(lengths):
         raise EvaluationError(
@@ -81,11 +75,11 @@ def _spread(text: str, encode: Encode, lengths: list[int]) -> list[np.ndarray]:
     return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
-def _ngrams(texts: Iterable[str], n: int, hashes: dict[str, int]) -> np.ndarray:
+def _ngrams(texts: Iterable[str], n: int) -> np.ndarray:
     """uint64 [distinct n-grams], sorted: Σ hash(wordᵢ)·mⁱ modulo 2^64 over n neighbouring words."""
-    found = [np.empty(0, np.uint64)]
+    found, hashes = [np.empty(0, np.uint64)], cache(_word_hash)
     for text in texts:
-        words = np.array([_word_hash(word, hashes) for word in _WORD.findall(text.lower())], dtype=np.uint64)
+        words = np.array([hashes(word) for word in _WORD.findall(text.lower())], dtype=np.uint64)
         count = len(words) - n + 1
         if count > 0:
             total = np.zeros(count, np.uint64)
@@ -95,7 +89,5 @@ def _ngrams(texts: Iterable[str], n: int, hashes: dict[str, int]) -> np.ndarray:
     return np.unique(np.concatenate(found))
 
 
-def _word_hash(word: str, hashes: dict[str, int]) -> int:
-    if word not in hashes:
-        hashes[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-    return hashes[word]
+def _word_hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.checkpoint.untrusted import read_json, shown
 from pipeline.config.phones import Shapes
@@ -29,6 +31,8 @@ MAX_SIZE = 1 << 24
 MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
+_HEAD = "lm_head.weight"
+_COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -106,29 +110,27 @@ class Architecture:
 
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
-        prefix = f"model.layers.{layer}."
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        prefix, hidden, inner = f"model.layers.{layer}.", self.hidden, self.intermediate
+        query, key = self.heads * self.head_dim, self.cache_channels
         if self.traits.fused:
-            attention = [("self_attn.qkv_proj", query + 2 * key)]
-            mlp = [("mlp.gate_up_proj", 2 * self.intermediate)]
+            attention, mlp = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * inner}
         else:
-            attention = [("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", key)]
-            mlp = [("mlp.gate_proj", self.intermediate), ("mlp.up_proj", self.intermediate)]
+            attention, mlp = {"q_proj": query, "k_proj": key, "v_proj": key}, {"gate_proj": inner, "up_proj": inner}
         table = [
-            *((name, rows, self.hidden, "attention") for name, rows in attention),
-            ("self_attn.o_proj", self.hidden, query, "output"),
-            *((name, rows, self.hidden, "mlp") for name, rows in mlp),
-            ("mlp.down_proj", self.hidden, self.intermediate, "down"),
+            *(("self_attn", role, rows, hidden, "attention") for role, rows in attention.items()),
+            ("self_attn", "o_proj", hidden, query, "output"),
+            *(("mlp", role, rows, hidden, "mlp") for role, rows in mlp.items()),
+            ("mlp", "down_proj", hidden, inner, "down"),
         ]
         return [
-            Matrix(f"{prefix}{name}.weight", name.split(".")[1], layer, rows, columns, f"layers.{layer}.{source}")
-            for name, rows, columns, source in table
+            Matrix(f"{prefix}{block}.{role}.weight", role, layer, rows, columns, f"layers.{layer}.{source}")
+            for block, role, rows, columns, source in table
         ]
 
     @property
     def head(self) -> Matrix:
         """The output projection; its name is the embedding's when they are tied."""
-        name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+        name = "model.embed_tokens.weight" if self.tied else _HEAD
         return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head")
 
     @property
@@ -174,10 +176,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = read_json(path, follow=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Run the download stage again.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Run the download stage again.") from None
+    except (OSError, ValueError) as error:
+        reason = f"({error.strerror})" if isinstance(error, OSError) else f"as JSON ({error})"
+        raise CheckpointError(f"{path}: cannot be read {reason}. Run the download stage again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: not a JSON object. Run the download stage again.")
     return config
@@ -190,7 +191,11 @@ def read_architecture(path: Path) -> Architecture:
         CheckpointError: unknown architecture (with the nearest known one), a missing or absurd value, or a variation
             that the graph builder does not compute; never approximated in silence.
     """
-    config = read_config(path)
+    return parse_architecture(read_config(path), path)
+
+
+def parse_architecture(config: dict[str, Any], path: Path) -> Architecture:
+    """As `read_architecture`, for the values of the file at `path`."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         near = difflib.get_close_matches(shown(family), _FAMILIES, n=1)
@@ -227,34 +232,29 @@ def read_architecture(path: Path) -> Architecture:
     )
 
 
+def _wrong(path: Path, key: str, value: Any, needed: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {key} is {shown(value)}; {needed} is needed. Run the download stage again.")
+
+
 def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None, most: int = MAX_SIZE) -> int:
-    value = config.get(key)
-    value = default if value is None else value
+    value = default if config.get(key) is None else config[key]
     if type(value) is not int or not 0 < value <= most:
-        raise CheckpointError(
-            f"{path}: {key} is {shown(value)}; an integer from 1 to {most:,} is needed. Run the download stage again."
-        )
+        raise _wrong(path, key, value, f"an integer from 1 to {most:,}")
     return value
 
 
 def _number(config: dict[str, Any], key: str, path: Path, default: float, least: float, most: float) -> float:
     """A number from `least` to `most`, between which float32 arithmetic with it stays finite."""
-    value = config.get(key)
-    value = default if value is None else value
+    value = default if config.get(key) is None else config[key]
     if type(value) not in {int, float} or not least <= value <= most:
-        raise CheckpointError(
-            f"{path}: {key} is {shown(value)}; a number from {least:g} to {most:g} is needed. Run the download stage "
-            f"again."
-        )
+        raise _wrong(path, key, value, f"a number from {least:g} to {most:g}")
     return float(value)
 
 
 def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
     value = config.get(key)
     if not isinstance(value, bool | None):
-        raise CheckpointError(
-            f"{path}: {key} is {shown(value)}; true or false is needed. Run the download stage again."
-        )
+        raise _wrong(path, key, value, "true or false")
     return bool(value)
 
 
@@ -324,19 +324,9 @@ def _factors(scaling: dict[str, Any], key: str, count: int, path: Path) -> tuple
 def shapes_of(architecture: Architecture) -> Shapes:
     """What sizes depend on. shapes_of(expected_architecture(shapes)) == shapes"""
     rope = architecture.rope
-    return Shapes(
-        family=architecture.family,
-        layers=architecture.layers,
-        hidden=architecture.hidden,
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        intermediate=architecture.intermediate,
-        vocab=architecture.vocab,
-        original_max_position=rope.original_max_position if rope.long_factor else None,
-        rotary_dims=rope.dims,
-        tied=architecture.tied,
-    )
+    named = {name: getattr(architecture, name) for name in Shapes.model_fields if hasattr(architecture, name)}
+    original = rope.original_max_position if rope.long_factor else None
+    return Shapes(**named, original_max_position=original, rotary_dims=rope.dims)
 
 
 def expected_architecture(shapes: Shapes) -> Architecture:
@@ -348,22 +338,11 @@ def expected_architecture(shapes: Shapes) -> Architecture:
         raise CheckpointError(
             f"family {shown(shapes.family)} of configs/shapes.yaml is unknown; there are {', '.join(_FAMILIES)}."
         )
-    ones = (1.0,) * (shapes.rotary_dims // 2) if shapes.original_max_position else None
-    return Architecture(
-        family=shapes.family,
-        layers=shapes.layers,
-        hidden=shapes.hidden,
-        heads=shapes.heads,
-        kv_heads=shapes.kv_heads,
-        head_dim=shapes.head_dim,
-        intermediate=shapes.intermediate,
-        vocab=shapes.vocab,
-        rms_eps=1e-5,
-        max_position=MAX_POSITION,
-        sliding_window=None,
-        rope=Rope(1e4, shapes.rotary_dims, shapes.original_max_position or MAX_POSITION, 1.0, ones, ones),
-        tied=shapes.tied,
-    )
+    named = shapes.model_dump(exclude={"original_max_position", "rotary_dims"})
+    original, dims = shapes.original_max_position, shapes.rotary_dims
+    ones = (1.0,) * (dims // 2) if original else None
+    rope = Rope(1e4, dims, original or MAX_POSITION, 1.0, ones, ones)
+    return Architecture(**named, rms_eps=1e-5, max_position=MAX_POSITION, sliding_window=None, rope=rope)
 
 
 def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> None:
@@ -379,8 +358,10 @@ def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> No
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Compare a checkpoint with its architecture; return one sentence for everything that is left out on purpose.
 
+    No value is read, except those of a head that stands beside a tied embedding: it may be left out if they are equal.
+
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is unknown.
+        CheckpointError: a tensor is missing, has another shape, or is unknown, or a tied head differs.
     """
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:
@@ -401,21 +382,38 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
 def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[str]) -> list[str]:
     notes = []
     for prefix in architecture.traits.unused_prefixes:
-        dropped = [name for name in extra if name.startswith(prefix)]
-        if dropped:
+        if dropped := [name for name in extra if name.startswith(prefix)]:
             count = sum(checkpoint[name].elements for name in dropped)
             notes.append(
                 f"left out {len(dropped)} tensors under {prefix}* ({count:,} parameters): the forward never uses them"
             )
-        extra = [name for name in extra if not name.startswith(prefix)]
-    if architecture.tied and "lm_head.weight" in extra:
-        notes.append("left out lm_head.weight: config.json ties the head to the embedding")
-        extra.remove("lm_head.weight")
-    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
-    if extra:
+            extra = [name for name in extra if name not in dropped]
+    if architecture.tied and _HEAD in extra:
+        _check_tied(architecture.embedding, checkpoint)
+        notes.append(f"left out {_HEAD}: it equals the embedding, to which config.json ties the head")
+        extra.remove(_HEAD)
+    if extra := [name for name in extra if not name.endswith("rotary_emb.inv_freq")]:
         raise CheckpointError(
             f"{checkpoint.folder}: {len(extra)} tensors are unknown to family {architecture.family!r}, the first is "
             f"{shown(extra[0])}. Dropping them in silence could change the model. If its forward never reads them, add "
             f"their prefix to the family's row in {__name__}."
         )
     return notes
+
+
+def _check_tied(embedding: Matrix, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the head equals the embedding. Both are read once, some rows at a time."""
+    step = max(1, _COMPARED // (4 * embedding.columns))
+    equal = checkpoint[_HEAD].shape == (embedding.rows, embedding.columns) and all(
+        np.array_equal(
+            *(checkpoint.rows(name, start, min(start + step, embedding.rows)) for name in (_HEAD, embedding.name))
+        )
+        for start in range(0, embedding.rows, step)
+    )
+    if not equal:
+        raise CheckpointError(
+            f"{checkpoint.folder / checkpoint[_HEAD].file}: {_HEAD} differs from {embedding.name}, and "
+            f"{checkpoint.folder / 'config.json'} has tie_word_embeddings true: which of the two is the head cannot be "
+            f"known. Set tie_word_embeddings to false in the source's config.json (for one on the Hub: of a copy, as a "
+            f"local source) if the head was trained apart; else remove {_HEAD} there."
+        )

@@ -15,26 +15,43 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field
+
+from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest
+from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import ResourceError, SourceError
-from pipeline.files import copy_stream, fsync_directory, link_or_copy, require_free_space, sha256_of
+from pipeline.files import fsync_directory, link_or_copy, require_free_space, sha256_of
 
+_PIECE = 1 << 22  # bytes that are copied at a time
 STORE = Path("store")
 """Default root, relative to the project; the environment variable PIPELINE_STORE names another (a larger disk)."""
 
 
 @dataclass(frozen=True)
 class LockedFile:
-    """One file of a source: its name there, its size in bytes and the SHA-256 of those bytes (64 hex digits)."""
+    """One file of a source: its name there, its size in bytes and the SHA-256 of those bytes (64 hex digits).
 
-    name: str
-    size: int
-    sha256: str
+    `chunks` is the SHA-256 of its list of chunk digests (`checkpoint.chunks`), a blob of its own; "" for a file that
+    holds no weights: it is small, and compared as a whole.
+    """
+
+    name: Annotated[str, AfterValidator(checked_name)]
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    chunks: Sha256 | Literal[""] = ""
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is read in parts."""
+        return self.name.endswith(".safetensors")
 
 
 def checked_name(name: str) -> str:
@@ -71,6 +88,16 @@ def disk_errors(purpose: str) -> Iterator[None]:
         ) from error
 
 
+def _copied(source: BinaryIO, target: BinaryIO | None = None) -> Digest:
+    """What `source` holds up to its end, copied to `target`."""
+    digest = Digest()
+    while piece := source.read(_PIECE):
+        digest.update(piece)
+        if target:
+            target.write(piece)
+    return digest
+
+
 class Store:
     """Blobs under `root`; without one, under $PIPELINE_STORE or `STORE`."""
 
@@ -81,9 +108,30 @@ class Store:
         return self.root / "sha256" / sha256[:2] / sha256
 
     def has(self, sha256: str, size: int | None = None) -> bool:
-        """Whether the blob is present (with `size` bytes). A blob's bytes are hashed when it enters, not here."""
+        """Whether the blob is present (with `size` bytes). Its bytes are hashed by `find`, `intact` and readers."""
         blob = self._blob(sha256)
         return blob.is_file() and size in (None, blob.stat().st_size)
+
+    def find(self, name: str, sha256: str) -> LockedFile | None:
+        """The blob as a file called `name`; None if it is absent or its bytes, hashed anew, are others."""
+        if not self.has(sha256):
+            return None
+        with disk_errors(f"read {name} in the store {self.root}"), open(self._blob(sha256), "rb") as stream:
+            digest = _copied(stream)
+        return self._described(name, digest) if digest.sha256 == sha256 else None
+
+    def intact(self, file: LockedFile) -> bool:
+        """Whether the store holds a file and its list of chunks, with the bytes that were downloaded."""
+        if not file.chunks:
+            return self.find(file.name, file.sha256) is not None
+        listing = self._blob(file.chunks)
+        chunks = Chunks.of(self._blob(file.sha256), listing)
+        listed = chunks is not None and sha256_of(listing) == file.chunks and self.has(file.sha256, file.size)
+        return listed and not chunks.damage_in(0, file.size)
+
+    def discard(self, sha256: str) -> None:
+        """Remove a blob. Hard links to it keep its bytes."""
+        self._blob(sha256).unlink(missing_ok=True)
 
     def path(self, sha256: str) -> Path:
         """The blob's path, a regular read-only file.
@@ -112,13 +160,10 @@ class Store:
                 require_free_space(partial, source.stat().st_size, f"add {name} to the store")
             descriptor, temporary = tempfile.mkstemp(dir=partial, prefix="add.")
             try:
-                with os.fdopen(descriptor, "wb") as target:
-                    if isinstance(source, Path):
-                        with open(source, "rb") as stream:
-                            size, digest = copy_stream(stream, target)
-                    else:
-                        size, digest = copy_stream(source, target)
-                return self._install(Path(temporary), LockedFile(name, size, digest), sha256)
+                stream = open(source, "rb") if isinstance(source, Path) else nullcontext(source)  # noqa: SIM115
+                with os.fdopen(descriptor, "wb") as target, stream as opened:
+                    digest = _copied(opened, target)
+                return self._install(Path(temporary), name, digest, sha256)
             finally:
                 Path(temporary).unlink(missing_ok=True)
 
@@ -132,15 +177,21 @@ class Store:
         Raises: as `add`. On an error the file stays where it is.
         """
         with disk_errors(f"add {name} to the store {self.root}"):
-            found = LockedFile(name, path.stat().st_size, sha256_of(path))
-            return self._install(path, found, sha256, check)
+            with open(path, "rb") as stream:
+                digest = _copied(stream)
+            return self._install(path, name, digest, sha256, check)
 
     def _install(
-        self, path: Path, found: LockedFile, expected: str | None, check: Callable[[Path], None] | None = None
+        self,
+        path: Path,
+        name: str,
+        found: Digest,
+        expected: str | None,
+        check: Callable[[Path], None] | None = None,
     ) -> LockedFile:
         if expected not in (None, found.sha256):
             raise SourceError(
-                f"{found.name}: wrong bytes. Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). "
+                f"{name}: wrong bytes. Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). "
                 f"Nothing was kept. Fetch it again; if it happens twice, the source or a proxy changed the file."
             )
         if check:
@@ -148,23 +199,44 @@ class Store:
         blob = self._blob(found.sha256)
         if self.has(found.sha256, found.size) and sha256_of(blob) == found.sha256:
             path.unlink()  # keep the first inode: graphs hold hard links to it
-            return found
+            return self._described(name, found)
         blob.parent.mkdir(parents=True, exist_ok=True)
         path.chmod(0o444)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         os.replace(path, blob)
         fsync_directory(blob.parent)
-        return found
+        return self._described(name, found)
 
-    def link(self, files: Mapping[str, str], directory: Path) -> None:
-        """Hard-link blobs into `directory`: file name → sha256. Copies only across file systems.
+    def _described(self, name: str, digest: Digest) -> LockedFile:
+        """The file, its list of chunks being in the store."""
+        file = LockedFile(name, digest.size, digest.sha256)
+        return replace(file, chunks=self.add(BytesIO(digest.chunks), name + SUFFIX).sha256 if file.has_weights else "")
+
+    def link(self, files: Iterable[LockedFile], directory: Path) -> None:
+        """Hard-link blobs into `directory` under their files' names, lists of chunks beside them.
+
+        What has no list is hashed. Copies only across file systems.
 
         Raises:
-            SourceError: a blob is absent or a name leaves `directory`; then nothing is linked.
+            SourceError: a blob is absent or damaged, weights were locked without a list, or a name leaves `directory`;
+                then nothing is linked.
             ResourceError: a copy would not fit.
         """
-        blobs = {checked_name(name): self.path(sha256) for name, sha256 in files.items()}
+        blobs: dict[str, Path] = {}
+        for file in files:
+            blobs[checked_name(file.name)] = self.path(file.sha256)
+            if file.has_weights and not file.chunks:
+                raise SourceError(
+                    f"{file.name} was locked without digests of its chunks, by an earlier version: what is read of it "
+                    f"cannot be compared with what was downloaded. {AGAIN}"
+                )
+            if file.chunks:
+                blobs[file.name + SUFFIX] = self.path(file.chunks)
+            if sha256_of(self.path(whole := file.chunks or file.sha256)) != whole:
+                raise SourceError(
+                    f"{file.name}: blob {whole} of the store {self.root} is damaged, or something wrote to it. {AGAIN}"
+                )
         with disk_errors(f"link {len(blobs)} files into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             inside = directory.resolve()

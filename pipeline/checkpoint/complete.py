@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.checkpoint.blobs import checked_name
-from pipeline.checkpoint.tensors import INDEX, SINGLE
-from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
-from pipeline.errors import SourceError
+from pipeline.checkpoint.tensors import INDEX, SINGLE, read_header
+from pipeline.checkpoint.untrusted import open_regular, parse_json, shown
+from pipeline.errors import CheckpointError, SourceError
 
 _SMALL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
@@ -66,14 +65,17 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
 
 
 def check_file(path: Path, name: str, where: str) -> None:
-    """Refuse a file that is not what its name says: a git-LFS pointer, or safetensors shorter or longer than promised.
+    """Refuse a file that is not what its name says: a git-LFS pointer, or no whole safetensors file.
 
     Raises:
         SourceError: with the numbers.
     """
     refuse_pointer(path, name, where)
     if name.endswith(".safetensors"):
-        check_safetensors_length(path, name, where)
+        try:
+            read_header(path, follow=True)
+        except CheckpointError as error:
+            raise SourceError(f"{where}: {name} is not whole: {error}") from None
 
 
 def refuse_pointer(path: Path, name: str, where: str) -> None:
@@ -87,35 +89,6 @@ def _refuse_pointer(content: bytes, name: str, where: str) -> None:
         raise SourceError(
             f"{where}: {name} is a git-LFS pointer (a short text that stands for the real file), not the file. "
             f"The copy was made without git-lfs: run `git lfs pull` there, or use a source that serves the real bytes."
-        )
-
-
-def check_safetensors_length(path: Path, name: str, where: str) -> None:
-    """Raise `SourceError` unless the file ends where its header says that the last tensor does.
-
-    Header: 8 bytes little-endian length, then JSON; tensors' data_offsets count from the header's end.
-    """
-    with open_regular(path, follow=True) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON):
-            raise SourceError(
-                f"{where}: {name} is truncated or not safetensors: {size:,} bytes, but its first 8 bytes promise "
-                f"a header of {length:,} (at most {MAX_JSON:,} are read). Fetch it again."
-            )
-        header = file.read(length)
-    try:
-        tensors = parse_json(header)
-        ends = [tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"]
-        if not all(type(end) is int and end < 1 << 63 for end in ends):
-            raise TypeError("an offset is not an integer")
-        promised = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise SourceError(f"{where}: {name} has a malformed safetensors header ({type(error).__name__}).") from None
-    if size != promised:
-        kind = "truncated" if size < promised else "longer than its header says"
-        raise SourceError(
-            f"{where}: {name} is {kind}: {size:,} bytes, its header promises {promised:,}. Fetch it again."
         )
 
 

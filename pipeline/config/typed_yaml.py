@@ -34,11 +34,16 @@ def load(model: type[T], path: Path) -> T:
     Raises:
         ConfigError: the file is missing, is not YAML, or does not validate; every problem is listed.
     """
+    return check(model, read(path), path)
+
+
+def check(model: type[T], data: Any, where: object) -> T:
+    """Plain data as a `model`. Raises ConfigError, which begins with `where` and lists every problem."""
     try:
-        return model.model_validate(read(path))
+        return model.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_explain(model, item) for item in error.errors())
-        raise ConfigError(f"{path}: {problems}") from None
+        raise ConfigError(f"{where}: {problems}") from None
 
 
 def read(path: Path) -> Any:

@@ -4,11 +4,13 @@ Each gate compares an interval with a limit: PASS when the one-sided 95 % bound 
 bound is outside, INCONCLUSIVE otherwise. So a small sample cannot pass by being small, and since a release needs every
 gate, no number of gates makes a false pass more likely than one in twenty.
 
-- MMLU is judged at the looks of `sequential` alone, by the interval that holds at all looks together; an INCONCLUSIVE
-  one asks for the next look. A model whose whole ability lies within the margin cannot pass.
-- HumanEval is a smoke floor: blind in the same way, it is REPORTED, decides nothing and says why.
-- Without a margin an accuracy is REPORTED. So is the change of the correct answer's probability.
-- The ratchet compares a build with the last release on the same tokens, so their estimates differ by the build alone
+Which gates there are, the rows of the tasks say; here is a function for each kind of them:
+
+- `LOOKS`: a paired drop is judged at the looks of `sequential` alone, by the interval that holds at all looks together;
+  an INCONCLUSIVE one asks for the next look. A model whose whole ability lies within the margin cannot pass.
+- `FLOOR`: a paired drop that such a model's sample cannot see is REPORTED, decides nothing and says why.
+- Without a margin a drop is REPORTED.
+- `RATCHET` compares a build with the last release on the same tokens, so their estimates differ by the build alone
   and are compared without an interval. Without an earlier release, or on other text, it is REPORTED.
 - A verdict in which no measurement was judged is an ERROR.
 
@@ -24,23 +26,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.gates import GateLimits, ReleasedBuild
+from pipeline.config.gates import ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.judge import sequential
+from pipeline.judge.policy import Row
+from pipeline.tasks.registry import gates, tasks
 from pipeline.tasks.statistics import paired_interval
+from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Task
 
 PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
 REPORTED = "REPORTED"  # of a line only: shown, decides nothing
 _EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 2, ERROR: 3}
 _SEVERITY = (PASS, INCONCLUSIVE, FAIL, ERROR)
-
-# metric of the `divergence` section, its field in GateLimits, whether the limit is a maximum
-_DIVERGENCE_GATES = (
-    ("kl_mean", "kl_mean_max", True),
-    ("kl_p99", "kl_p99_max", True),
-    ("top1", "top1_min", False),
-    ("perplexity_ratio", "perplexity_ratio_max", True),
-)
 
 Metrics = Mapping[str, Any]
 
@@ -49,9 +46,8 @@ Metrics = Mapping[str, Any]
 class GateLine:
     """One gate's figures. Estimates, bounds, limit and detectable effect share the gate's unit.
 
-    Units: nats for `kl_mean` and `kl_p99`, shares for `top1`, a ratio for `perplexity_ratio`, percentage points of
-    drop for `mmlu`, `mmlu_probability` and `humaneval`, relative error for `parity`. `high` None: the sample does not
-    bound it. Bounds of `mmlu` at a look hold at all looks together.
+    Units: nats, shares or a ratio as `Gate.format` of the gate's row shows; percentage points of a drop; relative error
+    for `parity`. `high` None: the sample does not bound it. Bounds at a look hold at all looks together.
     """
 
     name: str
@@ -122,7 +118,7 @@ class Policy:
     """
 
     row: str
-    limits: GateLimits
+    limits: Row
     permitted: bool | None
     ratchet: float
     released: ReleasedBuild | None
@@ -140,7 +136,7 @@ def worst(verdicts: Iterable[str]) -> str:
 def overall(lines: Iterable[GateLine]) -> str:
     """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
     deciding = [line for line in lines if line.verdict != REPORTED]
-    if not any(line.name not in ("parity", "permission") for line in deciding):
+    if not any(line.name not in (PARITY.name, PERMISSION.name) for line in deciding):
         return ERROR
     return worst(line.verdict for line in deciding)
 
@@ -150,35 +146,50 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
+PARITY = Gate("parity", "parity", "max_relative_error", "parity with Optimum", lambda value: f"{value:.1e}")
+PERMISSION = Gate("permission", "permission", "", "permission to release")
+
+
+def rows() -> dict[str, Gate]:
+    """The gates of all tasks, and those of no task, by the names of their lines."""
+    return {gate.name: gate for gate in (PERMISSION, PARITY, *gates().values())}
+
+
 def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping[str, Any]) -> Verdict:
     """Judge one variant.
 
     Args:
-        metrics: the variant's metrics (shape: `statistics.summarise_*` by section).
+        metrics: the variant's metrics (shape: `statistics.summarise_*` by task).
         reference: the full-precision reference's metrics on the same items.
         policy: what it is held to.
         parity: the parity stage's record.
 
-    A missing, NaN or impossible measurement is an ERROR line, never an exception and never a pass.
+    A missing, NaN or impossible measurement is an ERROR line, never an exception and never a pass. A gate without a
+    limit has no line where neither model was measured: the suite does not ask for its task.
     """
-    limits = policy.limits
     lines = [] if policy.permitted is None else [_permission_line(policy)]
-    lines.append(_guarded(_parity_line, "parity", parity))
-    for name, field, at_most in _DIVERGENCE_GATES:
-        limit = getattr(limits, field)
-        lines.append(_guarded(_divergence_line, name, metrics, reference, limit, at_most))
-    lines.append(_guarded(_ratchet_line, "kl_ratchet", metrics, policy))
-    lines.append(_guarded(_mmlu_line, "mmlu", metrics, reference, limits.mmlu_margin_points))
-    lines.append(_guarded(_probability_line, "mmlu_probability", metrics, reference))
-    lines.append(_guarded(_humaneval_line, "humaneval", metrics, reference, limits.humaneval_margin_points))
+    lines.append(_guarded(PARITY, _parity_line, parity))
+    for task in tasks():
+        known = any(isinstance(found, Mapping) and task.name in found for found in (metrics, reference))
+        for gate in task.gates:
+            limit = getattr(policy.limits, gate.limit) if gate.limit else None
+            if known or limit is not None:
+                lines.append(_guarded(gate, _line, task, metrics, reference, gate, limit, policy))
     return Verdict(overall(lines), tuple(lines), policy.row)
 
 
-def _guarded(line: Callable[..., GateLine], name: str, *arguments: Any) -> GateLine:
+def _guarded(gate: Gate, line: Callable[..., GateLine], *arguments: Any) -> GateLine:
     try:
-        return line(name, *arguments)
+        return line(*arguments)
     except _Unusable as error:
-        return GateLine(name, ERROR, note=str(error))
+        return GateLine(gate.name, ERROR, note=str(error))
+
+
+def _line(
+    task: Task, metrics: Metrics, reference: Metrics, gate: Gate, limit: float | None, policy: Policy
+) -> GateLine:
+    pair = _pair(task, metrics, reference)
+    return _ratchet_line(gate, pair, policy) if gate.kind == RATCHET else _KINDS[gate.kind](gate, pair, limit)
 
 
 def _number(section: Metrics, key: str) -> float:
@@ -197,86 +208,107 @@ def _section(metrics: Metrics, name: str, whose: str) -> Metrics:
     return section
 
 
-def _ordered(low: float, estimate: float, high: float, lowest: float, highest: float) -> None:
-    if not lowest <= low <= estimate <= high or estimate > highest:
-        raise _Unusable(f"impossible figures: estimate {estimate:.6g}, interval {low:.6g} to {high:.6g}")
+@dataclass(frozen=True)
+class _Pair:
+    """A task's section of a variant, and of the reference that it was paired with."""
+
+    section: Metrics
+    own: Metrics
+    unit: str
+
+    def interval(self, key: str, lowest: float, highest: float) -> tuple[float, float, float]:
+        """Low end, estimate and high end: infinite where the sample bounds nothing."""
+        estimate, low = _number(self.section, key), _number(self.section, f"{key}_low")
+        bounded = self.section.get(f"{key}_high", math.nan) is not None
+        high = _number(self.section, f"{key}_high") if bounded else math.inf
+        if not lowest <= low <= estimate <= high or estimate > highest:
+            raise _Unusable(f"impossible figures: estimate {estimate:.6g}, interval {low:.6g} to {high:.6g}")
+        return low, estimate, high
 
 
-def _parity_line(name: str, parity: Mapping[str, Any]) -> GateLine:
+def _pair(task: Task, metrics: Metrics, reference: Metrics) -> _Pair:
+    """A measurement counts only when variant and reference met the same items, and are not the same model."""
+    section, own = _section(metrics, task.name, "variant"), _section(reference, task.name, "reference")
+    pairing = task.pairing
+    for field in pairing.same:
+        if section.get(field) != own.get(field):
+            raise _Unusable(
+                f"variant has {field} {section.get(field)}, reference {own.get(field)}: not the same {pairing.what}"
+            )
+    found, expected = _number(section, pairing.mirrored), _number(own, pairing.key)
+    if not math.isclose(expected, found, rel_tol=1e-6, abs_tol=1e-9):
+        raise _Unusable(f"paired with a reference of {pairing.key} {found:.4f}, but it has {expected:.4f}")
+    if pairing.moved and _number(section, pairing.moved) == 0:
+        raise _Unusable("no token differs from the reference at all: the reference was measured in the variant's place")
+    return _Pair(section, own, task.unit)
+
+
+def _parity_line(parity: Mapping[str, Any]) -> GateLine:
     error, limit = _number(parity, "max_relative_error"), _number(parity, "limit")
     if parity.get("passed") is True and error <= limit:
-        return GateLine(name, PASS, estimate=error, limit=limit)
+        return GateLine(PARITY.name, PASS, estimate=error, limit=limit)
     note = "the exported graph does not compute what the reference export computes, so nothing below can be trusted"
-    return GateLine(name, ERROR, estimate=error, limit=limit, note=note)
+    return GateLine(PARITY.name, ERROR, estimate=error, limit=limit, note=note)
 
 
 def _permission_line(policy: Policy) -> GateLine:
     if policy.permitted:
-        return GateLine("permission", PASS)
+        return GateLine(PERMISSION.name, PASS)
     note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
-    return GateLine("permission", FAIL, note=note)
+    return GateLine(PERMISSION.name, FAIL, note=note)
 
 
-def _against(low: float, high: float, limit: float, at_most: bool) -> str:
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def _against(low: float, high: float, limit: float, at_least: bool = False) -> str:
     """Where an interval lies: inside the limit (PASS), outside (FAIL), across it (INCONCLUSIVE)."""
-    if not at_most:
+    if at_least:
         low, high, limit = -high, -low, -limit
     if high <= limit:
         return PASS
     return FAIL if low > limit else INCONCLUSIVE
 
 
-def _divergence_line(name: str, metrics: Metrics, reference: Metrics, limit: float, at_most: bool) -> GateLine:
-    section, own = _section(metrics, "divergence", "variant"), _section(reference, "divergence", "reference")
-    _same_text(section, own)
-    estimate, low = _number(section, name), _number(section, f"{name}_low")
-    bounded = section.get(f"{name}_high", math.nan) is not None
-    high = _number(section, f"{name}_high") if bounded else math.inf
-    _ordered(low, estimate, high, 0.0, 1.0 if name == "top1" else math.inf)
-    verdict, detectable = _against(low, high, limit, at_most), _number(section, f"{name}_detectable")
-    tokens = int(_number(section, "tokens"))
+def _interval_line(gate: Gate, pair: _Pair, limit: float) -> GateLine:
+    low, estimate, high = pair.interval(gate.key, 0.0, gate.highest)
+    verdict, count = _against(low, high, limit, gate.kind == AT_LEAST), int(_number(pair.section, pair.unit))
+    bounded = math.isfinite(high)
     notes = {
         PASS: "",
         FAIL: "the whole interval lies outside the limit",
-        INCONCLUSIVE: f"the interval crosses the limit: {tokens:,} tokens do not decide; score more"
+        INCONCLUSIVE: f"the interval crosses the limit: {count:,} {pair.unit} do not decide; score more"
         if bounded
-        else f"{tokens:,} tokens do not bound this from above; score more",
+        else f"{count:,} {pair.unit} do not bound this from above; score more",
     }
-    return GateLine(name, verdict, tokens, estimate, low, high if bounded else None, limit, detectable, notes[verdict])
+    figures = (estimate, low, high if bounded else None, limit, _number(pair.section, f"{gate.key}_detectable"))
+    return GateLine(gate.name, verdict, count, *figures, notes[verdict])
 
 
-def _same_text(section: Metrics, own: Metrics) -> None:
-    """A divergence counts only when variant and reference scored the same tokens, and are not the same model."""
-    if _number(section, "tokens") != _number(own, "tokens"):
-        raise _Unusable(f"variant scored {section['tokens']} tokens, reference {own['tokens']}: not the same text")
-    expected, found = _number(own, "perplexity"), _number(section, "perplexity_reference")
-    if not math.isclose(expected, found, rel_tol=1e-6):
-        raise _Unusable(f"paired with a reference of perplexity {found:.6g}, but the reference's is {expected:.6g}")
-    if _number(section, "kl_max") == 0:
-        raise _Unusable("no token differs from the reference at all: the reference was measured in the variant's place")
-
-
-# --- ratchet ---------------------------------------------------------------------------------------------------------
-
-
-def _ratchet_line(name: str, metrics: Metrics, policy: Policy) -> GateLine:
-    section, released = _section(metrics, "divergence", "variant"), policy.released
-    tokens, estimate = int(_number(section, "tokens")), _number(section, "kl_mean")
+def _ratchet_line(gate: Gate, pair: _Pair, policy: Policy) -> GateLine:
+    section, released = pair.section, policy.released
+    count, estimate = int(_number(section, pair.unit)), _number(section, gate.key)
     if released is None:
-        return GateLine(name, REPORTED, tokens, estimate, note="no earlier release of this model and variant")
+        return GateLine(gate.name, REPORTED, count, estimate, note="no earlier release of this model and variant")
     limit = policy.ratchet * released.kl_mean
     before = f"release {released.release} has {released.kl_mean:.4g} nats"
     perplexity = _number(section, "perplexity_reference")
-    if (tokens, True) != (released.tokens, math.isclose(perplexity, released.perplexity_reference, rel_tol=1e-5)):
+    if count != released.tokens or not math.isclose(perplexity, released.perplexity_reference, rel_tol=1e-5):
         note = (
             f"not comparable with the last release: {before} on {released.tokens:,} tokens of perplexity "
-            f"{released.perplexity_reference:.6g} to the reference, this build has {tokens:,} of {perplexity:.6g}: "
+            f"{released.perplexity_reference:.6g} to the reference, this build has {count:,} of {perplexity:.6g}: "
             f"text or reference differ"
         )
-        return GateLine(name, REPORTED, tokens, estimate, note=note)
+        return GateLine(gate.name, REPORTED, count, estimate, note=note)
     verdict = PASS if estimate <= limit else FAIL
     note = f"{before} on the same tokens; this build has {estimate / released.kl_mean:.2f} times that"
-    return GateLine(name, verdict, tokens, estimate, limit=limit, note=note)
+    return GateLine(gate.name, verdict, count, estimate, limit=limit, note=note)
+
+
+def _reported_line(gate: Gate, pair: _Pair, limit: None) -> GateLine:
+    low, estimate, high = pair.interval(gate.key, -math.inf, math.inf)
+    n, detectable = int(_number(pair.section, "n")), _number(pair.section, f"{gate.key}_detectable")
+    return GateLine(gate.name, REPORTED, n, estimate, low, high, limit, detectable)
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
@@ -286,6 +318,8 @@ def _ratchet_line(name: str, metrics: Metrics, policy: Policy) -> GateLine:
 class _Drop:
     """A paired drop in percentage points, and what the reference has to lose."""
 
+    gate: Gate
+    margin: float | None
     n: int
     estimate: float
     low: float
@@ -294,8 +328,14 @@ class _Drop:
     ability: float  # points that are surely above chance
     standing: str  # the reference's ability in words
 
-    def line(self, name: str, verdict: str, margin: float | None, note: str = "") -> GateLine:
-        return GateLine(name, verdict, self.n, self.estimate, self.low, self.high, margin, self.detectable, note)
+    def line(self, verdict: str, note: str = "") -> GateLine:
+        figures = (self.estimate, self.low, self.high, self.margin, self.detectable)
+        return GateLine(self.gate.name, verdict, self.n, *figures, note)
+
+    @property
+    def verdict(self) -> str:
+        """Of its interval against the margin; for one without a margin, that it is only shown."""
+        return REPORTED if self.margin is None else _against(self.low, self.high, self.margin)
 
     @property
     def blindness(self) -> str:
@@ -303,93 +343,73 @@ class _Drop:
         return f"{self.standing}; {self.n:,} items detect a drop of {self.detectable:.1f} points or more"
 
 
-def _drop(name: str, key: str, metrics: Metrics, reference: Metrics) -> _Drop:
+def _drop(gate: Gate, pair: _Pair, margin: float | None) -> _Drop:
     """The drop over all items that were asked."""
-    section, own = _section(metrics, name, "variant"), _section(reference, name, "reference")
-    _same_items(section, own, key)
+    section, own, key = pair.section, pair.own, gate.key
     n, detectable = int(_number(section, "n")), _number(section, "detectable_drop_points")
-    low, estimate, high = (_number(section, f"drop_points{end}") for end in ("_low", "", "_high"))
-    _ordered(low, estimate, high, -100.0, 100.0)
-    chance = _number(own, "chance") if "chance" in own else 0.0  # HumanEval cannot be guessed
-    ability = 100 * (_number(own, f"{key}_low") - chance)
-    return _Drop(n, estimate, low, high, detectable, ability, _standing(own, key, ability, 100 * chance))
-
-
-def _standing(own: Metrics, key: str, ability: float, chance: float) -> str:
-    accuracy, low = 100 * _number(own, key), 100 * _number(own, f"{key}_low")
+    low, estimate, high = pair.interval("drop_points", -100.0, 100.0)
+    chance = 100 * _number(own, "chance") if "chance" in own else 0.0  # what is written cannot be guessed
+    accuracy, least = 100 * _number(own, key), 100 * _number(own, f"{key}_low")
+    ability = least - chance
     if ability <= 0:
-        return f"the reference has {accuracy:.1f} % (lower bound {low:.1f} %), no more than chance ({chance:.0f} %)"
-    above = f" above chance ({chance:.0f} %)" if chance else ""
-    return f"the reference has {accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
+        standing = f"{accuracy:.1f} % (lower bound {least:.1f} %), no more than chance ({chance:.0f} %)"
+    else:
+        above = f" above chance ({chance:.0f} %)" if chance else ""
+        standing = f"{accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
+    return _Drop(gate, margin, n, estimate, low, high, detectable, ability, f"the reference has {standing}")
 
 
-def _mmlu_line(name: str, metrics: Metrics, reference: Metrics, margin: float | None) -> GateLine:
-    whole = _drop(name, "accuracy", metrics, reference)
+def _looks_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
+    whole = _drop(gate, pair, margin)
     if margin is None:
-        return whole.line(name, REPORTED, None, f"gates nothing: {whole.blindness}")
+        return whole.line(REPORTED, f"gates nothing: {whole.blindness}")
     look = sequential.reached(whole.n)
     if look is None:
-        note = f"{whole.n:,} questions decide nothing: the first look is at {sequential.LOOKS[0]:,}"
-        return whole.line(name, INCONCLUSIVE, margin, note)
-    drop = _at_look(whole, look, metrics[name])
-    verdict = _against(drop.low, drop.high, margin, at_most=True)
-    if verdict == PASS and drop.ability <= margin:
-        return drop.line(name, INCONCLUSIVE, margin, f"cannot pass: {drop.blindness}")
-    asked = f" ({whole.n:,} were asked)" if whole.n > look.n else ""
-    note = look.describe() + asked
-    if verdict == FAIL:
+        note = f"{whole.n:,} {pair.unit} decide nothing: the first look is at {sequential.LOOKS[0]:,}"
+        return whole.line(INCONCLUSIVE, note)
+    drop = _at_look(whole, look, pair)
+    if drop.verdict == PASS and drop.ability <= margin:
+        return drop.line(INCONCLUSIVE, f"cannot pass: {drop.blindness}")
+    note = look.describe() + (f" ({whole.n:,} were asked)" if whole.n > look.n else "")
+    if drop.verdict == FAIL:
         note = f"the whole interval lies beyond the margin; {note}"
-    elif verdict == INCONCLUSIVE:
-        following = f"next look {look.next:,}" if look.next else "no questions are left to ask"
-        sees = f"{drop.n:,} questions detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}"
+    elif drop.verdict == INCONCLUSIVE:
+        following = f"next look {look.next:,}" if look.next else f"no {pair.unit} are left to ask"
+        sees = f"{drop.n:,} {pair.unit} detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}"
         note = f"{sees}; {note}, {following}"
-    return drop.line(name, verdict, margin, note)
+    return drop.line(drop.verdict, note)
 
 
-def _at_look(whole: _Drop, look: sequential.Look, section: Metrics) -> _Drop:
-    """The drop among the questions of a look, with that look's critical value."""
-    looks = section.get("looks")
+def _at_look(whole: _Drop, look: sequential.Look, pair: _Pair) -> _Drop:
+    """The drop among the items of a look, with that look's critical value."""
+    looks, unit = pair.section.get("looks"), pair.unit
     known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
     counts = next((counts for counts in known if counts.get("n") == look.n), None)
     if counts is None:
-        raise _Unusable(f"the metrics have no counts at the look of {look.n:,} questions")
+        raise _Unusable(f"the metrics have no counts at the look of {look.n:,} {unit}")
     lost, won = (int(_number(counts, key)) for key in ("lost", "won"))
     if min(lost, won) < 0 or lost + won > look.n:
-        raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} questions")
+        raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} {unit}")
     found = paired_interval(look.n, lost, won, look.critical)
     if look.n == whole.n and not math.isclose(100 * found.estimate, whole.estimate, abs_tol=1e-6):
         raise _Unusable(f"{lost} lost and {won} won of {look.n:,} are not a drop of {whole.estimate:.4g} points")
-    points = (100 * value for value in (found.estimate, found.low, found.high, found.detectable))
-    return _Drop(look.n, *points, whole.ability, whole.standing)
+    figures = {name: 100 * getattr(found, name) for name in ("estimate", "low", "high", "detectable")}
+    return dataclasses.replace(whole, n=look.n, **figures)
 
 
-def _probability_line(name: str, metrics: Metrics, reference: Metrics) -> GateLine:
-    section = _section(metrics, "mmlu", "variant")
-    _same_items(section, _section(reference, "mmlu", "reference"), "accuracy")
-    key = "probability_drop_points"
-    low, estimate, high = (_number(section, f"{key}{end}") for end in ("_low", "", "_high"))
-    _ordered(low, estimate, high, -math.inf, math.inf)
-    n, detectable = int(_number(section, "n")), _number(section, f"{key}_detectable")
-    return GateLine(name, REPORTED, n, estimate, low, high, None, detectable)
+def _floor_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
+    drop = _drop(gate, pair, margin)
+    if margin is None or (drop.ability <= margin and drop.verdict != FAIL):
+        return drop.line(REPORTED, f"gates nothing: {drop.blindness}")
+    sees = f"{drop.n:,} items detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; ask more"
+    notes = {PASS: "", FAIL: "the whole interval lies beyond the margin", INCONCLUSIVE: sees}
+    return drop.line(drop.verdict, notes[drop.verdict])
 
 
-def _humaneval_line(name: str, metrics: Metrics, reference: Metrics, margin: float | None) -> GateLine:
-    drop = _drop(name, "pass_at_1", metrics, reference)
-    verdict = REPORTED if margin is None else _against(drop.low, drop.high, margin, at_most=True)
-    if margin is None or (drop.ability <= margin and verdict != FAIL):
-        return drop.line(name, REPORTED, margin, f"gates nothing: {drop.blindness}")
-    notes = {
-        PASS: "",
-        FAIL: "the whole interval lies beyond the margin",
-        INCONCLUSIVE: f"{drop.n:,} items detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; "
-        f"ask more",
-    }
-    return drop.line(name, verdict, margin, notes[verdict])
-
-
-def _same_items(section: Metrics, own: Metrics, key: str) -> None:
-    for field in ("n", "mode", "prompt", "samples", "temperature"):
-        if section.get(field) != own.get(field):
-            raise _Unusable(f"variant has {field} {section.get(field)}, reference {own.get(field)}: not the same items")
-    if not math.isclose(_number(section, f"reference_{key}"), _number(own, key), abs_tol=1e-9):
-        raise _Unusable(f"paired with a reference of {section[f'reference_{key}']:.4f}, but it has {own[key]:.4f}")
+_KINDS: dict[str, Callable[[Gate, _Pair, Any], GateLine]] = {
+    AT_MOST: _interval_line,
+    AT_LEAST: _interval_line,
+    LOOKS: _looks_line,
+    FLOOR: _floor_line,
+    SHOWN: _reported_line,
+}

@@ -1,22 +1,65 @@
-"""The row of configs/gates.yaml that judges a variant."""
+"""configs/gates.yaml, and the row of it that judges a variant."""
 
 from __future__ import annotations
 
-from pipeline.config.gates import GateLimits, load_gates
+from pydantic import Field, create_model
+
 from pipeline.config.models import load_model
 from pipeline.config.recipes import load_recipe
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
 from pipeline.errors import ConfigError
+from pipeline.tasks.registry import gates
 
 
-def gate_row(model: str, variant: str) -> tuple[str, GateLimits]:
+class Row(Frozen):
+    """One row of limits."""
+
+    opt_in: tuple[Name, ...] | None = Field(
+        default=None, description="models that may be released in this row; None: all"
+    )
+
+
+# A limit for each gate that has one. A margin of None means: reported, gates nothing.
+GateLimits = create_model(
+    "GateLimits",
+    __base__=Row,
+    **{
+        gate.limit: (float if gate.allowed.is_required() else float | None, gate.allowed)
+        for gate in gates().values()
+        if gate.allowed
+    },
+)
+
+
+class GateClass(Frozen):
+    """A class of models that share limits, with the reason for them."""
+
+    reason: str
+    parameters: tuple[int, int] = Field(description="least and most that a model judged by it may have")
+    variants: dict[Name, GateLimits] = Field(description="rows by the variant they judge, or the `gate` of its recipe")
+
+
+class GatesConfig(Frozen):
+    """All gate classes by name, and the ratchet."""
+
+    ratchet: float = Field(gt=1, description="most that a mean KL may be of the last release's on the same text")
+    classes: dict[Name, GateClass]
+
+
+def load_gates() -> GatesConfig:
+    """configs/gates.yaml"""
+    return load(GatesConfig, CONFIGS / "gates.yaml")
+
+
+def gate_row(model: str, variant: str) -> tuple[str, Row]:
     """Class/row of configs/gates.yaml that judges a variant, and its limits. Raises ConfigError when there is none."""
-    gates, gate_class = load_gates(), load_model(model).gate_class
-    if gate_class not in gates.classes:
+    classes, gate_class = load_gates().classes, load_model(model).gate_class
+    if gate_class not in classes:
         raise ConfigError(
             f"configs/models/{model}.yaml: gate_class {gate_class!r} is not in configs/gates.yaml "
-            f"(there: {', '.join(gates.classes)})"
+            f"(there: {', '.join(classes)})"
         )
-    rows, name = gates.classes[gate_class].variants, load_recipe(variant).gate or variant
+    rows, name = classes[gate_class].variants, load_recipe(variant).gate or variant
     if name not in rows:
         raise ConfigError(
             f"configs/gates.yaml: class {gate_class!r} of {model} has no limits for {name!r} (there: "

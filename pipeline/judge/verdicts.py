@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_pipeline
 from pipeline.errors import EvaluationError
 from pipeline.files import read_json
 from pipeline.judge.gates import INCONCLUSIVE, GateLine, Verdict, exit_code, worst
 from pipeline.judge.sequential import next_look
+from pipeline.tasks.registry import load_suite
+from pipeline.tasks.task import LOOKS, Task
 from pipeline.workspace import Workspace
 
 
@@ -51,29 +52,36 @@ def gate(models: list[str], variants: list[str]) -> int:
 
 
 def escalate(models: list[str], variants: list[str]) -> None:
-    """Print, for every INCONCLUSIVE MMLU line, its next look, and the command that asks as many questions."""
-    run, wanted = load_pipeline(), 0
-    suite = load_suite(run.suite).mmlu.questions
-    for model in models:
-        for variant in variants:
-            for line in read_verdict(Workspace(model), variant).lines:
-                if line.name == "mmlu" and line.verdict == INCONCLUSIVE:
+    """Print, for every INCONCLUSIVE line that is judged at looks, its next look, and the command that asks as much."""
+    run = load_pipeline()
+    suite, waiting = load_suite(run.suite), False
+    pairs = [(model, variant) for model in models for variant in variants]
+    verdicts = {f"{model} {variant}": read_verdict(Workspace(model), variant) for model, variant in pairs}
+    for task, part in suite.by_task():
+        judged = {gate.name for gate in task.gates if gate.kind == LOOKS}
+        asked, wanted = getattr(part, task.counted[0]) if judged else 0, 0
+        for name, verdict in verdicts.items():
+            for line in verdict.lines:
+                if line.name in judged and line.verdict == INCONCLUSIVE:
                     look = next_look(line.n or 0)
-                    print(f"{model} {variant}: {_escalation(line, look, suite)}")
+                    print(f"{name}: {_escalation(task, line, look, asked)}")
                     wanted = max(wanted, look or 0)
-    if not wanted:
-        print("No INCONCLUSIVE MMLU line waits for a further look.")
-        return
-    subjects = len(run.models) * (len(run.variants) + 1)
-    print(
-        f"{subjects} models and variants share the suite {run.suite!r}, references included: "
-        f"{max(0, wanted - suite) * subjects:,} new questions in all; answers that are kept are not asked again.\n"
-        f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:mmlu.questions={wanted}'"
-    )
+        if wanted:
+            waiting = True
+            subjects = len(run.models) * (len(run.variants) + 1)
+            print(
+                f"{subjects} models and variants share the suite {run.suite!r}, references included: "
+                f"{max(0, wanted - asked) * subjects:,} new {task.unit} in all; answers that are kept are not asked "
+                f"again.\n"
+                f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:{task.name}.{task.counted[0]}={wanted}'"
+            )
+    if not waiting:
+        print("No INCONCLUSIVE line waits for a further look.")
 
 
-def _escalation(line: GateLine, look: int | None, asked: int) -> str:
+def _escalation(task: Task, line: GateLine, look: int | None, asked: int) -> str:
+    begin = f"{task.title} is INCONCLUSIVE"
     if look is None:
-        return f"MMLU is INCONCLUSIVE after all {line.n:,} questions: improve the variant, or justify another margin."
+        return f"{begin} after all {line.n:,} {task.unit}: improve the variant, or justify another margin."
     more = max(0, look - asked)
-    return f"MMLU is INCONCLUSIVE at {line.n:,} questions; next look {look:,}, {more:,} more than the suite asks."
+    return f"{begin} at {line.n:,} {task.unit}; next look {look:,}, {more:,} more than the suite asks."

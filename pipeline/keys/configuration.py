@@ -10,12 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config.gates import load_gates
 from pipeline.config.models import load_model, load_pipeline, model_names
 from pipeline.config.recipes import load_recipe, recipe_names
 from pipeline.config.sources import load_datasets
+from pipeline.config.typed_yaml import CONFIGS, read
 from pipeline.keys.closure import Closure, modules
 
+_ELSEWHERE = ("load_gates", "load_suite")  # of configuration that tasks define
 _BY_VALUE = "load_datasets"  # its entries count where their name is mentioned
 
 
@@ -40,13 +41,15 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         values = [reach.cut(fields_read(value, closure.attributes)) for value in _calls(loaders[name], item)]
         found[name] = values[0] if len(values) == 1 else values
         reach.mentioned |= set(_strings(found[name]))
+    for chosen in ("models",) * bool(item.model) + ("variants",) * bool(item.variant):  # others change nothing for it
+        found.get("load_pipeline", {}).pop(chosen, None)
     return found
 
 
 def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in closure.names:
         module, _, function = name.rpartition(".")
-        ours = module in modules() and (module.startswith("pipeline.config.") or function == "load_suite")
+        ours = module in modules() and (module.startswith("pipeline.config.") or function in _ELSEWHERE)
         if ours and function.startswith(("load_", "has_")):
             yield function, getattr(import_module(module), function)
 
@@ -57,7 +60,7 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
     choices: dict[str, Iterable[Any]] = {
         "model": [item.model] if item.model else selected.models,
         "variant": [item.variant] if item.variant else selected.variants,
-        "variants": [selected.variants],
+        "variants": [(item.variant,) if item.variant else selected.variants],
         "suite": [selected.suite],
     }
     parameter = next(iter(inspect.signature(loader).parameters), None)
@@ -68,9 +71,13 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
 
 
 def fields_read(value: Any, attributes: frozenset[str]) -> Any:
-    """JSON data of a value; of configuration objects only the fields that are read as attributes."""
+    """JSON data of a value; of configuration objects only the fields that are read as attributes.
+
+    A suite's parts are read through `by_task`, not by name.
+    """
     if isinstance(value, BaseModel):
-        fields = (name for name in type(value).model_fields if name in attributes)
+        parts = "by_task" in attributes and hasattr(value, "by_task")
+        fields = (name for name in type(value).model_fields if parts or name in attributes)
         return {name: fields_read(getattr(value, name), attributes) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): fields_read(entry, attributes) for key, entry in value.items()}
@@ -84,8 +91,8 @@ class _Reach:
     """Which entries of mappings an item can read; `mentioned`: names that its code and configuration say."""
 
     def __init__(self, item: Item, closure: Closure):
-        gates = load_gates().classes
-        rows = {row for gate_class in gates.values() for row in gate_class.variants}
+        gates = read(CONFIGS / "gates.yaml")["classes"]
+        rows = {row for gate_class in gates.values() for row in gate_class["variants"]}
         self.mentioned = set(closure.strings)
         self._datasets = set(load_datasets().datasets)
         self._kinds: list[tuple[set[str], str | None]] = [

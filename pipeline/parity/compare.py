@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import TensorRef
 from pipeline.errors import EvaluationError, ResourceError
-from pipeline.runtime.session import open_session
+from pipeline.runtime.session import OnnxDecoder
 
 EXPORTER = "optimum-onnx"
 NEAR_TIE = 2e-4
@@ -127,30 +127,13 @@ def judge(mine: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 def cached_logits(path: Path, architecture: Architecture, ids: np.ndarray, prompt_tokens: int) -> np.ndarray:
     """Logits, float32 [len(ids), vocab]: the first `prompt_tokens` ids at once, then one at a time with the KV cache.
 
-    Feeds the inputs that the file declares: Optimum's exports take position_ids, ours do not.
-
     Raises:
         EvaluationError: the file does not load, or gives logits that are not finite or of another shape.
     """
-    session = open_session(path)
-    inputs = {value.name for value in session.get_inputs()}
-    outputs = [value.name for value in session.get_outputs()]
-    cache_names = sorted(name for name in inputs if name.startswith("past_key_values."))
-    cache = {name: np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32) for name in cache_names}
-    rows: list[np.ndarray] = []
-    done = 0
+    decoder, state, rows = OnnxDecoder(path), None, []
     for step in np.split(ids, range(prompt_tokens, len(ids))):
-        total = done + len(step)
-        feeds = {
-            "input_ids": step[None],
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(done, total)[None],
-        }
-        wanted = {name: value for name, value in feeds.items() if name in inputs}
-        values = dict(zip(outputs, session.run(outputs, wanted | cache), strict=True))
-        cache = {name: values["present" + name.removeprefix("past_key_values")] for name in cache}
-        rows.append(values["logits"][0])
-        done = total
+        found, state = decoder.run(step.tolist(), state)
+        rows.append(found)
     logits = np.concatenate(rows)
     bad = int((~np.isfinite(logits)).sum())
     if bad or logits.shape != (len(ids), architecture.vocab):

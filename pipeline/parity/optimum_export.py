@@ -64,15 +64,15 @@ def load_reference(weights: Path, layers: int, vocab: int) -> Any:
 
     model = AutoModelForCausalLM.from_config(reference_config(weights, layers, vocab), dtype=torch.float32).eval()
     state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the embedding's own memory, which a head in the files must not overwrite
     missing = set(state)
     for path in sorted(weights.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in set(file.keys()) & set(state):
+            for name in filter(state.__contains__, file.keys()):
                 values = file.get_slice(name)
                 state[name].copy_(values[: len(state[name])] if len(values.get_shape()) else values[:])
                 missing.discard(name)
-    if model.config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
     if missing:
         raise GraphError(f"{weights}: transformers wants {len(missing)} absent tensors, such as {min(missing)!r}.")
     return model

@@ -20,7 +20,8 @@ from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import Budget, KvCache, Pin, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.planning.memory import Memory, packed_memory, use_memory, weight_memory
-from pipeline.planning.recipes import Piece, Plan, PlannedMatrix, apply_format, cache_of
+from pipeline.planning.recipes import TABLES, Piece, Plan, PlannedMatrix, apply_format, cache_of
+from pipeline.planning.sensitivity import Sensitivity
 from pipeline.quantize.formats import TensorFormat
 
 _SPLIT_STEPS = 8  # shares of an input's channels at more bits: eighths
@@ -29,61 +30,6 @@ _RELATIVE_GAP = 1e-4
 _OF = {"bytes": "", "body": " of the body", "memory": " of memory"}
 _CHANNEL_BYTES = 4  # an int32 index per gathered channel
 _BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of three tensors on their own pages, and nodes
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What was measured of a model.
-
-    Attributes:
-        errors: matrix → format → E[x²]·Σ(w − ŵ)² of each input channel, float32 [columns].
-        order: input → its channels, the most important first, int32 [columns].
-        nats: matrix → mean KL divergence, nats per token, with it alone in the format `damage[matrix]`.
-        damage: matrix → that format.
-    """
-
-    errors: Mapping[str, Mapping[str, np.ndarray]]
-    order: Mapping[str, np.ndarray]
-    nats: Mapping[str, float]
-    damage: Mapping[str, str]
-
-    def cost(self, planned: PlannedMatrix) -> float:
-        """Predicted KL divergence of one planned matrix, nats per token. Raises PlanError for a format not measured."""
-        matrix = planned.matrix
-        kinds = [self._columns(matrix, str(piece.format)) for piece in planned.pieces]
-        if planned.split:
-            order, high = self.order[matrix.input], planned.pieces[0].columns
-            error = kinds[0][order[:high]].sum() + kinds[1][order[high:]].sum()
-        else:
-            error = kinds[0].sum()
-        measured = float(self._columns(matrix, self.damage[matrix.name]).sum(dtype=np.float64))
-        return max(self.nats[matrix.name], 0.0) * float(error) / measured if measured else 0.0
-
-    def check(self, matrices: Sequence[Matrix]) -> None:
-        """Raise PlanError unless these matrices were measured, with the columns that they have."""
-        for matrix in matrices:
-            sizes = {len(found) for found in self.errors.get(matrix.name, {}).values()}
-            order = self.order.get(matrix.input)
-            ordered = matrix.role == "embedding" or (order is not None and len(order) == matrix.columns)
-            if (
-                matrix.name not in self.nats
-                or matrix.name not in self.damage
-                or sizes != {matrix.columns}
-                or not ordered
-            ):
-                raise PlanError(
-                    f"tensor {matrix.name} [{matrix.rows}, {matrix.columns}] is not what the sensitivity stage "
-                    f"measured (channels: {', '.join(map(str, sorted(sizes))) or 'none'}). Run it for this model again."
-                )
-
-    def _columns(self, matrix: Matrix, fmt: str) -> np.ndarray:
-        found = self.errors[matrix.name].get(fmt)
-        if found is None:
-            raise PlanError(
-                f"tensor {matrix.name}: no error was measured for {fmt} (measured: "
-                f"{', '.join(self.errors[matrix.name])}). Add it to `formats` in configs/sensitivity.yaml."
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -120,56 +66,48 @@ def groups(architecture: Architecture, budget: Budget, sensitivity: Sensitivity)
     Dominated ones are left out. Raises PlanError when a pin matches nothing, or a format was not measured or fits no
     matrix.
     """
-    tables = architecture.tables
-    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
-    _check_pins(budget.pin, tables, body)
-    sensitivity.check([*tables, *body])
-    found = [_options([table], _table_formats(table, budget), False, budget, sensitivity) for table in tables]
-    for _, sharing in groupby(body, key=lambda matrix: matrix.input):
-        found.append(_options(list(sharing), budget.formats, budget.splits, budget, sensitivity))
-    return found
-
-
-def _table_formats(table: Matrix, budget: Budget) -> Sequence[str]:
-    return (budget.embedding,) if table.role == "embedding" and budget.embedding else budget.tables
-
-
-def _check_pins(pins: Sequence[Pin], tables: Sequence[Matrix], body: Sequence[Matrix]) -> None:
-    for pin in pins:
-        if not any(fnmatchcase(matrix.name, pin.tensors) for matrix in (*tables, *body)):
-            raise PlanError(f"pin {pin.tensors!r} matches no tensor of this model; one is called {body[-1].name!r}.")
-    for table in tables:
-        pin = _pin_of(table, pins)
-        if pin and isinstance(pin.format, SplitFormat):
+    matrices = _stored(architecture)
+    for pin in budget.pin:
+        if not any(fnmatchcase(matrix.name, pin.tensors) for matrix in matrices):
             raise PlanError(
-                f"pin {pin.tensors!r} splits {table.name}: embedding and head are stored whole. Pin them to one format "
-                f"before this pin: the first that matches counts."
+                f"pin {pin.tensors!r} matches no tensor of this model; one is called {matrices[-1].name!r}."
             )
+    sensitivity.check(matrices)
+    return [_options(list(sharing), budget, sensitivity) for _, sharing in groupby(matrices, lambda item: item.input)]
 
 
-def _options(
-    matrices: list[Matrix], formats: Sequence[str], splits: bool, budget: Budget, sensitivity: Sensitivity
-) -> list[Option]:
-    pinned = [_pin_of(matrix, budget.pin) for matrix in matrices]
-    whole = [
-        [apply_format(name, matrix) for name in ([pin.format] if pin else formats)]
-        for matrix, pin in zip(matrices, pinned, strict=True)
-    ]
-    plans = [choice for choice in product(*whole) if len({_cut(item) for item in choice}) == 1]
+def _stored(architecture: Architecture) -> list[Matrix]:
+    """Every matrix that an artifact holds: the tables, then the body."""
+    return [*architecture.tables, *architecture.matrices[:-1]]
+
+
+def _options(matrices: list[Matrix], budget: Budget, sensitivity: Sensitivity) -> list[Option]:
+    whole = [[apply_format(chosen, matrix) for chosen in _choices(matrix, budget)] for matrix in matrices]
+    plans = [choice for choice in product(*whole) if len({item.widths for item in choice}) == 1]
     if not plans:
         names = ", ".join(matrix.name for matrix in matrices)
         raise PlanError(f"tensors {names} share their input: pin all of them to the same split, or none to one.")
-    if splits and not any(pinned):
-        plans += _splits(matrices, formats)
+    if budget.splits and matrices[0].role not in TABLES and not any(_pin_of(matrix, budget) for matrix in matrices):
+        plans += _splits(matrices, budget.formats)
     return _front([_option(choice, sensitivity) for choice in plans])
 
 
-def _pin_of(matrix: Matrix, pins: Sequence[Pin]) -> Pin | None:
-    return next((pin for pin in pins if fnmatchcase(matrix.name, pin.tensors)), None)
+def _choices(matrix: Matrix, budget: Budget) -> Sequence[str | SplitFormat]:
+    """What a budget may store a matrix in, splits that it finds itself apart."""
+    if pin := _pin_of(matrix, budget):
+        if matrix.role in TABLES and isinstance(pin.format, SplitFormat):
+            raise PlanError(
+                f"pin {pin.tensors!r} splits {matrix.name}: embedding and head are stored whole. Pin them to one "
+                f"format before this pin: the first that matches counts."
+            )
+        return (pin.format,)
+    if matrix.role == "embedding" and budget.embedding:
+        return (budget.embedding,)
+    return budget.tables if matrix.role in TABLES else budget.formats
 
 
-def _cut(planned: PlannedMatrix) -> tuple[int, ...]:
-    return tuple(piece.columns for piece in planned.pieces)
+def _pin_of(matrix: Matrix, budget: Budget) -> Pin | None:
+    return next((pin for pin in budget.pin if fnmatchcase(matrix.name, pin.tensors)), None)
 
 
 def _splits(matrices: list[Matrix], formats: Sequence[str]) -> Iterator[tuple[PlannedMatrix, ...]]:
@@ -179,7 +117,7 @@ def _splits(matrices: list[Matrix], formats: Sequence[str]) -> Iterator[tuple[Pl
     for high, low in product(kinds, kinds):
         step = max(high.block, low.block)
         shares = {round(part * columns / _SPLIT_STEPS / step) * step for part in range(1, _SPLIT_STEPS)}
-        for count in sorted(shares - {0}) if high.bits > low.bits else ():
+        for count in sorted(shares - {0}) if high.finer_than(low) else ():
             if columns % step == 0 and count < columns:
                 pieces = Piece(high, count), Piece(low, columns - count)
                 yield tuple(PlannedMatrix(matrix, pieces) for matrix in matrices)
@@ -190,7 +128,7 @@ def _option(planned: tuple[PlannedMatrix, ...], sensitivity: Sensitivity) -> Opt
     return Option(
         planned,
         sum(item.bytes for item in planned) + gathered,
-        sum(item.bytes for item in planned if item.matrix.role not in {"embedding", "head"}),
+        sum(item.bytes for item in planned if item.matrix.role not in TABLES),
         sum(weight_memory(item) for item in planned) + gathered,
         sum(sensitivity.cost(item) for item in planned),
     )
@@ -301,29 +239,23 @@ def bound(
     architecture: Architecture, budget: Budget, limits: Mapping[str, int], context: int, kv_cache: KvCache = "float32"
 ) -> Bound:
     """The most that a plan within `limits` (as for `solve`) can take, from shapes alone; `context` in tokens."""
-    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
-    kinds = [[apply_format(name, matrix) for name in _formats_of(matrix, budget)] for matrix in body]
-    tables = [[apply_format(name, matrix) for name in _formats_of(matrix, budget)] for matrix in architecture.tables]
-    largest = [max(item.bytes for item in choices) for choices in (*tables, *kinds)]
-    table_bytes, matrices = sum(largest[: len(tables)]), (*architecture.tables, *body)
-    body_bytes = min(sum(largest[len(tables) :]), *(limits[name] for name in ("bytes", "body") if name in limits))
-    beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in body}.values())
+    matrices, tables = _stored(architecture), len(architecture.tables)
+    kinds = [[apply_format(name, matrix) for name in _whole(matrix, budget)] for matrix in matrices]
+    largest = [max(item.bytes for item in choices) for choices in kinds]
+    body_bytes = min(sum(largest[tables:]), *(limits[name] for name in ("bytes", "body") if name in limits))
+    beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in matrices[tables:]}.values())
     beside += _BESIDE_MATRIX * len(matrices)
     beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
-    size = min(limits.get("bytes", 1 << 62), table_bytes + body_bytes + beside)
-    growth = max(weight_memory(item) / item.bytes for choices in kinds for item in choices)
-    packed_body = int(body_bytes * growth)
-    table_memory = [max(map(weight_memory, choices)) for choices in tables]
-    weights = min(limits.get("memory", 1 << 62), packed_body + sum(table_memory))
+    size = min(limits.get("bytes", 1 << 62), sum(largest[:tables]) + body_bytes + beside)
+    packed_body = int(body_bytes * max(weight_memory(item) / item.bytes for found in kinds[tables:] for item in found))
+    table_memory = sum(max(map(weight_memory, choices)) for choices in kinds[:tables])
+    weights = min(limits.get("memory", 1 << 62), packed_body + table_memory)
     memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
-    head_bytes = largest[len(tables) - 1]
-    packed = min(weights, packed_body + max(map(packed_memory, tables[-1])))
-    return Bound(size, memory, packed, min(size, head_bytes + body_bytes + beside))
+    packed = min(weights, packed_body + max(map(packed_memory, kinds[tables - 1])))
+    return Bound(size, memory, packed, min(size, largest[tables - 1] + body_bytes + beside))
 
 
-def _formats_of(matrix: Matrix, budget: Budget) -> Sequence[str]:
+def _whole(matrix: Matrix, budget: Budget) -> Sequence[str]:
     """Every whole format that a budget may give to a matrix or to a part of its channels."""
-    pin = _pin_of(matrix, budget.pin)
-    if pin:
-        return (pin.format,) if isinstance(pin.format, str) else (pin.format.high, pin.format.low)
-    return _table_formats(matrix, budget) if matrix.role in {"embedding", "head"} else budget.formats
+    choices = _choices(matrix, budget)
+    return [name for item in choices for name in ((item,) if isinstance(item, str) else (item.high, item.low))]

@@ -20,11 +20,11 @@ from typing import Literal
 from pipeline.config.phones import Efficiency, Tier, TiersConfig
 from pipeline.config.recipes import KvCache
 
+# Private bytes of a process whose weights are mapped from a prepacked file, activations and cache aside. Measured: 34
+# to 148 MB from 0.1 to 14.7 billion parameters (benchmarks/README.md).
 PREPACKED_PRIVATE = 150_000_000
-"""Private bytes of a process whose weights are mapped from a prepacked file, activations and cache aside. Measured: 34
-to 148 MB from 0.1 to 14.7 billion parameters (benchmarks/README.md)."""
+# Tokens below which no shorter context is suggested: one chunk of prefill.
 LEAST_CONTEXT = 256
-"""Tokens below which no shorter context is suggested: one chunk of prefill."""
 _INT8_SHARE = 4  # float32 keys and values take so many times the bytes of int8 ones
 
 Basis = Literal["measured", "computed", "bound", "assumed"]
@@ -172,9 +172,14 @@ def plain(footprint: Footprint, context: int) -> Way:
     return Way(context, footprint.kv_cache)
 
 
+def as_made(candidate: Candidate, context: int, tiers: TiersConfig) -> Need:
+    """What a variant takes when it runs as `plain`."""
+    return need(candidate.footprint, plain(candidate.footprint, context), tiers.runtime_bytes)
+
+
 def fitting_tiers(candidate: Candidate, tiers: TiersConfig) -> tuple[str, ...]:
     """Tiers that hold a variant at the tiers' context, in their order, whatever is best there."""
-    found = need(candidate.footprint, plain(candidate.footprint, tiers.context), tiers.runtime_bytes)
+    found = as_made(candidate, tiers.context, tiers)
     return tuple(name for name, tier in tiers.tiers.items() if fits(found, tier, tiers))
 
 
@@ -188,12 +193,8 @@ def rank(candidate: Candidate) -> tuple[bool, float, int, str]:
 
 def best(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int) -> Candidate | None:
     """The best variant that passed its gates, or has yet to, and that the tier holds as it is made."""
-
-    def held(candidate: Candidate) -> bool:
-        way = plain(candidate.footprint, context)
-        return candidate.releasable and fits(need(candidate.footprint, way, tiers.runtime_bytes), tier, tiers)
-
-    return min(filter(held, candidates), key=rank, default=None)
+    held = (item for item in candidates if item.releasable and fits(as_made(item, context, tiers), tier, tiers))
+    return min(held, key=rank, default=None)
 
 
 # --- what would fit --------------------------------------------------------------------------------------------------
@@ -223,28 +224,21 @@ def suggest(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, con
     for count in range(1, len(WAYS) + 1):
         for candidate in ordered:
             for changes in combinations(WAYS, count):
-                if any(set(other.changes) <= set(changes) and _as_good(other, candidate) for other in found):
+                as_good = [other for other in found if rank(other.candidate) <= rank(candidate)]
+                if any(set(other.changes) <= set(changes) for other in as_good):
                     continue
                 if fitting := _changed(candidate.footprint, changes, tier, tiers, context):
                     found.append(Suggestion(candidate, changes, *fitting))
     return found
 
 
-def _as_good(other: Suggestion, candidate: Candidate) -> bool:
-    return rank(other.candidate) <= rank(candidate)
-
-
 def _changed(
     footprint: Footprint, changes: tuple[Change, ...], tier: Tier, tiers: TiersConfig, context: int
 ) -> tuple[Way, Need] | None:
     """The variant with these changes, if the tier holds it and each of them changes something."""
-    way = plain(footprint, context)
-    if "prepacked" in changes:
-        way = replace(way, prepacked=True)
-    if "int8-kv" in changes:
-        if way.kv_cache == "int8":
-            return None
-        way = replace(way, kv_cache="int8")
+    if "int8-kv" in changes and footprint.kv_cache == "int8":
+        return None
+    way = Way(context, "int8" if "int8-kv" in changes else footprint.kv_cache, "prepacked" in changes)
     if "shorter-context" in changes:
         tokens = longest_context(footprint, way, tier, tiers)
         if not LEAST_CONTEXT <= tokens < context:
@@ -272,8 +266,7 @@ def suggest_smaller(
     """The first of these models, given from the largest to the smallest, that a tier holds: as it is, or changed."""
     for model, candidates in smaller.items():
         if chosen := best(candidates, tier, tiers, context):
-            way = plain(chosen.footprint, context)
-            found = need(chosen.footprint, way, tiers.runtime_bytes)
+            way, found = plain(chosen.footprint, context), as_made(chosen, context, tiers)
             return Suggestion(chosen, ("smaller-model",), way, found, model)
         for suggestion in suggest(candidates, tier, tiers, context):
             return replace(suggestion, changes=("smaller-model", *suggestion.changes), model=model)
@@ -300,8 +293,8 @@ class Decision:
         """What a phone of this tier can run: the choice without a change, else the first suggestion."""
         if self.chosen is None:
             return next(iter(self.suggestions), None)
-        context = self.needs[self.chosen.variant].context
-        return Suggestion(self.chosen, (), plain(self.chosen.footprint, context), self.needs[self.chosen.variant])
+        found = self.needs[self.chosen.variant]
+        return Suggestion(self.chosen, (), plain(self.chosen.footprint, found.context), found)
 
 
 def decide(
@@ -312,10 +305,7 @@ def decide(
     smaller: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> Decision:
     """One model on one tier at `context` tokens; `smaller`: other models to fall back to, the largest first."""
-    needs = {
-        candidate.variant: need(candidate.footprint, plain(candidate.footprint, context), tiers.runtime_bytes)
-        for candidate in candidates
-    }
+    needs = {candidate.variant: as_made(candidate, context, tiers) for candidate in candidates}
     if chosen := best(candidates, tier, tiers, context):
         return Decision(chosen, None, needs, ())
     releasable = [candidate for candidate in candidates if candidate.releasable]

@@ -11,19 +11,11 @@ from dataclasses import asdict, dataclass
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.recipes import KvCache
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
-from pipeline.quantize.formats import TensorFormat
 
+# Tokens that onnxruntime-genai is configured to read at a time.
 PREFILL_CHUNK = 256
-"""Tokens that onnxruntime-genai is configured to read at a time."""
+# Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120.
 ACTIVATION_COPIES = 4.5
-"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
-# Once a kernel has packed it, a weight takes its code's bits and its share of these bits of a block, for scales, zero
-# points and sums: the larger of what was measured on x86-64 and on arm64 (ONNX Runtime 1.31).
-_PER_BLOCK = {2: 64, 4: 64, 8: 96}
-
-
-def _packed_bytes(fmt: TensorFormat, weights: int) -> int:
-    return sum(int(weights * (bits + _PER_BLOCK[bits] / fmt.block) / 8) for bits in fmt.planes)
 
 
 def weight_memory(planned: PlannedMatrix) -> int:
@@ -36,7 +28,7 @@ def packed_memory(planned: PlannedMatrix) -> int:
     """Bytes of a matrix as its product reads them; 0 for an embedding, of which a token reads one row."""
     if planned.matrix.role == "embedding":
         return 0
-    return sum(_packed_bytes(piece.format, planned.matrix.rows * piece.columns) for piece in planned.pieces)
+    return sum(piece.format.packed_bytes(planned.matrix.rows * piece.columns) for piece in planned.pieces)
 
 
 @dataclass(frozen=True)
@@ -62,19 +54,17 @@ class Memory:
 def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
     """`context` in tokens."""
     weights = sum(map(weight_memory, plan.tables))
-    planes = len(plan.head.pieces[0].format.planes)
-    used = use_memory(architecture, context, plan.cache.type, planes)
+    used = use_memory(architecture, context, plan.cache.type, plan.head.pieces[0].format.results)
     return Memory(weights, *used, max(item.bytes for item in plan.tables))
 
 
 def use_memory(
-    architecture: Architecture, context: int, kv_cache: KvCache = "float32", planes: int = 2
+    architecture: Architecture, context: int, kv_cache: KvCache = "float32", results: int = 3
 ) -> tuple[int, int]:
     """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill.
 
-    A head of two `planes` holds the logits three times over: both products, and their sum.
+    The head's format holds `results` times the logits; three, of two products and their sum, is the most.
     """
     cache = cache_of(architecture, kv_cache).bytes * context
-    logits = architecture.vocab * (1 if planes == 1 else planes + 1)
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + logits
+    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + architecture.vocab * results
     return cache, int(4 * floats * min(PREFILL_CHUNK, context))

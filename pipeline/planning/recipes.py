@@ -9,6 +9,7 @@ from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitForm
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
 
+TABLES = frozenset({"embedding", "head"})  # roles of the matrices with a row for every token
 _CACHE_BYTES: dict[KvCache, int] = {"float32": 4, "int8": 1}
 
 
@@ -33,15 +34,14 @@ class PlannedMatrix:
         return len(self.pieces) > 1
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Input channels of each piece."""
+        return tuple(piece.columns for piece in self.pieces)
+
+    @property
     def bytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        rows = self.matrix.rows
-        return sum(
-            piece.format.code_bytes(rows, piece.columns)
-            + piece.format.scale_bytes(rows, piece.columns)
-            + piece.format.zero_bytes(rows, piece.columns)
-            for piece in self.pieces
-        )
+        return sum(piece.format.bytes(self.matrix.rows, piece.columns) for piece in self.pieces)
 
     @property
     def formats(self) -> str:
@@ -110,11 +110,8 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
         PlanError: a role without a rule, a format without a fast kernel, or matrices that share an input but are split
             differently.
     """
-    body = tuple(
-        apply_format(_rule(recipe, matrix, architecture.layers), matrix)
-        for layer in range(architecture.layers)
-        for matrix in architecture.body(layer)
-    )
+    layers = architecture.layers
+    body = tuple(apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1])
     _check_shared_inputs(body)
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
@@ -148,6 +145,8 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         if isinstance(chosen, str):
             return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
+        if not high.finer_than(low):
+            raise PlanError(f"high ({high}) needs more bits than low ({low}): it takes what matters most")
         step = max(high.block, low.block)
         columns = round(chosen.high_fraction * matrix.columns / step) * step
         if not 0 < columns < matrix.columns:
@@ -165,7 +164,7 @@ def _check_shared_inputs(body: tuple[PlannedMatrix, ...]) -> None:
     seen: dict[str, PlannedMatrix] = {}
     for item in body:
         first = seen.setdefault(item.matrix.input, item)
-        if [piece.columns for piece in item.pieces] != [piece.columns for piece in first.pieces]:
+        if item.widths != first.widths:
             raise PlanError(
                 f"tensors {first.matrix.name} ({first.formats}) and {item.matrix.name} ({item.formats}) multiply the "
                 f"same activations and must be split alike. Give their roles the same split."

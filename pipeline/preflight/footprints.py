@@ -87,7 +87,7 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
     """From shapes: exact for rules and for budgets whose sensitivities were measured, else the budget's bound."""
     recipe, architecture = load_recipe(variant), found.architecture
     if isinstance(recipe, BudgetRecipe) and not Workspace(found.model).nats.exists():
-        most = budget_bound(recipe, architecture, recipe.budget.context or context)
+        most = budget_bound(recipe, architecture, context)
         basis, size, memory, packed, read = "bound", most.bytes, most.memory, most.packed, most.read
         cache_bytes = most.memory.cache // (recipe.budget.context or context)
     else:

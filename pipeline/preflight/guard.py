@@ -14,11 +14,11 @@ from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import load_calibration, load_sensitivity
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import has_budget
 from pipeline.preflight.check import check_all, needed_datasets
 from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
+from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import REFERENCE, Workspace
 

@@ -18,14 +18,15 @@ from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import ITEM_BYTES, TensorRef
 from pipeline.config.calibration import load_calibration, load_sensitivity
-from pipeline.config.evaluation import EvaluationConfig, load_parity, load_suite
 from pipeline.config.models import ModelConfig, load_model, load_pipeline
+from pipeline.config.parity import load_parity
 from pipeline.config.recipes import BudgetRecipe, has_budget, load_recipe
 from pipeline.config.sources import LocalSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Needs, Rates
 from pipeline.runtime.session import runs_layered
+from pipeline.tasks.registry import Suite, load_suite
 from pipeline.workspace import ARTIFACTS, MODEL_FILE, REFERENCE, Workspace
 
 _WIDTH = 118
@@ -170,7 +171,7 @@ def require_download(model: str, store: Store) -> None:
 def reference_needs(
     architecture: Architecture,
     weight_bytes: int,
-    suite: EvaluationConfig,
+    suite: Suite,
     entry: ModelConfig,
     memory: int,
     rates: Rates | None = None,
@@ -246,7 +247,7 @@ def _sizes(
     """
     import onnx
 
-    from pipeline.artifact.plans import bytes_bound, plan_recipe
+    from pipeline.artifact.plans import budget_bound, plan_recipe
     from pipeline.graph.decoder import build_decoder
     from pipeline.planning.recipes import cache_of
 
@@ -261,7 +262,7 @@ def _sizes(
         recipe = load_recipe(variant)
         cache = cache_of(architecture, recipe.kv_cache).bytes
         if isinstance(recipe, BudgetRecipe) and not workspace.nats.exists():
-            sizes[variant] = bytes_bound(recipe, architecture), cache
+            sizes[variant] = budget_bound(recipe, architecture).bytes, cache
         else:
             sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache
     return sizes

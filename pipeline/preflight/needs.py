@@ -6,18 +6,18 @@ cost only speed where it has not. Times are estimates from one measured rate; co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
-from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.models import ModelConfig
 from pipeline.planning.memory import ACTIVATION_COPIES
 from pipeline.runtime.session import memory_needed, widened_bytes
-from pipeline.tasks.mmlu_questions import SUBJECTS
-from pipeline.tasks.mmlu_scoring import CHUNK
+from pipeline.tasks.registry import Suite
+from pipeline.tasks.task import Cost
 
 PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
@@ -31,14 +31,6 @@ WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-MMLU_TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
-"""Mean tokens of a question: prompt without examples, and in cloze mode the four answers (SmolLM2, 570 questions)."""
-MMLU_EXAMPLES = {"five-shot": 512}
-"""Mean tokens of a subject's examples, which are read once."""
-MMLU_LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
-"""Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
-HUMANEVAL_TOKENS = 138
-"""Mean tokens of a problem's prompt (SmolLM2's tokenizer, 164 problems)."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
@@ -177,47 +169,42 @@ def quantize(
 def reference(
     architecture: Architecture,
     weight_bytes: int,
-    suite: EvaluationConfig,
+    suite: Suite,
     entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
     """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
+    costs = _costs(suite, entry)
     return Needs(
         "reference",
         None,
         memory_needed(weight_bytes, architecture.parameters),
-        _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
-        _suite_seconds(architecture, suite, entry, rates),
+        _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
+        _suite_seconds(architecture, costs, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
     )
 
 
 def layered_reference(
-    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None = None
+    architecture: Architecture, suite: Suite, entry: ModelConfig, rates: Rates | None = None
 ) -> Needs:
     """The same layer by layer (`pipeline.runtime.layered`), without generation: a layer in float32 or the head.
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
-    layer = _layer_bytes(architecture, max(suite.divergence.window, CHUNK))
-    logits = 2 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # with their codes and a mask
+    costs = [task.cost(part, entry) for task, part in suite.by_task() if task.runs_graph and not task.reads]
+    decoding = [task.title for task, _ in suite.by_task() if not task.runs_graph]
+    window, longest = _most(costs, "window"), _most(costs, "read")
+    logits = 2 * 4 * architecture.vocab * window  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
-    tokens = {
-        "mmlu": _mmlu_tokens(suite, entry.mmlu_mode),
-        "divergence": sum(suite.divergence.texts.values()),
-    }
-    seconds = None
-    if rates:
-        seconds = sum(_pass_seconds(architecture, count, rates) for count in tokens.values())
-    states = 2 * 4 * architecture.hidden * max(tokens.values())
     return Needs(
         "reference",
         None,
-        PROCESS_BYTES + max(layer, 4 * head + max(2 * head, logits)),
-        states + _codes_bytes(architecture, suite) + SMALL_FILES_BYTES,
-        seconds,
-        f"one layer or the head in float32; hidden states of {max(tokens.values()):,} tokens; 2 bytes per token and "
-        f"vocabulary entry kept; without HumanEval and speed",
+        PROCESS_BYTES + max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits)),
+        2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
+        sum(_pass_seconds(architecture, cost.read, rates) for cost in costs) if rates else None,
+        f"one layer or the head in float32; hidden states of {longest:,} tokens; 2 bytes per token and "
+        f"vocabulary entry kept; without {' and '.join(decoding)}",
     )
 
 
@@ -226,7 +213,7 @@ def validate(
     variant: str,
     artifact_bytes: int,
     cache_bytes: int,
-    suite: EvaluationConfig,
+    suite: Suite,
     entry: ModelConfig,
     rates: Rates | None = None,
 ) -> Needs:
@@ -234,16 +221,15 @@ def validate(
 
     `cache_bytes` are those of one token's keys and values in all layers.
     """
-    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)  # and numpy's
-    prompt = 2 * MMLU_LONGEST[entry.mmlu_mode]  # before a question and after it
-    cache = max(prompt, HUMANEVAL_TOKENS + _solution_tokens(suite, entry)) * cache_bytes
+    costs = _costs(suite, entry)
+    logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
         variant,
-        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + cache,
+        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + _most(costs, "cached") * cache_bytes,
         SMALL_FILES_BYTES,
-        _suite_seconds(architecture, suite, entry, rates),
-        f"prepacked weights, logits and the longest text's KV cache; {_suite_tokens(suite, entry):,} tokens read",
+        _suite_seconds(architecture, costs, rates),
+        f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
     )
 
 
@@ -252,9 +238,17 @@ def bundle(variant: str) -> Needs:
     return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
 
 
-def _codes_bytes(architecture: Architecture, suite: EvaluationConfig) -> int:
+def _costs(suite: Suite, entry: ModelConfig) -> list[Cost]:
+    return [task.cost(part, entry) for task, part in suite.by_task()]
+
+
+def _most(costs: Iterable[Cost], what: str) -> int:
+    return max((getattr(cost, what) for cost in costs), default=0)
+
+
+def _codes_bytes(architecture: Architecture, costs: Iterable[Cost]) -> int:
     """The reference's kept log-probabilities."""
-    return 2 * architecture.vocab * sum(suite.divergence.texts.values())
+    return 2 * architecture.vocab * sum(cost.kept for cost in costs)
 
 
 def _layer_bytes(architecture: Architecture, window: int) -> int:
@@ -278,33 +272,8 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
     return 2 * multiplied * tokens / rates.flops
 
 
-def _solution_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
-    """The longest solution of a problem, its thinking included."""
-    return suite.humaneval.answer_tokens(entry) + suite.humaneval.thinking_tokens(entry)
-
-
-def _suite_tokens(suite: EvaluationConfig, entry: ModelConfig) -> int:
-    """Tokens that a suite reads: held-out text, MMLU questions, the prompts of HumanEval and of the speed test, and the
-    reference's solutions after their prompts."""
-    speed = sum(suite.speed.prompt_tokens) * suite.speed.repeats + min(suite.speed.prompt_tokens)
-    wanted = suite.humaneval
-    prompts = wanted.problems * wanted.samples * HUMANEVAL_TOKENS
-    solutions = wanted.problems * (HUMANEVAL_TOKENS + _solution_tokens(suite, entry))
-    questions = _mmlu_tokens(suite, entry.mmlu_mode)
-    return sum(suite.divergence.texts.values()) + questions + prompts + solutions + speed
-
-
-def _mmlu_tokens(suite: EvaluationConfig, mode: str) -> int:
-    return suite.mmlu.questions * MMLU_TOKENS[mode] + SUBJECTS * MMLU_EXAMPLES.get(mode, 0)
-
-
-def _suite_seconds(
-    architecture: Architecture, suite: EvaluationConfig, entry: ModelConfig, rates: Rates | None
-) -> float | None:
-    """Tokens read, and tokens written: at most the limit for each solution."""
+def _suite_seconds(architecture: Architecture, costs: Iterable[Cost], rates: Rates | None) -> float | None:
+    """Tokens read, and tokens written: at most the limit for each text."""
     if not rates:
         return None
-    generations = len(suite.speed.prompt_tokens) * suite.speed.repeats + 1
-    solutions = suite.humaneval.problems * suite.humaneval.samples
-    written = solutions * _solution_tokens(suite, entry) + suite.speed.new_tokens * generations
-    return _product_seconds(architecture, _suite_tokens(suite, entry) + DECODE_COST * written, rates)
+    return _product_seconds(architecture, sum(cost.read + DECODE_COST * cost.written for cost in costs), rates)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 LEVELS = 127
+# Least range of a channel, in parts of the tensor's largest: what text never excited is still kept with 8 bits of it,
+# and its rounding error is far below the other channels'.
 FLOOR = 1e-3
-"""Least range of a channel, in parts of the tensor's largest: what text never excited is still kept with 8 bits of it,
-and its rounding error is far below the other channels'."""
 
 
 def magnitudes(values: np.ndarray, rotary: int = 0) -> np.ndarray:

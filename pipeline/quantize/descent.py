@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.compiled import compiled
-from pipeline.quantize.formats import Quantized, pack, stacked
+from pipeline.quantize.formats import Quantized, stacked
 from pipeline.quantize.gptq import TILE, bounds, move
 from pipeline.quantize.search import LANES, round_scales
 
@@ -39,10 +39,8 @@ def descended(weights: np.ndarray, hessian: np.ndarray, damping: float, pieces: 
     columns = sum(piece.columns for piece in pieces)
     if weights.shape != (len(pieces[0].codes), columns) or hessian.shape != (columns, columns):
         raise ValueError(f"weights {weights.shape}, a matrix {hessian.shape}, pieces of {columns} columns")
-    tiles = []
-    for start in range(0, len(weights), TILE):
-        rows = slice(start, start + TILE)
-        tiles.append(_tile(weights[rows], hessian, damping, [piece.rows(rows) for piece in pieces]))
+    parts = [slice(start, start + TILE) for start in range(0, len(weights), TILE)]
+    tiles = [_tile(weights[rows], hessian, damping, [piece.rows(rows) for piece in pieces]) for rows in parts]
     return [stacked(parts) for parts in zip(*tiles, strict=True)]
 
 
@@ -59,7 +57,7 @@ class _Grid:
     def stored(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Packed codes and scales of the first rows."""
         codes = self.levels[:, :rows] + np.repeat(self.zeros[:, :rows], self.format.block, axis=0)
-        packed = pack(np.ascontiguousarray(codes.T.astype(np.uint8)), self.format.bits)
+        packed = self.format.pack(np.ascontiguousarray(codes.T.astype(np.uint8)))
         return packed, np.ascontiguousarray(self.halves[:, :rows].T).view(np.float16)
 
 
@@ -71,11 +69,10 @@ def _lanes(values: np.ndarray) -> np.ndarray:
 
 
 def _tile(weights: np.ndarray, hessian: np.ndarray, damping: float, pieces: Sequence[Quantized]) -> list[Quantized]:
-    finite = np.logical_and.reduce([np.isfinite(piece.scales).all(axis=1) for piece in pieces])
-    usable = np.flatnonzero(finite)
+    usable = np.flatnonzero(np.isfinite(np.hstack([piece.scales for piece in pieces])).all(axis=1))
     if not len(usable):
         return list(pieces)
-    chosen = [Quantized(p.format, p.codes[usable], p.scales[usable], p.zeros[usable]) for p in pieces]
+    chosen = [piece.rows(usable) for piece in pieces]
     errors = _lanes(weights[usable] - np.hstack([piece.dequantize() for piece in chosen]))
     grids = [_Grid(piece) for piece in chosen]
     # Relative to the mean, so that nothing overflows or vanishes whatever the number of tokens.

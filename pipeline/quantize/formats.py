@@ -1,12 +1,11 @@
-"""Tensor formats: how one matrix is stored, one table and one decoder for all of them.
+"""Tensor formats: how one matrix is stored, a class each. A new one is a class in `FORMATS`, and a vector in the tests.
 
 `w4b32s` is 4 bits, blocks of 32 along the input channels, symmetric; `a` is asymmetric (an integer zero point per
 block). A weight is (code − zero) · scale, scale in float16, the zero of a symmetric format being 2^(bits−1). Codes are
 packed little-end first, which is MatMulNBits' layout:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
-No kernel multiplies 6 bits, but two do: a code is 4 · (its upper 4 bits) + (its lower 2), so is its zero point, and the
-product with both planes under one scale is the sum of two products.
+A format describes the nodes that compute with it as data (`Node`); what writes a graph makes operators of them.
 """
 
 from __future__ import annotations
@@ -14,58 +13,124 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import PlanError
 
-# Kernels that are fast on x86-64 and arm64 with int8 activations (accuracy_level 4). Others exist in the operator's
-# schema and run 20 to 400 times slower, or are refused when the session starts: a recipe that names one is refused.
-FAST_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 6: (32, 64, 128), 8: (16, 32, 64, 128, 256)}
-# Bits of the planes that codes are stored in, the uppermost first.
-_PLANES = {6: (4, 2)}
+# Bits that a kernel of so many bits keeps of each block beside its codes, once it has packed a weight: scales, zero
+# points and sums, the larger of what was measured on x86-64 and on arm64 (ONNX Runtime 1.31).
+_KEPT_PER_BLOCK = {2: 64, 4: 64, 8: 96}
+
+
+class Plane(NamedTuple):
+    """Some bits of every code, as one kernel multiplies them: their number, and what the lowest of them counts."""
+
+    bits: int
+    unit: int = 1
+
+
+class Stored(NamedTuple):
+    """A tensor of an artifact's data: its name, the numpy name of its type, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Length in bytes."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Operand(NamedTuple):
+    """What a node reads of a matrix: the tensor with this ending of its name, seen under another shape if one is given.
+    Scales, float16, are read as float32, `unit` times as large."""
+
+    tensor: str
+    shape: tuple[int, ...] | None = None
+    unit: int = 1
+
+
+class Node(NamedTuple):
+    """An operator of com.microsoft. The results of a format's nodes, called by their `ending`, add up to the whole.
+
+    `inputs`: None stands for what is multiplied, or for the ids of rows that are looked up.
+    """
+
+    op: str
+    ending: str
+    inputs: tuple[Operand | None, ...]
+    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """One row of the vocabulary: bits per code, block of input channels per scale, symmetric or not."""
+    """Codes of one width. Every subclass is a row of the vocabulary, and may store, pack or compute otherwise.
 
-    bits: int
+    Attributes:
+        block: input channels per scale.
+        symmetric: without zero points.
+        bits: of a code.
+        blocks: those with kernels that are fast on x86-64 and arm64 with int8 activations (accuracy_level 4). Others
+            exist in the operators' schema and run 20 to 400 times slower, or are refused when the session starts: a
+            recipe that names one is refused.
+        ranges: what a search of scales starts from, as shares of the full range: few bits gain from clipping far, 8
+            bits hardly. On Gaussian and Student-t weights these with the refinement leave .2 to 2 % less error than 12
+            ranges without it, in 40 % of the time.
+        planes: what codes are stored in, the uppermost bits first; one plane where a kernel multiplies all bits.
+    """
+
     block: int
     symmetric: bool
+    bits: ClassVar[int]
+    blocks: ClassVar[tuple[int, ...]]
+    ranges: ClassVar[np.ndarray]
+    planes: ClassVar[tuple[Plane, ...]]
 
     def __str__(self) -> str:
         return f"w{self.bits}b{self.block}{'s' if self.symmetric else 'a'}"
 
-    @classmethod
-    def parse(cls, name: str) -> TensorFormat:
+    @staticmethod
+    def parse(name: str) -> TensorFormat:
         """`TensorFormat.parse(str(f)) == f`. Raises PlanError when no fast kernel runs the format."""
         match = re.fullmatch(r"w(\d+)b(\d+)([sa])", name)
         if not match:
             raise PlanError(f"tensor format {name!r} is not of the form w<bits>b<block><s|a>, such as w4b32s.")
-        bits, block = int(match[1]), int(match[2])
-        if bits not in FAST_BLOCKS:
+        bits, found = int(match[1]), FORMATS.get(int(match[1]))
+        if found is None:
             raise PlanError(
                 f"tensor format {name!r}: ONNX Runtime's MatMulNBits runs 2, 4 and 8 bits, and 6 as a sum of two, not "
                 f"{bits}. For an average of about {bits} bits, split a matrix along its input channels (see "
                 f"configs/recipes/q3.yaml)."
             )
-        if block not in FAST_BLOCKS[bits]:
+        chosen = found(int(match[2]), match[3] == "s")
+        if chosen.block not in found.blocks:
             raise PlanError(
-                f"tensor format {name!r}: {bits}-bit blocks of {block} have no fast kernel; "
-                f"use {', '.join(map(str, FAST_BLOCKS[bits]))}."
+                f"tensor format {name!r}: {bits}-bit blocks of {chosen.block} have no fast kernel; "
+                f"use {', '.join(map(str, found.blocks))}."
             )
-        if bits in _PLANES and match[3] == "s":
+        if chosen.symmetric and len(found.planes) > 1:
             raise PlanError(
-                f"tensor format {name!r}: {bits} bits are stored in planes of {_PLANES[bits]}, whose kernels take no "
-                f"symmetric blocks together; use w{bits}b{block}a."
+                f"tensor format {name!r}: {bits} bits are stored in planes of "
+                f"{' and '.join(str(plane.bits) for plane in found.planes)}, whose kernels take no symmetric blocks "
+                f"together; use w{bits}b{chosen.block}a."
             )
-        return cls(bits, block, match[3] == "s")
+        return chosen
 
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Bits of each plane of the codes, the uppermost first; one plane where a kernel multiplies all bits."""
-        return _PLANES.get(self.bits, (self.bits,))
+    def fitted(self, columns: int) -> TensorFormat:
+        """This format with the largest allowed block, no larger than its own, that divides `columns`.
+
+        Raises PlanError when none does.
+        """
+        for block in sorted(self.blocks, reverse=True):
+            if block <= self.block and columns % block == 0:
+                return type(self)(block, self.symmetric)
+        raise PlanError(f"format {self}: no block of at most {self.block} divides {columns} input channels.")
+
+    # --- the grid ---
 
     @property
     def top(self) -> int:
@@ -77,34 +142,126 @@ class TensorFormat:
         """The zero of a symmetric block."""
         return 1 << (self.bits - 1)
 
-    def fitted(self, columns: int) -> TensorFormat:
-        """This format with the largest allowed block, no larger than its own, that divides `columns`.
+    def finer_than(self, other: TensorFormat) -> bool:
+        """Whether it has more codes, as the first half of a split matrix must have."""
+        return self.top > other.top
 
-        Raises PlanError when none does.
-        """
-        for block in sorted(FAST_BLOCKS[self.bits], reverse=True):
-            if block <= self.block and columns % block == 0:
-                return TensorFormat(self.bits, block, self.symmetric)
-        raise PlanError(f"format {self}: no block of at most {self.block} divides {columns} input channels.")
+    # --- storage ---
 
-    def code_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the packed codes."""
-        return rows * columns * self.bits // 8
+    @property
+    def _named(self) -> list[tuple[str, Plane]]:
+        """The planes, and how the names of their tensors end."""
+        return [("" if len(self.planes) == 1 else f".bits{plane.bits}", plane) for plane in self.planes]
 
-    def scale_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the float16 scales."""
-        return rows * (columns // self.block) * 2
+    def tensors(self, rows: int, columns: int) -> list[Stored]:
+        """What `rows` of a matrix are stored in, in the order of `Quantized.stored`, each [rows, values of a row]."""
+        blocks = columns // self.block
+        codes = [Stored(f"{name}.codes", "uint8", (rows, _width(columns, plane))) for name, plane in self._named]
+        zeros = [Stored(f"{name}.zeros", "uint8", (rows, _width(blocks, plane))) for name, plane in self._named]
+        return [*codes, Stored(".scales", "float16", (rows, blocks)), *(() if self.symmetric else zeros)]
 
-    def zero_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the packed zero points; each row starts on a byte."""
-        if self.symmetric:
-            return 0
-        return rows * sum(row_bytes(columns // self.block, bits) for bits in self.planes)
+    def bytes(self, rows: int, columns: int) -> int:
+        """Bytes on disk: codes, scales and zero points."""
+        return sum(tensor.bytes for tensor in self.tensors(rows, columns))
+
+    def packed_bytes(self, weights: int) -> int:
+        """Bytes of memory once the kernels have packed so many weights: their codes, and their share of a block."""
+        return sum(int(weights * (bits + _KEPT_PER_BLOCK[bits] / self.block) / 8) for bits, _ in self.planes)
+
+    @property
+    def results(self) -> int:
+        """How many times over a product holds its result: once, or that of every plane and their sum."""
+        return 1 if len(self.planes) == 1 else len(self.planes) + 1
+
+    def pack(self, values: np.ndarray) -> np.ndarray:
+        """Pack codes or zero points, uint8 [rows, n], lowest bits first: uint8 [rows, bytes of a row]. Planes lie one
+        behind the other, each from a byte on."""
+        masked = [(values >> _shift(plane)) & np.uint8((1 << plane.bits) - 1) for plane in self.planes]
+        return np.hstack([_pack(part, plane.bits) for part, plane in zip(masked, self.planes, strict=True)])
+
+    def unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
+        """Inverse of `pack`: uint8 [rows, count]."""
+        found = np.zeros((len(packed), count), np.uint8)
+        for plane, part in zip(self.planes, self.split(packed, count), strict=True):
+            found |= _unpack(part, plane.bits, count) << _shift(plane)
+        return found
+
+    def split(self, packed: np.ndarray, count: int) -> list[np.ndarray]:
+        """The planes of packed rows of `count` values."""
+        ends = np.cumsum([_width(count, plane) for plane in self.planes])
+        return np.split(packed, ends[:-1], axis=1)
+
+    @property
+    def cell(self) -> int:
+        """Bits in which a search writes a code: as the only plane has it, or a byte, to be packed into planes."""
+        return self.planes[0].bits if len(self.planes) == 1 else 8
+
+    # --- what computes with it ---
+
+    def product(self, rows: int, columns: int) -> list[Node]:
+        """Activations [.., columns] to [.., rows]. The kernel wants codes as [rows, blocks, bytes of a block]: a tied
+        table is stored once, as its look-up has it."""
+        blocks = columns // self.block
+        return [
+            Node(
+                "MatMulNBits", name,
+                (None, Operand(f"{name}.codes", (rows, blocks, _width(self.block, plane))), *self._grid(name, plane)),
+                {"K": columns, "N": rows, "bits": plane.bits, "block_size": self.block, "accuracy_level": 4},
+            )
+            for name, plane in self._named
+        ]  # fmt: skip
+
+    def lookup(self) -> list[Node]:
+        """Ids to rows of the matrix, float32."""
+        return [
+            Node(
+                "GatherBlockQuantized", name,
+                (Operand(f"{name}.codes"), None, *self._grid(name, plane)),
+                {"bits": plane.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1},
+            )
+            for name, plane in self._named
+        ]  # fmt: skip
+
+    def _grid(self, name: str, plane: Plane) -> list[Operand]:
+        """All planes have one scale, which counts for more in the upper ones."""
+        zeros = [] if self.symmetric else [Operand(f"{name}.zeros")]
+        return [Operand(".scales", unit=plane.unit), *zeros]
 
 
-def row_bytes(count: int, bits: int) -> int:
-    """Bytes of a row of `count` packed values; each row starts on a byte."""
-    return -(-count * bits // 8)
+class TwoBits(TensorFormat):
+    """Four levels."""
+
+    bits, planes = 2, (Plane(2),)
+    blocks = (32, 64, 128)
+    ranges = np.linspace(1.0, 0.3, 4)
+
+
+class FourBits(TensorFormat):
+    """Sixteen levels."""
+
+    bits, planes = 4, (Plane(4),)
+    blocks = (16, 32, 64, 128, 256)
+    ranges = np.linspace(1.0, 0.7, 4)
+
+
+class SixBits(TensorFormat):
+    """64 levels. No kernel multiplies 6 bits, but two do: a code is 4 · (its upper 4 bits) + (its lower 2), so is its
+    zero point, and the product with both planes under one scale is the sum of two products."""
+
+    bits, planes = 6, (Plane(4, 4), Plane(2))
+    blocks = (32, 64, 128)
+    ranges = np.linspace(1.0, 0.85, 4)
+
+
+class EightBits(TensorFormat):
+    """256 levels."""
+
+    bits, planes = 8, (Plane(8),)
+    blocks = (16, 32, 64, 128, 256)
+    ranges = np.linspace(1.0, 0.95, 3)
+
+
+FORMATS: dict[int, type[TensorFormat]] = {kind.bits: kind for kind in (TwoBits, FourBits, SixBits, EightBits)}
 
 
 @dataclass(frozen=True)
@@ -117,15 +274,23 @@ class Quantized:
     scales: np.ndarray
     zeros: np.ndarray
 
-    def rows(self, part: slice) -> Quantized:
+    @classmethod
+    def of(
+        cls, fmt: TensorFormat, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, cell: int = 8
+    ) -> Quantized:
+        """From codes in cells of so many bits, 8 or the format's own, and zero points, uint8 [rows, columns/block]."""
+        kept = np.empty((len(zeros), 0), np.uint8) if fmt.symmetric else fmt.pack(zeros)
+        return cls(fmt, fmt.pack(codes) if cell == 8 else codes, scales, kept)
+
+    def rows(self, part: slice | np.ndarray) -> Quantized:
         """Some of the rows."""
         return Quantized(self.format, self.codes[part], self.scales[part], self.zeros[part])
 
     def stored(self) -> list[np.ndarray]:
         """The arrays as they are stored: the planes of the codes, the scales, the planes of the zero points."""
-        planes, blocks = self.format.planes, self.scales.shape[1]
-        found = [*_planes(self.codes, planes, blocks * self.format.block), self.scales]
-        return found if self.format.symmetric else [*found, *_planes(self.zeros, planes, blocks)]
+        blocks = self.scales.shape[1]
+        found = [*self.format.split(self.codes, self.columns), self.scales]
+        return found if self.format.symmetric else [*found, *self.format.split(self.zeros, blocks)]
 
     @property
     def columns(self) -> int:
@@ -136,11 +301,11 @@ class Quantized:
         """The code of a weight of 0 in each block, uint8 [rows, columns/block]."""
         if self.format.symmetric:
             return np.full(self.scales.shape, self.format.middle, np.uint8)
-        return unpack(self.zeros, self.format.bits, self.scales.shape[1])
+        return self.format.unpack(self.zeros, self.scales.shape[1])
 
     def levels(self) -> np.ndarray:
         """Codes less their zero points, float32 [rows, columns]."""
-        codes = unpack(self.codes, self.format.bits, self.columns).astype(np.float32)
+        codes = self.format.unpack(self.codes, self.columns).astype(np.float32)
         return codes - np.repeat(self.zero_points().astype(np.float32), self.format.block, axis=1)
 
     def dequantize(self) -> np.ndarray:
@@ -154,33 +319,25 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
     return Quantized(parts[0].format, *map(np.concatenate, arrays))
 
 
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 [rows, n] values of `bits` bits into uint8 [rows, ceil(n·bits/8)], lowest bits first; planes lie one
-    behind the other, each from a byte on."""
-    if bits in _PLANES:
-        high, low = _PLANES[bits]
-        return np.hstack([pack(values >> np.uint8(low), high), pack(values & np.uint8((1 << low) - 1), low)])
+def _width(count: int, plane: Plane) -> int:
+    """Bytes of a row of `count` packed values; each row starts on a byte."""
+    return -(-count * plane.bits // 8)
+
+
+def _shift(plane: Plane) -> np.uint8:
+    return np.uint8(plane.unit.bit_length() - 1)
+
+
+def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     per_byte = 8 // bits
-    count = values.shape[1]
-    if count % per_byte:
-        values = np.pad(values, ((0, 0), (0, per_byte - count % per_byte)))
+    values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
     packed = values[:, 0::per_byte].copy()
     for slot in range(1, per_byte):
         packed |= values[:, slot::per_byte] << np.uint8(slot * bits)
     return packed
 
 
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Inverse of `pack`: uint8 [rows, count]."""
-    if bits in _PLANES:
-        (high, low), planes = _PLANES[bits], _planes(packed, _PLANES[bits], count)
-        return unpack(planes[0], high, count) << np.uint8(low) | unpack(planes[1], low, count)
+def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     per_byte = 8 // bits
     slots = [(packed >> np.uint8(slot * bits)) & np.uint8((1 << bits) - 1) for slot in range(per_byte)]
     return np.stack(slots, axis=-1).reshape(len(packed), -1)[:, :count]
-
-
-def _planes(packed: np.ndarray, planes: tuple[int, ...], count: int) -> list[np.ndarray]:
-    """The planes of packed rows of `count` values."""
-    ends = np.cumsum([row_bytes(count, bits) for bits in planes])
-    return np.split(packed, ends[:-1], axis=1)

@@ -19,7 +19,7 @@ Rows are independent: callers work on many at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.compiled import compiled
 from pipeline.errors import PlanError
-from pipeline.quantize.formats import Quantized, TensorFormat, pack, stacked
+from pipeline.quantize.formats import Quantized, TensorFormat, stacked
 from pipeline.quantize.search import LANES, round_scales, weighted
 
 TILE = 512  # rows of a product
@@ -156,30 +156,25 @@ def compensated(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[Ten
     infinite, as it is in `weighted`. Memory: 20 bytes per weight of 512 rows, and the result. Runs on the calling
     thread, apart from BLAS's own, and most of it without Python's lock. One row at least.
     """
-    _check(weights, factor, formats)
-    tiles = [weights[start : start + TILE] for start in range(0, len(weights), TILE)]
-    parts = [_tile(tile, factor, formats) for tile in tiles]
-    return [stacked(pieces) for pieces in zip(*parts, strict=True)]
-
-
-def _check(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]) -> None:
     columns = sum(count for _, count in formats)
     if weights.ndim != 2 or not len(weights) or not weights.shape[1] == len(factor.unit) == columns:
         raise ValueError(f"weights {weights.shape}, factor of {len(factor.unit)} columns, formats for {columns}")
-    for fmt, count in formats:
-        if count % fmt.block:
-            raise ValueError(f"{count} columns are not a multiple of the block of {fmt}")
+    if wrong := [(fmt, count) for fmt, count in formats if count % fmt.block]:
+        raise ValueError(f"{wrong[0][1]} columns are not a multiple of the block of {wrong[0][0]}")
+    parts = [_tile(weights[start : start + TILE], factor, formats) for start in range(0, len(weights), TILE)]
+    return [stacked(pieces) for pieces in zip(*parts, strict=True)]
 
 
 def _tile(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]) -> list[Quantized]:
     rows, columns = weights.shape
     original = np.zeros((columns, TILE), np.float32)
     original[:, :rows] = weights.T
-    control = _control(weights, factor, formats)
     with np.errstate(invalid="ignore", over="ignore"):  # an infinite scale: its row is NaN from there on
         found, cost = _rounded(original, factor, formats)
-        for piece, (start, stop) in zip(control, bounds(formats), strict=True):
-            original[start:stop, :rows] -= piece.dequantize().T
+        control = []
+        for (fmt, _), (start, stop) in zip(formats, bounds(formats), strict=True):
+            control.append(weighted(weights[:, start:stop], factor.moments[start:stop], fmt))
+            original[start:stop, :rows] -= control[-1].dequantize().T
         worse = ~_costs_no_more(cost, original, factor)[:rows]
     for mine, plain in zip(found, control, strict=True):
         for part in ("codes", "scales", "zeros"):
@@ -188,15 +183,9 @@ def _tile(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFor
 
 
 def bounds(formats: Sequence[tuple[TensorFormat, int]]) -> list[tuple[int, int]]:
+    """The columns [start, stop) of each format."""
     stops = list(accumulate(count for _, count in formats))
     return list(zip([0, *stops], stops, strict=False))
-
-
-def _control(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]) -> list[Quantized]:
-    return [
-        weighted(weights[:, start:stop], factor.moments[start:stop], fmt)
-        for (fmt, _), (start, stop) in zip(formats, bounds(formats), strict=True)
-    ]
 
 
 def _costs_no_more(limit: np.ndarray, errors: np.ndarray, factor: Factor) -> np.ndarray:
@@ -211,76 +200,50 @@ def _costs_no_more(limit: np.ndarray, errors: np.ndarray, factor: Factor) -> np.
     return limit <= cost
 
 
-def _panels(formats: Sequence[tuple[TensorFormat, int]]) -> Iterator[tuple[int, TensorFormat, int, int]]:
-    """Piece, its format, and the columns [start, stop) of each panel: whole blocks of one piece."""
-    for piece, ((fmt, _), (first, last)) in enumerate(zip(formats, bounds(formats), strict=True)):
-        step = max(_PANEL, fmt.block)
-        for start in range(first, last, step):
-            yield piece, fmt, start, min(start + step, last)
-
-
 def _rounded(
     original: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]
 ) -> tuple[list[Quantized], np.ndarray]:
     """Compensated pieces of a tile, float32 [columns, rows], and eᵀHe of each row, float64."""
-    errors, cost = np.empty_like(original), np.zeros(original.shape[1])
-    blocks: list[list[_Block]] = [[] for _ in formats]
-    for piece, fmt, start, stop in _panels(formats):
-        panel = original[start:stop] + factor.unit[:start, start:stop].T @ errors[:start]
-        for first in range(start, stop, fmt.block):
-            block = slice(first, first + fmt.block)
-            now = panel[first - start : first - start + fmt.block]
-            if first > start:
-                now += factor.unit[start:first, block].T @ errors[start:first]
-            blocks[piece].append(_round_block(original[block], now, factor, fmt, block, errors[block], cost))
-    return [_stored(fmt, kept) for (fmt, _), kept in zip(formats, blocks, strict=True)], cost
-
-
-# Of one block: codes uint8 [block, rows], scales float16 and zeros uint8 [rows, 1].
-_Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+    errors, cost, found = np.empty_like(original), np.zeros(original.shape[1]), []
+    for (fmt, _), (begin, end) in zip(formats, bounds(formats), strict=True):
+        blocks, step = [], max(_PANEL, fmt.block)  # panels are whole blocks of one piece
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            panel = original[start:stop] + factor.unit[:start, start:stop].T @ errors[:start]
+            for first in range(start, stop, fmt.block):
+                block = slice(first, first + fmt.block)
+                now = panel[first - start : first - start + fmt.block]
+                if first > start:
+                    now += factor.unit[start:first, block].T @ errors[start:first]
+                blocks.append(_round_block(original[block], now, factor, fmt, block, errors[block], cost))
+        codes, scales, zeros = zip(*blocks, strict=True)
+        found.append(
+            Quantized.of(fmt, np.ascontiguousarray(np.vstack(codes).T), np.stack(scales, 1), np.stack(zeros, 1))
+        )
+    return found, cost
 
 
 def _round_block(
-    original: np.ndarray,
-    now: np.ndarray,
-    factor: Factor,
-    fmt: TensorFormat,
-    block: slice,
-    errors: np.ndarray,
+    original: np.ndarray, now: np.ndarray, factor: Factor, fmt: TensorFormat, block: slice, errors: np.ndarray,
     cost: np.ndarray,
-) -> _Block:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Round a block, float32 [block, rows]; `now` has the errors of the columns before it. Fills `errors`, adds to
-    `cost`."""
+    `cost`.
+
+    Returns codes, uint8 [block, rows], scales, float16 [rows], and zero points, uint8 [rows].
+    """
     moves = np.ascontiguousarray(factor.unit[block, block].T)
     # Where the paper's weights stand when a block is reached: all of it is moved to make up for the columns before, not
     # each column for itself.
     aim = original + _inverse(moves).astype(np.float32) @ (now - original)
     grid = weighted(np.ascontiguousarray(aim.T), factor.moments[block], fmt)
     # Without correlations inside the block the search has had the last word.
-    tries = len(_STARTS[fmt.symmetric]) if np.tril(moves, -1).any() else 1
+    starts = _STARTS[fmt.symmetric][: None if np.tril(moves, -1).any() else 1]
     lines = np.stack([grid.scales[:, 0].astype(np.float32), grid.zero_points()[:, 0].astype(np.float32)])
-    codes = np.empty(original.shape, np.uint8)
-    halves = np.empty(original.shape[1], np.uint16)
-    _round_lanes(
-        original,
-        now,
-        moves,
-        factor.pivots[block],
-        lines,
-        _STARTS[fmt.symmetric][:tries],
-        np.float32(fmt.top),
-        codes,
-        errors,
-        halves,
-        cost,
-    )
-    return codes, halves.view(np.float16)[:, None], lines[1].astype(np.uint8)[:, None]
-
-
-def _stored(fmt: TensorFormat, blocks: Sequence[_Block]) -> Quantized:
-    codes, scales, zeros = zip(*blocks, strict=True)
-    kept = np.empty((len(scales[0]), 0), np.uint8) if fmt.symmetric else pack(np.hstack(zeros), fmt.bits)
-    return Quantized(fmt, pack(np.ascontiguousarray(np.vstack(codes).T), fmt.bits), np.hstack(scales), kept)
+    codes, halves = np.empty(original.shape, np.uint8), np.empty(original.shape[1], np.uint16)
+    top, pivots = np.float32(fmt.top), factor.pivots[block]
+    _round_lanes(original, now, moves, pivots, lines, starts, top, codes, errors, halves, cost)
+    return codes, halves.view(np.float16), lines[1].astype(np.uint8)
 
 
 @compiled(nogil=True)

@@ -7,15 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.phones import Device, Efficiency, TiersConfig
-from pipeline.planning.devices import (
-    Candidate,
-    Decision,
-    Figure,
-    Speed,
-    Suggestion,
-    budget_bytes,
-    resident_bytes,
-)
+from pipeline.planning.devices import Candidate, Decision, Figure, Speed, Suggestion, budget_bytes, resident_bytes
 
 WIDTH = 118
 _VARIANTS = ("variant", "download, bytes", "weights", "activations", "KV cache", "loading", "peak", "basis", "KL, nats")

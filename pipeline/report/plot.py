@@ -22,8 +22,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from pipeline.judge.gates import ERROR, FAIL, INCONCLUSIVE, PASS
-from pipeline.report.cells import memory, nats
-from pipeline.report.rows import ModelReport, Report, front, number, pareto_points
+from pipeline.report.rows import ModelReport, Report, front, pareto_points
+from pipeline.tasks.task import memory, nats, number
 
 _INCHES = (8.6, 4.4)  # of one panel
 _DPI = 160
@@ -33,29 +33,21 @@ _FLOOR = 1e-6  # nats; a log axis has no zero
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one background."""
+    """Colours of one background; `verdicts` has those of the markers, in their order."""
 
     background: str
     ink: str
     faint: str
     line: str
-    verdicts: Mapping[str, str]
+    verdicts: tuple[str, ...]
+
+    def of(self, verdict: str) -> str:
+        """A verdict's colour."""
+        return dict(zip(_MARKERS, self.verdicts, strict=True))[verdict]
 
 
-LIGHT = Theme(
-    "#ffffff",
-    "#1f2328",
-    "#6e7781",
-    "#d8dee4",
-    {PASS: "#1a7f37", FAIL: "#cf222e", INCONCLUSIVE: "#9a6700", ERROR: "#8250df"},
-)
-DARK = Theme(
-    "#0d1117",
-    "#e6edf3",
-    "#8b949e",
-    "#30363d",
-    {PASS: "#3fb950", FAIL: "#f85149", INCONCLUSIVE: "#d29922", ERROR: "#a371f7"},
-)
+LIGHT = Theme("#ffffff", "#1f2328", "#6e7781", "#d8dee4", ("#1a7f37", "#cf222e", "#9a6700", "#8250df"))
+DARK = Theme("#0d1117", "#e6edf3", "#8b949e", "#30363d", ("#3fb950", "#f85149", "#d29922", "#a371f7"))
 
 Point = Mapping[str, Any]
 
@@ -116,7 +108,7 @@ def _height(point: Point) -> float:
 
 
 def _draw_point(axes: Axes, point: Point, theme: Theme) -> None:
-    colour, height = theme.verdicts[point["verdict"]], _height(point)
+    colour, height = theme.of(point["verdict"]), _height(point)
     low, high = point["kl_low"], point["kl_high"]
     if low is not None and high is not None:
         axes.plot([point["bytes"]] * 2, [max(low, _FLOOR), max(high, _FLOOR)], color=colour, lw=2, alpha=0.6, zorder=3)
@@ -130,7 +122,7 @@ def _limits(model: ModelReport) -> list[tuple[float, float]]:
     """(limit of the mean KL, bytes) of each variant that has both."""
     found = []
     for row in model.variants:
-        size = number(row, "size", "bytes_on_disk")
+        size = number(row.section("size"), "bytes_on_disk")
         for line in row.verdict.lines if row.verdict else ():
             if line.name == "kl_mean" and line.limit is not None and size is not None:
                 found.append((line.limit, size))
@@ -169,7 +161,7 @@ def _strip(axes: Axes, model: ModelReport, theme: Theme) -> None:
     _style(axes, theme)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", which="both", left=False, labelleft=False)
-    size = number(model.reference, "size", "bytes_on_disk")
+    size = number(model.reference.section("size"), "bytes_on_disk")
     axes.set(xlim=(-1, 1), xticks=[])
     marks: dict[str, Any] = {"marker": [(-0.6, -1), (0.6, 1)], "markersize": 9, "ls": "none", "clip_on": False}
     axes.plot([-0.02], [0], transform=axes.transAxes, color=theme.faint, mew=1.2, **marks)
@@ -191,7 +183,7 @@ def _style(axes: Axes, theme: Theme) -> None:
 
 def _legend(figure: Figure, verdicts: set[str], theme: Theme) -> None:
     handles = [
-        Line2D([], [], marker=_MARKERS[verdict], color=theme.verdicts[verdict], ls="none", label=verdict)
+        Line2D([], [], marker=_MARKERS[verdict], color=theme.of(verdict), ls="none", label=verdict)
         for verdict in _MARKERS
         if verdict in verdicts
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Verdict, worst
+from pipeline.tasks.task import number
 
 REFERENCE = "reference"
+_ENDS = {"kl_mean": "mean", "kl_low": "mean_low", "kl_high": "mean_high"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Row:
     verdict: Verdict | None = None
     bundle: str | None = None
     refusal: str | None = None
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """One section of the metrics; empty where nothing was measured."""
+        found = self.metrics.get(name)
+        return found if isinstance(found, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ def build(
     rows: Sequence[Row],
     models: Sequence[str],
     variants: Sequence[str],
-    notes: Mapping[str, str] | None = None,
-    about: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 
@@ -89,18 +97,13 @@ def build(
     for row in rows:
         if row.variant != REFERENCE:
             _check(row)
-    return Report(
-        tuple(
-            ModelReport(
-                model,
-                found[model, REFERENCE],
-                tuple(found[model, variant] for variant in variants),
-                (notes or {}).get(model, ""),
-            )
-            for model in models
-        ),
-        about or {},
-    )
+    reports = [
+        ModelReport(
+            model, found[model, REFERENCE], tuple(found[model, name] for name in variants), notes.get(model, "")
+        )
+        for model in models
+    ]
+    return Report(tuple(reports), about)
 
 
 def _check(row: Row) -> None:
@@ -113,32 +116,15 @@ def _check(row: Row) -> None:
         )
 
 
-def number(row: Row, section: str, key: str) -> float | None:
-    """One figure of a row's metrics, or None where it was not measured."""
-    found = row.metrics.get(section)
-    value = found.get(key) if isinstance(found, Mapping) else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def pareto_points(report: Report) -> list[dict[str, Any]]:
     """Size and divergence of each variant that has both, for `dvc plots`: bytes, nats per token, 90 % interval."""
     points = []
-    for model in report.models:
-        for row in model.variants:
-            size, kl = number(row, "size", "bytes_on_disk"), number(row, "divergence", "kl_mean")
-            if size is None or kl is None or row.verdict is None:
-                continue
-            points.append(
-                {
-                    "model": row.model,
-                    "variant": row.variant,
-                    "bytes": size,
-                    "kl_mean": kl,
-                    "kl_low": number(row, "divergence", "kl_mean_low"),
-                    "kl_high": number(row, "divergence", "kl_mean_high"),
-                    "verdict": row.verdict.verdict,
-                }
-            )
+    for row in (row for model in report.models for row in model.variants if row.verdict):
+        size, divergence = number(row.section("size"), "bytes_on_disk"), row.section("divergence")
+        figures = {name: number(divergence, f"kl_{end}") for name, end in _ENDS.items()}
+        if size is not None and figures["kl_mean"] is not None:
+            named = {"model": row.model, "variant": row.variant, "bytes": size}
+            points.append(named | figures | {"verdict": row.verdict.verdict})
     return points
 
 

@@ -32,15 +32,15 @@ def _model(model: ModelReport) -> list[Text]:
         lines += [Text(""), *_gates(row, model.reference)]
     lines.append(Text(""))
     legends = (cells.POWER_LEGEND, cells.LOOKS_LEGEND, cells.SPEED_LEGEND, cells.conditions(model), model.note)
-    for sentence in (*cells.power_sentences(model), *cells.solution_sentences(model), *legends):
+    for sentence in (*cells.power_sentences(model), *cells.notes(model), *legends):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 
 
 def _table(model: ModelReport) -> list[Text]:
     """Two lines per row, and the bundle's path or the refusal below them."""
-    grid = [list(cells.COLUMNS), *(cells.table_cells(row) for row in model.rows)]
-    widths = [max(len(line) for row in grid for line in row[column]) for column in range(len(cells.COLUMNS))]
+    grid = cells.table(model)
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*grid, strict=True)]
     lines = [_line([cell[part] for cell in grid[0]], widths, "dim") for part in (0, 1)]
     for row, content in zip(model.rows, grid[1:], strict=True):
         lines.append(_line([first for first, _ in content], widths))

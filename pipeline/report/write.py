@@ -45,8 +45,5 @@ def _html(report: Report, light: bytes, dark: bytes) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.j2").render(
-        report=report,
-        cells=cells,
-        light=base64.b64encode(light).decode(),
-        dark=base64.b64encode(dark).decode(),
+        report=report, cells=cells, light=base64.b64encode(light).decode(), dark=base64.b64encode(dark).decode()
     )

@@ -72,15 +72,6 @@ class Observed:
     generations: list[Generation] = field(default_factory=list)
     bandwidth: float | None = None
 
-    @classmethod
-    def parse(cls, text: str) -> Observed:
-        """Observed.parse(json.dumps(asdict(observed))) == observed"""
-        found = json.loads(text)
-        found["loaded"] = Look(**found["loaded"])
-        found["used"] = found["used"] and Look(**found["used"])
-        found["generations"] = [Generation(**item) for item in found["generations"]]
-        return cls(**found)
-
 
 def observe(task: Task) -> Observed:
     """Load, generate, and measure the machine's bandwidth once the model's memory is free again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -14,14 +13,6 @@ from pipeline.errors import EvaluationError
 
 LARGEST_WORKING_SET = 1 << 30
 """Bytes; far beyond any cache, so a larger model is read no slower."""
-
-
-def largest_cache() -> int:
-    """Bytes of the first core's largest cache; 0 where the kernel does not say."""
-    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20}
-    texts = (path.read_text(encoding="ascii").strip() for path in found)
-    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1] in units), default=0)
 
 
 @compiled(nogil=True)

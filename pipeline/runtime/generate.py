@@ -19,6 +19,7 @@ from pipeline.errors import EvaluationError
 from pipeline.files import read_json
 from pipeline.machine import cores
 from pipeline.runtime.chat import END_OF_THINKING, is_thinking, opens_thinking
+from pipeline.runtime.session import check_weights
 
 _CHECK_EVERY = 8  # steps between looks at the text: decoding it costs more than a token of a small model
 
@@ -70,8 +71,10 @@ def derived_seed(seed: int, name: str) -> int:
 def load(folder: Path) -> genai.Model:
     """Load a folder that holds genai_config.json, as it says, on all cores.
 
-    Raises EvaluationError when onnxruntime-genai refuses it.
+    Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
     """
+    for graph in folder.glob("*.onnx"):
+        check_weights(graph)
     try:
         settings = genai.Config(str(folder))
         # Left to itself the runtime uses half of the cores.

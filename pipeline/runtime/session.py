@@ -6,6 +6,7 @@ This is the runtime that ships; nothing here simulates quantization.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,15 +51,48 @@ def runs_layered(reference: str, weight_bytes: int, parameters: int, memory: int
 
 
 def open_session(path: Path) -> ort.InferenceSession:
-    """Load a model on the CPU with all cores. Raises EvaluationError when ONNX Runtime refuses the file."""
+    """Load a model on the CPU with all cores.
+
+    Raises EvaluationError when ONNX Runtime refuses the file, and CheckpointError as `check_weights`.
+    """
+    check_weights(path)
     return _open(path, path, ort.SessionOptions())
 
 
 def open_slice(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
     options = ort.SessionOptions()
+    _check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _open(model.SerializeToString(), folder, options)
+
+
+def check_weights(path: Path) -> None:
+    """Compare the weights that a graph refers to with the digests of what was downloaded, before a runtime maps them.
+
+    A graph beside which there are no such digests, a quantized one, refers to no downloaded file.
+
+    Raises CheckpointError naming blob and tensor.
+    """
+    if any(path.parent.glob("*.blake3")):
+        import onnx
+
+        _check_weights(onnx.load(path, load_external_data=False), path.parent)
+
+
+def _check_weights(model: onnx.ModelProto, folder: Path) -> None:
+    if any(folder.glob("*.blake3")):
+        from pipeline.checkpoint.tensors import Checkpoint
+
+        checkpoint = Checkpoint(folder)
+
+        def check(tensor: onnx.TensorProto) -> None:
+            place = {item.key: item.value for item in tensor.external_data}
+            if place and tensor.name in checkpoint:
+                checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
+
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(check, model.graph.initializer))
 
 
 def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -78,11 +112,16 @@ class State:
 
 
 class OnnxDecoder:
-    """A decoder graph as a function from tokens to logits."""
+    """A decoder graph as a function from tokens to logits.
+
+    It feeds the inputs that the graph declares: Optimum's exports take position_ids, ours do not.
+    """
 
     def __init__(self, path: Path):
         self.session = open_session(path)
-        cache = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        inputs = self.session.get_inputs()
+        self._places = any(value.name == "position_ids" for value in inputs)
+        cache = [value for value in inputs if value.name.startswith("past_key_values.")]
         self._names = [value.name for value in cache]
         self._outputs = [value.name for value in self.session.get_outputs()]
         empty = [np.zeros((1, value.shape[1], 0, value.shape[3]), _DTYPES[value.type]) for value in cache]
@@ -97,5 +136,7 @@ class OnnxDecoder:
             "attention_mask": ort.OrtValue.ortvalue_from_numpy(np.ones((1, length), np.int64)),
             **dict(zip(self._names, past.values, strict=True)),
         }
+        if self._places:
+            feeds["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.arange(past.length, length)[None])
         logits, *present = self.session.run_with_ort_values(self._outputs, feeds)
         return logits.numpy()[0], State(length, tuple(present))

@@ -39,8 +39,8 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from pydantic import TypeAdapter
 
-from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.files import read_json
 from pipeline.runtime.app import Look, Observed, Task
@@ -53,20 +53,20 @@ _INTERVAL = 0.01  # seconds between two looks at the process's memory
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def measure(folder: Path, config: SpeedConfig) -> dict[str, Any]:
-    """The `speed` metrics of a folder that onnxruntime-genai loads.
+def measure(folder: Path, prompt_tokens: Sequence[int], new_tokens: int, repeats: int) -> dict[str, Any]:
+    """The `speed` metrics of a folder that onnxruntime-genai loads, each of `prompt_tokens` (lengths) repeated.
 
     Raises:
         EvaluationError: the folder is no model, a process fails (with the last line of its errors), or decodes faster
             than memory delivers what it must read.
     """
     context, reads = _describe(folder)
-    lengths = prompt_lengths(config, context)
+    lengths = prompt_lengths(prompt_tokens, new_tokens, context)
     cached = evict(folder)
     cold = _run(Task(str(folder.resolve())))
     least = round(reads.per_token(lengths[0]))
-    warm = _run(Task(str(folder.resolve()), lengths, config.new_tokens, config.repeats, least))
-    decoding = _decoding(folder, warm.observed, reads, config.new_tokens)
+    warm = _run(Task(str(folder.resolve()), lengths, new_tokens, repeats, least))
+    decoding = _decoding(folder, warm.observed, reads, new_tokens)
     return {
         "load_seconds": warm.observed.load_seconds,
         "cold_load_seconds": None if cached else cold.observed.load_seconds,
@@ -76,18 +76,18 @@ def measure(folder: Path, config: SpeedConfig) -> dict[str, Any]:
     }
 
 
-def prompt_lengths(config: SpeedConfig, context: int) -> tuple[int, ...]:
+def prompt_lengths(prompt_tokens: Sequence[int], new_tokens: int, context: int) -> tuple[int, ...]:
     """Prompt lengths in tokens, shortest first; one that leaves no room for the new tokens is cut to what does.
 
     Raises EvaluationError when the context holds no prompt at all.
     """
-    room = context - config.new_tokens
+    room = context - new_tokens
     if room < 1:
         raise EvaluationError(
-            f"speed: {config.new_tokens} new tokens leave no room for a prompt in a context of {context} tokens. Lower "
+            f"speed: {new_tokens} new tokens leave no room for a prompt in a context of {context} tokens. Lower "
             f"`new_tokens` in the evaluation suite."
         )
-    return tuple(sorted({min(length, room) for length in config.prompt_tokens}))
+    return tuple(sorted({min(length, room) for length in prompt_tokens}))
 
 
 def _describe(folder: Path) -> tuple[int, Traffic]:
@@ -131,7 +131,7 @@ def _run(task: Task) -> Watched:
                 f"{task.folder}: measuring speed failed with status {process.returncode} (negative: the signal; 9 is "
                 f"what the kernel sends when memory is out): {last}"
             )
-        return Watched(Observed.parse(output.read().strip().splitlines()[-1]), looks)
+        return Watched(TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks)
 
 
 def _runs(process: subprocess.Popen[bytes]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.evaluation import load_parity
+from pipeline.config.parity import load_parity
 from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.parity.compare import compare, cut, cut_model, is_whole
@@ -29,7 +29,7 @@ def run(model: str) -> None:
         else:
             tokens = wanted.prompt_tokens + DECODE_STEPS
             save_decoder(folder, *build_decoder(smaller, tensors, tokens), MODEL_FILE)
-            for file in reference.glob("*.safetensors"):
+            for file in reference.glob("*.safetensors*"):  # with the lists of their chunks
                 link_or_copy(file, folder / file.name)
             ours = folder / MODEL_FILE
         theirs = export_reference(reference, part.layers, part.vocab, folder / "optimum")

@@ -7,7 +7,6 @@ import subprocess
 from rich.console import Console
 
 from pipeline.bundle.release import CONTENT
-from pipeline.config.evaluation import load_suite
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.files import read_json
@@ -15,6 +14,7 @@ from pipeline.judge.verdicts import read_verdict
 from pipeline.report.rows import Report, Row, build
 from pipeline.report.terminal import show
 from pipeline.report.write import write
+from pipeline.tasks.registry import load_suite
 from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
 
 FOLDER = ARTIFACTS / "report"
@@ -40,12 +40,10 @@ def _collect() -> Report:
 
 def _about(suite: str) -> dict[str, str]:
     """Facts about the run: the commit, what was asked, and what a release of it would be."""
-    wanted, signing = load_suite(suite), load_signing()
-    texts = ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in wanted.divergence.texts.items())
-    tasks = f"{wanted.mmlu.questions:,} MMLU questions, {wanted.humaneval.problems} HumanEval problems"
+    signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).by_task()]
     return {
         "commit": _commit(),
-        "suite": f"{suite}: {texts} in windows of {wanted.divergence.window:,}, {tasks}",
+        "suite": f"{suite}: {', '.join(filter(None, asked))}",
         "release": f"number {signing.release}, channel {signing.channel}, signing key {signing.key_id}",
     }
 

@@ -1,14 +1,15 @@
 """validate: measure the written files of a variant, or of the full-precision reference, in the runtimes that ship.
 
 Per-item results are kept, so that gates and reports never run a model again, a killed run goes on at its item, and
-what did not change is not measured twice: each section's results are valid under that section's own key
-(`stages.validation.keys`). Gates are the verdict stage's.
+what did not change is not measured twice: each task's results are valid under that task's own key
+(`pipeline.tasks.sections`). Gates are the verdict stage's.
 """
 
 from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +17,68 @@ from pipeline import machine
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.evaluation import EvaluationConfig, load_suite
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.confine.isolation import require_isolation
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
 from pipeline.runtime.session import runs_layered, runtimes
-from pipeline.tasks import agreement, divergence, humaneval, kept, mmlu, speed
-from pipeline.tasks.sections import Section, key_of, measured_files
+from pipeline.tasks import kept
+from pipeline.tasks.registry import Suite, load_suite
+from pipeline.tasks.sections import key_of, measured_files
 from pipeline.tasks.subject import Subject
+from pipeline.tasks.task import Task
 from pipeline.workspace import MODEL_FILE, PLAN_FILE, REFERENCE, Workspace
 
-SECTIONS = (
-    Section("mmlu", mmlu.measure, counted=("questions",), runs_graph=True),
-    Section("divergence", divergence.measure, runs_graph=True, against_reference=True),
-    Section("humaneval", humaneval.measure, counted=("problems", "k")),
-    Section(
-        "agreement",
-        agreement.measure,
-        counted=("problems", "k"),
-        runs_graph=True,
-        against_reference=True,
-        reads="humaneval",
-    ),
-    Section("speed", speed.measure),
-)
-_LAYOUT = "one folder per section"  # of unfinished work; another one is not continued
+_LAYOUT = "one folder per task"  # of unfinished work; another one is not continued
 
 
 def run(model: str, variant: str) -> None:
     """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
-    suite = load_suite(load_pipeline().suite)
-    isolation = require_isolation(suite.humaneval.allow_unsafe)  # before an hour of measuring, not after it
-    subject = _subject(model, variant, suite, isolation)
-    workspace, files = subject.workspace, measured_files(subject)
+    suite, workspace = load_suite(load_pipeline().suite), Workspace(model)
+    for task, part in suite.by_task():
+        task.machine(part)  # what cannot be measured here is refused before an hour of measuring, not after it
+    subject = _subject(model, variant, suite)
+    files = measured_files(subject)
     metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
-        for section in SECTIONS:
-            found = _measured(section, subject, files, partial.folder, metrics)
+        for task, part in suite.by_task():
+            found = _measured(task, replace(subject, wanted=part), files, partial.folder, metrics)
             if found is not None:
-                metrics[section.name] = found
+                metrics[task.name] = found
         partial.finish(workspace.evaluation(variant))
     write_json(workspace.metrics(variant), metrics)
     print(f"{subject.name}: measured; metrics in {workspace.metrics(variant)}")
 
 
 def _measured(
-    section: Section, subject: Subject, files: dict[str, str], partial: Path, before: dict[str, Any]
+    task: Task, subject: Subject, files: dict[str, str], partial: Path, before: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """A section's metrics, kept or measured; None for what a model that runs layer by layer cannot do.
+    """A task's metrics, kept or measured; None for what a model that runs layer by layer cannot do.
 
-    `before`: the metrics of the sections before it.
+    `before`: the metrics of the tasks before it.
     """
-    workspace, folder, states = subject.workspace, partial / section.name, partial / f"{section.name}.states"
-    reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / section.name)
-    source = partial / section.reads if section.reads in before and subject.variant == REFERENCE else None
-    if section.reads and not (source or reference):
-        print(f"  {section.name}: not measured: the reference has no {section.reads} to make it from.")
+    workspace, folder, states = Workspace(subject.model), partial / task.name, partial / f"{task.name}.states"
+    reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / task.name)
+    source = partial / task.reads if task.reads in before and subject.variant == REFERENCE else None
+    if task.reads and not (source or reference):
+        print(f"  {task.name}: not measured: the reference has no {task.reads} to make it from.")
         return None
-    asked = subject.of(section.name, reference, states, source)
-    key = key_of(section, asked, files)
-    said = kept.adopt(folder, workspace.evaluation(subject.variant) / section.name, key)
-    if subject.layered and not section.runs_graph and kept.metrics_of(folder, key) is None:
+    asked = replace(subject, reference=reference, states=states, source=source)
+    key = key_of(task, asked, files)
+    said = kept.adopt(folder, workspace.evaluation(subject.variant) / task.name, key)
+    if subject.layered and not task.runs_graph and kept.metrics_of(folder, key) is None:
         print(
-            f"  {section.name}: not measured: the model runs layer by layer here, and decoding reads all weights for "
+            f"  {task.name}: not measured: the model runs layer by layer here, and decoding reads all weights for "
             f"every token. Run the same stage on a machine that holds the model: it keeps the rest."
         )
         return None
-    print(f"  {section.name}: {said}")
-    metrics = kept.measured(folder, key, lambda items: section.measure(asked, items))
+    print(f"  {task.name}: {said}")
+    metrics = kept.measured(folder, key, lambda items: task.measure(asked, items))
     shutil.rmtree(states, ignore_errors=True)
     return metrics
 
 
-def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) -> Subject:
+def _subject(model: str, variant: str, suite: Suite) -> Subject:
     """What is validated."""
     store, workspace, entry = Store(), Workspace(model), load_model(model)
     if variant == REFERENCE:
@@ -100,19 +88,19 @@ def _subject(model: str, variant: str, suite: EvaluationConfig, isolation: str) 
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
         layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
-        folder = workspace.require(workspace.artifact(variant), "quantize", variant)
+        folder = workspace.made(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
-        for section in SECTIONS:
-            if section.runs_graph and not section.reads:
-                workspace.require(workspace.evaluation(REFERENCE) / section.name, "validate", REFERENCE)
+        for task, _ in suite.by_task():
+            if task.runs_graph and not task.reads:
+                workspace.require(workspace.evaluation(REFERENCE) / task.name, "validate", REFERENCE)
         layered = False
-    return Subject(workspace, variant, folder, graph, architecture, entry, suite, store, isolation, layered)
+    return Subject(model, variant, folder, graph, architecture, entry, store, layered)
 
 
 def _size(subject: Subject) -> dict[str, Any]:
     if subject.variant != REFERENCE:
-        plan = subject.workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
+        plan = Workspace(subject.model).read(subject.folder / PLAN_FILE, "quantize", subject.variant)
         copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
         return {"bytes_on_disk": plan["bytes"], **copied}
     parameters = subject.architecture.parameters
@@ -124,4 +112,4 @@ def _identity(subject: Subject) -> dict[str, str]:
     """What exactly was measured, and what ran it."""
     plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
     system = f"{platform.system()} {platform.machine()}"
-    return {"revision": subject.workspace.read_lock().revision, **plan, **runtimes(), "system": system}
+    return {"revision": Workspace(subject.model).read_lock().revision, **plan, **runtimes(), "system": system}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.gates import ReleasedBuild, load_gates, load_released
+from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.config.models import load_model
 from pipeline.config.signing import load_signing
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import sha256_of, write_json
 from pipeline.judge import evidence
 from pipeline.judge.gates import Policy, decide
-from pipeline.judge.policy import gate_row
+from pipeline.judge.policy import gate_row, load_gates
 from pipeline.runtime.session import runtimes
 from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 

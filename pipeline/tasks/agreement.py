@@ -1,8 +1,14 @@
-"""Agreement on the reference's own HumanEval solutions, token by token: finer than whether they pass."""
+"""Agreement on the reference's own HumanEval solutions, token by token: finer than whether they pass.
+
+pass@1 moves only when a whole solution breaks. Here the reference's own solutions are read token by token: whether the
+model would have written the same one next, and with which probability. A variant that agrees everywhere writes the same
+solutions; every place where it does not is a place where it may leave the path.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +18,12 @@ from pipeline.calibrate.texts import encoder
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
 from pipeline.progress import Progress
-from pipeline.tasks import solutions
-from pipeline.tasks.forced import ask, force
+from pipeline.tasks import written
+from pipeline.tasks.divergence_scores import log_normalisers
+from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, problems_of
 from pipeline.tasks.statistics import summarise_agreement
-from pipeline.tasks.subject import Subject
+from pipeline.tasks.subject import CHUNK, Decoder, Subject
+from pipeline.tasks.task import Cost, Metrics, Note, Task, bounds, maybe, number, percent, share
 
 ITEMS = "agreement.jsonl"
 
@@ -26,43 +34,119 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     Items by task id lie in `folder`: the reference's have prompt and ids (of its solution), which variants read there;
     all have top and logprob of each token.
     """
-    tasks = [problem.task_id for problem in solutions.problems_of(subject)]
+    problems = [problem.task_id for problem in problems_of(subject)]
     journal, encode = Journal(folder / ITEMS), encoder(subject.folder)
-    told = _solutions(subject, tasks)
-    left = [task for task in tasks if task not in journal.items]
-    texts = {task: (encode(told[task]["prompt"]), told[task]["ids"]) for task in left}
+    known = _solutions(subject, problems)
+    left = [name for name in problems if name not in journal.items]
+    texts = {name: (encode(known[name]["prompt"]), known[name]["ids"]) for name in left}
     subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
-    with Progress(f"agreement {subject.name}", len(tasks), "solutions") as progress:
-        progress.advance(len(tasks) - len(left), kept=True)
-        for task in left:
-            read = force(subject.decoder, *texts[task])
+    with Progress(f"agreement {subject.name}", len(problems), "solutions") as progress:
+        progress.advance(len(problems) - len(left), kept=True)
+        for name in left:
+            read = force(subject.decoder, *texts[name])
             own = {"top": read.top.tolist(), "logprob": read.logprob.tolist()}
-            journal.record(task, (told[task] if subject.reference is None else {}) | own)
+            journal.record(name, (known[name] if subject.reference is None else {}) | own)
             progress.advance()
-    items = [journal.items[task] for task in tasks]
+    items, theirs = [journal.items[name] for name in problems], [known[name] for name in problems]
     problem = np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])
     if subject.reference is None:
         return summarise_agreement(_joined(items, "logprob"), problem)
-    theirs = [told[task] for task in tasks]
     equal = _joined(items, "top") == _joined(theirs, "top")
     return summarise_agreement(_joined(items, "logprob"), problem, _joined(theirs, "logprob"), equal)
 
 
-def _solutions(subject: Subject, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The reference's solution of each task: prompt, ids; for a variant also what the reference makes of them."""
+def _solutions(subject: Subject, problems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The reference's solution of each problem: prompt, ids; for a variant also what the reference makes of them."""
     if subject.reference:
         found = Journal(subject.reference / ITEMS).items
     else:
-        written = Journal((subject.source or Path()) / solutions.ITEMS).items
-        found = {task: written.get(solutions.name_of(task)) for task in tasks}
-        found = {task: {key: item[key] for key in ("prompt", "ids")} for task, item in found.items() if item}
-    if missing := [task for task in tasks if task not in found]:
+        items = Journal((subject.source or Path()) / written.ITEMS).items
+        first = {name: items.get(written.name_of(name)) for name in problems}
+        found = {name: {key: item[key] for key in ("prompt", "ids")} for name, item in first.items() if item}
+    if missing := [name for name in problems if name not in found]:
         raise EvaluationError(
-            f"{subject.name}: the reference has {len(tasks) - len(missing)} of {len(tasks)} HumanEval solutions, "
-            f"{missing[0]} is not among them. Run `python -m pipeline validate {subject.workspace.model} reference`."
+            f"{subject.name}: the reference has {len(problems) - len(missing)} of {len(problems)} HumanEval solutions, "
+            f"{missing[0]} is not among them. Run `python -m pipeline validate {subject.model} reference`."
         )
     return found
 
 
 def _joined(items: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.concatenate([item[key] for item in items])
+
+
+# --- teacher forcing -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Per token of a text: the model's most likely one, int64; the log-probability of the text's, float64 nats."""
+
+    top: np.ndarray
+    logprob: np.ndarray
+
+
+def ask(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Run `text` after `prompt`: in each chunk of both the number of its first token, and its logits."""
+    ids, state = [*prompt, *text][:-1], None
+    for start in range(0, len(ids), CHUNK):
+        logits, state = decoder.run(ids[start : start + CHUNK], state)
+        yield start, logits
+
+
+def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Forced:
+    """Read `text` after `prompt`, both token ids, at least one each.
+
+    Raises:
+        EvaluationError: a token is outside the model's vocabulary, or a logit is NaN or infinite.
+    """
+    ids, first = np.array([*prompt, *text], np.int64), len(prompt) - 1  # the row that tells the text's first token
+    top, logprob = [], []
+    for start, rows in ask(decoder, prompt, text):
+        logits = rows[max(0, first - start) :]
+        end = start + len(rows) + 1
+        targets = ids[end - len(logits) : end]
+        _check(logits, targets)
+        top.append(logits.argmax(axis=1))
+        logprob.append(logits[np.arange(len(targets)), targets] - log_normalisers(logits))
+    return Forced(np.concatenate(top), np.concatenate(logprob))
+
+
+def _check(logits: np.ndarray, targets: np.ndarray) -> None:
+    vocab = logits.shape[1]
+    if len(targets) and not 0 <= targets.min() <= targets.max() < vocab:
+        raise EvaluationError(
+            f"the reference's solutions hold token id {targets.max():,}, the model has {vocab:,} logits: they are not "
+            f"of the same model. Measure the reference again."
+        )
+    if not np.isfinite(logits).all():
+        raise EvaluationError("logits of the reference's solutions contain NaN or infinity; the file is broken.")
+
+
+def _cost(part: Any, entry: Any) -> Cost:
+    return Cost(read=part.problems * (PROMPT_TOKENS + part.most_tokens(entry)), window=CHUNK)
+
+
+def _heading(own: Metrics) -> str:
+    tokens = number(own, "tokens") or 0
+    return f"Agreement with the reference on the {tokens:,.0f} tokens of its own HumanEval solutions"
+
+
+def _top1(section: Metrics) -> str:
+    interval = bounds(section, "top1", percent)
+    return maybe(number(section, "top1"), lambda value: f"{share(value)} ({interval})", "")
+
+
+TASK = Task(
+    name="agreement",
+    title="agreement",
+    place=4,
+    measure=measure,
+    counted=("problems", "k"),
+    runs_graph=True,
+    against_reference=True,
+    reads="humaneval",
+    datasets=lambda part: ("humaneval",),
+    cost=_cost,
+    notes=(Note(_heading, _top1),),
+)

@@ -4,57 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from pipeline.confine.isolation import SAFE_LEVELS
+from pipeline.calibrate.texts import dataset
+from pipeline.checkpoint.blobs import Store
+from pipeline.confine.isolation import SAFE_LEVELS, require_isolation
 from pipeline.journal import Journal
 from pipeline.progress import Progress
-from pipeline.runtime.chat import opens_thinking, without_thinking
-from pipeline.runtime.generate import Limits, Sampling, Writer, derived_seed
 from pipeline.tasks import humaneval_answers as answers
+from pipeline.tasks import task, written
 from pipeline.tasks.humaneval_judging import judge_all
-from pipeline.tasks.humaneval_problems import Problem
-from pipeline.tasks.solutions import ITEMS, name_of, problems_of
+from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, Problem, load_problems, problems_of
 from pipeline.tasks.statistics import summarise_humaneval
 from pipeline.tasks.subject import Subject
+from pipeline.tasks.task import percent, share
+from pipeline.tasks.writing import write
 
 VERDICTS = "humaneval.jsonl"
 
 
-def measure(subject: Subject, folder: Path) -> dict[str, Any]:
-    """`humaneval` metrics: `statistics.summarise_humaneval`, and how they came about.
+class HumanEvalConfig(written.WritingConfig):
+    """HumanEval subset: how many solutions of each problem are drawn and how long they may be, run in the sandbox."""
 
-    - `prompt`: "completion", "chat" or "thinking", as the model's entry says; `temperature` (0: greedy), `top_p`,
-      `seed`; `answer_tokens`, `thinking_tokens`: the limits;
-    - `cut_answers`, `cut_thinking`: solutions that met these limits, in the answer or still thinking;
+    problems: int = Field(ge=2, le=164)
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), description="pass@k to report beside pass@1")
+    timeout_seconds: float = Field(gt=0)
+    allow_unsafe: bool = Field(default=False, description="run generated code even where nothing contains it")
+
+    @model_validator(mode="after")
+    def _k_can_be_estimated(self) -> HumanEvalConfig:
+        if max(self.k, default=1) > self.samples:
+            raise ValueError(f"pass@{max(self.k)} needs {max(self.k)} samples of each problem, not {self.samples}")
+        return self
+
+
+def measure(subject: Subject, folder: Path) -> dict[str, Any]:
+    """`humaneval` metrics: `statistics.summarise_humaneval`, `written.described`, and
+
     - `isolation`: the level that solutions ran at; `contained`: whether that level keeps hostile code in.
 
-    Items lie in `folder`, by task id and sample: solutions (prompt, ids, text, cut) and verdicts (completion, correct,
+    Items lie in `folder`, by task id and sample: solutions (`written.write`) and verdicts (completion, correct,
     reason).
     """
-    wanted, entry = subject.suite.humaneval, subject.entry
-    problems = problems_of(subject)
-    names = [[name_of(problem.task_id, sample) for sample in range(wanted.samples)] for problem in problems]
-    solutions, verdicts = Journal(folder / ITEMS), Journal(folder / VERDICTS)
-    _write(subject, problems, solutions)
-    _judge(subject, problems, solutions, verdicts)
-    cuts = [solutions.items[name]["cut"] for row in names for name in row]
+    wanted, problems = subject.wanted, {problem.task_id: problem for problem in problems_of(subject)}
+    level, names = require_isolation(wanted.allow_unsafe), written.names_of(problems, wanted)
+    solutions, verdicts = Journal(folder / written.ITEMS), Journal(folder / VERDICTS)
+    ask = answers.completion_prompt if _completes(subject) else answers.chat_request
+    requests = {name: ask(problem) for name, problem in problems.items()}
+    write(subject, "HumanEval", requests, solutions, answers.should_stop)
+    _judge(subject, level, list(zip(problems.values(), names, strict=True)), solutions, verdicts)
     reference = subject.reference and _passed(Journal(subject.reference / VERDICTS), names)
     return {
         **summarise_humaneval(_passed(verdicts, names), reference, wanted.k),
-        "prompt": entry.humaneval_prompt,
-        "temperature": wanted.temperature,
-        "top_p": wanted.top_p,
-        "seed": wanted.seed,
-        "answer_tokens": wanted.answer_tokens(entry),
-        "thinking_tokens": wanted.thinking_tokens(entry),
-        "cut_answers": cuts.count("answer"),
-        "cut_thinking": cuts.count("thinking"),
-        "isolation": subject.isolation,
-        "contained": subject.isolation in SAFE_LEVELS,
+        **written.described(subject, solutions, names),
+        "isolation": level,
+        "contained": level in SAFE_LEVELS,
     }
+
+
+def _completes(subject: Subject) -> bool:
+    return subject.entry.humaneval_prompt == "completion"
 
 
 def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
@@ -63,65 +75,70 @@ def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
     return np.array([[item["correct"] for item in row] for row in found if all(row)], np.bool_)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write(subject: Subject, problems: Sequence[Problem], solutions: Journal) -> None:
-    """Every solution that is not there yet, recorded as it is written."""
-    wanted, entry = subject.suite.humaneval, subject.entry
-    rows = [(name_of(problem.task_id, sample), problem) for problem in problems for sample in range(wanted.samples)]
-    left = [row for row in rows if row[0] not in solutions.items]
-    with Progress(f"HumanEval {subject.name}", len(rows), "solutions") as progress:
-        progress.advance(len(rows) - len(left), kept=True)
-        if not left:
-            return
-        writer = Writer(subject.folder)
-        limits = Limits(wanted.answer_tokens(entry), wanted.thinking_tokens(entry))
-        complete = answers.should_stop if entry.humaneval_prompt == "completion" else _never
-        for name, problem in left:
-            prompt, sampling = _prompt(subject, writer, problem), None
-            if wanted.temperature:
-                sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
-            one = writer.continuation(prompt, limits, complete, sampling)
-            solutions.record(name, {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut})
-            progress.advance()
-
-
-def _prompt(subject: Subject, writer: Writer, problem: Problem) -> str:
-    if subject.entry.humaneval_prompt == "completion":
-        return answers.completion_prompt(problem)
-    return writer.chat(answers.chat_request(problem))
-
-
-def _never(_text: str) -> bool:
-    """A chat answer ends where the model ends it: any code block may be followed by a better one."""
-    return False
-
-
-# --- judging ---------------------------------------------------------------------------------------------------------
-
-
-def _judge(subject: Subject, problems: Sequence[Problem], solutions: Journal, verdicts: Journal) -> None:
+def _judge(
+    subject: Subject, level: str, rows: Sequence[tuple[Problem, Sequence[str]]], solutions: Journal, verdicts: Journal
+) -> None:
     """A verdict for every solution that has none yet, recorded as it falls."""
-    wanted = subject.suite.humaneval
-    rows = [(problem, sample) for problem in problems for sample in range(wanted.samples)]
+    named = {name: problem for problem, names in rows for name in names}
     left = {
         name: (problem, _completion(subject, problem, solutions.items[name]))
-        for problem, sample in rows
-        if (name := name_of(problem.task_id, sample)) not in verdicts.items
+        for name, problem in named.items()
+        if name not in verdicts.items
     }
-    with Progress(f"judging {subject.name}", len(rows), "solutions") as progress:
-        progress.advance(len(rows) - len(left), kept=True)
-        outcomes = judge_all(list(left.values()), wanted.timeout_seconds, subject.isolation)
+    with Progress(f"judging {subject.name}", len(named), "solutions") as progress:
+        progress.advance(len(named) - len(left), kept=True)
+        outcomes = judge_all(list(left.values()), subject.wanted.timeout_seconds, level)
         for (name, (_, completion)), outcome in zip(left.items(), outcomes, strict=True):
             verdicts.record(name, {"completion": completion, "correct": outcome.passed, "reason": outcome.reason})
             progress.advance()
 
 
 def _completion(subject: Subject, problem: Problem, item: Mapping[str, Any]) -> str:
-    if subject.entry.humaneval_prompt == "completion":
+    if _completes(subject):
         return answers.extract_completion(item["text"])
-    text = item["text"]
-    if subject.entry.humaneval_prompt == "thinking":
-        text = without_thinking(text, opens_thinking(item["prompt"]))
-    return answers.extract_answer(problem, text)
+    return answers.extract_answer(problem, written.answer(item, subject.entry))
+
+
+def _texts(part: HumanEvalConfig, store: Store) -> list[tuple[str, list[str]]]:
+    """Every problem with its solution, whatever the number asked."""
+    del part
+    problems = load_problems(dataset("humaneval", store))
+    return [("humaneval", [item.prompt + item.canonical_solution for item in problems])]
+
+
+def _conditions(section: task.Metrics) -> str:
+    unsafe = "" if section.get("contained", True) else ", which does not contain hostile code"
+    return (
+        f"HumanEval: pass@1 of {written.how_drawn(section)}{'' if section.get('temperature') else ' solution'} each, "
+        f"prompt {section.get('prompt', 'unknown')}, run under {section.get('isolation', 'unknown isolation')}{unsafe}"
+    )
+
+
+def _detail(section: task.Metrics, texts: Sequence[str]) -> str:
+    del texts
+    asked = "greedy" if section.get("temperature") == 0 else f"temperature {section.get('temperature')}"
+    return f"HumanEval, {section.get('prompt')} prompts, {asked}, {section.get('n')} problems"
+
+
+TASK = task.Task(
+    name="humaneval",
+    title="HumanEval",
+    place=3,
+    measure=measure,
+    config=HumanEvalConfig,
+    counted=("problems", "k"),
+    unit="problems",
+    machine=lambda part: require_isolation(part.allow_unsafe),
+    datasets=lambda part: ("humaneval",),
+    texts=_texts,
+    cost=lambda part, entry: part.cost(entry, part.problems, PROMPT_TOKENS),
+    asks=lambda part: f"{part.problems} HumanEval problems",
+    pairing=task.items_of("pass_at_1"),
+    gates=(task.margin_gate("humaneval", task.FLOOR, "pass_at_1", "HumanEval"),),
+    columns=(task.interval_column("pass@1", "pass_at_1", share, percent, n=True),),
+    notes=(task.Note(lambda own: "HumanEval solutions cut short by their limit of tokens", written.cut_short),),
+    conditions=_conditions,
+    measures=(task.Measure("pass_at_1", "HumanEval pass@1", "share", "pass@1"),),
+    detail=_detail,
+    dataset=("HumanEval", "openai/openai_humaneval"),
+)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.texts import dataset
 from pipeline.errors import EvaluationError
+from pipeline.tasks.subject import Subject
+from pipeline.tasks.written import spread
+
+PROMPT_TOKENS = 138
+"""Mean tokens of a prompt (SmolLM2's tokenizer, 164 problems)."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,6 @@ def _problem(record: Any) -> Problem:
     return Problem(**{name: record[name] for name in names})
 
 
-def spread(problems: Sequence[Problem], n: int) -> list[Problem]:
-    """`n` problems evenly spread over the set, in its order; a smaller `n` chooses a subset of a larger one.
-
-    Positions follow the van der Corput sequence in base 2 (0, 1/2, 1/4, 3/4, …).
-
-    Raises:
-        EvaluationError: `n` is not between 1 and the number of problems.
-    """
-    if not 1 <= n <= len(problems):
-        raise EvaluationError(f"cannot choose {n} of {len(problems)} HumanEval problems; choose 1 to {len(problems)}.")
-    bits = len(problems).bit_length()
-    chosen: set[int] = set()
-    for k in range(1 << bits):
-        position = int(f"{k:0{bits}b}"[::-1], 2) * len(problems) >> bits
-        chosen.add(position)
-        if len(chosen) == n:
-            break
-    return [problems[i] for i in sorted(chosen)]
+def problems_of(subject: Subject) -> list[Problem]:
+    """The suite's problems, in their order."""
+    return spread(load_problems(dataset("humaneval", subject.store)), subject.wanted.problems, "HumanEval problems")

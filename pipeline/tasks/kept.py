@@ -1,4 +1,4 @@
-"""A section's folder: its items, and a record of what decided them. What is still right is not measured again.
+"""A task's folder: its items, and a record of what decided them. What is still right is not measured again.
 
 A folder may be whole (its record has the metrics), or what a killed run left. Items stay when what decides each of them
 is the same; if that also holds for what decides the metrics over all of them, nothing is measured at all.
@@ -20,7 +20,7 @@ Metrics = dict[str, Any]
 
 
 def adopt(folder: Path, earlier: Path, key: Key) -> str:
-    """Make `folder` hold what is kept of a section, and say so in words.
+    """Make `folder` hold what is kept of a task, and say so in words.
 
     What a killed run left in `folder` comes first, then what `earlier`, a finished validation, has: by hard links.
     """
@@ -42,7 +42,7 @@ def adopt(folder: Path, earlier: Path, key: Key) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a section's folder; None where there is none, or none that reads."""
+    """The record of a task's folder; None where there is none, or none that reads."""
     try:
         record = read_json(folder / RECORD)
         return record if isinstance(record["items"], dict) else None
@@ -51,19 +51,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def finished(folder: Path) -> Path | None:
-    """`folder` if a validation finished this section in it."""
+    """`folder` if a validation finished this task in it."""
     record = read_record(folder)
     return folder if record and "sha256" in record else None
 
 
 def metrics_of(folder: Path, key: Key) -> Metrics | None:
-    """The metrics in a section's folder that `key` decided; else None."""
+    """The metrics in a task's folder that `key` decided; else None."""
     record = read_record(folder)
     return record["metrics"] if record and _is_whole(record, key) else None
 
 
 def measured(folder: Path, key: Key, measure: Callable[[Path], Metrics]) -> Metrics:
-    """The metrics of a section whose folder `adopt` prepared, measured as far as they are not kept."""
+    """The metrics of a task whose folder `adopt` prepared, measured as far as they are not kept."""
     if (metrics := metrics_of(folder, key)) is not None:
         return metrics
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.calibrate.texts import dataset, encoder
+from pipeline.checkpoint.blobs import Store
+from pipeline.config.models import ModelConfig
+from pipeline.config.typed_yaml import Frozen
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 from pipeline.runtime.chat import has_thought, read_template, without_thought
-from pipeline.tasks import mmlu_prompts
+from pipeline.tasks import mmlu_prompts, task
 from pipeline.tasks import mmlu_questions as mmlu
-from pipeline.tasks.mmlu_scoring import Decoder, Scorer, item_names
+from pipeline.tasks.mmlu_scoring import Scorer, item_names
 from pipeline.tasks.statistics import MmluAnswers, answer_probability, summarise_mmlu
-from pipeline.tasks.subject import Subject
+from pipeline.tasks.subject import CHUNK, Decoder, Subject
+from pipeline.tasks.task import percent, share
 
 ITEMS = "mmlu.jsonl"
+TOKENS = {"five-shot": 97, "letter": 111, "chat": 124, "cloze": 95}
+"""Mean tokens of a question: prompt without examples, and in cloze mode the four answers (SmolLM2, 570 questions)."""
+EXAMPLES = {"five-shot": 512}
+"""Mean tokens of a subject's examples, which are read once."""
+LONGEST = {"five-shot": 3146, "letter": 1004, "chat": 1017, "cloze": 979}
+"""Tokens of the longest prompt (with the development split's examples; without any, of 2,850 questions)."""
+
+
+class MmluConfig(Frozen):
+    """MMLU subset: `questions` stratified over the 57 subjects, and what five-shot prompts show before each."""
+
+    questions: int = Field(ge=57, le=14_042)
+    seed: int = 0
+    exemplars: Literal["held-out", "dev"] = Field(
+        default="held-out",
+        description="held-out: test questions that are never asked; dev: the official development split, from the Hub",
+    )
 
 
 def measure(subject: Subject, folder: Path) -> dict[str, Any]:
@@ -27,16 +49,14 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
 
     `number` counts the questions of the subset; they are asked subject by subject: each one's examples are read once.
     """
-    wanted, mode = subject.suite.mmlu, subject.entry.mmlu_mode
+    wanted = subject.wanted
     split = mmlu.load_questions(dataset("mmlu", subject.store))
     questions = mmlu.subset(split, wanted.questions, wanted.seed)
     ask, conditions = _asker(subject, split)
     prompts = [ask(question) for question in questions]
     names, journal = item_names(questions, prompts), Journal(folder / ITEMS)
-    left = sorted(
-        (number for number, name in enumerate(names) if name not in journal.items),
-        key=lambda number: (questions[number].subject, number),
-    )
+    left = [number for number, name in enumerate(names) if name not in journal.items]
+    left.sort(key=lambda number: questions[number].subject)
     encode = encoder(subject.folder)
 
     def scores(decoder: Decoder) -> Iterator[np.ndarray]:
@@ -51,14 +71,14 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
             progress.advance()
     journal.arrange(names)
     reference = subject.reference and _answers(Journal(subject.reference / ITEMS), names)
-    return summarise_mmlu(_answers(journal, names), reference, mode) | conditions
+    return summarise_mmlu(_answers(journal, names), reference, subject.entry.mmlu_mode) | conditions
 
 
 def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu_prompts.Asker, dict[str, str]]:
     """How the model's mode asks, and what the metrics say about it besides the mode."""
     mode = subject.entry.mmlu_mode
     if mode == "five-shot":
-        return mmlu_prompts.asker(mode, _examples(subject, split)), {"exemplars": subject.suite.mmlu.exemplars}
+        return mmlu_prompts.asker(mode, _examples(subject, split)), {"exemplars": subject.wanted.exemplars}
     if mode == "chat":
         template, thinks = read_template(subject.folder), subject.entry.mmlu_close_think
         ask = mmlu_prompts.asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
@@ -67,7 +87,7 @@ def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu_promp
 
 
 def _examples(subject: Subject, split: Sequence[mmlu.Question]) -> mmlu.Examples:
-    wanted = subject.suite.mmlu
+    wanted = subject.wanted
     if wanted.exemplars == "dev":
         return mmlu.development_examples(mmlu.load_questions(dataset("mmlu-dev", subject.store), "dev"))
     return mmlu.held_out_examples(split, wanted.questions, wanted.seed)
@@ -95,3 +115,58 @@ def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:
     correct = np.array([item["correct"] for item in items], np.bool_)
     scores = np.array([item["scores"] for item in items], np.float64)
     return MmluAnswers(correct, answer_probability(scores, np.array([item["answer"] for item in items], np.int64)))
+
+
+def _texts(part: MmluConfig, store: Store) -> list[tuple[str, list[str]]]:
+    """Every question of the split with its choices, whatever the number asked."""
+    del part
+    questions = mmlu.load_questions(dataset("mmlu", store))
+    return [("mmlu", [" ".join((item.question, *item.choices)) for item in questions])]
+
+
+def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
+    """The longest prompt's keys and values are held twice: before a question and after it."""
+    mode = entry.mmlu_mode
+    read = part.questions * TOKENS[mode] + mmlu.SUBJECTS * EXAMPLES.get(mode, 0)
+    return task.Cost(read=read, window=CHUNK, cached=2 * LONGEST[mode])
+
+
+def _conditions(section: task.Metrics) -> str:
+    asked = [
+        section.get("mode", "unknown"),
+        *(f"{key} {section[key]}" for key in ("exemplars", "think") if key in section),
+    ]
+    return f"MMLU questions asked in mode {', '.join(asked)} (chance {100 * section.get('chance', 0.25):.0f} %)"
+
+
+def _probability(value: float) -> str:
+    return f"{value:.2f} points"
+
+
+TASK = task.Task(
+    name="mmlu",
+    title="MMLU",
+    place=2,
+    measure=measure,
+    config=MmluConfig,
+    counted=("questions",),
+    runs_graph=True,
+    unit="questions",
+    datasets=lambda part: ("mmlu", *["mmlu-dev"] * (part.exemplars == "dev")),
+    texts=_texts,
+    cost=_cost,
+    asks=lambda part: f"{part.questions:,} MMLU questions",
+    pairing=task.items_of("accuracy"),
+    gates=(
+        task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU"),
+        task.Gate("mmlu_probability", task.SHOWN, "probability_drop_points", "MMLU probability drop", _probability),
+    ),
+    columns=(task.interval_column("MMLU", "accuracy", share, percent, n=True),),
+    conditions=_conditions,
+    measures=(
+        task.Measure("accuracy", "MMLU accuracy", "share", "accuracy"),
+        task.Measure("drop_points", "MMLU drop", "percentage points"),
+    ),
+    detail=lambda section, texts: f"MMLU, mode {section.get('mode')}, {section.get('n')} questions",
+    dataset=("MMLU", "cais/mmlu"),
+)

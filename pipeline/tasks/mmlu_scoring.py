@@ -17,29 +17,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
+from scipy.special import log_softmax
 
 from pipeline.errors import EvaluationError
 from pipeline.tasks.mmlu_prompts import Prompt
 from pipeline.tasks.mmlu_questions import Question
-
-CHUNK = 256
-"""Tokens run at once: logits of a whole five-shot prompt would take gigabytes with a large vocabulary."""
+from pipeline.tasks.subject import CHUNK, Decoder, State
 
 _BLOCK = 128  # rows of one block of ONNX Runtime's matrix products
 
 Encode = Callable[[str], list[int]]
-State = Any  # what a Decoder remembers of the tokens it was given; opaque, immutable, reusable
-
-
-class Decoder(Protocol):
-    """A causal language model with a reusable past."""
-
-    def run(self, ids: Sequence[int], past: State | None = None) -> tuple[np.ndarray, State]:
-        """Logits of `ids` after `past`, float32 [len(ids), vocabulary], and the state after them; `past` is kept."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -158,10 +147,8 @@ def _run_ends(count: int) -> list[int]:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((index for index, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> float:
@@ -172,6 +159,4 @@ def _log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> float:
     values = logits.astype(np.float64)
     if not np.isfinite(values).all():
         raise EvaluationError("the model's logits are not finite (overflow, or a damaged artifact).")
-    top = values.max(axis=1)
-    normaliser = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
-    return float((values[np.arange(len(targets)), list(targets)] - normaliser).sum())
+    return float(log_softmax(values, axis=1)[np.arange(len(targets)), list(targets)].sum())

@@ -425,10 +425,25 @@ def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int
     Raises:
         EvaluationError: the arrays do not pair, are empty or are not bool.
     """
-    _check_items("HumanEval", ("problems", "samples"), passed, reference)
-    scores = _accuracy("pass_at_1", pass_at_k(passed, 1), None if reference is None else pass_at_k(reference, 1))
+    scores = summarise_samples("HumanEval", "problems", "pass_at_1", passed, reference)
     for k in sorted({*ks} - {1}):
         scores |= _share(f"pass_at_{k}", pass_at_k(passed, k))
+    return scores
+
+
+def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: Bools | None) -> dict[str, Any]:
+    """The mean share of right samples under the name `key`, and its paired drop unless `reference` is None.
+
+    Args:
+        task, unit: what was asked, and what its items are called.
+        passed: [items, samples] bool.
+        reference: the same of the reference, on the same items in the same order.
+
+    Raises:
+        EvaluationError: the arrays do not pair, are empty or are not bool.
+    """
+    _check_items(task, (unit, "samples"), passed, reference)
+    scores = _accuracy(key, pass_at_k(passed, 1), None if reference is None else pass_at_k(reference, 1))
     return scores | {"samples": passed.shape[1]}
 
 

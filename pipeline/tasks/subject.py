@@ -1,60 +1,66 @@
-"""What is validated: the written files of one variant, or of the full-precision reference, and what they are asked."""
+"""What is validated: the written files of one variant, or of the full-precision reference, as one task sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.models import ModelConfig
 from pipeline.runtime.layered import Asked, LayeredDecoder
 from pipeline.runtime.session import OnnxDecoder
-from pipeline.workspace import Workspace
+
+CHUNK = 256
+"""Tokens run at once: logits of a long text would take gigabytes with a large vocabulary."""
+State = Any
+"""What a Decoder remembers of the tokens it was given; opaque, immutable, reusable."""
+
+
+class Decoder(Protocol):
+    """A causal language model with a reusable past."""
+
+    def run(self, ids: Sequence[int], past: State | None = None) -> tuple[np.ndarray, State]:
+        """Logits of `ids` after `past`, float32 [len(ids), vocabulary], and the state after them; `past` is kept."""
+        ...
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model × variant, as one section of its validation sees it.
+    """One model × variant. `dataclasses.replace` makes it another task's, which loads the model for itself.
 
     Attributes:
         folder: graph, weights, tokenizer and genai_config.json, as a runtime loads them.
         graph: the graph in `folder`.
-        isolation: the level that generated code runs at.
         layered: whether the model is too large to be held in memory, and runs layer by layer.
-        section: the section's name.
-        reference: the reference's per-item results in this section; None for the reference itself, and where it has
-            none.
-        source: the results of the section that this one reads; of the reference only, None elsewhere.
+        wanted: the task's part of the suite.
+        reference: the reference's per-item results in this task; None for the reference itself, and where it has none.
+        source: the results of the task that this one reads; of the reference only, None elsewhere.
         states: a folder for the hidden states of a model that runs layer by layer.
     """
 
-    workspace: Workspace
+    model: str
     variant: str
     folder: Path
     graph: Path
     architecture: Architecture
     entry: ModelConfig
-    suite: EvaluationConfig
     store: Store
-    isolation: str
     layered: bool = False
-    section: str = ""
+    wanted: Any = None
     reference: Path | None = None
-    states: Path = Path()
     source: Path | None = None
+    states: Path = Path()
 
     @property
     def name(self) -> str:
         """Model and variant, for people."""
-        return f"{self.workspace.model} {self.variant}"
-
-    def of(self, section: str, reference: Path | None, states: Path, source: Path | None = None) -> Subject:
-        """The subject of a section. It loads the model for itself."""
-        return replace(self, section=section, reference=reference, states=states, source=source)
+        return f"{self.model} {self.variant}"
 
     @cached_property
     def decoder(self) -> OnnxDecoder | LayeredDecoder:

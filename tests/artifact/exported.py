@@ -127,6 +127,11 @@ def lines(path: Path) -> list[str]:
     return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
 
+def finished_units(journal: Path) -> set[str]:
+    """The units that a journal of unfinished work says are finished."""
+    return {json.loads(line)[0] for line in lines(journal)} - {""}
+
+
 def grow(folder: Path, recipe: str, target: Path, log: Path, unit_bytes: int, threads: int | None = None) -> None:
     """Write an artifact of `folder` in units of `unit_bytes`, and append what is computed, line by line, to `log`.
 

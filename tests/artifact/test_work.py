@@ -12,9 +12,10 @@ from pipeline.artifact.quantizers import Weighted
 from pipeline.artifact.work import Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.architecture import Matrix
 from pipeline.planning.recipes import Piece, PlannedMatrix
-from pipeline.quantize.formats import FAST_BLOCKS, TensorFormat
+from pipeline.quantize.formats import TensorFormat
 from tests.artifact.exported import Exported, export
 from tests.families import CASES, make_checkpoint
+from tests.quantize.test_formats import NAMES
 from tests.recipes import load_recipe
 
 
@@ -24,21 +25,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export(make_checkpoint(tmp_path_factory.mktemp("work") / "checkpoint", CASES["phi3"]))
 
 
-FORMATS = [
-    TensorFormat(bits, block, symmetric)
-    for bits, blocks in FAST_BLOCKS.items()
-    for block in blocks
-    for symmetric in (True, False)
-    if not (symmetric and bits == 6)
-]
-
-
 @st.composite
 def planned_matrices(draw: st.DrawFn) -> PlannedMatrix:
     """A matrix of any size in one or two formats."""
     pieces = tuple(
         Piece(fmt, fmt.block * draw(st.integers(1, 9)))
-        for fmt in draw(st.lists(st.sampled_from(FORMATS), min_size=1, max_size=2))
+        for fmt in map(TensorFormat.parse, draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=2)))
     )
     columns = sum(piece.columns for piece in pieces)
     matrix = Matrix("model.layers.0.mlp.up_proj.weight", "up_proj", 0, draw(st.integers(1, 300)), columns, "layers.0.x")
@@ -62,19 +54,14 @@ def test_their_ranges_are_all_bytes_once(planned: PlannedMatrix, unit_bytes: int
         for name, offset, length in unit.ranges():
             assert offset == ends.get(name, 0)
             ends[name] = offset + length
-    rows = planned.matrix.rows
-    sizes = [
-        size(rows, piece.columns)
-        for piece in planned.pieces
-        for size in (piece.format.code_bytes, piece.format.scale_bytes, piece.format.zero_bytes)
-    ]
+    sizes = [piece.format.bytes(planned.matrix.rows, piece.columns) for piece in planned.pieces]
     assert sum(ends.values()) == sum(sizes) == planned.bytes
 
 
 def test_memory_is_that_of_a_unit() -> None:
     """MiMo's head has 622 million weights, 2.5 GB of float32, of which a unit is a hundredth at most."""
     matrix = Matrix("lm_head.weight", "head", 36, 151_680, 4096, "head")
-    found = units(PlannedMatrix(matrix, (Piece(TensorFormat(8, 32, True), 4096),)))
+    found = units(PlannedMatrix(matrix, (Piece(TensorFormat.parse("w8b32s"), 4096),)))
     assert len(found) >= 75
     assert max(4 * unit.weights for unit in found) <= 32 << 20
 

@@ -16,19 +16,15 @@ from click.testing import CliRunner
 from benchmarks import arm64, emulator, foreign, probes
 from benchmarks.emulator import CPUS, Emulator
 from pipeline.errors import EvaluationError, ResourceError
-from pipeline.quantize.formats import FAST_BLOCKS, TensorFormat
+from pipeline.quantize.formats import TensorFormat
 from pipeline.runtime.session import OnnxDecoder
 from tests import tiny
 from tests.artifact.exported import export
+from tests.quantize.test_formats import NAMES
 from tests.recipes import load_recipe
 
-FORMATS = [
-    TensorFormat(bits, block, symmetric)
-    for bits, blocks in FAST_BLOCKS.items()
-    for block in blocks
-    for symmetric in (True, False)
-    if bits != 6  # two kernels, each with a probe of its own
-]
+# Not those of several planes: each of their kernels has a probe of its own.
+FORMATS = [fmt for fmt in map(TensorFormat.parse, NAMES) if len(fmt.planes) == 1]
 FINE = {"w4b32s, 1 row": 5e-3, "w4b32s, 16 rows": 8e-3}
 
 

@@ -112,24 +112,27 @@ def test_an_interrupted_run_goes_on_at_its_layer(layer: int, tmp_path: Path, mon
     decoder, passed = make_decoder(tmp_path, "llama-untied"), list[int]()
     want = measure(tmp_path, decoder)
     shutil.rmtree(tmp_path / "partial")
-    advance, divergences = module._advance, module._divergences
+    advance, divergences = module.Passing.advance, module.Passing.divergences
 
-    def stopping(copies: module.Copies, *rest: object) -> object:
+    def stopping(self: module.Passing, copies: module.Copies) -> object:
         if copies.layer == layer:
             raise KeyboardInterrupt
-        return (advance if copies.layer < 3 else divergences)(copies, *rest)
+        return (advance if copies.layer < 3 else divergences)(self, copies)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_advance", stopping)
-        patch.setattr(module, "_divergences", stopping)
+        patch.setattr(module.Passing, "advance", stopping)
+        patch.setattr(module.Passing, "divergences", stopping)
         measure(tmp_path, decoder)
     left = sorted(file.name for file in (tmp_path / "partial").glob("copies/*"))
     assert left == ([f"copies.{layer}.npy"] if layer else [])
     if left:
         (tmp_path / "partial/copies" / f"copies.{layer + 1}.npy").write_bytes(b"cut short by a kill")
-    monkeypatch.setattr(
-        module, "_advance", lambda copies, *rest: (passed.append(copies.layer), advance(copies, *rest))[1]
-    )
+
+    def counted(self: module.Passing, copies: module.Copies) -> module.Copies:
+        passed.append(copies.layer)
+        return advance(self, copies)
+
+    monkeypatch.setattr(module.Passing, "advance", counted)
     assert measure(tmp_path, decoder) == want
     assert passed == list(range(layer, 3))
     assert not list(tmp_path.glob("*slice*"))  # nothing of ours stays beside the weights

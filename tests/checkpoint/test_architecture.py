@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pipeline.checkpoint import architecture as module
 from pipeline.checkpoint.architecture import Architecture, check_tensors, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
@@ -178,9 +179,31 @@ def test_mtp_tensors_are_dropped_with_a_sentence(tmp_path: Path) -> None:
     assert note == ("left out 2 tensors under model.mtp_layers.* (2,048 parameters): the forward never uses them")
 
 
-def test_a_tied_head_stored_again_is_left_out_with_a_sentence(tmp_path: Path) -> None:
-    parts = stored("llama-tied", tmp_path, **{"lm_head.weight": np.zeros((320, 128), np.float32)})
-    assert check_tensors(*parts) == ["left out lm_head.weight: config.json ties the head to the embedding"]
+def test_an_equal_head_beside_a_tied_embedding_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    _, before = stored("llama-tied", tmp_path)
+    parts = stored("llama-tied", tmp_path, **{"lm_head.weight": before.rows("model.embed_tokens.weight")})
+    assert check_tensors(*parts) == [
+        "left out lm_head.weight: it equals the embedding, to which config.json ties the head"
+    ]
+
+
+@pytest.mark.parametrize("rows", [320, 319])
+def test_another_head_beside_a_tied_embedding_is_refused_and_the_remedy_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(module, "_COMPARED", 7 * 4 * 128)  # some rows at a time, and fewer at the end
+    _, before = stored("llama-tied", tmp_path)
+    head = before.rows("model.embed_tokens.weight", 0, rows)
+    head[-1, -1] += 1e-3
+    architecture, checkpoint = stored("llama-tied", tmp_path, **{"lm_head.weight": head})
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors(architecture, checkpoint)
+    parts = (str(tmp_path / "model.safetensors"), "lm_head.weight differs", str(tmp_path / "config.json"))
+    assert all(part in str(caught.value) for part in (*parts, "Set tie_word_embeddings to false"))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if rows == 320:
+        assert check_tensors(read_architecture(tmp_path / "config.json"), checkpoint) == []
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,20 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoint import blobs as store_module
 from pipeline.checkpoint.blobs import STORE, LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.chunks import CHUNK, SUFFIX, Chunks, Digest
 from pipeline.errors import ResourceError, SourceError
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+W = LockedFile("w", len(CONTENT), DIGEST)
 
 
 @pytest.fixture
@@ -29,12 +33,18 @@ def everything(store: Store) -> list[Path]:
     return [path for path in store.root.rglob("*") if path.is_file()]
 
 
+def spoil(blob: Path) -> None:
+    """Change the last byte; the length stays."""
+    blob.chmod(0o644)
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def test_add_from_stream_and_file(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(CONTENT)
-    expected = LockedFile("w", len(CONTENT), DIGEST)
-    assert store.add(source, "w") == expected
-    assert store.add(io.BytesIO(CONTENT), "w", DIGEST) == expected
+    assert store.add(source, "w") == W
+    assert store.add(io.BytesIO(CONTENT), "w", DIGEST) == W
     assert store.path(DIGEST).read_bytes() == CONTENT
     assert everything(store) == [store.root / "sha256" / DIGEST[:2] / DIGEST]
     assert store.path(DIGEST).stat().st_mode & 0o777 == 0o444
@@ -59,9 +69,7 @@ def test_adding_again_keeps_the_inode_that_graphs_are_linked_to(store: Store) ->
 
 def test_adding_again_repairs_a_damaged_blob(store: Store) -> None:
     store.add(io.BytesIO(CONTENT), "w")
-    blob = store.path(DIGEST)
-    blob.chmod(0o644)
-    blob.write_bytes(CONTENT[:-1] + b"?")
+    spoil(store.path(DIGEST))
     store.add(io.BytesIO(CONTENT), "w")
     assert store.path(DIGEST).read_bytes() == CONTENT
 
@@ -109,19 +117,51 @@ def test_absent_blob_names_the_command(store: Store) -> None:
 
 def test_link_makes_hard_links_of_real_files(store: Store, tmp_path: Path) -> None:
     store.add(io.BytesIO(CONTENT), "w")
-    store.link({"model.safetensors": DIGEST, "sub/copy": DIGEST}, tmp_path / "graph")
-    for name in ("model.safetensors", "sub/copy"):
+    store.link([W, replace(W, name="sub/copy")], tmp_path / "graph")
+    for name in ("w", "sub/copy"):
         link = tmp_path / "graph" / name
         assert not link.is_symlink()
         assert link.samefile(store.path(DIGEST))
-    store.link({"model.safetensors": DIGEST}, tmp_path / "graph")  # again, over the existing link
+    store.link([W], tmp_path / "graph")  # again, over the existing link
     assert store.path(DIGEST).read_bytes() == CONTENT
+
+
+def test_weights_come_with_a_list_of_their_chunks(store: Store, tmp_path: Path) -> None:
+    content = os.urandom(2 * CHUNK + 5)
+    file = store.add(io.BytesIO(content), "model.safetensors")
+    assert store.intact(file) and store.find("model.safetensors", file.sha256) == file
+    store.link([file], tmp_path / "graph")
+    assert store.path(file.chunks).samefile(tmp_path / "graph" / f"model.safetensors{SUFFIX}")
+    listed = Chunks.beside(tmp_path / "graph/model.safetensors")
+    assert listed and (listed.sha256, len(listed.digests)) == (file.sha256, 3 * 32)
+    with pytest.raises(SourceError, match=r"locked without digests of its chunks.*python -m pipeline download MODEL"):
+        store.link([replace(file, chunks="")], tmp_path / "old")
+
+
+@pytest.mark.parametrize("damaged", ["sha256", "chunks"])
+def test_a_damaged_blob_or_list_is_not_intact(store: Store, tmp_path: Path, damaged: str) -> None:
+    file = store.add(io.BytesIO(os.urandom(2 * CHUNK)), "model.safetensors")
+    spoil(store.path(getattr(file, damaged)))
+    assert not store.intact(file)
+    with (
+        pytest.raises(SourceError) if damaged == "chunks" else nullcontext()
+    ):  # weights are compared when they are read
+        store.link([file], tmp_path / "graph")
+
+
+def test_a_small_file_is_hashed_when_it_is_linked(store: Store, tmp_path: Path) -> None:
+    store.add(io.BytesIO(CONTENT), "w")
+    spoil(store.path(DIGEST))
+    assert not store.intact(W) and store.find("w", DIGEST) is None
+    with pytest.raises(SourceError, match=f"w: blob {DIGEST} of the store .* is damaged.*python -m pipeline download"):
+        store.link([W], tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()
 
 
 def test_link_is_all_or_nothing(store: Store, tmp_path: Path) -> None:
     store.add(io.BytesIO(CONTENT), "w")
     with pytest.raises(SourceError, match="not in the store"):
-        store.link({"present": DIGEST, "absent": "0" * 64}, tmp_path / "graph")
+        store.link([W, LockedFile("absent", 1, "0" * 64)], tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 
 
@@ -129,7 +169,7 @@ def test_link_is_all_or_nothing(store: Store, tmp_path: Path) -> None:
 def test_names_that_leave_the_folder_are_refused(store: Store, tmp_path: Path, name: str) -> None:
     store.add(io.BytesIO(CONTENT), "w")
     with pytest.raises(SourceError, match="leaves its folder"):
-        store.link({name: DIGEST}, tmp_path / "graph")
+        store.link([replace(W, name=name)], tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 
 
@@ -144,7 +184,7 @@ def test_link_does_not_follow_a_symlink_out(store: Store, tmp_path: Path) -> Non
     (tmp_path / "outside").mkdir()
     (tmp_path / "graph" / "sub").symlink_to(tmp_path / "outside")
     with pytest.raises(SourceError, match="symlink that leaves"):
-        store.link({"sub/x": DIGEST}, tmp_path / "graph")
+        store.link([replace(W, name="sub/x")], tmp_path / "graph")
     assert list((tmp_path / "outside").iterdir()) == []
 
 
@@ -159,10 +199,10 @@ def test_root_comes_from_argument_then_environment_then_default(
 
 
 def test_full_disk_is_a_resource_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: object, target: object) -> tuple[int, str]:
+    def full(source: object, target: object) -> Digest:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module, "copy_stream", full)
+    monkeypatch.setattr(store_module, "_copied", full)
     with pytest.raises(ResourceError, match="PIPELINE_STORE"):
         store.add(io.BytesIO(CONTENT), "w")
     assert everything(store) == []

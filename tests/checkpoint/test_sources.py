@@ -135,23 +135,27 @@ def test_index_that_is_not_an_index(folder: Path, store: Store, index: bytes) ->
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (WEIGHTS[:-1], f"is truncated: {len(WEIGHTS) - 1:,} bytes, its header promises {len(WEIGHTS):,}"),
-        (WEIGHTS + b"x", "is longer than its header says"),
-        (WEIGHTS[:20], "truncated or not safetensors"),
-        (WEIGHTS[:5], "truncated or not safetensors"),
-        (b"", "truncated or not safetensors"),
-        ((1 << 62).to_bytes(8, "little") + b"{}", "truncated or not safetensors"),
-        ((2).to_bytes(8, "little") + b"[]", "malformed safetensors header"),
-        ((8).to_bytes(8, "little") + b'{"w": 1}', "malformed safetensors header"),
-        ((50_000).to_bytes(8, "little") + b"[" * 50_000, "malformed safetensors header"),
-        ((29).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,"x"]}}'[:29], "malformed safetensors header"),
-        ((30).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,"x"]}}', "malformed safetensors header"),
+        (WEIGHTS[:-1], "needs 256 bytes, the header gives bytes 0 to 256 of 255"),
+        (WEIGHTS + b"x", "bytes 328 to 329 at the end belong to no tensor of its header"),
+        (WEIGHTS[:20], "not a safetensors file, or truncated"),
+        (WEIGHTS[:5], "not a safetensors file, or truncated"),
+        (b"", "not a safetensors file, or truncated"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "not a safetensors file, or truncated"),
+        ((2).to_bytes(8, "little") + b"[]", "the safetensors header is not a JSON object"),
+        ((8).to_bytes(8, "little") + b'{"w": 1}', "tensor 'w' has a malformed header entry"),
+        ((50_000).to_bytes(8, "little") + b"[" * 50_000, "not valid JSON (nested too deeply)"),
+        (
+            (29).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,"x"]}}'[:29],
+            "the safetensors header is not valid JSON",
+        ),
+        ((30).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,"x"]}}', "tensor 'w' has a malformed header entry"),
         (POINTER, "git-LFS pointer"),
     ],
 )
 def test_unfit_weights(folder: Path, store: Store, weights: bytes, message: str) -> None:
     (folder / "model.safetensors").write_bytes(weights)
-    assert message in refused(folder, store)
+    assert message in (told := refused(folder, store))
+    assert "model.safetensors" in told
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX])

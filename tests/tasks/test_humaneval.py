@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.evaluation import HumanEvalConfig, load_suite
 from pipeline.config.models import ModelConfig, load_model
-from pipeline.confine.isolation import isolation_level
 from pipeline.confine.referee import Outcome
 from pipeline.errors import EvaluationError
 from pipeline.graph.genai import dumps, genai_config
 from pipeline.journal import Journal
 from pipeline.runtime.generate import Limits, Sampling, Writer, Written, derived_seed
-from pipeline.tasks import humaneval, solutions
-from pipeline.tasks.humaneval_problems import Problem, load_problems
+from pipeline.tasks import humaneval, writing, written
+from pipeline.tasks.humaneval import HumanEvalConfig
+from pipeline.tasks.humaneval_problems import Problem, load_problems, problems_of
+from pipeline.tasks.registry import load_suite
 from pipeline.tasks.subject import Subject
-from pipeline.workspace import REFERENCE, Workspace
+from pipeline.workspace import REFERENCE
 from tests import tiny
 from tests.artifact.exported import changed, export
 from tests.real_configs import architecture_of
@@ -64,7 +64,7 @@ def writer(monkeypatch: pytest.MonkeyPatch, humaneval_path: Path) -> type[FakeWr
     monkeypatch.setattr(FakeWriter, "asked", [], raising=False)
     monkeypatch.setattr(FakeWriter, "answer", lambda problem: "\n" + problem.canonical_solution, raising=False)
     monkeypatch.setattr(FakeWriter, "cut", "", raising=False)
-    monkeypatch.setattr(humaneval, "Writer", FakeWriter)
+    monkeypatch.setattr(writing, "Writer", FakeWriter)
     return FakeWriter
 
 
@@ -85,22 +85,18 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def subject(tmp_path: Path, prompt: str = "completion", variant: str = REFERENCE, **changes: Any) -> Subject:
     entry = load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
-    suite = load_suite("demo")
-    asked = HumanEvalConfig(**(suite.humaneval.model_dump() | {"problems": 8} | changes))
-    suite = suite.model_copy(update={"humaneval": asked})
+    wanted = HumanEvalConfig(**(load_suite("demo").humaneval.model_dump() | {"problems": 8} | changes))
     architecture = architecture_of("mimo-8b", tmp_path)
-    return Subject(
-        Workspace("mimo-8b"), variant, tmp_path, tmp_path / "x.onnx", architecture, entry, suite, Store(), "seccomp"
-    )
+    return Subject("mimo-8b", variant, tmp_path, tmp_path / "x.onnx", architecture, entry, Store(), wanted=wanted)
 
 
 def kept(folder: Path) -> dict[str, Any]:
-    return {name: Journal(folder / name).items for name in (solutions.ITEMS, humaneval.VERDICTS)}
+    return {name: Journal(folder / name).items for name in (written.ITEMS, humaneval.VERDICTS)}
 
 
 def test_greedy_solutions_are_written_judged_and_counted(tmp_path: Path, judged: list[str], writer: Any) -> None:
     found = humaneval.measure(subject(tmp_path), tmp_path)
-    tasks = [problem.task_id for problem in solutions.problems_of(subject(tmp_path))]
+    tasks = [problem.task_id for problem in problems_of(subject(tmp_path))]
     assert judged == tasks
     even = sum(int(task.split("/")[1]) % 2 == 0 for task in tasks)
     assert (found["n"], found["pass_at_1"], found["samples"]) == (8, even / 8, 1)
@@ -108,7 +104,7 @@ def test_greedy_solutions_are_written_judged_and_counted(tmp_path: Path, judged:
     assert {name: found[name] for name in ("prompt", "temperature", "answer_tokens", "thinking_tokens")} == {
         "prompt": "completion", "temperature": 0, "answer_tokens": 160, "thinking_tokens": 0,
     }  # fmt: skip
-    verdict = kept(tmp_path)[humaneval.VERDICTS][solutions.name_of(tasks[0])]
+    verdict = kept(tmp_path)[humaneval.VERDICTS][written.name_of(tasks[0])]
     assert verdict.keys() == {"completion", "correct", "reason"}
 
 
@@ -127,7 +123,7 @@ def test_a_kill_while_judging_loses_no_text_and_no_verdict(
     with pytest.raises(Killed):
         humaneval.measure(subject(tmp_path), tmp_path)
     items = kept(tmp_path)
-    assert (len(items[solutions.ITEMS]), len(items[humaneval.VERDICTS])) == (8, 5)
+    assert (len(items[written.ITEMS]), len(items[humaneval.VERDICTS])) == (8, 5)
     monkeypatch.setattr(humaneval, "judge_all", whole)
     judged.clear()
     writer.asked.clear()
@@ -159,7 +155,7 @@ def test_a_kill_while_writing_repeats_no_text_and_changes_none(
     monkeypatch.setattr(FakeWriter, "continuation", dying)
     with pytest.raises(Killed):
         humaneval.measure(subject(tmp_path, **drawn), killed)
-    assert len(kept(killed)[solutions.ITEMS]) == 3
+    assert len(kept(killed)[written.ITEMS]) == 3
     assert judged == []
     monkeypatch.setattr(FakeWriter, "continuation", whole)
     assert humaneval.measure(subject(tmp_path, **drawn), killed) == found
@@ -172,7 +168,7 @@ def test_samples_are_drawn_each_by_a_seed_of_its_own(tmp_path: Path, judged: lis
     assert len(writer.asked) == 8 * 5
     assert (found["samples"], found["temperature"], found["top_p"], found["seed"]) == (5, 0.8, 0.95, 0)
     assert 0 < found["pass_at_1"] < found["pass_at_5"] <= 1
-    drawn = {name: item["ids"] for name, item in kept(tmp_path)[solutions.ITEMS].items()}
+    drawn = {name: item["ids"] for name, item in kept(tmp_path)[written.ITEMS].items()}
     assert drawn == {name: [derived_seed(0, name)] for name in drawn}
 
 
@@ -194,20 +190,20 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quantized_model_writes_each_text_alike_whatever_else_is_asked_and_written_before(
     tmp_path: Path, quantized: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(humaneval, "Writer", Writer)
+    monkeypatch.setattr(writing, "Writer", Writer)
     wanted = {"max_new_tokens": 24, **drawn}
     texts = {}
     for n in (8, 3):
         (tmp_path / str(n)).mkdir()
         humaneval.measure(replace(subject(tmp_path, problems=n, **wanted), folder=quantized), tmp_path / str(n))
-        texts[n] = kept(tmp_path / str(n))[solutions.ITEMS]
+        texts[n] = kept(tmp_path / str(n))[written.ITEMS]
     assert texts[3].items() <= texts[8].items()
     (tmp_path / "resumed").mkdir()
-    journal = Journal(tmp_path / "resumed" / solutions.ITEMS)
+    journal = Journal(tmp_path / "resumed" / written.ITEMS)
     for name in list(texts[8])[1::2]:
         journal.record(name, texts[8][name])
     humaneval.measure(replace(subject(tmp_path, problems=8, **wanted), folder=quantized), tmp_path / "resumed")
-    assert kept(tmp_path / "resumed")[solutions.ITEMS] == texts[8]
+    assert kept(tmp_path / "resumed")[written.ITEMS] == texts[8]
 
 
 def test_another_seed_draws_others(tmp_path: Path, judged: list[str]) -> None:
@@ -216,7 +212,7 @@ def test_another_seed_draws_others(tmp_path: Path, judged: list[str]) -> None:
         folder = tmp_path / str(seed)
         folder.mkdir()
         humaneval.measure(subject(tmp_path, seed=seed, **SAMPLED), folder)
-        ids.append([item["ids"] for item in kept(folder)[solutions.ITEMS].values()])
+        ids.append([item["ids"] for item in kept(folder)[written.ITEMS].values()])
     assert ids[0] != ids[1]
 
 
@@ -235,7 +231,7 @@ def test_thinking_is_left_out_and_the_function_is_found(
     right = [item for item in kept(tmp_path)[humaneval.VERDICTS].values() if item["correct"]]
     assert len(right) == 8 * found["pass_at_1"] > 0
     assert not any("wrong" in item["completion"] for item in right)
-    prompts = [item["prompt"] for item in kept(tmp_path)[solutions.ITEMS].values()]
+    prompts = [item["prompt"] for item in kept(tmp_path)[written.ITEMS].values()]
     assert all(prompt.startswith("<user>Complete the following Python function.") for prompt in prompts)
 
 
@@ -256,13 +252,13 @@ def test_a_variant_is_paired_by_problem_and_fewer_problems_count_only_themselves
     theirs.mkdir()
     humaneval.measure(subject(tmp_path, problems=12), theirs)
     monkeypatch.setattr(FakeWriter, "answer", lambda problem: "    pass\n")
-    variant = subject(tmp_path, variant="q4").of("humaneval", theirs, tmp_path)
+    variant = replace(subject(tmp_path, variant="q4"), reference=theirs)
     found = humaneval.measure(variant, own)
     assert found["n"] == 8
     assert found["drop_points"] == 100 * found["reference_pass_at_1"] > 0
-    fewer = subject(tmp_path, variant="q4", problems=4).of("humaneval", theirs, tmp_path)
+    fewer = replace(subject(tmp_path, variant="q4", problems=4), reference=theirs)
     assert humaneval.measure(fewer, own)["n"] == 4
-    more = subject(tmp_path, variant="q4", problems=16).of("humaneval", theirs, tmp_path)
+    more = replace(subject(tmp_path, variant="q4", problems=16), reference=theirs)
     with pytest.raises(EvaluationError, match="16 items of the variant do not pair"):
         humaneval.measure(more, own)
 
@@ -271,14 +267,15 @@ def test_no_verdict_is_an_error_and_is_not_recorded(tmp_path: Path, monkeypatch:
     from pipeline.confine import referee
 
     monkeypatch.setattr(referee, "_BOOTSTRAP", "raise SystemExit('broken')")
-    real = subject(tmp_path)
-    real = Subject(**{**vars(real), "isolation": isolation_level()})
     with pytest.raises(EvaluationError, match=r"there is no verdict: .*broken"):
-        humaneval.measure(real, tmp_path)
+        humaneval.measure(subject(tmp_path), tmp_path)
     assert kept(tmp_path)[humaneval.VERDICTS] == {}
 
 
 @pytest.mark.parametrize(("level", "contained"), [("landlock+seccomp+rlimits", True), ("rlimits", False)])
-def test_the_level_of_isolation_is_recorded(tmp_path: Path, judged: list[str], level: str, contained: bool) -> None:
-    found = humaneval.measure(Subject(**{**vars(subject(tmp_path)), "isolation": level}), tmp_path)
+def test_the_level_of_isolation_is_recorded(
+    tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch, level: str, contained: bool
+) -> None:
+    monkeypatch.setattr(humaneval, "require_isolation", lambda allow_unsafe: level)
+    found = humaneval.measure(subject(tmp_path), tmp_path)
     assert (found["isolation"], found["contained"]) == (level, contained)

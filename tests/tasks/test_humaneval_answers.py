@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.tasks import humaneval_answers as answers
+from pipeline.runtime.chat import END_OF_THINKING, is_thinking, opens_thinking, without_thinking
 from pipeline.tasks.humaneval_answers import (
     chat_request,
     completion_prompt,
     extract_answer,
     extract_completion,
-    is_thinking,
-    opens_thinking,
     should_stop,
-    without_thinking,
 )
 from pipeline.tasks.humaneval_problems import Problem, load_problems
 
@@ -232,4 +229,4 @@ def test_thinking_is_told_from_the_answer(text: str, opened: bool, inside: bool,
 def test_a_template_may_open_the_thinking() -> None:
     assert opens_thinking("<|im_start|>assistant\n<think>\n")
     assert not opens_thinking("<|im_start|>assistant\n")
-    assert answers.END_OF_THINKING == "</think>"
+    assert END_OF_THINKING == "</think>"

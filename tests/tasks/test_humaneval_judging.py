@@ -15,7 +15,8 @@ from pipeline.confine import isolation, referee, sandbox
 from pipeline.confine.referee import Outcome, judge_program
 from pipeline.errors import EvaluationError
 from pipeline.tasks import humaneval_judging as judging
-from pipeline.tasks.humaneval_problems import Problem, load_problems, spread
+from pipeline.tasks.humaneval_problems import Problem, load_problems
+from pipeline.tasks.written import spread
 
 LEVEL = isolation.isolation_level()
 LEVELS = [level for level in isolation.SAFE_LEVELS if not isolation.obstacle(level)]
@@ -61,7 +62,7 @@ def test_every_level_gives_the_same_verdicts(problems: list[Problem], level: str
 @needs_sandbox
 @pytest.mark.parametrize("body", ["    pass\n", "    return True\n", "    return 0\n"])
 def test_trivial_bodies_pass_nothing(problems: list[Problem], body: str) -> None:
-    outcomes = judge_all([(problem, body) for problem in spread(problems, 24)], SECONDS)
+    outcomes = judge_all([(problem, body) for problem in spread(problems, 24, "problems")], SECONDS)
     assert not any(outcome.passed for outcome in outcomes)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EvaluationError
-from pipeline.tasks.humaneval_problems import Problem, load_problems, spread
+from pipeline.tasks.humaneval_problems import Problem, load_problems
+from pipeline.tasks.written import spread
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,12 @@ def test_spread_is_even_nested_and_ordered(problems: list[Problem]) -> None:
     position = {problem.task_id: i for i, problem in enumerate(problems)}
     smaller: set[str] = set()
     for n in range(1, 165):
-        chosen = [problem.task_id for problem in spread(problems, n)]
+        chosen = [problem.task_id for problem in spread(problems, n, "problems")]
         assert len(chosen) == n and smaller <= set(chosen)
         assert chosen == sorted(chosen, key=position.__getitem__)
         smaller = set(chosen)
-    sixteen = [position[problem.task_id] for problem in spread(problems, 16)]
+    sixteen = [position[problem.task_id] for problem in spread(problems, 16, "problems")]
     assert {after - before for before, after in itertools.pairwise(sixteen)} <= {10, 11}
     for n in (0, 165):
         with pytest.raises(EvaluationError, match="164"):
-            spread(problems, n)
+            spread(problems, n, "problems")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import EvaluationError
-from pipeline.tasks import forced as agreement
-from pipeline.tasks.forced import ask, force
+from pipeline.tasks import agreement
+from pipeline.tasks.agreement import ask, force
 
 VOCAB = 40
 
@@ -40,7 +40,7 @@ def expected(prompt: list[int], text: list[int]) -> tuple[list[int], list[float]
 def test_every_token_is_told_from_all_before_it(
     chunk: int, prompt: int, text: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_CHUNK", chunk)
+    monkeypatch.setattr(agreement, "CHUNK", chunk)
     rng = np.random.default_rng(prompt + 20 * text)
     before, after = rng.integers(VOCAB, size=prompt).tolist(), rng.integers(VOCAB, size=text).tolist()
     found, (top, logprob) = force(Running(), before, after), expected(before, after)

@@ -1,0 +1,113 @@
+"""Digests of a weight file's chunks, recorded at download, so that rows are compared with them in any order.
+
+A list lies beside its file as `<file>.blake3`: the SHA-256 of the whole file, then the BLAKE3 digest of every `CHUNK`
+bytes, 32 bytes each. The source lock names the list by its SHA-256, so a list is as trustworthy as the lock. BLAKE3
+withstands tampering as SHA-256 does, and is three to four times as fast: https://github.com/BLAKE3-team/BLAKE3-specs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from pipeline.checkpoint.untrusted import open_regular
+
+CHUNK = 1 << 18
+"""Bytes. Rows are read in units of megabytes: what a range shares with its neighbours is a few per cent of it."""
+SUFFIX = ".blake3"
+AGAIN = (
+    "Run `python -m pipeline download MODEL`, which compares every file and fetches what is damaged anew. Then run "
+    "this command again."
+)
+_DIGEST = 32  # bytes of either hash
+_BLOCK = 16 * CHUNK
+
+
+class Digest:
+    """SHA-256, size, and the list of chunks of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._whole, self._chunk, self._chunks = hashlib.sha256(), blake3(), bytearray()
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Go on with `piece`."""
+        self._whole.update(piece)
+        left = memoryview(piece).cast("B")
+        while left:
+            part = left[: CHUNK - self.size % CHUNK]
+            self._chunk.update(part)
+            self.size, left = self.size + len(part), left[len(part) :]
+            if self.size % CHUNK == 0:
+                self._chunks += self._chunk.digest()
+                self._chunk = blake3()
+
+    @property
+    def sha256(self) -> str:
+        """Of everything, 64 hex digits."""
+        return self._whole.hexdigest()
+
+    @property
+    def chunks(self) -> bytes:
+        """The list as it lies beside the file."""
+        last = self._chunk.digest() if self.size % CHUNK else b""
+        return self._whole.digest() + self._chunks + last
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The list of one file: `sha256` of the whole (64 hex digits), `digests` of its chunks one after the other."""
+
+    path: Path
+    sha256: str
+    digests: bytes
+
+    @classmethod
+    def beside(cls, path: Path) -> Chunks | None:
+        """The list of the file at `path`; None for a folder that did not come out of the store."""
+        return cls.of(path, path.with_name(path.name + SUFFIX))
+
+    @classmethod
+    def of(cls, path: Path, listing: Path) -> Chunks | None:
+        """The list in the file `listing`; None if there is no such file."""
+        try:
+            with open_regular(listing) as file:
+                whole, digests = file.read(_DIGEST), file.read()
+        except FileNotFoundError:
+            return None
+        return cls(path, whole.hex(), digests)
+
+    def damage(self, descriptor: int, offset: int, data: memoryview) -> range | None:
+        """Compare bytes that were read at `offset` of the open file; the rest of their first and last chunk is read.
+
+        Returns the place of the first chunk that is not what was downloaded, in bytes of the file; None without one.
+        """
+        end = offset + len(data)
+        first, last = offset // CHUNK, -(-end // CHUNK)
+        before = os.pread(descriptor, offset - first * CHUNK, first * CHUNK)
+        after = os.pread(descriptor, last * CHUNK - end, end)
+        for index in range(first, last):
+            found = blake3(before if index == first else b"")
+            found.update(data[max(index * CHUNK - offset, 0) : (index + 1) * CHUNK - offset])
+            if index == last - 1:
+                found.update(after)
+            if found.digest() != self.digests[index * _DIGEST : (index + 1) * _DIGEST]:
+                return range(index * CHUNK, (index + 1) * CHUNK)
+        return None
+
+    def damage_in(self, offset: int, length: int) -> range | None:
+        """The same for `length` bytes that a runtime will map: they are read here."""
+        stop = offset + length
+        with open_regular(self.path) as file:
+            while offset < stop:
+                block = os.pread(file.fileno(), min(stop, (offset // _BLOCK + 1) * _BLOCK) - offset, offset)
+                if not block:  # the file became shorter
+                    return range(offset, stop)
+                if found := self.damage(file.fileno(), offset, memoryview(block)):
+                    return found
+                offset += len(block)
+        return None

@@ -1,0 +1,77 @@
+"""All tasks, found among the modules of this package, and the suites that are made of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import Field, create_model
+
+import pipeline.tasks as package
+from pipeline.config.typed_yaml import CONFIGS, Frozen, load
+from pipeline.tasks.task import Figure, Gate, Metrics, Task
+
+
+@cache
+def tasks() -> tuple[Task, ...]:
+    """Every module's `TASK`, in their order."""
+    names = [module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    found = [getattr(importlib.import_module(name), "TASK", None) for name in names]
+    return tuple(sorted(filter(None, found), key=lambda task: task.place))
+
+
+def gates() -> dict[str, Gate]:
+    """Every task's gates by name, in their order."""
+    return {gate.name: gate for task in tasks() for gate in task.gates}
+
+
+class Suite(Frozen):
+    """One evaluation suite: a part for each task that it measures, and how a machine runs the reference through it."""
+
+    reference: Literal["auto", "memory", "layers"] = Field(
+        default="auto",
+        description="whole in memory; layer by layer, without what decodes; auto: in memory where it fits",
+    )
+
+    def by_task(self) -> list[tuple[Task, Any]]:
+        """The tasks that it measures, each with its part."""
+        return [(task, part) for task in tasks() if (part := getattr(self, task.part)) is not None]
+
+    def texts(self) -> tuple[str, ...]:
+        """Names of the held-out text that judges, sorted."""
+        return tuple(sorted({name for _, part in self.by_task() for name in getattr(part, "texts", ())}))
+
+
+@cache
+def suite_type() -> type[Suite]:
+    """`Suite` with a field for every task that has a part of its own."""
+    fields = {task.name: (task.config | None, None) for task in tasks() if task.config}
+    return create_model("EvaluationConfig", __base__=Suite, **fields)
+
+
+def load_suite(suite: str) -> Suite:
+    """configs/evaluation/<suite>.yaml"""
+    return load(suite_type(), CONFIGS / "evaluation" / f"{suite}.yaml")
+
+
+def figures(metrics: Mapping[str, Any], texts: Sequence[str]) -> list[Figure]:
+    """What was measured, in a fixed order; what was not is left out. `texts`: names of the held-out text."""
+    return [figure for task in tasks() for figure in _figures(task, metrics.get(task.name) or {}, texts)]
+
+
+def _figures(task: Task, section: Metrics, texts: Sequence[str]) -> list[Figure]:
+    """A task's rows of the model card, as far as they were measured."""
+    detail, n = task.detail(section, texts), section.get("tokens", section.get("n"))
+    name, known = task.dataset
+    return [
+        Figure(
+            *(row.key, row.title, row.unit, section[row.key]),
+            *(section.get(f"{row.key}_{end}") for end in ("low", "high")),
+            *(n, name or ", ".join(texts), detail, known, row.hub),
+        )
+        for row in task.measures
+        if section.get(row.key) is not None
+    ]
