@@ -19,6 +19,7 @@ from pipeline.config.recipes import has_budget
 from pipeline.errors import PipelineError
 from pipeline.preflight.check import check_all, needed_datasets
 from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
+from pipeline.preflight.needs import UNMEASURED
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
@@ -102,7 +103,7 @@ def _require_room(stage: str, model: str, variant: str | None, store: Store) -> 
     if source is None:
         return
     own = () if variant in (None, REFERENCE) else (variant,)
-    wanted = stage_needs(model, source, own or _budgets(name), room().memory, None)
+    wanted = stage_needs(model, source, own or _budgets(name), room().memory, UNMEASURED)
     found = next((item for item in wanted if item.stage == name), None)
     if found and stage == "quantize":  # what a killed run wrote is there already
         begun = Workspace(model).partial(variant or "").glob("*")
