@@ -34,6 +34,7 @@ from pipeline.errors import BundleError
 
 CONTENT = "content"
 SIGNATURE = "model.sig"
+SMALL = 16 << 20  # bytes; no signature and no document of ours comes near it
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 TELEMETRY = (
     "ONNX Runtime 1.29 and later sends telemetry by default on Linux, macOS, Android and iOS. "
