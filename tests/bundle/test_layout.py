@@ -19,8 +19,8 @@ from pipeline.bundle import release
 from pipeline.bundle.verify import verify
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipes import RecipeConfig
-from pipeline.files import sha256_of, write_bytes
-from pipeline.graph.genai import dumps, genai_config
+from pipeline.files import sha256_of, write_bytes, write_json
+from pipeline.graph.genai import genai_config
 from tests.artifact.exported import Exported, changed, export
 from tests.bundle.conftest import CREATED
 from tests.families import CASES, Case, make_checkpoint
@@ -61,7 +61,7 @@ def build(maker: Any, checkpoint: Path, where: Path, recipe: RecipeConfig) -> Bu
         title="t", source={"kind": "local", "path": "p"}, context=96, mmlu_mode="letter", gate_class="g"
     )
     settings = genai_config(exported.architecture, exported.folder, drafted.model_file, entry, 96)
-    write_bytes(artifact / "genai_config.json", dumps(settings))
+    write_json(artifact / "genai_config.json", settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_bytes(artifact / name, (checkpoint / name).read_bytes())
     files = {file.name: file for file in artifact.iterdir()}
@@ -134,7 +134,7 @@ def external(model: Path) -> list[tuple[str, str, int, int]]:
 
 def test_parts_have_the_planned_sizes_and_lie_beside_the_model(built: Built) -> None:
     sizes = {name: (built.content / name).stat().st_size for name in built.drafted.files}
-    parts = [sizes[built.drafted.part_file(number)] for number in range(len(built.drafted.layout.parts))]
+    parts = [sizes[name] for name in built.drafted.files[1:]]
     assert parts == list(built.drafted.layout.parts) and len(parts) > 1
     assert max(parts) <= PART_BYTES
     assert sum(sizes.values()) == built.drafted.bytes
@@ -153,7 +153,7 @@ def test_the_written_graph_keeps_large_tensors_on_pages_in_a_stable_order(built:
     for (part, _, end), (following, start, _) in itertools.pairwise(spans):
         assert part != following or end <= start, "two tensors overlap"
     planned = [
-        (built.drafted.part_file(place.part), place.offset, place.offset + place.length)
+        (built.drafted.files[1 + place.part], place.offset, place.offset + place.length)
         for place in built.drafted.layout.places.values()
     ]
     assert spans == planned
