@@ -188,8 +188,9 @@ def _guarded(gate: Gate, line: Callable[..., GateLine], *arguments: Any) -> Gate
 def _line(
     task: Task, metrics: Metrics, reference: Metrics, gate: Gate, limit: float | None, policy: Policy
 ) -> GateLine:
-    pair = _pair(task, metrics, reference)
-    return _ratchet_line(gate, pair, policy) if gate.kind == RATCHET else _KINDS[gate.kind](gate, pair, limit)
+    if gate.kind == RATCHET:
+        return _ratchet_line(gate, _section(metrics, task.name, "variant"), task.unit, policy)
+    return _KINDS[gate.kind](gate, _pair(task, metrics, reference), limit)
 
 
 def _number(section: Metrics, key: str) -> float:
@@ -216,11 +217,11 @@ class _Pair:
     own: Metrics
     unit: str
 
-    def interval(self, key: str, lowest: float, highest: float) -> tuple[float, float, float]:
-        """Low end, estimate and high end: infinite where the sample bounds nothing."""
+    def interval(self, key: str, lowest: float, highest: float, open_end: bool = False) -> tuple[float, float, float]:
+        """Low end, estimate and high end; infinite where, with `open_end`, the sample bounds nothing."""
         estimate, low = _number(self.section, key), _number(self.section, f"{key}_low")
-        bounded = self.section.get(f"{key}_high", math.nan) is not None
-        high = _number(self.section, f"{key}_high") if bounded else math.inf
+        unbounded = open_end and self.section.get(f"{key}_high", math.nan) is None
+        high = math.inf if unbounded else _number(self.section, f"{key}_high")
         if not lowest <= low <= estimate <= high or estimate > highest:
             raise _Unusable(f"impossible figures: estimate {estimate:.6g}, interval {low:.6g} to {high:.6g}")
         return low, estimate, high
@@ -271,7 +272,7 @@ def _against(low: float, high: float, limit: float, at_least: bool = False) -> s
 
 
 def _interval_line(gate: Gate, pair: _Pair, limit: float) -> GateLine:
-    low, estimate, high = pair.interval(gate.key, 0.0, gate.highest)
+    low, estimate, high = pair.interval(gate.key, 0.0, gate.highest, open_end=True)
     verdict, count = _against(low, high, limit, gate.kind == AT_LEAST), int(_number(pair.section, pair.unit))
     bounded = math.isfinite(high)
     notes = {
@@ -285,9 +286,8 @@ def _interval_line(gate: Gate, pair: _Pair, limit: float) -> GateLine:
     return GateLine(gate.name, verdict, count, *figures, notes[verdict])
 
 
-def _ratchet_line(gate: Gate, pair: _Pair, policy: Policy) -> GateLine:
-    section, released = pair.section, policy.released
-    count, estimate = int(_number(section, pair.unit)), _number(section, gate.key)
+def _ratchet_line(gate: Gate, section: Metrics, unit: str, policy: Policy) -> GateLine:
+    count, estimate, released = int(_number(section, unit)), _number(section, gate.key), policy.released
     if released is None:
         return GateLine(gate.name, REPORTED, count, estimate, note="no earlier release of this model and variant")
     limit = policy.ratchet * released.kl_mean
@@ -348,13 +348,13 @@ def _drop(gate: Gate, pair: _Pair, margin: float | None) -> _Drop:
     section, own, key = pair.section, pair.own, gate.key
     n, detectable = int(_number(section, "n")), _number(section, "detectable_drop_points")
     low, estimate, high = pair.interval("drop_points", -100.0, 100.0)
-    chance = 100 * _number(own, "chance") if "chance" in own else 0.0  # what is written cannot be guessed
-    accuracy, least = 100 * _number(own, key), 100 * _number(own, f"{key}_low")
-    ability = least - chance
+    chance = _number(own, "chance") if "chance" in own else 0.0  # what is written cannot be guessed
+    accuracy, least = 100 * _number(own, key), _number(own, f"{key}_low")
+    ability = 100 * (least - chance)
     if ability <= 0:
-        standing = f"{accuracy:.1f} % (lower bound {least:.1f} %), no more than chance ({chance:.0f} %)"
+        standing = f"{accuracy:.1f} % (lower bound {100 * least:.1f} %), no more than chance ({100 * chance:.0f} %)"
     else:
-        above = f" above chance ({chance:.0f} %)" if chance else ""
+        above = f" above chance ({100 * chance:.0f} %)" if chance else ""
         standing = f"{accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
     return _Drop(gate, margin, n, estimate, low, high, detectable, ability, f"the reference has {standing}")
 

@@ -24,21 +24,11 @@ POWER_LEGEND = (
     "one-sided test at 5 %. Intervals are two-sided 90 %, so each end is a one-sided 95 % bound; a line passes when "
     "its bound does. pass@1 is HumanEval's; (90 %) marks intervals."
 )
-LOOKS_LEGEND = (
-    "MMLU with a margin is judged at looks, which share an error of 5 % (a group-sequential test): its interval holds "
-    "at all looks together and is wider than one look's alone. The probability drop is that of the correct answer, in "
-    "percentage points: a finer figure of the same questions, which decides nothing."
-)
 CAVEATS = (
     "Divergence says how far a variant is from its own full-precision model, not which way; MMLU and HumanEval say "
     "what was lost of that model's ability, not how large the ability is.",
     "Everything was measured on the system named above, in the runtime that ships. A phone's kernels round otherwise, "
     "and its speed is its own.",
-)
-SPEED_LEGEND = (
-    "tokens/s: the median after the longest prompt / the most that the memory's bandwidth allows; below it the "
-    "repeats' least and most, with ~ where they differ by more than a tenth: something else ran. First token: after a "
-    "prompt of as many tokens as stand below it. Peak: the process's memory; below it, what no file backs."
 )
 
 
@@ -112,6 +102,11 @@ def reasons(row: Row) -> list[str]:
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def legends() -> list[str]:
+    """How to read what is shown."""
+    return [POWER_LEGEND, *(task.legend for task in tasks() if task.legend)]
 
 
 def conditions(model: ModelReport) -> str:

@@ -31,8 +31,8 @@ def _model(model: ModelReport) -> list[Text]:
     for row in model.variants:
         lines += [Text(""), *_gates(row, model.reference)]
     lines.append(Text(""))
-    legends = (cells.POWER_LEGEND, cells.LOOKS_LEGEND, cells.SPEED_LEGEND, cells.conditions(model), model.note)
-    for sentence in (*cells.power_sentences(model), *cells.notes(model), *legends):
+    read = (*cells.legends(), cells.conditions(model), model.note)
+    for sentence in (*cells.power_sentences(model), *cells.notes(model), *read):
         lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
     return [*lines, Text("")]
 

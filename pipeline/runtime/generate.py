@@ -127,8 +127,8 @@ class Writer:
         if len(prefix) + limits.total > self.context:
             raise EvaluationError(
                 f"{self.folder}: a prompt of {len(prefix):,} tokens with {limits.thinking:,} to think and "
-                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits under "
-                f"`humaneval` in configs/evaluation, or raise `context` in the model's entry."
+                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits in "
+                f"configs/evaluation, or raise `context` in the model's entry."
             )
         # Some models' thinking markers are special tokens, which decoding would leave out.
         self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")

@@ -1,9 +1,17 @@
-"""HumanEval: solutions written through onnxruntime-genai, judged in the sandbox."""
+"""HumanEval: solutions written through onnxruntime-genai, judged in the sandbox.
+
+Verdicts come from each problem's own test, run here, on answers that come from a sandboxed worker. Solutions may use
+the standard library's computing modules (named in `pipeline.confine.worker`), not numpy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import builtins
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,11 +20,11 @@ from pydantic import Field, model_validator
 from pipeline.calibrate.texts import dataset
 from pipeline.checkpoint.blobs import Store
 from pipeline.confine.isolation import SAFE_LEVELS, require_isolation
+from pipeline.confine.referee import Outcome, judge_program
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 from pipeline.tasks import humaneval_answers as answers
 from pipeline.tasks import task, written
-from pipeline.tasks.humaneval_judging import judge_all
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, Problem, load_problems, problems_of
 from pipeline.tasks.statistics import summarise_humaneval
 from pipeline.tasks.subject import Subject
@@ -97,6 +105,61 @@ def _completion(subject: Subject, problem: Problem, item: Mapping[str, Any]) -> 
     if _completes(subject):
         return answers.extract_completion(item["text"])
     return answers.extract_answer(problem, written.answer(item, subject.entry))
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def judge(problem: Problem, completion: str, timeout_seconds: float, level: str) -> Outcome:
+    """Run the problem's test against `problem.prompt + completion`.
+
+    The verdict is a function of the completion, up to its running time: tests that draw random inputs draw the same
+    ones each time.
+
+    Args:
+        completion: generated source, as from `answers.extract_completion`; hostile.
+        timeout_seconds: wall time for all of the test's calls together.
+        level: isolation to run it at, from `isolation.require_isolation`.
+
+    Raises:
+        EvaluationError: the worker could not be started or confined. Never a verdict.
+    """
+    program = problem.prompt + completion
+    return judge_program(program, problem.entry_point, lambda call: _check(problem, call), timeout_seconds, level)
+
+
+def judge_all(
+    pairs: Sequence[tuple[Problem, str]], timeout_seconds: float, level: str, workers: int = 2
+) -> Iterator[Outcome]:
+    """`judge` for each (problem, completion), `workers` at a time, in the order given, as they fall; same errors."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(lambda pair: judge(*pair, timeout_seconds, level), pairs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check(problem: Problem, candidate: Callable[..., Any]) -> None:
+    """Run the trusted test in a namespace that holds the prompt's own helper functions and the candidate."""
+    namespace: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": _seeded_import(problem.task_id)}}
+    exec(problem.prompt, namespace)
+    namespace[problem.entry_point] = candidate  # some tests call the solution by its name
+    exec(problem.test, namespace)
+    namespace["check"](candidate)
+
+
+def _seeded_import(seed: str) -> Callable[..., Any]:
+    """An `__import__` that gives this one test its own `random`, seeded; other threads' draws do not disturb it."""
+    generator: Any = random.Random(seed)
+    generator.Random = random.Random
+
+    def seeded(name: str, *context: Any) -> ModuleType | random.Random:
+        return generator if name == "random" else builtins.__import__(name, *context)
+
+    return seeded
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
 
 
 def _texts(part: HumanEvalConfig, store: Store) -> list[tuple[str, list[str]]]:

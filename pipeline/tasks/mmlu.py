@@ -143,6 +143,12 @@ def _probability(value: float) -> str:
     return f"{value:.2f} points"
 
 
+_LEGEND = (
+    "MMLU with a margin is judged at looks, which share an error of 5 % (a group-sequential test): its interval holds "
+    "at all looks together and is wider than one look's alone. The probability drop is that of the correct answer, in "
+    "percentage points: a finer figure of the same questions, which decides nothing."
+)
+
 TASK = task.Task(
     name="mmlu",
     title="MMLU",
@@ -169,4 +175,5 @@ TASK = task.Task(
     ),
     detail=lambda section, texts: f"MMLU, mode {section.get('mode')}, {section.get('n')} questions",
     dataset=("MMLU", "cais/mmlu"),
+    legend=_LEGEND,
 )

@@ -66,6 +66,12 @@ def _peak(section: Metrics) -> tuple[str, str]:
     return maybe(number(section, "peak_memory_bytes"), memory), private
 
 
+_LEGEND = (
+    "tokens/s: the median after the longest prompt / the most that the memory's bandwidth allows; below it the "
+    "repeats' least and most, with ~ where they differ by more than a tenth: something else ran. First token: after a "
+    "prompt of as many tokens as stand below it. Peak: the process's memory; below it, what no file backs."
+)
+
 TASK = Task(
     name="speed",
     title="speed",
@@ -79,4 +85,5 @@ TASK = Task(
         Column(("first", "token"), _first_token),
         Column(("peak", "private"), _peak),
     ),
+    legend=_LEGEND,
 )

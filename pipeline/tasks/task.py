@@ -242,6 +242,7 @@ class Task:
         cost: (part, the model's entry) → tokens.
         asks: part → what is asked, in words; "" for nothing worth saying.
         pairing: of a variant's section with the reference's.
+        legend: how to read what is shown of it; "" where nothing needs it.
         conditions: the reference's section → how it was run, in words.
         detail: (section, names of the held-out text) → what its figures were measured on, in words.
         dataset: what its figures are of, and its name on the Hub (the test split); "": the held-out text.
@@ -266,6 +267,7 @@ class Task:
     gates: tuple[Gate, ...] = ()
     columns: tuple[Column, ...] = ()
     notes: tuple[Note, ...] = ()
+    legend: str = ""
     conditions: Callable[[Metrics], str] | None = None
     measures: tuple[Measure, ...] = ()
     detail: Callable[[Metrics, Sequence[str]], str] = lambda section, texts: ""

@@ -451,3 +451,9 @@ def test_slack_below_a_billion_and_a_half_parameters_is_threefold() -> None:
         assert small[variant].kl_mean_max == pytest.approx(3 * row.kl_mean_max)
         assert small[variant].kl_p99_max == pytest.approx(3 * row.kl_p99_max)
         assert small[variant].perplexity_ratio_max - 1 == pytest.approx(3 * (row.perplexity_ratio_max - 1))
+
+
+def test_only_a_quantile_may_have_no_upper_bound() -> None:
+    for section, key, line in (("humaneval", "drop_points", "humaneval"), ("mmlu", "drop_points", "mmlu")):
+        verdict = decide(_with(section, **{f"{key}_high": None}), REFERENCE, POLICY, PARITY)
+        assert _line(verdict, line).verdict == "ERROR" and f"{key}_high is missing" in _line(verdict, line).note

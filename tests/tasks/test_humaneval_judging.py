@@ -14,7 +14,7 @@ import pytest
 from pipeline.confine import isolation, referee, sandbox
 from pipeline.confine.referee import Outcome, judge_program
 from pipeline.errors import EvaluationError
-from pipeline.tasks import humaneval_judging as judging
+from pipeline.tasks import humaneval as judging
 from pipeline.tasks.humaneval_problems import Problem, load_problems
 from pipeline.tasks.written import spread
 

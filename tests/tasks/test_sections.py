@@ -56,7 +56,7 @@ def test_every_part_of_a_suite_is_a_task_s() -> None:
     [
         ("mmlu", {"tasks/mmlu_scoring", "calibrate/texts"}, {"tasks/humaneval", "judge/gates", "tasks/registry"}),
         ("humaneval", {"confine/worker", "tasks/humaneval_answers", "runtime/generate"}, {"tasks/agreement"}),
-        ("agreement", {"tasks/written"}, {"runtime/generate", "tasks/humaneval_judging", "tasks/mmlu_scoring"}),
+        ("agreement", {"tasks/written"}, {"runtime/generate", "tasks/humaneval", "tasks/mmlu_scoring"}),
         ("divergence", {"tasks/divergence_scores", "calibrate/windows"}, {"tasks/mmlu", "confine/sandbox"}),
         ("speed", {"runtime/speed"}, {"tasks/divergence", "runtime/generate"}),
         ("ifbench", {"runtime/generate"}, {"confine/sandbox", "tasks/humaneval"}),
