@@ -125,9 +125,10 @@ class Store:
         if not file.chunks:
             return self.find(file.name, file.sha256) is not None
         listing = self._blob(file.chunks)
-        chunks = Chunks.of(self._blob(file.sha256), listing)
-        listed = chunks is not None and sha256_of(listing) == file.chunks and self.has(file.sha256, file.size)
-        return listed and not chunks.damage_in(0, file.size)
+        with disk_errors(f"read {file.name} in the store {self.root}"):
+            chunks = Chunks.beside(self._blob(file.sha256), listing)
+            listed = chunks is not None and sha256_of(listing) == file.chunks and self.has(file.sha256, file.size)
+            return listed and not chunks.damage_in(0, file.size)
 
     def discard(self, sha256: str) -> None:
         """Remove a blob. Hard links to it keep its bytes."""

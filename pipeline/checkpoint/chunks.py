@@ -67,15 +67,11 @@ class Chunks:
     digests: bytes
 
     @classmethod
-    def beside(cls, path: Path) -> Chunks | None:
-        """The list of the file at `path`; None for a folder that did not come out of the store."""
-        return cls.of(path, path.with_name(path.name + SUFFIX))
-
-    @classmethod
-    def of(cls, path: Path, listing: Path) -> Chunks | None:
-        """The list in the file `listing`; None if there is no such file."""
+    def beside(cls, path: Path, listing: Path | None = None) -> Chunks | None:
+        """The list of the file at `path`, or the one in `listing`; None for a folder that did not come out of the
+        store."""
         try:
-            with open_regular(listing) as file:
+            with open_regular(listing or path.with_name(path.name + SUFFIX)) as file:
                 whole, digests = file.read(_DIGEST), file.read()
         except FileNotFoundError:
             return None

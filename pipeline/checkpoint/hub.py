@@ -94,7 +94,9 @@ class _Repository:
 
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return self._transfer(name, folder)
+                transfer = self.hub.hf_hub_download
+                settings = {"revision": self.source.revision, "repo_type": self.kind, "endpoint": self.endpoint}
+                return Path(transfer(self.source.repo, name, local_dir=folder, **settings))
             except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
                 if attempt == _ATTEMPTS:
                     raise self._explain(error, name) from error
@@ -105,17 +107,6 @@ class _Repository:
             except (ValueError, RuntimeError) as error:  # a refused name; a failure inside Xet, if it was asked for
                 raise SourceError(f"{self.where}: {name} cannot be transferred: {_line(error)}") from error
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _transfer(self, name: str, folder: Path) -> Path:
-        path = self.hub.hf_hub_download(
-            self.source.repo,
-            name,
-            revision=self.source.revision,
-            repo_type=self.kind,
-            local_dir=folder,
-            endpoint=self.endpoint,
-        )
-        return Path(path)
 
     def _refused(self, error: OSError, name: str, folder: Path) -> PipelineError:
         """Explain a failed transfer; remove what it left if resuming from that could never succeed."""
@@ -163,25 +154,22 @@ class _Repository:
 
         status = _status(error)
         if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-            return f"access refused (HTTP {status}). {self._how_to_get_access()}"
-        if isinstance(error, errors.RevisionNotFoundError):
-            return f"no such revision. Take a commit id from {self.page}."
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return f"no such repository at {self.shown}. Check its name; a private one needs HF_TOKEN."
-        if isinstance(error, errors.EntryNotFoundError):
-            return "the Hub lists this file but does not serve it. Try later or another revision."
-        return f"{self.shown} answered HTTP {status}. Try again later; finished files are kept."
-
-    def _how_to_get_access(self) -> str:
-        if self.hub.get_token():
-            return (
-                f"The token in use has no access: accept the licence at {self.licence_page} with the token's account, "
-                f"or set HF_TOKEN to another one that may read it."
-            )
-        return (
-            f"The {self.kind} is gated or private: accept its licence at {self.licence_page}, make a read token in "
-            f"that account's settings, and set the environment variable HF_TOKEN to it."
-        )
+            if self.hub.get_token():
+                how = "with the token's account, or set HF_TOKEN to another one that may read it"
+                why = "The token in use has no access"
+            else:
+                how = "make a read token in that account's settings, and set the environment variable HF_TOKEN to it"
+                why = f"The {self.kind} is gated or private"
+            return f"access refused (HTTP {status}). {why}: accept its licence at {self.licence_page}, {how}."
+        meanings = {
+            errors.RevisionNotFoundError: f"no such revision. Take a commit id from {self.page}.",
+            errors.RepositoryNotFoundError: (
+                f"no such repository at {self.shown}. Check its name; a private one needs HF_TOKEN."
+            ),
+            errors.EntryNotFoundError: "the Hub lists this file but does not serve it. Try later or another revision.",
+        }
+        other = f"{self.shown} answered HTTP {status}. Try again later; finished files are kept."
+        return next((told for kind, told in meanings.items() if isinstance(error, kind)), other)
 
 
 def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[list[LockedFile], str]:

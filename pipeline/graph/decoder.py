@@ -207,23 +207,21 @@ class _Decoder(GraphWriter):
     # --- inputs and outputs ---
 
     def declare_inputs(self) -> None:
-        arch = self.arch
         self.inputs += [
             value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *self.cache("past_key_values", "past"),
         ]
-        shape = ["batch", arch.kv_heads, "past", arch.head_dim]
-        for layer in range(arch.layers):
-            for part in ("key", "value"):
-                self.inputs.append(value_info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
 
     def declare_outputs(self) -> None:
-        arch = self.arch
-        self.outputs.append(value_info("logits", TensorProto.FLOAT, ["batch", "sequence", arch.vocab]))
-        shape = ["batch", arch.kv_heads, "total", arch.head_dim]
-        for layer in range(arch.layers):
-            for part in ("key", "value"):
-                self.outputs.append(value_info(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
+        logits = value_info("logits", TensorProto.FLOAT, ["batch", "sequence", self.arch.vocab])
+        self.outputs += [logits, *self.cache("present", "total")]
+
+    def cache(self, prefix: str, tokens: str) -> list[onnx.ValueInfoProto]:
+        """Keys and values of every layer."""
+        shape = ["batch", self.arch.kv_heads, tokens, self.arch.head_dim]
+        names = (f"{prefix}.{layer}.{part}" for layer in range(self.arch.layers) for part in ("key", "value"))
+        return [value_info(name, TensorProto.FLOAT, shape) for name in names]
 
 
 def _identities(name: str, sources: tuple[str, str]) -> onnx.GraphProto:

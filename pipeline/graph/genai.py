@@ -5,7 +5,6 @@ Schema: https://onnxruntime.ai/docs/genai/reference/config.html
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,6 @@ def _number(value: Any, key: str, path: Path) -> float:
             f"the model's entry."
         )
     return value
-
-
-def _chunk_size(architecture: Architecture, context: int) -> int:
-    """`PREFILL_CHUNK`, or 0 (whole prompts) where LongRoPE switches factors inside the context.
-
-    A prompt beyond the switch must be rotated with the long factors from its first token on; chunks before the switch
-    would still take the short ones.
-    """
-    rope = architecture.rope
-    return 0 if rope.long_factor and context > rope.original_max_position else PREFILL_CHUNK
 
 
 def genai_config(
@@ -111,8 +100,11 @@ def genai_config(
         "type": architecture.traits.genai_type,
         "vocab_size": architecture.vocab,
     }
+    # A prompt beyond LongRoPE's switch of factors must be rotated with the long ones from its first token on; chunks
+    # before the switch would still take the short ones, so whole prompts are run where the context reaches it.
+    switches = architecture.rope.long_factor and context > architecture.rope.original_max_position
     search = {
-        "chunk_size": _chunk_size(architecture, context),
+        "chunk_size": 0 if switches else PREFILL_CHUNK,
         "do_sample": bool(entry.temperature or defaults.get("do_sample", False)),
         "max_length": context,
         "past_present_share_buffer": True,
@@ -121,8 +113,3 @@ def genai_config(
         "top_p": top_p,
     }
     return {"model": model, "search": search}
-
-
-def dumps(config: dict[str, Any]) -> bytes:
-    """Deterministic JSON bytes."""
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def _run(task: Task) -> Watched:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=errors) as process:
             try:
-                while _runs(process):
+                while process.poll() is None:
+                    time.sleep(_INTERVAL)
                     looks.append(Look.at(process.pid))
             except BaseException:
                 process.kill()
@@ -132,15 +134,6 @@ def _run(task: Task) -> Watched:
                 f"what the kernel sends when memory is out): {last}"
             )
         return Watched(TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks)
-
-
-def _runs(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process still runs after one interval."""
-    try:
-        process.wait(_INTERVAL)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
 
 
 # --- figures ---

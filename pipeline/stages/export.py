@@ -10,9 +10,9 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import SourceLock
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
-from pipeline.files import atomic_directory
+from pipeline.files import atomic_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.graph.genai import dumps, genai_config
+from pipeline.graph.genai import genai_config
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 
@@ -31,9 +31,7 @@ def run(model: str) -> None:
     graph.metadata_props.add(key="checkpoint_sha256", value=_checkpoint_digest(lock))
     with atomic_directory(workspace.export) as folder:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
-        (folder / GENAI_CONFIG).write_bytes(
-            dumps(genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
-        )
+        write_json(folder / GENAI_CONFIG, genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
         for file in lock.files:
             if not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(weights / file.name, folder / file.name)

@@ -25,7 +25,8 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
-from pipeline.graph.genai import dumps, genai_config
+from pipeline.files import write_json
+from pipeline.graph.genai import genai_config
 from tests.real_configs import architecture_of
 
 # Model: tensors, bytes of weights, shards.
@@ -405,7 +406,7 @@ def test_text_goes_through_transformers_and_onnxruntime_genai(model: str, folder
         title="t", source=LocalSource(kind="local", path="p"), context=64, mmlu_mode="letter", gate_class="g"
     )
     settings = genai_config(read_architecture(folder / "config.json"), folder, "model.onnx", entry, 64)
-    (folder / "genai_config.json").write_bytes(dumps(settings))
+    write_json(folder / "genai_config.json", settings)
     phone, fast = genai.Tokenizer(str(folder)), PreTrainedTokenizerFast.from_pretrained(folder)
     for text in TEXTS:
         ids = fast(text)["input_ids"]

@@ -19,8 +19,8 @@ from pipeline.bundle import release
 from pipeline.bundle.verify import verify
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipes import RecipeConfig
-from pipeline.files import sha256_of, write_bytes
-from pipeline.graph.genai import dumps, genai_config
+from pipeline.files import sha256_of, write_bytes, write_json
+from pipeline.graph.genai import genai_config
 from tests.artifact.exported import Exported, changed, export
 from tests.bundle.conftest import CREATED
 from tests.families import CASES, Case, make_checkpoint
@@ -61,7 +61,7 @@ def build(maker: Any, checkpoint: Path, where: Path, recipe: RecipeConfig) -> Bu
         title="t", source={"kind": "local", "path": "p"}, context=96, mmlu_mode="letter", gate_class="g"
     )
     settings = genai_config(exported.architecture, exported.folder, drafted.model_file, entry, 96)
-    write_bytes(artifact / "genai_config.json", dumps(settings))
+    write_json(artifact / "genai_config.json", settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_bytes(artifact / name, (checkpoint / name).read_bytes())
     files = {file.name: file for file in artifact.iterdir()}

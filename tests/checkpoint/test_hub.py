@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile
 from pipeline.errors import ResourceError, SourceError
+from pipeline.files import read_json, write_json
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve, sha256
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
@@ -121,13 +123,38 @@ def test_a_second_fetch_needs_no_network(hub: Hub, store: Store) -> None:
     assert hub.requests == []
 
 
-def test_a_lost_blob_alone_is_fetched_again(hub: Hub, store: Store) -> None:
+def spoil(blob: Path) -> None:
+    blob.chmod(0o644)
+    with open(blob, "r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"~~~~")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, spoil])
+def test_a_lost_or_damaged_blob_alone_is_fetched_again(
+    hub: Hub, store: Store, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
     first = fetch(store)
-    store.path(first.file(SHARDS[1]).sha256).unlink()
+    digest = first.file(SHARDS[1]).sha256
+    harm(store.path(digest))
     hub.requests.clear()
     assert fetch(store) == first
+    assert store.path(digest).read_bytes() == hub.files[SHARDS[1]]
     assert len(hub.transfers(SHARDS[1])) == 1
     assert hub.transfers(SHARDS[0]) == []
+    assert f"{SHARDS[1]} is damaged in the store, or not there: it is fetched anew" in caplog.text
+
+
+def test_blobs_of_an_earlier_version_get_their_lists_without_a_transfer(hub: Hub, store: Store) -> None:
+    first = fetch(store)
+    (record,) = (store.root / "sources").iterdir()
+    old = read_json(record)
+    for file in old["files"]:
+        del file["chunks"]
+    write_json(record, old)
+    hub.requests.clear()
+    assert fetch(store) == first
+    assert hub.transfers(SHARDS[0]) == hub.transfers(SHARDS[1]) == []
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
+from pipeline.files import write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.graph.genai import PREFILL_CHUNK, dumps, genai_config
+from pipeline.graph.genai import PREFILL_CHUNK, genai_config
 from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model
 
@@ -52,7 +53,7 @@ def export(folder: Path, case: Case, context: int) -> Path:
         title="t", source=LocalSource(kind="local", path="p"), context=context, mmlu_mode="letter", gate_class="g"
     )
     settings = genai_config(architecture, folder, "model.onnx", entry, context)
-    (folder / "genai_config.json").write_bytes(dumps(settings))
+    write_json(folder / "genai_config.json", settings)
     return folder
 
 

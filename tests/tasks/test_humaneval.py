@@ -14,7 +14,8 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig, load_model
 from pipeline.confine.referee import Outcome
 from pipeline.errors import EvaluationError
-from pipeline.graph.genai import dumps, genai_config
+from pipeline.files import write_json
+from pipeline.graph.genai import genai_config
 from pipeline.journal import Journal
 from pipeline.runtime.generate import Limits, Sampling, Writer, Written, derived_seed
 from pipeline.tasks import humaneval, writing, written
@@ -180,7 +181,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drafted = made.write(changed("q4", search="nearest"), target, part_bytes=1 << 24)
     entry = ModelConfig.model_validate(tiny.model_entry(made.folder))
     config = genai_config(made.architecture, made.folder, drafted.model_file, entry, tiny.CONTEXT)
-    (target / "genai_config.json").write_bytes(dumps(config))
+    write_json(target / "genai_config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(made.folder / name, target)
     return target
