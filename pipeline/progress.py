@@ -41,8 +41,9 @@ class Progress:
         self.done += items
         count = self._bars.reset if kept else self._bars.update
         count(self._id, completed=self._task.completed + (read if self.total_bytes else items))
-        self._bars.update(self._id, figures=self.figures())
-        if self._bars.disable and self._bars.get_time() - self._told > _QUIET_SECONDS:
+        if not self._bars.disable:
+            self._bars.update(self._id, figures=self.figures())
+        elif self._bars.get_time() - self._told > _QUIET_SECONDS:
             self._told = self._bars.get_time()
             print(f"  {self._task.description}: {self.figures()}", file=sys.stderr, flush=True)
 

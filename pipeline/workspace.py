@@ -14,7 +14,6 @@ from typing import Any
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.chunks import SUFFIX
 from pipeline.checkpoint.sources import SourceLock, read_lock
-from pipeline.config.models import load_model
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json
 
@@ -124,25 +123,6 @@ class Workspace:
             )
         return path
 
-    def made(self, folder: Path, stage: str, *variant: str) -> Path:
-        """`folder`, a model that `stage` wrote.
-
-        Raises PipelineError as `read`, and where the model's entry has another context by now: rotary tables and the
-        cache are made for one.
-        """
-        settings = self.read(folder / GENAI_CONFIG, stage, *variant)
-        context, wanted = settings["model"]["context_length"], load_model(self.model).context
-        if context != wanted:
-            again = " and ".join(
-                f"`{' '.join(('python -m pipeline', name, self.model, *rest))}`"
-                for name, rest in {"export": (), stage: variant}.items()
-            )
-            raise PipelineError(
-                f"{folder} was made for a context of {context:,} tokens, and `context` in the model's entry is "
-                f"{wanted:,}. Run {again} again, or `dvc repro` for everything."
-            )
-        return folder
-
     def read(self, path: Path, stage: str, *variant: str) -> Any:
         """The JSON that `stage` wrote to `path`. Raises PipelineError when it is missing or damaged."""
         try:
@@ -173,6 +153,6 @@ class Workspace:
     def reference(self, store: Store) -> Path:
         """The full-precision model as ONNX Runtime and onnxruntime-genai load it: export and weights side by side."""
         folder = self.weights(store)
-        for file in self.made(self.export, "export").iterdir():
+        for file in self.require(self.export, "export").iterdir():
             link_or_copy(file, folder / file.name)
         return folder

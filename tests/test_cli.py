@@ -22,8 +22,8 @@ from pipeline import cli
 from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.files import write_json
 from pipeline.judge.gates import GateLine, Verdict
-from pipeline.judge.verdicts import _last_release
 from pipeline.stages import calibrate, download, export, quantize
+from pipeline.stages.verdict import _last_release
 from tests import tiny
 from tests.conftest import ROOT
 

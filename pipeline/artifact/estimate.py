@@ -21,10 +21,10 @@ from pipeline.planning.recipes import Plan, PlannedMatrix
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_BYTES = 128 << 20
 
+# Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
+# shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
+# matrices of 4,096 and 11,008 columns, on an AMD core with AVX2.
 WEIGHTS_PER_CORE_SECOND = {"nearest": 120e6, "weighted": 60e6, "gptq": 1.4e6}
-"""Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
-shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
-matrices of 4,096 and 11,008 columns, on an AMD core with AVX2."""
 
 
 @dataclass(frozen=True)

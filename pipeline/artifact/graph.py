@@ -7,7 +7,7 @@ format's business: here its nodes get their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,12 @@ class QuantizedGraph(GraphWriter):
             [self._typed(v) for v in side] for side in (source.graph.input, source.graph.output)
         )
 
-    def place(self, layout: Layout, part_name: Callable[[int], str]) -> onnx.ModelProto:
-        """The finished model: every stored tensor bound to its bytes in the part files."""
+    def place(self, layout: Layout, parts: Sequence[str]) -> onnx.ModelProto:
+        """The finished model: every stored tensor bound to its bytes in the files of these names."""
         for name, tensor in self._aliases.items():
             place, kind = layout.places[tensor.name], helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
             self.initializers[name] = external_tensor(
-                name, kind, tensor.shape, part_name(place.part), place.offset, place.length
+                name, kind, tensor.shape, parts[place.part], place.offset, place.length
             )
         return self.model(self._source.graph.name)
 

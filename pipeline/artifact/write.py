@@ -46,26 +46,21 @@ S, T = TypeVar("S"), TypeVar("T")
 
 @dataclass(frozen=True)
 class Draft:
-    """An artifact before its weights: the finished graph, its layout, and so its exact size."""
+    """An artifact before its weights: the finished graph, its layout, and so its exact size.
+
+    `files`: the names of the graph, as apps name it, and of the data parts.
+    """
 
     plan: Plan
     model: onnx.ModelProto
     layout: Layout
     stem: str
+    files: tuple[str, ...]
 
     @property
     def model_file(self) -> str:
-        """Name of the graph, as apps name it."""
-        return f"{self.stem}.onnx"
-
-    def part_file(self, number: int) -> str:
-        """Name of a data part."""
-        return f"{self.stem}.data.{number}"
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the graph and all parts."""
-        return [self.model_file, *map(self.part_file, range(len(self.layout.parts)))]
+        """Name of the graph."""
+        return self.files[0]
 
     @property
     def bytes(self) -> int:
@@ -77,8 +72,8 @@ def draft(source: onnx.ModelProto, plan: Plan, stem: str, part_bytes: int) -> Dr
     """Lay out the artifact of `plan`; `stem` is its file name, such as mimo_8b_q4."""
     graph = QuantizedGraph(source, plan)
     layout = make_layout(((name, item.bytes) for name, item in graph.stored.items()), part_bytes)
-    model = graph.place(layout, lambda number: f"{stem}.data.{number}")
-    return Draft(plan, model, layout, stem)
+    parts = [f"{stem}.data.{number}" for number in range(len(layout.parts))]
+    return Draft(plan, graph.place(layout, parts), layout, stem, (f"{stem}.onnx", *parts))
 
 
 class PartWriter:
@@ -88,12 +83,14 @@ class PartWriter:
         self.layout = drafted.layout
         self.left = {name: place.length for name, place in drafted.layout.places.items()}
         self.fds = []
-        for number, size in enumerate(drafted.layout.parts):
-            fd = os.open(folder / drafted.part_file(number), os.O_RDWR | os.O_CREAT, 0o644)
+        for name, size in zip(drafted.files[1:], drafted.layout.parts, strict=True):
+            fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, fd)
             os.fchmod(fd, 0o644)  # as every other file of ours, whatever the umask
             self.fds.append(fd)
-            _reserve(fd, size)
+            os.truncate(fd, size)
+            if size and hasattr(os, "posix_fallocate"):  # a full disk is found now, not at hour 3
+                os.posix_fallocate(fd, 0, size)
 
     def put(self, name: str, offset: int, array: np.ndarray) -> memoryview:
         """Write an array at byte `offset` of tensor `name`, and return its bytes; safe from several threads."""
@@ -128,13 +125,6 @@ class PartWriter:
                 f"{len(missing)} tensors are not fully written, the first is {name!r}: {count:,} bytes left."
             )
         self.flush()
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give a file its size, and its blocks where the file system can: a full disk is found now, not at hour 3."""
-    os.truncate(fd, size)
-    if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
 
 
 def write_artifact(
@@ -191,8 +181,8 @@ class _Run:
                 if unflushed > _FLUSH_BYTES:
                     flushes.append(self.flusher.submit(self.writer.flush))
                     unflushed = 0
-                last = unit.stop == unit.planned.matrix.rows
-                progress.advance(int(last), unit.weights * self._item_bytes(unit), kept=not written)
+                ref, last = self.checkpoint[unit.planned.matrix.name], unit.stop == unit.planned.matrix.rows
+                progress.advance(int(last), unit.weights * ref.length // ref.elements, kept=not written)
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
@@ -217,10 +207,6 @@ class _Run:
                     self.checkpoint.prefetch(name, unit.start, unit.stop)
                     self.quantizers[name]()
                 yield unit
-
-    def _item_bytes(self, unit: Unit) -> int:
-        ref = self.checkpoint[unit.planned.matrix.name]
-        return ref.length // ref.elements
 
     def _in_order(self, items: Iterable[S | None], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
         """(item, result) in the items' order, whichever thread was faster. None waits for all items before it."""

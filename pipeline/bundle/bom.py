@@ -1,8 +1,8 @@
 """bom.cdx.json: a CycloneDX 1.6 bill of materials of a bundle, with the model card of its model.
 
-The library has no class for a model card (and drops one on reading), so the card is put into its JSON, and the whole is
-validated against the strict schema of https://cyclonedx.org/docs/1.6/json/. Equal dossiers give equal bytes: every
-bom-ref is set, and the serial number is a UUIDv5 of the content.
+It is plain JSON data, because the library has no class for a model card, and is validated against the strict schema of
+https://cyclonedx.org/docs/1.6/json/. Equal dossiers give equal bytes: every bom-ref is set, and the serial number is a
+UUIDv5 of the content.
 """
 
 from __future__ import annotations
@@ -13,12 +13,6 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from cyclonedx.model import HashAlgorithm, HashType
-from cyclonedx.model.bom import Bom, BomMetaData
-from cyclonedx.model.component import Component, ComponentScope, ComponentType, Pedigree
-from cyclonedx.model.license import DisjunctiveLicense, License, LicenseExpression
-from cyclonedx.model.tool import ToolRepository
-from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.spdx import is_supported_id
 
@@ -40,9 +34,26 @@ def build(dossier: Dossier) -> bytes:
     Raises:
         BundleError: what was made is not valid CycloneDX.
     """
-    document = json.loads(_skeleton(dossier))
-    document["metadata"]["component"]["modelCard"] = _model_card(dossier)
-    document.pop("serialNumber", None)
+    components = [
+        *_files("content", {name: entry.sha256 for name, entry in dossier.files.items()}),
+        _runtime("onnxruntime", dossier.runtime.onnxruntime),
+        _runtime("onnxruntime-genai", dossier.runtime.onnxruntime_genai),
+    ]
+    references = [component["bom-ref"] for component in components]
+    runs = {_MODEL: {"dependsOn": [reference for reference in references if reference.startswith("runtime/")]}}
+    document = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "timestamp": dossier.created.isoformat(),
+            "tools": {"components": [_component("application", PIPELINE, PIPELINE, version=dossier.commit)]},
+            "component": _model(dossier),
+        },
+        "components": components,
+        "dependencies": [{"ref": name} | runs.get(name, {}) for name in sorted([*references, _MODEL])],
+    }
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     document["serialNumber"] = uuid.uuid5(_SPACE, digest).urn
     raw = json_bytes(document)
@@ -72,79 +83,57 @@ def problem_of(raw: bytes) -> str | None:
 # --- components ------------------------------------------------------------------------------------------------------
 
 
-def _skeleton(dossier: Dossier) -> str:
-    """Everything but the model card, as the library writes it."""
-    tool = Component(name=PIPELINE, type=ComponentType.APPLICATION, bom_ref=PIPELINE, version=dossier.commit)
-    model, runtimes = _model(dossier), _runtimes(dossier)
-    metadata = BomMetaData(component=model, timestamp=dossier.created, tools=ToolRepository(components=[tool]))
-    content = _files("content", {name: entry.sha256 for name, entry in dossier.files.items()})
-    bom = Bom(components=[*runtimes, *content], metadata=metadata, serial_number=uuid.UUID(int=0))
-    bom.register_dependency(model, runtimes)
-    return JsonV1Dot6(bom).output_as_string()
+def _component(kind: str, reference: str, name: str, **fields: Any) -> dict[str, Any]:
+    """A component object of the schema, without the `fields` that are None."""
+    known = {key: value for key, value in fields.items() if value is not None}
+    return {"type": kind, "bom-ref": reference, "name": name} | known
 
 
-def _model(dossier: Dossier) -> Component:
-    return Component(
-        name=dossier.name,
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref=_MODEL,
+def _model(dossier: Dossier) -> dict[str, Any]:
+    """The quantized model, made from the checkpoint."""
+    kind, source, licences = "machine-learning-model", dossier.source, _licences(dossier.source.licence)
+    purl = origin.source(source)
+    ancestor = _component(
+        kind,
+        "source",
+        one_line(dossier.title),
+        version=source.revision,
+        licenses=licences,
+        purl=str(purl) if purl else None,
+        components=_files("source", {file.name: file.sha256 for file in source.files}),
+    )
+    notes = f"Exported to ONNX and quantized ({dossier.recipe}); nothing was trained."
+    return _component(
+        kind,
+        _MODEL,
+        dossier.name,
         version=str(dossier.release),
         description=f"{one_line(dossier.title)}, quantized for ONNX Runtime: {dossier.recipe}",
-        licenses=_licences(dossier.source.licence),
-        pedigree=Pedigree(
-            ancestors=[_ancestor(dossier)],
-            notes=f"Exported to ONNX and quantized ({dossier.recipe}); nothing was trained.",
-        ),
+        licenses=licences,
+        pedigree={"ancestors": [ancestor], "notes": notes},
+        modelCard=_model_card(dossier),
     )
 
 
-def _ancestor(dossier: Dossier) -> Component:
-    """The checkpoint, with the hash of every file that was taken from it."""
-    return Component(
-        name=one_line(dossier.title),
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref="source",
-        version=dossier.source.revision,
-        licenses=_licences(dossier.source.licence),
-        purl=origin.source(dossier.source),
-        components=_files("source", {file.name: file.sha256 for file in dossier.source.files}),
-    )
+def _runtime(name: str, version: str) -> dict[str, Any]:
+    purl, described = str(origin.pypi(name, version)), "Runs the bundle; the lowest version, and not part of it."
+    fields = {"version": version, "scope": "required", "description": described, "purl": purl}
+    return _component("library", f"runtime/{name}", name, **fields)
 
 
-def _runtimes(dossier: Dossier) -> list[Component]:
-    versions = {"onnxruntime": dossier.runtime.onnxruntime, "onnxruntime-genai": dossier.runtime.onnxruntime_genai}
-    return [
-        Component(
-            name=name,
-            type=ComponentType.LIBRARY,
-            bom_ref=f"runtime/{name}",
-            version=version,
-            scope=ComponentScope.REQUIRED,
-            description="Runs the bundle; the lowest version, and not part of it.",
-            purl=origin.pypi(name, version),
-        )
-        for name, version in versions.items()
-    ]
-
-
-def _files(place: str, digests: Mapping[str, str]) -> list[Component]:
+def _files(place: str, digests: Mapping[str, str]) -> list[dict[str, Any]]:
     """A component for each file of `place`, from name → SHA-256."""
     return [
-        Component(
-            name=name,
-            type=ComponentType.FILE,
-            bom_ref=f"{place}/{name}",
-            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
-        )
+        _component("file", f"{place}/{name}", name, hashes=[{"alg": "SHA-256", "content": digest}])
         for name, digest in sorted(digests.items())
     ]
 
 
-def _licences(stated: str) -> list[License]:
+def _licences(stated: str) -> list[dict[str, Any]]:
     expression = licence.spdx(stated)
     if expression is None:
-        return [DisjunctiveLicense(name=one_line(stated) or "unknown")]
-    return [DisjunctiveLicense(id=expression)] if is_supported_id(expression) else [LicenseExpression(expression)]
+        return [{"license": {"name": one_line(stated) or "unknown"}}]
+    return [{"license": {"id": expression}} if is_supported_id(expression) else {"expression": expression}]
 
 
 # --- the model card --------------------------------------------------------------------------------------------------

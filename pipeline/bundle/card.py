@@ -6,8 +6,6 @@ Hub's online validation is not asked.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,44 +94,14 @@ def _result(figure: Figure) -> dict[str, Any]:
 
 
 def _body(dossier: Dossier) -> bytes:
-    source = dossier.base_model or one_line(dossier.title)
     return render(
         Path(__file__).with_name("card.md.j2"),
-        title=one_line(dossier.title),
-        variant=dossier.variant,
-        bits=dossier.plan["bits_per_weight"],
-        parameters=dossier.plan["parameters"],
-        bytes=dossier.plan["bytes"],
-        kv_cache=dossier.plan["kv_cache"]["type"],
-        recipe=dossier.recipe,
-        tensors=_formats(dossier.plan.get("tensors", {})),
-        runtime=dossier.runtime,
-        context=dossier.context,
-        origin=f"{source}, {one_line(dossier.source.revision)}",
-        licence=one_line(dossier.source.licence),
+        dossier=dossier,
+        plan=dossier.plan,
         licence_files=_licence_files(dossier),
         telemetry=TELEMETRY,
         measured_by=measured_by(dossier),
         figures=figures(dossier),
         limits=limits(dossier),
-        short=_short,
-        interval=_interval,
+        one_line=one_line,
     )
-
-
-def _formats(tensors: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Formats by name, with how many tensors they hold and in how many bytes."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        counts[str(tensor["format"])] += 1
-        sizes[str(tensor["format"])] += tensor["bytes"]
-    return [(name, counts[name], sizes[name]) for name in sorted(counts)]
-
-
-def _interval(figure: Figure) -> str:
-    return "–" if figure.low is None or figure.high is None else f"{_short(figure.low)} to {_short(figure.high)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

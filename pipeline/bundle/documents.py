@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import ModelCard
 
 from pipeline.bundle import bom, card, licence, provenance
 from pipeline.bundle.dossier import Dossier
@@ -65,10 +66,9 @@ def write(
     )
     paths: dict[str, Path] = {}
 
-    def present() -> Dossier:
-        return replace(dossier, files={**files, **describe_files(paths)})
-
-    def add(name: str, content: bytes | None) -> None:
+    def add(name: str, build: Callable[[Dossier], bytes | None]) -> None:
+        """Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it."""
+        content = build(replace(dossier, files={**files, **describe_files(paths)}))
         if content is not None:
             if name in files:
                 raise BundleError(
@@ -77,12 +77,11 @@ def write(
             paths[name] = folder / name
             write_bytes(paths[name], content)
 
-    # Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it.
-    add(licence.STATEMENT, licence.statement(entry.title, lock.revision, lock.licence, files))
-    add(card.FILE, card.build(present()))
-    add(bom.FILE, bom.build(present()))
-    build = (present().files, materials.external, materials.internal, materials.items)
-    add(provenance.FILE, provenance.build(*build))
+    made = (materials.external, materials.internal, materials.items)
+    add(licence.STATEMENT, lambda known: licence.statement(entry.title, lock.revision, lock.licence, known.files))
+    add(card.FILE, card.build)
+    add(bom.FILE, bom.build)
+    add(provenance.FILE, lambda known: provenance.build(known.files, *made))
     return paths
 
 
@@ -101,17 +100,13 @@ def inspect(bundle: Path) -> int:
         print(f"{bundle}: a refusal, which has no documents")
         return 0
     status = 0
-    checks: tuple[tuple[str, Callable[[bytes], str | None], Callable[[bytes], list[str]]], ...] = (
-        (bom.FILE, bom.problem_of, _bom_facts),
-        (provenance.FILE, provenance.problem_of, _provenance_facts),
-        (card.FILE, card.problem_of, _card_facts),
-    )
-    for name, problem_of, facts in checks:
+    for name, (problem_of, facts) in _FACTS.items():
         raw, problem = _read(content / name)
         problem = problem or problem_of(raw)
-        lines = [f"INVALID: {problem}"] if problem else facts(raw)
         status |= problem is not None
-        print(f"{name}\n  " + "\n  ".join(lines))
+        lines = [f"INVALID: {problem}"] if problem else facts(raw)
+        # of a file that somebody else may have written: safe to print
+        print(f"{name}\n  " + "\n  ".join(line if line.isprintable() else ascii(line) for line in lines))
     return int(status)
 
 
@@ -126,24 +121,19 @@ def _read(path: Path) -> tuple[bytes, str | None]:
 def _bom_facts(raw: bytes) -> list[str]:
     document = json.loads(raw)
     component = document.get("metadata", {}).get("component", {})
-    analysis = component.get("modelCard", {}).get("quantitativeAnalysis", {})
-    metrics = [
-        f"{metric.get('type')}: {metric.get('value')}{_bounds(metric)}; {metric.get('slice')}"
-        for metric in analysis.get("performanceMetrics", [])
-    ]
-    first = f"CycloneDX {document.get('specVersion')}, {document.get('serialNumber')}, {_licence_of(component)}"
-    return _printable([first, f"{component.get('name')} {component.get('version')}", *metrics])
-
-
-def _bounds(metric: dict[str, Any]) -> str:
-    interval = metric.get("confidenceInterval")
-    return f" ({interval.get('lowerBound', '?')} to {interval.get('upperBound', '?')})" if interval else ""
-
-
-def _licence_of(component: dict[str, Any]) -> str:
     licences = [entry.get("license", {}) | entry for entry in component.get("licenses", [])]
-    found = [entry.get("expression") or entry.get("id") or entry.get("name") for entry in licences]
-    return f"licence {', '.join(map(str, found)) or 'unknown'}"
+    named = [str(entry.get("expression") or entry.get("id") or entry.get("name")) for entry in licences]
+    lines = [
+        f"CycloneDX {document.get('specVersion')}, {document.get('serialNumber')}, "
+        f"licence {', '.join(named) or 'unknown'}",
+        f"{component.get('name')} {component.get('version')}",
+    ]
+    analysis = component.get("modelCard", {}).get("quantitativeAnalysis", {})
+    for metric in analysis.get("performanceMetrics", []):
+        bounds = metric.get("confidenceInterval")
+        interval = f" ({bounds.get('lowerBound', '?')} to {bounds.get('upperBound', '?')})" if bounds else ""
+        lines.append(f"{metric.get('type')}: {metric.get('value')}{interval}; {metric.get('slice')}")
+    return lines
 
 
 def _provenance_facts(raw: bytes) -> list[str]:
@@ -151,29 +141,26 @@ def _provenance_facts(raw: bytes) -> list[str]:
     definition = statement["predicate"]["buildDefinition"]
     materials = definition["resolvedDependencies"]
     hashed = sum("sha256" in material.get("digest", ()) for material in materials)
-    commits = [material for material in materials if material.get("name") == bom.PIPELINE]
     lines = [
         f"{definition['buildType']} of {json.dumps(definition['externalParameters'])}",
         f"{len(statement['subject'])} files from {len(materials)} materials, {hashed} of them by SHA-256",
-        *[f"pipeline at {item.get('digest', {}).get('gitCommit')}{_changed(item)}" for item in commits],
-        f"internal parameters: {json.dumps(definition.get('internalParameters', {}))}",
     ]
-    return _printable(lines)
-
-
-def _changed(material: dict[str, Any]) -> str:
-    return ", with uncommitted changes" if material.get("annotations", {}).get("uncommittedChanges") else ""
+    for item in materials:
+        if item.get("name") == bom.PIPELINE:
+            changed = ", with uncommitted changes" if item.get("annotations", {}).get("uncommittedChanges") else ""
+            lines.append(f"pipeline at {item.get('digest', {}).get('gitCommit')}{changed}")
+    return [*lines, f"internal parameters: {json.dumps(definition.get('internalParameters', {}))}"]
 
 
 def _card_facts(raw: bytes) -> list[str]:
-    from huggingface_hub import ModelCard
-
     data = ModelCard(raw.decode()).data
     results = [f"{result.metric_name}: {result.metric_value}" for result in data.eval_results or []]
     base = data.get("base_model") or "no base model"
-    return _printable([f"{data.model_name}, licence {data.license}, made from {base}", *results])
+    return [f"{data.model_name}, licence {data.license}, made from {base}", *results]
 
 
-def _printable(lines: list[str]) -> list[str]:
-    """Lines of a file that somebody else may have written, safe to print."""
-    return [line if line.isprintable() else ascii(line) for line in lines]
+_FACTS: dict[str, tuple[Callable[[bytes], str | None], Callable[[bytes], list[str]]]] = {
+    bom.FILE: (bom.problem_of, _bom_facts),
+    provenance.FILE: (provenance.problem_of, _provenance_facts),
+    card.FILE: (card.problem_of, _card_facts),
+}

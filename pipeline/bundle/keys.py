@@ -85,10 +85,10 @@ def load_public_keys(paths: Path | Sequence[Path]) -> list[ec.EllipticCurvePubli
 
 
 def _require_p256(key: Any, where: str) -> Any:
-    if not isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey):
-        raise BundleError(f"{where} holds a key of another kind than ECDSA. Use a P-256 key (prime256v1).")
-    if not isinstance(key.curve, ec.SECP256R1):
-        raise BundleError(f"{where} holds a key on curve {key.curve.name}. Use a P-256 key (prime256v1).")
+    curve = getattr(key, "curve", None)  # only keys of elliptic curves have one
+    if not isinstance(curve, ec.SECP256R1):
+        found = f"on curve {curve.name}" if curve else "of another kind than ECDSA"
+        raise BundleError(f"{where} holds a key {found}. Use a P-256 key (prime256v1).")
     return key
 
 
@@ -114,14 +114,10 @@ def _create_development_key() -> None:
         os.unlink(name)
     files.fsync_directory(DEVELOPMENT_KEY.parent)
     _LOG.warning(
-        "WARNING: no development signing key was found, so %s was created. It is good for trying the pipeline on this "
-        "machine and for nothing else: phones must not trust it, a release refuses it, and whoever reads the file can "
-        "sign in its name. For a release, set channel and key_id in configs/signing.yaml and supply the key through "
-        "%s, %s or %s.",
-        DEVELOPMENT_KEY,
-        KEY_FILE,
-        KEY_TEXT,
-        KEY_PKCS11,
+        f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
+        f"pipeline on this machine and for nothing else: phones must not trust it, a release refuses it, and whoever "
+        f"reads the file can sign in its name. For a release, set channel and key_id in configs/signing.yaml and "
+        f"supply the key through {KEY_FILE}, {KEY_TEXT} or {KEY_PKCS11}."
     )
 
 
@@ -135,10 +131,6 @@ def _development_private_key() -> ec.EllipticCurvePrivateKey:
     return _parse_private_key(pem, None, str(DEVELOPMENT_KEY))
 
 
-def _is_development(identifier: str) -> bool:
-    return DEVELOPMENT_KEY.exists() and key_id(_development_private_key().public_key()) == identifier
-
-
 def announced_key(config: SigningConfig) -> KeyIdentity:
     """The key that will sign under `config`, known before the private key is: release.json names it.
 
@@ -148,16 +140,17 @@ def announced_key(config: SigningConfig) -> KeyIdentity:
     Raises:
         BundleError: the development key cannot be made or read, or is asked for in the release channel.
     """
-    if config.key_id == "development":
-        return KeyIdentity(id=key_id(_development_private_key().public_key()), kind="development")
-    if not _is_development(config.key_id):
+    if config.key_id != "development" and not DEVELOPMENT_KEY.exists():
+        return KeyIdentity(id=config.key_id, kind="release")
+    ours = key_id(_development_private_key().public_key())
+    if config.key_id not in ("development", ours):
         return KeyIdentity(id=config.key_id, kind="release")
     if config.channel == "release":
         raise BundleError(
             f"channel 'release' refuses development keys: key_id {config.key_id} in configs/signing.yaml is "
             f"{DEVELOPMENT_KEY}. Use a key made for releases."
         )
-    return KeyIdentity(id=config.key_id, kind="development")
+    return KeyIdentity(id=ours, kind="development")
 
 
 # --- release keys --------------------------------------------------------------------------------------------------
@@ -176,7 +169,8 @@ def _parse_private_key(pem: bytes, password: bytes | None, where: str) -> ec.Ell
     return _require_p256(key, where)
 
 
-def _software_key(private: ec.EllipticCurvePrivateKey) -> _KeyPair:
+def software_key(private: ec.EllipticCurvePrivateKey) -> _KeyPair:
+    """Public half and signing function of a key in memory."""
     # RFC 6979: the nonce comes from key and message, so that equal content gives an equal signature.
     algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
     return private.public_key(), lambda message: private.sign(message, algorithm)
@@ -227,7 +221,7 @@ def _supplied_key(variable: str) -> _KeyPair:
         reason = getattr(error, "strerror", None) or "it is not a path"
         raise BundleError(f"{variable}: the key file cannot be read: {reason}.") from None
     password = os.environ.get(PASSWORD)
-    return _software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
+    return software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
 
 
 def load_signer(config: SigningConfig) -> SigningKey:
@@ -251,7 +245,7 @@ def load_signer(config: SigningConfig) -> SigningKey:
             f"{KEY_TEXT} or {KEY_PKCS11}."
         )
     if not given:
-        return SigningKey(expected, *_software_key(_development_private_key()))
+        return SigningKey(expected, *software_key(_development_private_key()))
     public, sign = _supplied_key(given[0])
     if key_id(public) != expected.id:
         raise BundleError(

@@ -27,14 +27,11 @@ def read_stages(path: Path = LOCK) -> Stages:
         return {}
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return {name: {kind: _entries(stage, kind) for kind in ("deps", "outs")} for name, stage in _items(document)}
+        stages = (document or {}).get("stages") or {}
+        return {name: {kind: _entries(stage, kind) for kind in ("deps", "outs")} for name, stage in stages.items()}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BundleError(f"{path} cannot be read as a lock of DVC ({reason}). Run `dvc repro`.") from None
-
-
-def _items(document: Any) -> Iterable[tuple[str, Any]]:
-    return ((document or {}).get("stages") or {}).items()
 
 
 def _entries(stage: Any, kind: str) -> dict[str, str]:
@@ -53,9 +50,7 @@ def upstream(stages: Stages, targets: Iterable[Path]) -> dict[str, Mapping[str, 
     wanted, found = {path.as_posix() for path in targets}, set()
     while True:
         makers = {
-            name
-            for name, stage in stages.items()
-            if any(_overlap(out, path) for out in stage["outs"] for path in wanted)
+            name for name in stages if any(_overlap(out, path) for out in stages[name]["outs"] for path in wanted)
         }
         if makers == found:
             return {name: stages[name] for name in sorted(found)}

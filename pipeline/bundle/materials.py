@@ -81,7 +81,7 @@ def gather(workspace: Workspace, variant: str, lock: SourceLock) -> Materials:
         "suite": load_pipeline().suite,
     }
     internal = {"recordedStages": list(stages), "unrecorded": lockfile.gaps(stages, targets)}
-    return Materials(tuple(items), external, internal, head.digest["gitCommit"] if head else None)
+    return Materials(tuple(items), external, internal, head["digest"]["gitCommit"] if head else None)
 
 
 def checkpoint(lock: SourceLock) -> Iterator[Material]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from packageurl import PackageURL
 
 from pipeline.checkpoint.sources import SourceLock
@@ -23,10 +20,7 @@ def hugging_face(repo: str, revision: str) -> PackageURL:
 
 def source(lock: SourceLock) -> PackageURL | None:
     """Where a checkpoint came from; None for a folder of somebody's machine, whose path is nobody's business."""
-    return _of(lock.source)
-
-
-def _of(source: Mapping[str, Any]) -> PackageURL | None:
+    source = lock.source
     if source.get("kind") == "hub":
         return hugging_face(source["repo"], source["revision"])
     if source.get("kind") == "pypi":

@@ -11,8 +11,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from google.protobuf.json_format import MessageToDict, Parse, ParseDict, ParseError
 from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
@@ -32,23 +31,17 @@ _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://slsa.dev/provenance/v1"
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(TypedDict, total=False):
     """Something that decided the bundle's bytes: an in-toto ResourceDescriptor with a name, a URI or both.
 
     `digest` is by algorithm (`sha256`, or `gitCommit` for a commit); a package that is known by name and version only
-    has none.
+    has none. Fields that say nothing are left out of the statement.
     """
 
-    name: str | None = None
-    uri: str | None = None
-    digest: Mapping[str, str] = field(default_factory=dict)
-    annotations: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The descriptor, without fields that say nothing."""
-        fields = {"name": self.name, "uri": self.uri, "digest": self.digest, "annotations": self.annotations}
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in fields.items() if value}
+    name: str | None
+    uri: str | None
+    digest: dict[str, str]
+    annotations: dict[str, Any]
 
 
 def build(
@@ -64,7 +57,7 @@ def build(
     Raises:
         BundleError: what was made is not a valid statement.
     """
-    dependencies = [material.to_json() for material in materials]
+    dependencies = [{key: value for key, value in material.items() if value} for material in materials]
     definition = {
         "buildType": BUILD_TYPE,
         "externalParameters": dict(external),

@@ -5,7 +5,6 @@ Equal arguments give equal bytes on every machine.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,11 +13,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.bundle import release, tiers
-from pipeline.bundle.keys import SigningKey, key_id
+from pipeline.bundle.keys import SigningKey, key_id, public_pem, software_key
 from pipeline.bundle.release import CONTENT, SIGNATURE, KeyIdentity, Refusal, Runtime, Stamp
 from pipeline.bundle.signing import sign
 from pipeline.config.signing import SigningConfig
@@ -52,18 +50,13 @@ def known_key(name: str) -> SigningKey:
     """TEST KEY, known to everybody: a P-256 key whose private half is the hash of a constant. Never trust it."""
     seed = hashlib.sha256(f"TEST KEY, NEVER TRUST: {name}".encode()).digest()
     private = ec.derive_private_key(int.from_bytes(seed, "big") % (_ORDER - 1) + 1, ec.SECP256R1())
-    algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-    public = private.public_key()
-    identity = KeyIdentity(id=key_id(public), kind="development" if name == "development" else "release")
-    return SigningKey(identity, public, lambda message: private.sign(message, algorithm))
+    kind = "development" if name == "development" else "release"
+    return SigningKey(KeyIdentity(id=key_id(private.public_key()), kind=kind), *software_key(private))
 
 
 def pinned(name: str) -> str:
     """A key as an app pins it: base64 of its DER SubjectPublicKeyInfo, which is its PEM file without the armour."""
-    der = known_key(name).public_key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return base64.b64encode(der).decode()
+    return "".join(public_pem(known_key(name).public_key).decode().splitlines()[1:-1])
 
 
 # --- documents: `stamped` are their model, signing configuration, key and time ----------------------------------------

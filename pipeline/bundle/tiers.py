@@ -6,15 +6,13 @@ refusal with the figures, because a model that is killed while loading is worse 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.bundle.release import KeyIdentity, Record, Stamp, make
+from pipeline.bundle.release import Record, Stamp, make
 from pipeline.config.phones import Tier, TiersConfig
 from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
@@ -95,8 +93,6 @@ class TiersDocument(Stamp):
 
 
 def _reasons(needs: Mapping[Candidate, Need], budget: int) -> list[str]:
-    if not needs:
-        return ["no variant was built"]
     reasons = []
     for candidate, found in needs.items():
         over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
@@ -104,7 +100,7 @@ def _reasons(needs: Mapping[Candidate, Need], budget: int) -> list[str]:
             f"{candidate.variant}: verdict {candidate.verdict}, needs {found.private:,} bytes{over} "
             f"({parts_in_words(found)})"
         )
-    return reasons
+    return reasons or ["no variant was built"]
 
 
 def _suggestion(found: Suggestion) -> TierSuggestion:
@@ -149,10 +145,9 @@ def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> dict[str, Tie
         BundleError: a variant is given twice, or one passed its gates without a finite KL.
     """
     ordered = sorted(candidates, key=lambda candidate: candidate.variant)
-    for first, second in itertools.pairwise(ordered):
-        if first.variant == second.variant:
-            raise BundleError(f"variant {first.variant} is a candidate twice; give each variant once.")
-    for candidate in ordered:
+    for number, candidate in enumerate(ordered):
+        if number and candidate.variant == ordered[number - 1].variant:
+            raise BundleError(f"variant {candidate.variant} is a candidate twice; give each variant once.")
         if candidate.verdict == "PASS" and (candidate.kl_mean is None or not math.isfinite(candidate.kl_mean)):
             raise BundleError(
                 f"variant {candidate.variant} has the verdict PASS but a mean KL of {candidate.kl_mean}: no variant "
@@ -169,13 +164,13 @@ def build_tiers(
     *,
     model: str,
     signing: SigningConfig,
-    key: KeyIdentity,
-    created: datetime,
-    context: int,
     decisions: Mapping[str, TierBundle | TierRefusal],
     signatures: Mapping[str, str],
+    **fields: Any,
 ) -> TiersDocument:
     """tiers.json for `decisions`, with each named bundle pinned by `signatures`: variant → SHA-256 of its model.sig.
+
+    The other `fields` are `context` and those that `release.make` takes for every document.
 
     Raises:
         BundleError: a decision names a variant without a signature, or a field is not valid.
@@ -183,8 +178,5 @@ def build_tiers(
     chosen = sorted({decision.variant for decision in decisions.values() if isinstance(decision, TierBundle)})
     if unsigned := [variant for variant in chosen if variant not in signatures]:
         raise BundleError(f"tiers.json of {model} names {', '.join(unsigned)} without a signed bundle. Sign it first.")
-    bundles = {
-        variant: BundleReference(signature_sha256=signatures[variant], release=signing.release) for variant in chosen
-    }
-    stamped = {"model": model, "signing": signing, "key": key, "created": created}
-    return make(TiersDocument, **stamped, context=context, tiers=dict(decisions), bundles=bundles)
+    pins = {name: BundleReference(signature_sha256=signatures[name], release=signing.release) for name in chosen}
+    return make(TiersDocument, model=model, signing=signing, tiers=dict(decisions), bundles=pins, **fields)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.bundle.keys import key_id, load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Refusal, Release, Stamp, parse, parse_time
 from pipeline.bundle.signing import Kind, SignatureError, authenticate, read_statement
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
+from pipeline.checkpoint.untrusted import open_regular
 from pipeline.errors import BundleError
 
 _SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
@@ -91,22 +91,17 @@ class _Expected:
         return max(self.highest_release or 0, remembered or 0)
 
 
-# --- reading without following anything ----------------------------------------------------------------------------
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open a file seen to be regular; a symlink put in its place meanwhile is an error, not followed."""
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+# --- reading: a symlink put in a file's place meanwhile is an error, not followed -------------------------------------
 
 
 def _sha256(path: Path) -> str:
-    with _open(path) as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_small(path: Path) -> bytes | None:
     """All bytes, or None if there are more than any signature or document of ours has."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         raw = file.read(_SMALL + 1)
     return raw if len(raw) <= _SMALL else None
 

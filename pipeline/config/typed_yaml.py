@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -21,6 +21,7 @@ class Frozen(BaseModel):
     """Base of all configuration: immutable, and unknown keys are errors rather than silently ignored options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    read_by_name: ClassVar[bool] = False  # whether code reads its fields by names that it computes
 
 
 CONFIGS = Path("configs")

@@ -18,6 +18,7 @@ the first that holds is taken. Sources: bwrap(1); sandbox-exec(1), sandbox(7).
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ SAFE_LEVELS = LEVELS[:-1]
 
 _SANDBOX_EXEC = "/usr/bin/sandbox-exec"
 _ROOT = Path(__file__).resolve().parents[2]
+_quoted = functools.partial(json.dumps, ensure_ascii=False)  # its strings escape quotes and backslashes as JSON's do
 _TRIAL_SECONDS = 60  # a trial takes 0.05; this only tells a slow machine from a broken one
 
 
@@ -158,8 +160,3 @@ def macos_profile() -> str:
             "(allow sysctl-read)",
         )
     )
-
-
-def _quoted(path: str) -> str:
-    escaped = path.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, create_model
 
 from pipeline.config.models import load_model
@@ -14,6 +16,7 @@ from pipeline.tasks.registry import gates
 class Row(Frozen):
     """One row of limits."""
 
+    read_by_name: ClassVar[bool] = True
     opt_in: tuple[Name, ...] | None = Field(
         default=None, description="models that may be released in this row; None: all"
     )

@@ -53,22 +53,20 @@ def gate(models: list[str], variants: list[str]) -> int:
 
 def escalate(models: list[str], variants: list[str]) -> None:
     """Print, for every INCONCLUSIVE line that is judged at looks, its next look, and the command that asks as much."""
-    run = load_pipeline()
-    suite, waiting = load_suite(run.suite), False
+    run, waiting = load_pipeline(), False
     pairs = [(model, variant) for model in models for variant in variants]
     verdicts = {f"{model} {variant}": read_verdict(Workspace(model), variant) for model, variant in pairs}
-    for task, part in suite.by_task():
-        judged = {gate.name for gate in task.gates if gate.kind == LOOKS}
-        asked, wanted = getattr(part, task.counted[0]) if judged else 0, 0
+    looking = [(task, part) for task, part in load_suite(run.suite).by_task() if _looks(task)]
+    for task, part in looking:
+        asked, wanted = getattr(part, task.counted[0]), 0
         for name, verdict in verdicts.items():
             for line in verdict.lines:
-                if line.name in judged and line.verdict == INCONCLUSIVE:
+                if line.name in _looks(task) and line.verdict == INCONCLUSIVE:
                     look = next_look(line.n or 0)
                     print(f"{name}: {_escalation(task, line, look, asked)}")
                     wanted = max(wanted, look or 0)
         if wanted:
-            waiting = True
-            subjects = len(run.models) * (len(run.variants) + 1)
+            waiting, subjects = True, len(run.models) * (len(run.variants) + 1)
             print(
                 f"{subjects} models and variants share the suite {run.suite!r}, references included: "
                 f"{max(0, wanted - asked) * subjects:,} new {task.unit} in all; answers that are kept are not asked "
@@ -76,7 +74,13 @@ def escalate(models: list[str], variants: list[str]) -> None:
                 f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:{task.name}.{task.counted[0]}={wanted}'"
             )
     if not waiting:
-        print("No INCONCLUSIVE line waits for a further look.")
+        titles = " or ".join(task.title for task, _ in looking)
+        print(f"No INCONCLUSIVE {titles} line waits for a further look.")
+
+
+def _looks(task: Task) -> set[str]:
+    """A task's gates that are judged at looks."""
+    return {gate.name for gate in task.gates if gate.kind == LOOKS}
 
 
 def _escalation(task: Task, line: GateLine, look: int | None, asked: int) -> str:

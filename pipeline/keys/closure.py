@@ -38,6 +38,11 @@ class Source:
     siblings: bool
 
     @property
+    def package(self) -> str:
+        """The dotted name of the package that it is in, or is."""
+        return ".".join(self.path.parent.relative_to(PACKAGE.parent).parts)
+
+    @property
     def files(self) -> list[Path]:
         """The module, and the files beside it that it names."""
         beside = self.path.parent.iterdir()
@@ -55,7 +60,7 @@ def modules() -> Mapping[str, Path]:
 
 
 @cache
-def read(name: str) -> Source:
+def source_of(name: str) -> Source:
     """Parse one of our modules."""
     path = modules()[name]
     nodes = list(_walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -94,10 +99,10 @@ class Closure:
             name = left.pop()
             if name in found or name.startswith(_NEUTRAL) or name not in modules():
                 continue
-            found[name] = source = read(name)
+            found[name] = source = source_of(name)
             left += [name.rpartition(".")[0], *source.imports, *source.strings]
             if source.siblings:
-                left += [other for other in modules() if other.rpartition(".")[0] == name]
+                left += [other for other in modules() if other.rpartition(".")[0] == source.package]
         return cls(dict(sorted(found.items())))
 
     def hashes(self) -> dict[str, str]:

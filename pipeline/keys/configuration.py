@@ -14,9 +14,9 @@ from pipeline.config.models import load_model, load_pipeline, model_names
 from pipeline.config.recipes import load_recipe, recipe_names
 from pipeline.config.sources import load_datasets
 from pipeline.config.typed_yaml import CONFIGS, read
-from pipeline.keys.closure import Closure, modules
+from pipeline.keys.closure import Closure, modules, source_of
 
-_ELSEWHERE = ("load_gates", "load_suite")  # of configuration that tasks define
+_LOAD = "pipeline.config.typed_yaml.load"  # a module that imports it reads files of configs/
 _BY_VALUE = "load_datasets"  # its entries count where their name is mentioned
 
 
@@ -49,8 +49,7 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
 def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in closure.names:
         module, _, function = name.rpartition(".")
-        ours = module in modules() and (module.startswith("pipeline.config.") or function in _ELSEWHERE)
-        if ours and function.startswith(("load_", "has_")):
+        if function.startswith(("load_", "has_")) and module in modules() and _LOAD in source_of(module).imports:
             yield function, getattr(import_module(module), function)
 
 
@@ -71,13 +70,10 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
 
 
 def fields_read(value: Any, attributes: frozenset[str]) -> Any:
-    """JSON data of a value; of configuration objects only the fields that are read as attributes.
-
-    A suite's parts are read through `by_task`, not by name.
-    """
+    """JSON data of a value; of configuration objects only the fields that are read as attributes."""
     if isinstance(value, BaseModel):
-        parts = "by_task" in attributes and hasattr(value, "by_task")
-        fields = (name for name in type(value).model_fields if parts or name in attributes)
+        whole = getattr(value, "read_by_name", False)
+        fields = (name for name in type(value).model_fields if whole or name in attributes)
         return {name: fields_read(getattr(value, name), attributes) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): fields_read(entry, attributes) for key, entry in value.items()}

@@ -10,6 +10,7 @@ refuse stands in `android_rules`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,23 +79,18 @@ def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple
         BundleError: a variant's classes lie in more ranges than Play takes in a group.
     """
     android = sorted(
-        ((name, tier) for name, tier in tiers.items() if tier.platform == "android"),
-        key=lambda item: item[1].ram_bytes,
+        ((tier.ram_bytes, name, tier) for name, tier in tiers.items() if tier.platform == "android"),
+        key=lambda item: item[0],
     )
+    ends = [*(ram_bytes for ram_bytes, _, _ in android[1:]), None]
     groups: dict[str, tuple[str, list[Selector]]] = {}
     names: dict[str, str] = {}
-    previous: str | None = None
-    for position, (tier_name, tier) in enumerate(android):
-        following = android[position + 1][1].ram_bytes if position + 1 < len(android) else None
-        if not isinstance(tier, TierBundle):
-            previous = None
-            continue
-        variant = tier.variant
-        group = names.setdefault(variant, "ram_" + re.sub(r"[^a-z0-9]", "_", tier_name.removeprefix("android-")))
-        selectors = groups.setdefault(group, (variant, []))[1]
-        start = selectors.pop().min_bytes if previous == variant else tier.ram_bytes
-        selectors.append(Selector(min_bytes=start, max_bytes=following))
-        previous = variant
+    classes = zip(android, ends, strict=True)
+    for variant, found in itertools.groupby(classes, key=lambda item: getattr(item[0][2], "variant", None)):
+        if variant is not None:
+            (start, lowest, _), end = (run := list(found))[0][0], run[-1][1]
+            name = names.setdefault(variant, "ram_" + re.sub(r"[^a-z0-9]", "_", lowest.removeprefix("android-")))
+            groups.setdefault(name, (variant, []))[1].append(Selector(min_bytes=start, max_bytes=end))
     for group, (variant, selectors) in groups.items():
         if len(selectors) > SELECTORS:
             raise BundleError(

@@ -17,18 +17,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pipeline.packs.android import (
-    AGP,
-    AI_PACK,
-    FLAG,
-    NAMESPACE,
-    OTHER,
-    PLACEHOLDER,
-    SELECTORS,
-    TARGETING,
-    AndroidIndex,
-    Selector,
-)
+from pipeline.packs import android
+from pipeline.packs.android import AGP, AI_PACK, FLAG, OTHER, PLACEHOLDER, TARGETING, AndroidIndex, Selector
 from pipeline.packs.delivery import Delivery, Pack
 from pipeline.packs.rules import COMMON, Found, Problem, Rules, Tree
 
@@ -43,7 +33,7 @@ _APP = "app/build.gradle"
 _GROUPS = f"app/{TARGETING}"
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")  # of a pack, and of a group
 _BYTES = re.compile(r"[0-9]{1,18}")
-_TAG = f"{{{NAMESPACE}}}"
+_TAG = f"{{{android.NAMESPACE}}}"
 
 
 @dataclass(frozen=True)
@@ -70,8 +60,13 @@ class AndroidTree(Tree[AndroidIndex]):
     @cached_property
     def modules(self) -> list[str]:
         """Folders with a build.gradle or assets, but the app's."""
-        tops = {path.split("/")[0] for path in self.sizes if "/" in path}
-        return sorted(top for top in tops if top != "app")
+        return sorted(self.folders - {"app"})
+
+    @property
+    def scripts(self) -> list[tuple[str, str, str]]:
+        """Module, path and text of each pack's build.gradle; the text is empty if there is none."""
+        paths = [(module, f"{module}/build.gradle") for module in self.modules]
+        return [(module, path, self.text(path)) for module, path in paths]
 
     @cached_property
     def assets(self) -> list[_Asset]:
@@ -111,7 +106,7 @@ class AndroidTree(Tree[AndroidIndex]):
         except ElementTree.ParseError as error:
             return f"it is no XML: {error}"
         if root.tag != f"{_TAG}device-targeting-config":
-            return f"expected <config:device-targeting-config> in namespace {NAMESPACE}, found {root.tag}"
+            return f"expected <config:device-targeting-config> in namespace {android.NAMESPACE}, found {root.tag}"
         return root
 
     @cached_property
@@ -146,16 +141,15 @@ def _setting(text: str, name: str) -> str | None:
 
 @RULES.add("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin")
 def _plugin(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", tree.text(f"{module}/build.gradle")):
-            yield f"{module}/build.gradle", f"the plugin {AI_PACK} is not applied"
+    for _, path, text in tree.scripts:
+        if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", text):
+            yield path, f"the plugin {AI_PACK} is not applied"
 
 
 @RULES.add("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores")
 def _pack_name(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        path = f"{module}/build.gradle"
-        name = _setting(tree.text(path), "packName")
+    for module, path, text in tree.scripts:
+        name = _setting(text, "packName")
         if name != module:
             yield path, f"packName is {name!r}, the module's folder {module!r}"
         elif not _NAME.fullmatch(name):
@@ -164,9 +158,8 @@ def _pack_name(tree: AndroidTree) -> Found:
 
 @RULES.add("delivery-type", "Play: on-demand; install-time packs have no path")
 def _delivery_type(tree: AndroidTree) -> Found:
-    for module in tree.modules:
-        path = f"{module}/build.gradle"
-        if (kind := _setting(tree.text(path), "deliveryType")) != "on-demand":
+    for _, path, text in tree.scripts:
+        if (kind := _setting(text, "deliveryType")) != "on-demand":
             yield path, f"deliveryType is {kind!r}: gigabytes go on-demand, and install-time packs have no file paths"
 
 
@@ -257,11 +250,11 @@ def _group_other(tree: AndroidTree) -> Iterator[str]:
         yield f"group {OTHER!r} is Play's own for phones that match no group: never declare it"
 
 
-@RULES.add("selector-count", f"Play: 1 to {SELECTORS} selectors a group", _GROUPS)
+@RULES.add("selector-count", f"Play: 1 to {android.SELECTORS} selectors a group", _GROUPS)
 def _selector_count(tree: AndroidTree) -> Iterator[str]:
     for name, selectors in tree.declared:
-        if not 1 <= len(selectors) <= SELECTORS:
-            yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {SELECTORS}"
+        if not 1 <= len(selectors) <= android.SELECTORS:
+            yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {android.SELECTORS}"
 
 
 def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:

@@ -136,16 +136,8 @@ def deliver(packed: Packable, name: Callable[[int], str], pack_bytes: int = PACK
     for number, places in enumerate(split({place: file.size for place, file in packed.files.items()}, pack_bytes), 1):
         files = {place: packed.files[place] for place in sorted(places)}
         packs.append(Pack(name=name(number), bytes=total(files.values()), digest=pack_digest(files), files=files))
-    release = packed.release
-    return Delivery(
-        model=release.model,
-        variant=release.variant,
-        release=release.release,
-        min_app_version=release.min_app_version,
-        max_app_version=release.max_app_version,
-        bytes=sum(pack.bytes for pack in packs),
-        packs=packs,
-    )
+    repeated = packed.release.model_dump(include=Delivery.model_fields.keys())
+    return Delivery(**repeated, bytes=sum(pack.bytes for pack in packs), packs=packs)
 
 
 def total(files: Iterable[FileEntry]) -> int:

@@ -70,8 +70,7 @@ class IosTree(Tree[IosIndex]):
     @cached_property
     def tops(self) -> list[str]:
         """Top folders that hold packs' files."""
-        tops = {path.split("/")[0] for path in self.sizes if "/" in path}
-        return sorted(tops - {MANIFESTS, "build"})
+        return sorted(self.folders - {MANIFESTS, "build"})
 
     @property
     def size(self) -> int:
@@ -144,8 +143,8 @@ def _has_events(options: Any) -> bool:
 @RULES.add("platforms", "ours: packs are for iOS")
 def _platforms(tree: IosTree) -> Found:
     for path, value in tree.readable.items():
-        if value.get("platforms") != ["iOS"]:
-            yield path, f"platforms is {value.get('platforms')!r}, expected ['iOS']"
+        if (platforms := value.get("platforms")) != ["iOS"]:
+            yield path, f"platforms is {platforms!r}, expected ['iOS']"
 
 
 @RULES.add("selectors", "ours: one top folder per pack, as all packs share one namespace")

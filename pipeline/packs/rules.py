@@ -94,6 +94,11 @@ class Tree(ABC, Generic[Index]):
         """SHA-256 of a file."""
         return sha256_of(self.folder / path)
 
+    @cached_property
+    def folders(self) -> set[str]:
+        """Top folders that hold files."""
+        return {path.split("/")[0] for path in self.sizes if "/" in path}
+
     def below(self, folder: str) -> dict[str, int]:
         """Sizes of the files under `folder`, by their path relative to it."""
         prefix = f"{folder}/"

@@ -14,13 +14,15 @@ from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import load_calibration, load_sensitivity
-from pipeline.config.models import load_pipeline
+from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.recipes import has_budget
+from pipeline.errors import PipelineError
 from pipeline.preflight.check import check_all, needed_datasets
 from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
+from pipeline.preflight.needs import UNMEASURED
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
-from pipeline.workspace import REFERENCE, Workspace
+from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
 
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 
@@ -58,6 +60,7 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
     Raises:
         ConfigError: before `download`, for anything in the configuration of the whole run.
         ResourceError: this machine has too little memory or disk for the stage.
+        PipelineError: the model was made for another context than its entry has.
         EvaluationError: what the stage tunes by, or before the reference all that tunes, is text that judges.
     """
     store = Store()
@@ -67,6 +70,7 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
         for name, source in needed_datasets().items():
             fetch_dataset(name, source, store)
         return
+    _require_context(Workspace(model), variant if stage in ("validate", "bundle") else None)
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
         folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
@@ -75,13 +79,31 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
         check_unseen(windows, folder, suite, store)
 
 
+def _require_context(workspace: Workspace, variant: str | None) -> None:
+    """Refuse a model that was made for another context than its entry has by now: rotary tables and the cache are made
+    for one. Raises PipelineError."""
+    made = {workspace.export: ("export",)}
+    if variant not in (None, REFERENCE):
+        made[workspace.artifact(variant)] = ("quantize", variant)
+    wanted = load_model(workspace.model).context
+    for folder, (stage, *rest) in made.items():
+        if not (folder / GENAI_CONFIG).exists():  # the stage itself says what has not run
+            continue
+        if (context := workspace.read(folder / GENAI_CONFIG, stage, *rest)["model"]["context_length"]) != wanted:
+            again = (" ".join(("python -m pipeline", name, workspace.model, *of)) for name, *of in made.values())
+            raise PipelineError(
+                f"{folder} was made for a context of {context:,} tokens, and `context` in the model's entry is "
+                f"{wanted:,}. Run `{'` and `'.join(again)}` again, or `dvc repro` for everything."
+            )
+
+
 def _require_room(stage: str, model: str, variant: str | None, store: Store) -> None:
     """Nothing is asked of a model that was not downloaded: the stage itself says so."""
     source, name = find_source(model, store), "reference" if variant == REFERENCE else stage
     if source is None:
         return
     own = () if variant in (None, REFERENCE) else (variant,)
-    wanted = stage_needs(model, source, own or _budgets(name), room().memory, None)
+    wanted = stage_needs(model, source, own or _budgets(name), room().memory, UNMEASURED)
     found = next((item for item in wanted if item.stage == name), None)
     if found and stage == "quantize":  # what a killed run wrote is there already
         begun = Workspace(model).partial(variant or "").glob("*")

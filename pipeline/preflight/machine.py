@@ -7,11 +7,16 @@ exit status nor for the disk: whether the output is current is DVC's to know.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
 
 from pipeline import machine
 from pipeline.checkpoint.architecture import Architecture, read_architecture
@@ -24,7 +29,7 @@ from pipeline.config.recipes import BudgetRecipe, has_budget, load_recipe
 from pipeline.config.sources import LocalSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.preflight import needs
-from pipeline.preflight.needs import Needs, Rates
+from pipeline.preflight.needs import UNMEASURED, Needs, Rates
 from pipeline.runtime.session import runs_layered
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.workspace import ARTIFACTS, MODEL_FILE, REFERENCE, Workspace
@@ -42,7 +47,7 @@ _MORE_MEMORY = {
     ),
 }
 _ANY_MEMORY = "Close other programs, raise the container's limit, or run the stage on a larger machine."
-_HEADER = ("stage", "variant", "memory", "available", "disk", "free", "estimate", "")
+_HEADER = ("  stage", "variant", "memory", "available", "disk", "free", "estimate", "")
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def reference_needs(
     suite: Suite,
     entry: ModelConfig,
     memory: int,
-    rates: Rates | None = None,
+    rates: Rates = UNMEASURED,
 ) -> Needs:
     """What the reference stage takes where `memory` bytes are available."""
     if runs_layered(suite.reference, weight_bytes, architecture.parameters, memory):
@@ -182,9 +187,7 @@ def reference_needs(
     return needs.reference(architecture, weight_bytes, suite, entry, rates)
 
 
-def stage_needs(
-    model: str, source: Source, variants: tuple[str, ...], memory: int, rates: Rates | None
-) -> Iterator[Needs]:
+def stage_needs(model: str, source: Source, variants: tuple[str, ...], memory: int, rates: Rates) -> Iterator[Needs]:
     """Every stage after download, in the order of the pipeline, where `memory` bytes are available.
 
     Raises PipelineError for what cannot be planned.
@@ -288,7 +291,7 @@ def run(models: tuple[str, ...] = ()) -> int:
         except PipelineError as error:
             refusals.append(f"{model}: {error}")
     refusals = [row.problem for row in rows if row.problem and row.refused] + refusals
-    print("\n".join([*_table(rows), "", *_totals(rows, start, rates)]))
+    print("\n".join([_table(rows), "", *_totals(rows, start, rates)]))
     for sentence in [f"NO: {text}" for text in refusals] + unknown:
         print("\n".join(_wrapped(sentence)))
     return 1 if refusals else 0
@@ -298,7 +301,7 @@ def misfits(model: str) -> list[str]:
     """What of a downloaded model will not run on this machine, stage by stage: known before the first of them does."""
     found = []
     try:
-        for row in _rows(model, load_pipeline().variants, None, room()):
+        for row in _rows(model, load_pipeline().variants, UNMEASURED, room()):
             if row.problem and row.refused:
                 found.append(row.problem)
     except PipelineError as error:
@@ -314,7 +317,7 @@ def _unknown(model: str) -> str:
     )
 
 
-def _rows(model: str, variants: tuple[str, ...], rates: Rates | None, has: Room) -> Iterator[Row]:
+def _rows(model: str, variants: tuple[str, ...], rates: Rates, has: Room) -> Iterator[Row]:
     """The rows of one model: the download alone while its source is not known. Raises PipelineError as plans do."""
     source = find_source(model, Store())
     row = _row(model, download_needs(source, has), has)
@@ -345,36 +348,27 @@ def _output(model: str, wanted: Needs) -> Path:
     }[wanted.stage]
 
 
-def _table(rows: list[Row]) -> list[str]:
-    """Lines of at most 118 columns: a title per model, then its stages."""
-    cells = [_HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
-    lines, last = [], None
-    for row, line in zip([None, *rows], cells, strict=True):
-        if row and row.model != last:
-            last = row.model
-            lines.append(last)
-        names = [text.ljust(width) for text, width in zip(line[:2], widths[:2], strict=True)]
-        figures = [text.rjust(width) for text, width in zip(line[2:-1], widths[2:-1], strict=True)]
-        lines.append("  ".join(["", *names, *figures, line[-1]]).rstrip())
-    return lines
+def _table(rows: list[Row]) -> str:
+    """At most 118 columns: a title per model, then its stages."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    for number, heading in enumerate(_HEADER):
+        table.add_column(heading, justify="right" if 2 <= number <= 6 else "left", no_wrap=True)
+    for model, own in groupby(rows, key=lambda row: row.model):
+        table.add_row(model)
+        for row in own:
+            table.add_row(*_cells(row))
+    with (console := Console(width=_WIDTH, color_system=None)).capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     wanted, has = row.needs, row.room
     in_store = bool(wanted.store_disk) and not has.shared
     disk, free = (wanted.store_disk, has.store) if in_store else (wanted.disk + wanted.store_disk, has.disk)
+    sizes = (f"{count / 1e9:.2f} GB" for count in (wanted.memory, has.memory, disk, free))
     state = "there already" if row.there else "NO" if row.problem else "ok"
-    return (
-        wanted.stage,
-        wanted.variant or "",
-        _gigabytes(wanted.memory),
-        _gigabytes(has.memory),
-        _gigabytes(disk),
-        _gigabytes(free),
-        _duration(wanted.seconds),
-        state,
-    )
+    return f"  {wanted.stage}", wanted.variant or "", *sizes, _duration(wanted.seconds), state
 
 
 def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:
@@ -389,12 +383,12 @@ def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:
             f"disk of {ARTIFACTS}: {disk:,} bytes to be written and kept, {has.disk:,} free; "
             f"disk of the store: {store:,}, {has.store:,} free"
         )
-    known = sum(wanted.seconds or 0 for wanted in left)
+    known = sum(wanted.seconds for wanted in left if not math.isnan(wanted.seconds))
     speed = f"{rates.flops / 1e9:.0f} GFLOP/s in matrix products on {rates.cores} cores, measured now"
     sentences = (
         line,
-        f"time: {_duration(known or None)} where it can be estimated ({speed}); reading and writing files, the network "
-        f"and Optimum's export come on top",
+        f"time: {_duration(known or math.nan)} where it can be estimated ({speed}); reading and writing files, "
+        f"the network and Optimum's export come on top",
         "there already: the stage has an output; whether it is current, `dvc status` knows. Not counted above",
     )
     return [part for sentence in sentences for part in _wrapped(sentence)]
@@ -404,12 +398,8 @@ def _wrapped(sentence: str) -> list[str]:
     return textwrap.wrap(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
         return "–"
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:

@@ -6,6 +6,7 @@ cost only speed where it has not. Times are estimates from one measured rate; co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,21 +43,21 @@ class Needs:
     """What one stage takes.
 
     Attributes:
-        variant: None for a stage that runs once per model.
         memory: bytes of private memory at its peak, all its processes together.
         disk: bytes it writes on the file system of `artifacts/`.
-        seconds: estimated duration; None where only the network, or nothing measured, could tell.
         why: what the figures are made of, for people.
+        variant: None for a stage that runs once per model.
+        seconds: estimated duration; not a number where only the network, or nothing measured, could tell.
         store_disk: bytes it writes on the file system of the store.
         scratch: whether what it writes is gone when it ends.
     """
 
     stage: str
-    variant: str | None
     memory: int
     disk: int
-    seconds: float | None
     why: str
+    variant: str | None = None
+    seconds: float = math.nan
     store_disk: int = 0
     scratch: bool = False
 
@@ -69,36 +70,37 @@ class Rates:
     cores: int
 
 
+UNMEASURED = Rates(math.nan, 1)
+"""Times that are estimated from it are not numbers."""
+
+
 def download(missing_bytes: int, copied_bytes: int) -> Needs:
     """Fetch `missing_bytes` into the store; `copied_bytes`: the weights again where no hard link reaches, else 0."""
     why = "what the store lacks of the checkpoint" + ", and a copy: store and artifacts lie apart" * bool(copied_bytes)
-    return Needs("download", None, PROCESS_BYTES, copied_bytes + SMALL_FILES_BYTES, None, why, missing_bytes)
+    return Needs("download", PROCESS_BYTES, copied_bytes + SMALL_FILES_BYTES, why, store_disk=missing_bytes)
 
 
 def export(architecture: Architecture, context: int) -> Needs:
     """The graph and its rotary tables (cos and sin, twice for LongRoPE); no weight is read."""
     tables = 2 if architecture.rope.long_factor else 1
     rope = tables * 2 * context * (architecture.rope.dims // 2) * 4
-    return Needs(
-        "export", None, PROCESS_BYTES + rope, rope + SMALL_FILES_BYTES, None, "graph, rotary tables, tokenizer"
-    )
+    return Needs("export", PROCESS_BYTES + rope, rope + SMALL_FILES_BYTES, "graph, rotary tables, tokenizer")
 
 
-def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates | None = None) -> Needs:
+def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates = UNMEASURED) -> Needs:
     """The text run through the model layer by layer (`pipeline.runtime.stream`): one layer's weights in float32."""
-    tokens = calibration.tokens
+    window, tokens = calibration.window, calibration.tokens
     return Needs(
         "calibrate",
-        None,
-        PROCESS_BYTES + _layer_bytes(architecture, calibration.window),
+        PROCESS_BYTES + _layer_bytes(architecture, window),
         2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
-        _pass_seconds(architecture, tokens, rates) if rates else None,
-        f"one layer in float32 and {calibration.window:,} tokens of activations; hidden states of {tokens:,} tokens",
+        f"one layer in float32 and {window:,} tokens of activations; hidden states of {tokens:,} tokens",
+        seconds=_pass_seconds(architecture, tokens, rates),
         scratch=True,
     )
 
 
-def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates | None = None) -> Needs:
+def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates = UNMEASURED) -> Needs:
     """One layer in float32, a quantized matrix of it, and the activations of a batch of copies of the text.
 
     There is a copy for every matrix; their hidden states are held before a layer and after it.
@@ -109,17 +111,13 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     copies = 2 + architecture.layers * len(body)
     states = 4 * copies * tokens * architecture.hidden
     activations = _activation_bytes(architecture, max(tokens, BATCH_TOKENS))
-    seconds = None
-    if rates:
-        seconds = _pass_seconds(architecture, tokens * copies / 2, rates)
-        seconds += architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
+    errors = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
     return Needs(
         "sensitivity",
-        None,
         PROCESS_BYTES + 4 * sum(sizes) + 4 * max(sizes) + activations + 2 * states,
         2 * states + SMALL_FILES_BYTES,
-        seconds,
         f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
+        seconds=_pass_seconds(architecture, tokens * copies / 2, rates) + errors,
         scratch=True,
     )
 
@@ -131,10 +129,8 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
     """
     return Needs(
         "parity",
-        None,
         PROCESS_BYTES + max(EXPORTER_BYTES * parameters, widened_bytes(weight_bytes, parameters)),
         2 * 4 * parameters + SMALL_FILES_BYTES,
-        None,
         f"Optimum's float32 export of {parameters:,} parameters, {EXPORTER_BYTES} bytes each at its peak",
         scratch=True,
     )
@@ -146,7 +142,7 @@ def quantize(
     architecture: Architecture,
     search: str,
     calibration: CalibrationConfig,
-    rates: Rates | None = None,
+    rates: Rates = UNMEASURED,
 ) -> Needs:
     """A recipe applied: `artifact_bytes` is the plan's exact size.
 
@@ -154,40 +150,32 @@ def quantize(
     weights are gone: the widest input's are held twice then, in order and as a factor, and more was measured (3.9 GB on
     two layers of Phi-4's widths), so the room of a third is counted.
     """
-    seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) if rates else None
+    seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) + 0 * rates.flops
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
         moments = [4 * columns**2 for columns in {m.input: m.columns for m in architecture.body(0)}.values()]
         memory += max(_layer_bytes(architecture, calibration.window) + sum(moments), sum(moments) + 2 * max(moments))
         why = "a layer in float32 and its inputs' second moments; the plan's exact bytes"
-        if rates and seconds:
-            products = calibration.tokens * architecture.layers * sum(moments) / 4
-            seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
-    return Needs("quantize", variant, memory, artifact_bytes + SMALL_FILES_BYTES, seconds, why)
+        products = calibration.tokens * architecture.layers * sum(moments) / 4
+        seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
+    return Needs("quantize", memory, artifact_bytes + SMALL_FILES_BYTES, why, variant, seconds)
 
 
 def reference(
-    architecture: Architecture,
-    weight_bytes: int,
-    suite: Suite,
-    entry: ModelConfig,
-    rates: Rates | None = None,
+    architecture: Architecture, weight_bytes: int, suite: Suite, entry: ModelConfig, rates: Rates = UNMEASURED
 ) -> Needs:
     """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
     costs = _costs(suite, entry)
     return Needs(
         "reference",
-        None,
         memory_needed(weight_bytes, architecture.parameters),
         _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
-        _suite_seconds(architecture, costs, rates),
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
+        seconds=_suite_seconds(architecture, costs, rates),
     )
 
 
-def layered_reference(
-    architecture: Architecture, suite: Suite, entry: ModelConfig, rates: Rates | None = None
-) -> Needs:
+def layered_reference(architecture: Architecture, suite: Suite, entry: ModelConfig, rates: Rates = UNMEASURED) -> Needs:
     """The same layer by layer (`pipeline.runtime.layered`), without generation: a layer in float32 or the head.
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
@@ -199,12 +187,11 @@ def layered_reference(
     head = architecture.vocab * architecture.hidden
     return Needs(
         "reference",
-        None,
         PROCESS_BYTES + max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits)),
         2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
-        sum(_pass_seconds(architecture, cost.read, rates) for cost in costs) if rates else None,
         f"one layer or the head in float32; hidden states of {longest:,} tokens; 2 bytes per token and "
         f"vocabulary entry kept; without {' and '.join(decoding)}",
+        seconds=sum(_pass_seconds(architecture, cost.read, rates) for cost in costs),
     )
 
 
@@ -215,7 +202,7 @@ def validate(
     cache_bytes: int,
     suite: Suite,
     entry: ModelConfig,
-    rates: Rates | None = None,
+    rates: Rates = UNMEASURED,
 ) -> Needs:
     """A variant measured: prepacked weights, logits, and an MMLU prompt's cache or that of a text that is written.
 
@@ -225,17 +212,17 @@ def validate(
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
-        variant,
         PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + _most(costs, "cached") * cache_bytes,
         SMALL_FILES_BYTES,
-        _suite_seconds(architecture, costs, rates),
         f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
+        variant,
+        _suite_seconds(architecture, costs, rates),
     )
 
 
 def bundle(variant: str) -> Needs:
     """Hard links of the artifact and a JSON file: no second copy of the weights."""
-    return Needs("bundle", variant, PROCESS_BYTES, SMALL_FILES_BYTES, None, "hard links; every byte is hashed once")
+    return Needs("bundle", PROCESS_BYTES, SMALL_FILES_BYTES, "hard links; every byte is hashed once", variant)
 
 
 def _costs(suite: Suite, entry: ModelConfig) -> list[Cost]:
@@ -272,8 +259,6 @@ def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) ->
     return 2 * multiplied * tokens / rates.flops
 
 
-def _suite_seconds(architecture: Architecture, costs: Iterable[Cost], rates: Rates | None) -> float | None:
+def _suite_seconds(architecture: Architecture, costs: Iterable[Cost], rates: Rates) -> float:
     """Tokens read, and tokens written: at most the limit for each text."""
-    if not rates:
-        return None
     return _product_seconds(architecture, sum(cost.read + DECODE_COST * cost.written for cost in costs), rates)

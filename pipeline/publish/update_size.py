@@ -12,6 +12,7 @@ what the columns show. Digests are those of release.json; this reads bundles and
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -20,15 +21,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
 
 from pipeline import files
 from pipeline.artifact.layout import PAGE
-from pipeline.bundle.release import CONTENT, SIGNATURE, Refusal, Release
+from pipeline.bundle.release import CONTENT, SIGNATURE, Refusal, Release, parse
 from pipeline.errors import BundleError
 
 Status = Literal["unchanged", "renamed", "changed", "new", "gone"]
-_WINDOW = 4096 * PAGE  # bytes of a mapped file that are looked at together
+_COLUMNS = {
+    "whole_bytes": "whole files",
+    "changed_page_bytes": "changed pages",
+    "new_page_bytes": "new pages",
+    "delta_bytes": "zstd delta",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Bundle:
     directory: Path
     release: Release
     digests: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        """Such as `demo q4 release 7`."""
+        return f"{self.release.model} {self.release.variant} release {self.release.release}"
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if it has no such file."""
+        return (self.directory / name).stat().st_size if name in self.digests else None
 
 
 @dataclass(frozen=True)
@@ -58,54 +72,36 @@ class FileUpdate:
 class Update:
     """All files of both releases, by name."""
 
-    old: Release
-    new: Release
+    old: Bundle
+    new: Bundle
     files: tuple[FileUpdate, ...]
 
-    def total(self, field: str) -> int | None:
-        """Sum of one of the four byte counts; None if it is not known of every file."""
-        values = [getattr(file, field) for file in self.files]
-        return None if None in values else sum(values)
+    @property
+    def totals(self) -> dict[str, int | None]:
+        """Sum of each of the four byte counts; None if it is not known of every file."""
+        columns = {column: [getattr(file, column) for file in self.files] for column in _COLUMNS}
+        return {column: None if None in values else sum(values) for column, values in columns.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON with a total of each column."""
-        sides = {
-            name: {"model": side.model, "variant": side.variant, "release": side.release}
-            for name, side in (("old", self.old), ("new", self.new))
-        }
-        totals = {column: self.total(column) for column in _COLUMNS}
-        return sides | {"page_bytes": PAGE, "files": [asdict(file) for file in self.files], "total": totals}
+        named = {"model", "variant", "release"}
+        sides = {name: side.release.model_dump(include=named) for name, side in (("old", self.old), ("new", self.new))}
+        return sides | {"page_bytes": PAGE, "files": [asdict(file) for file in self.files], "total": self.totals}
 
     def describe(self) -> str:
         """The table for people; a line says so where zstd is missing."""
         rows = [("file", "", *_COLUMNS.values())]
         for file in self.files:
             rows.append((file.name, file.status, *(_figure(getattr(file, column)) for column in _COLUMNS)))
-        rows.append(("total", "", *(_figure(self.total(column)) for column in _COLUMNS)))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [f"{_side(self.old)} → {_side(self.new)}: bytes to download"]
-        for name, status, *figures in rows:
-            shown = "  ".join(figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True))
-            lines.append(f"{name.ljust(widths[0])}  {status.ljust(widths[1])}  {shown}")
-        if self.total("delta_bytes") is None:
+        rows.append(("total", "", *map(_figure, self.totals.values())))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.old.title} → {self.new.title}: bytes to download"]
+        for row in rows:
+            texts = [text.ljust(width) for text, width in zip(row[:2], widths, strict=False)]
+            lines.append("  ".join([*texts, *map(str.rjust, row[2:], widths[2:])]))
+        if self.totals["delta_bytes"] is None:
             lines.append("No delta: the command zstd is not installed.")
         return "\n".join(lines)
-
-
-_COLUMNS = {
-    "whole_bytes": "whole files",
-    "changed_page_bytes": "changed pages",
-    "new_page_bytes": "new pages",
-    "delta_bytes": "zstd delta",
-}
-
-
-def _figure(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _side(release: Release) -> str:
-    return f"{release.model} {release.variant} release {release.release}"
 
 
 def read_bundle(directory: Path) -> Bundle:
@@ -118,7 +114,7 @@ def read_bundle(directory: Path) -> Bundle:
     if (content / Refusal.file_name).is_file():
         raise BundleError(f"{directory} is a refusal: there is no bundle to compare.")
     try:
-        release = Release.model_validate_json((content / Release.file_name).read_bytes())
+        release = parse(Release, (content / Release.file_name).read_bytes())
         own = {f"{CONTENT}/{Release.file_name}": content / Release.file_name, SIGNATURE: directory / SIGNATURE}
         digests = {name: files.sha256_of(path) for name, path in own.items()}
         for name, entry in release.files.items():
@@ -126,54 +122,37 @@ def read_bundle(directory: Path) -> Bundle:
                 raise BundleError(f"{content / name} has {size:,} bytes, release.json says {entry.size:,}.")
     except OSError as error:
         raise BundleError(f"{directory} is no bundle: {error.filename} cannot be read ({error.strerror}).") from None
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
-        raise BundleError(f"{directory} is no bundle: its release.json is none ({where}).") from None
+    except ValueError as error:
+        raise BundleError(f"{directory} is no bundle: its release.json is none ({error}).") from None
     digests |= {f"{CONTENT}/{name}": entry.sha256 for name, entry in release.files.items()}
     return Bundle(directory, release, digests)
+
+
+def _figure(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def _windows(path: Path) -> Iterator[np.ndarray]:
-    """A file's bytes, mapped, in windows of whole pages."""
-    if path.stat().st_size:
-        data = np.memmap(path, np.uint8, "r")
-        for start in range(0, len(data), _WINDOW):
-            yield data[start : start + _WINDOW]
+def _pages(path: Path) -> Iterator[bytes]:
+    """A file's pages; the last may be short."""
+    with open(path, "rb") as file:
+        while page := file.read(PAGE):
+            yield page
 
 
-def _page_sizes(size: int) -> np.ndarray:
-    """Bytes of each page: the last may be short."""
-    sizes = np.full(-(-size // PAGE), PAGE, np.int64)
-    if size % PAGE:
-        sizes[-1] = size % PAGE
-    return sizes
-
-
-def differing_pages(old: Path, new: Path) -> np.ndarray:
-    """For each page of `new`, whether it differs from the page at the same offset of `old`, or has none there."""
-    answers = np.ones(-(-new.stat().st_size // PAGE), bool)
-    start = 0
-    for ours, theirs in zip(_windows(new), _windows(old), strict=False):
-        shared = min(len(ours), len(theirs))
-        whole = shared // PAGE
-        equal = (ours[: whole * PAGE] == theirs[: whole * PAGE]).reshape(whole, PAGE).all(axis=1)
-        answers[start : start + whole] = ~equal
-        if len(ours) == len(theirs) and shared % PAGE:  # the short last page of two files that end together
-            answers[start + whole] = bool((ours[whole * PAGE :] != theirs[whole * PAGE :]).any())
-        start += -(-len(ours) // PAGE)
-    return answers
+def differing_pages(old: Path, new: Path) -> Iterator[int]:
+    """For each page of `new` its bytes, or 0 if the page at the same offset of `old` equals it."""
+    for theirs, ours in itertools.zip_longest(_pages(old), _pages(new), fillvalue=b""):
+        if ours:
+            yield len(ours) if ours != theirs else 0
 
 
 def page_hashes(path: Path) -> np.ndarray:
     """64-bit BLAKE2b of each page: 8 bytes of memory for 4,096 of the file."""
-    hashes = bytearray()
-    for window in _windows(path):
-        for start in range(0, len(window), PAGE):
-            hashes += hashlib.blake2b(window[start : start + PAGE], digest_size=8).digest()
-    return np.frombuffer(bytes(hashes), np.uint64)
+    hashes = b"".join(hashlib.blake2b(page, digest_size=8).digest() for page in _pages(path))
+    return np.frombuffer(hashes, np.uint64)
 
 
 def _delta_bytes(old: Path, new: Path) -> int | None:
@@ -204,15 +183,11 @@ def compare(old_directory: Path, new_directory: Path) -> Update:
     """
     old, new = read_bundle(old_directory), read_bundle(new_directory)
     if (old.release.model, old.release.variant) != (new.release.model, new.release.variant):
-        raise BundleError(f"{_side(old.release)} and {_side(new.release)} are not releases of one bundle.")
+        raise BundleError(f"{old.title} and {new.title} are not releases of one bundle.")
     changed = set(new.digests.values()) - set(old.digests.values())
     known = np.unique(np.concatenate([page_hashes(old.directory / name) for name in old.digests] if changed else [[]]))
     updates = [_update(name, old, new, known) for name in sorted(old.digests.keys() | new.digests.keys())]
-    return Update(old.release, new.release, tuple(updates))
-
-
-def _size(bundle: Bundle, name: str) -> int | None:
-    return (bundle.directory / name).stat().st_size if name in bundle.digests else None
+    return Update(old, new, tuple(updates))
 
 
 def _status(name: str, old: Bundle, new: Bundle) -> Status:
@@ -226,14 +201,13 @@ def _status(name: str, old: Bundle, new: Bundle) -> Status:
 
 
 def _update(name: str, old: Bundle, new: Bundle, known: np.ndarray) -> FileUpdate:
-    status, sizes = _status(name, old, new), (_size(old, name), _size(new, name))
-    if status in ("gone", "unchanged", "renamed"):
-        return FileUpdate(name, status, *sizes, 0, 0, 0, 0)
+    status, size = _status(name, old, new), new.size(name)
+    if size is None or status not in ("new", "changed"):
+        return FileUpdate(name, status, old.size(name), size, 0, 0, 0, 0)
     before, after = old.directory / name, new.directory / name
-    pages = _page_sizes(after.stat().st_size)
-    absent = int(pages[~np.isin(page_hashes(after), known)].sum())
+    fresh = ~np.isin(page_hashes(after), known)
+    absent = sum(len(page) for page, new_here in zip(_pages(after), fresh, strict=True) if new_here)
     if status == "new":
-        whole = after.stat().st_size
-        return FileUpdate(name, status, *sizes, whole, whole, absent, whole)
-    differing = int(pages[differing_pages(before, after)].sum())
-    return FileUpdate(name, status, *sizes, after.stat().st_size, differing, absent, _delta_bytes(before, after))
+        return FileUpdate(name, status, None, size, size, size, absent, size)
+    changed = sum(differing_pages(before, after))
+    return FileUpdate(name, status, old.size(name), size, size, changed, absent, _delta_bytes(before, after))

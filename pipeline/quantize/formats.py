@@ -201,31 +201,25 @@ class TensorFormat:
     def product(self, rows: int, columns: int) -> list[Node]:
         """Activations [.., columns] to [.., rows]. The kernel wants codes as [rows, blocks, bytes of a block]: a tied
         table is stored once, as its look-up has it."""
-        blocks = columns // self.block
-        return [
-            Node(
-                "MatMulNBits", name,
-                (None, Operand(f"{name}.codes", (rows, blocks, _width(self.block, plane))), *self._grid(name, plane)),
-                {"K": columns, "N": rows, "bits": plane.bits, "block_size": self.block, "accuracy_level": 4},
-            )
-            for name, plane in self._named
-        ]  # fmt: skip
+        found = []
+        for name, plane in self._named:
+            codes = Operand(f"{name}.codes", (rows, columns // self.block, _width(self.block, plane)))
+            found.append(self._node("MatMulNBits", name, plane, (None, codes), K=columns, N=rows, accuracy_level=4))
+        return found
 
     def lookup(self) -> list[Node]:
         """Ids to rows of the matrix, float32."""
+        axes = {"gather_axis": 0, "quantize_axis": 1}
         return [
-            Node(
-                "GatherBlockQuantized", name,
-                (Operand(f"{name}.codes"), None, *self._grid(name, plane)),
-                {"bits": plane.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1},
-            )
+            self._node("GatherBlockQuantized", name, plane, (Operand(f"{name}.codes"), None), **axes)
             for name, plane in self._named
-        ]  # fmt: skip
+        ]
 
-    def _grid(self, name: str, plane: Plane) -> list[Operand]:
+    def _node(self, op: str, name: str, plane: Plane, first: tuple[Operand | None, ...], **settings: int) -> Node:
         """All planes have one scale, which counts for more in the upper ones."""
         zeros = [] if self.symmetric else [Operand(f"{name}.zeros")]
-        return [Operand(".scales", unit=plane.unit), *zeros]
+        inputs = (*first, Operand(".scales", unit=plane.unit), *zeros)
+        return Node(op, name, inputs, settings | {"bits": plane.bits, "block_size": self.block})
 
 
 class TwoBits(TensorFormat):

@@ -136,11 +136,10 @@ def _gets(decision: Decision, budget: int) -> str:
 
 def _in_words(found: Suggestion, answer: Answer, tier: str) -> str:
     """`q4 with weights mapped from a prepacked file: 1.37 GB private, 6.4 of 6.8 GB with what is mapped`."""
-    name = f"{found.model} {found.candidate.variant}" if found.model else found.candidate.variant
     changes = [_CHANGES[change] for change in found.changes if change in _CHANGES]
     if "shorter-context" in found.changes:
         changes[-1] = f"a context of {found.way.context:,} tokens"
-    text = f"{name} with {', '.join(changes)}" if changes else name
+    text = f"{_name(found)} with {', '.join(changes)}" if changes else _name(found)
     text += f": {gigabytes(found.need.private)} private"
     if found.need.mapped:
         total, most = found.need.private + found.need.mapped, resident_bytes(answer.tiers.tiers[tier], answer.tiers)
@@ -163,10 +162,13 @@ def _devices(item: ModelAnswer) -> list[str]:
 def _runs(runs: Suggestion | None) -> str:
     if runs is None:
         return "nothing fits"
-    name = f"{runs.model} {runs.candidate.variant}" if runs.model else runs.candidate.variant
     shorter = f"{runs.way.context:,} tokens"
     changes = [shorter if change == "shorter-context" else change for change in runs.changes if change in _CHANGES]
-    return f"{name}, {', '.join(changes)}" if changes else name
+    return ", ".join([_name(runs), *changes])
+
+
+def _name(found: Suggestion) -> str:
+    return f"{found.model} {found.candidate.variant}" if found.model else found.candidate.variant
 
 
 def gigabytes(count: int) -> str:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.models import load_model, load_pipeline, model_names
@@ -48,6 +48,8 @@ from pipeline.preflight.footprints import Known, candidates, known
 from pipeline.report.phones import Answer, DeviceAnswer, ModelAnswer, lines
 
 SCHEMA = 2
+_Built = tuple[Known, list[Candidate]]
+"""A model and its variants."""
 
 
 def run(models: Sequence[str], tier: str | None, device: str | None, context: int | None, as_json: bool) -> None:
@@ -73,41 +75,24 @@ def answer(
     caps = {name: load_model(name).context for name in all_models}
     asked = models or [name for name in all_models if caps[name] >= tokens]
     _check_context({name: caps[name] for name in asked or all_models}, tokens, given=context is not None)
-    built = {}
+    built: dict[str, _Built] = {}
     for name in all_models:
         try:
-            built[name] = _built(name, tokens)
+            found = known(name)
+            built[name] = found, candidates(found, load_pipeline().variants, tokens)
         except PipelineError:
             if name in asked:
                 raise
-    decided = [(built[name], _decisions(name, built, tiers, tokens)) for name in asked]
-    answers = [_model(*one, devices) for one in decided]
+    answers = [_model(built[name], _decisions(name, built, tiers, tokens), devices) for name in asked]
     return Answer(tokens, tiers, load_devices().efficiency, answers)
-
-
-@dataclass(frozen=True)
-class _Built:
-    """A model and its variants."""
-
-    known: Known
-    candidates: list[Candidate]
-
-
-def _built(model: str, tokens: int) -> _Built:
-    found = known(model)
-    return _Built(found, candidates(found, load_pipeline().variants, tokens))
 
 
 def _decisions(model: str, built: dict[str, _Built], tiers: TiersConfig, tokens: int) -> dict[str, Decision]:
     """Every tier's, with the models that have fewer parameters and hold the context to fall back to."""
-    own = built[model].known.architecture.parameters
-    smaller = [
-        item
-        for item in sorted(built.values(), key=lambda item: -item.known.architecture.parameters)
-        if item.known.architecture.parameters < own and item.known.context_cap >= tokens
-    ]
-    fallbacks = {item.known.model: item.candidates for item in smaller}
-    return {name: decide(built[model].candidates, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
+    sizes = {name: found.architecture.parameters for name, (found, _) in built.items()}
+    smaller = [name for name in sizes if sizes[name] < sizes[model] and built[name][0].context_cap >= tokens]
+    fallbacks = {name: built[name][1] for name in sorted(smaller, key=lambda name: -sizes[name])}
+    return {name: decide(built[model][1], tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
 
 
 def _selected(tier: str | None, device: str | None) -> tuple[TiersConfig, dict[str, Device]]:
@@ -133,22 +118,15 @@ def _check_context(caps: dict[str, int], tokens: int, given: bool) -> None:
 
 
 def _model(item: _Built, decisions: dict[str, Decision], devices: dict[str, Device]) -> ModelAnswer:
-    efficiency, model = load_devices().efficiency, item.known.model
+    (found, variants), efficiency = item, load_devices().efficiency
     phones = {}
     for name, device in devices.items():
         runs = decisions[device.tier].runs
         speed = runs and decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
         phones[name] = DeviceAnswer(device, runs, speed)
-    return ModelAnswer(
-        model=model,
-        title=load_model(model).title,
-        parameters=item.known.architecture.parameters,
-        origin=item.known.origin,
-        candidates=item.candidates,
-        permitted=frozenset(one.variant for one in item.candidates if _permitted(model, one.variant)),
-        decisions=decisions,
-        devices=phones,
-    )
+    title, parameters = load_model(found.model).title, found.architecture.parameters
+    permitted = frozenset(one.variant for one in variants if _permitted(found.model, one.variant))
+    return ModelAnswer(found.model, title, parameters, found.origin, variants, permitted, decisions, phones)
 
 
 def _permitted(model: str, variant: str) -> bool:

@@ -89,14 +89,8 @@ def _panel(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Theme
         return
     _scales(axes, model, points, theme)
     best = [points[index] for index in front([(point["bytes"], point["kl_mean"]) for point in points])]
-    axes.plot(
-        [point["bytes"] for point in best],
-        [_height(point) for point in best],
-        "--",
-        color=theme.faint,
-        lw=1.2,
-        zorder=1,
-    )
+    sizes, heights = [point["bytes"] for point in best], [_height(point) for point in best]
+    axes.plot(sizes, heights, "--", color=theme.faint, lw=1.2, zorder=1)
     for point in points:
         _draw_point(axes, point, theme)
     for limit, size in _limits(model):
@@ -112,21 +106,19 @@ def _draw_point(axes: Axes, point: Point, theme: Theme) -> None:
     low, high = point["kl_low"], point["kl_high"]
     if low is not None and high is not None:
         axes.plot([point["bytes"]] * 2, [max(low, _FLOOR), max(high, _FLOOR)], color=colour, lw=2, alpha=0.6, zorder=3)
-    marker = _MARKERS[point["verdict"]]
-    axes.plot(
-        [point["bytes"]], [height], marker, color=colour, markersize=9, markeredgecolor=theme.background, zorder=4
-    )
+    look = {"color": colour, "markersize": 9, "markeredgecolor": theme.background, "zorder": 4}
+    axes.plot([point["bytes"]], [height], _MARKERS[point["verdict"]], **look)
 
 
 def _limits(model: ModelReport) -> list[tuple[float, float]]:
     """(limit of the mean KL, bytes) of each variant that has both."""
-    found = []
-    for row in model.variants:
-        size = number(row.section("size"), "bytes_on_disk")
-        for line in row.verdict.lines if row.verdict else ():
-            if line.name == "kl_mean" and line.limit is not None and size is not None:
-                found.append((line.limit, size))
-    return found
+    return [
+        (line.limit, size)
+        for row in model.variants
+        if row.verdict and (size := number(row.section("size"), "bytes_on_disk")) is not None
+        for line in row.verdict.lines
+        if line.name == "kl_mean" and line.limit is not None
+    ]
 
 
 def _scales(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Theme) -> None:
@@ -182,11 +174,8 @@ def _style(axes: Axes, theme: Theme) -> None:
 
 
 def _legend(figure: Figure, verdicts: set[str], theme: Theme) -> None:
-    handles = [
-        Line2D([], [], marker=_MARKERS[verdict], color=theme.of(verdict), ls="none", label=verdict)
-        for verdict in _MARKERS
-        if verdict in verdicts
-    ]
+    seen = [verdict for verdict in _MARKERS if verdict in verdicts]
+    handles = [Line2D([], [], marker=_MARKERS[name], color=theme.of(name), ls="none", label=name) for name in seen]
     handles.append(Line2D([], [], color=theme.faint, ls="--", label="Pareto front"))
     handles.append(Line2D([], [], color=theme.faint, marker="_", markersize=14, mew=1.6, ls="none", label="limit"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9, labelcolor=theme.ink)

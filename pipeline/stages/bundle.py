@@ -62,7 +62,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         assemble(content, {}, make(Refusal, **common, reasons=_reasons(verdict)))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
-    artifact = workspace.made(workspace.artifact(variant), "quantize", variant)
+    artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
     plan = workspace.read(artifact / PLAN_FILE, "quantize", variant)
     measured = workspace.read(workspace.metrics(variant), "validate", variant)["identity"]
     runtime = Runtime(onnxruntime=measured["onnxruntime"], onnxruntime_genai=measured["onnxruntime-genai"], opset=OPSET)

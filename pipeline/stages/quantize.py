@@ -39,7 +39,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     workspace = Workspace(model)
     weights = workspace.weights(Store())
     architecture = read_architecture(weights / "config.json")
-    source = onnx.load(workspace.made(workspace.export, "export") / MODEL_FILE, load_external_data=False)
+    source = onnx.load(workspace.require(workspace.export / MODEL_FILE, "export"), load_external_data=False)
     planned = plan_recipe(recipe, architecture, source, variant, model)
     drafted = planned.draft
     checkpoint = Checkpoint(weights)

@@ -20,7 +20,8 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
-from pipeline.runtime.session import runs_layered, runtimes
+from pipeline.runtime.layered import LayeredDecoder
+from pipeline.runtime.session import OnnxDecoder, runs_layered, runtimes
 from pipeline.tasks import kept
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.tasks.sections import key_of, measured_files
@@ -88,14 +89,20 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
         weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
         layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
-        folder = workspace.made(workspace.artifact(variant), "quantize", variant)
+        folder = workspace.require(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
         architecture = read_architecture(folder / "config.json")
         for task, _ in suite.by_task():
             if task.runs_graph and not task.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / task.name, "validate", REFERENCE)
         layered = False
-    return Subject(model, variant, folder, graph, architecture, entry, store, layered)
+    return Subject(model, variant, folder, graph, architecture, entry, store, layered, _open)
+
+
+def _open(subject: Subject) -> OnnxDecoder | LayeredDecoder:
+    if subject.layered:
+        return LayeredDecoder(subject.graph, subject.architecture, subject.states, subject.name)
+    return OnnxDecoder(subject.graph)
 
 
 def _size(subject: Subject) -> dict[str, Any]:

@@ -8,7 +8,6 @@ solutions; every place where it does not is a place where it may leave the path.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     with Progress(f"agreement {subject.name}", len(problems), "solutions") as progress:
         progress.advance(len(problems) - len(left), kept=True)
         for name in left:
-            read = force(subject.decoder, *texts[name])
-            own = {"top": read.top.tolist(), "logprob": read.logprob.tolist()}
+            top, logprob = force(subject.decoder, *texts[name])
+            own = {"top": top.tolist(), "logprob": logprob.tolist()}
             journal.record(name, (known[name] if subject.reference is None else {}) | own)
             progress.advance()
     items, theirs = [journal.items[name] for name in problems], [known[name] for name in problems]
@@ -78,14 +77,6 @@ def _joined(items: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 # --- teacher forcing -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Forced:
-    """Per token of a text: the model's most likely one, int64; the log-probability of the text's, float64 nats."""
-
-    top: np.ndarray
-    logprob: np.ndarray
-
-
 def ask(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Run `text` after `prompt`: in each chunk of both the number of its first token, and its logits."""
     ids, state = [*prompt, *text][:-1], None
@@ -94,8 +85,10 @@ def ask(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Iterato
         yield start, logits
 
 
-def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Forced:
+def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Read `text` after `prompt`, both token ids, at least one each.
+
+    Returns, per token of `text`, the model's most likely one, int64, and the log-probability of its own, float64 nats.
 
     Raises:
         EvaluationError: a token is outside the model's vocabulary, or a logit is NaN or infinite.
@@ -109,7 +102,7 @@ def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> Force
         _check(logits, targets)
         top.append(logits.argmax(axis=1))
         logprob.append(logits[np.arange(len(targets)), targets] - log_normalisers(logits))
-    return Forced(np.concatenate(top), np.concatenate(logprob))
+    return np.concatenate(top), np.concatenate(logprob)
 
 
 def _check(logits: np.ndarray, targets: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ def load_questions(path: Path, split: Split = "test") -> list[Question]:
     Raises:
         EvaluationError: a row is malformed, or the split is not complete (14,042 or 285 questions, 57 subjects).
     """
-    rows = (_parse(path, number, row) for number, row in _rows(path))
+    rows = (_parse(path, number, row) for number, row in enumerate(_rows(path), 1))
     questions = [question for question in rows if question is not None]
     subjects = {question.subject for question in questions}
     if (len(questions), len(subjects)) != (QUESTIONS[split], SUBJECTS):
@@ -56,38 +56,27 @@ def load_questions(path: Path, split: Split = "test") -> list[Question]:
     return questions
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows as they lie in the file, counted from 1. The store's files have no suffix: Parquet begins with PAR1."""
-    try:
-        with open(path, "rb") as file:
-            parquet = file.read(4) == b"PAR1"
-        if parquet:
-            yield from enumerate(_parquet_rows(path), 1)
-            return
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read as MMLU questions: {error}. Fetch it again.") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise EvaluationError(f"{path} row {number} is not an MMLU question: {error}. Fetch it again.") from error
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Any]:
+    """Rows as they lie in the file: lines of JSON, or mappings. The store's files have no suffix: Parquet begins with
+    PAR1."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
+    kind = "MMLU questions"
     try:
+        content = path.read_bytes()
+        if not content.startswith(b"PAR1"):
+            return content.decode().splitlines()
+        kind = "Parquet"
         return read_table(path).to_pylist()
-    except ArrowException as error:
-        raise EvaluationError(f"{path} cannot be read as Parquet: {error}. Fetch it again.") from error
+    except (OSError, UnicodeDecodeError, ArrowException) as error:
+        raise EvaluationError(f"{path} cannot be read as {kind}: {error}. Fetch it again.") from error
 
 
 def _parse(path: Path, number: int, row: Any) -> Question | None:
     """One row, or None for a header row."""
     try:
-        subject, question, choices, answer = _published(row)
+        subject, question, choices, answer = _published(json.loads(row) if isinstance(row, str) else row)
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"{path} row {number} is not an MMLU question: {error!r}. Fetch it again.") from error
     if question == "question" and answer == "answer":

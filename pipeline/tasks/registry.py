@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
@@ -31,6 +31,7 @@ def gates() -> dict[str, Gate]:
 class Suite(Frozen):
     """One evaluation suite: a part for each task that it measures, and how a machine runs the reference through it."""
 
+    read_by_name: ClassVar[bool] = True
     reference: Literal["auto", "memory", "layers"] = Field(
         default="auto",
         description="whole in memory; layer by layer, without what decodes; auto: in memory where it fits",

@@ -5,13 +5,14 @@ Code is followed through imports (`pipeline.keys`), so a module that a task star
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import keys
 from pipeline.config.sources import load_datasets
 from pipeline.files import read_json, sha256_of
-from pipeline.keys.closure import Closure
+from pipeline.keys.closure import Closure, modules
 from pipeline.keys.configuration import fields_read
 from pipeline.tasks.subject import Subject
 from pipeline.tasks.task import Task
@@ -35,7 +36,7 @@ def key_of(task: Task, subject: Subject, files: dict[str, str]) -> Key:
     part, pinned = subject.wanted.model_dump(mode="json"), load_datasets().datasets
     number = [part.pop(name) for name in task.counted]
     closure = Closure.of(*_roots(task, subject))
-    code, summary = closure.hashes(), f"pipeline/{_SUMMARY}"
+    code, summary = closure.hashes() | _measuring(task), f"pipeline/{_SUMMARY}"
     reference = _recorded(subject.reference)
     items = {
         "files": files,
@@ -50,6 +51,16 @@ def key_of(task: Task, subject: Subject, files: dict[str, str]) -> Key:
     }
     metrics = {"number": number, "reference": reference, "statistics": code.get(summary)}
     return Key(*({name: keys.digest(value) for name, value in part.items()} for part in (items, metrics)))
+
+
+def _measuring(task: Task) -> dict[str, str]:
+    """The digest of a task's own module without the statement that says what of it is judged and shown."""
+    path = modules()[f"pipeline.tasks.{task.name}"]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TASK":
+            del lines[node.lineno - 1 : node.end_lineno]
+    return {f"pipeline/tasks/{path.name}": keys.digest(lines)}
 
 
 def _roots(task: Task, subject: Subject) -> list[str]:

@@ -13,8 +13,6 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
-from pipeline.runtime.layered import Asked, LayeredDecoder
-from pipeline.runtime.session import OnnxDecoder
 
 CHUNK = 256
 """Tokens run at once: logits of a long text would take gigabytes with a large vocabulary."""
@@ -38,6 +36,7 @@ class Subject:
         folder: graph, weights, tokenizer and genai_config.json, as a runtime loads them.
         graph: the graph in `folder`.
         layered: whether the model is too large to be held in memory, and runs layer by layer.
+        open: makes the graph a decoder.
         wanted: the task's part of the suite.
         reference: the reference's per-item results in this task; None for the reference itself, and where it has none.
         source: the results of the task that this one reads; of the reference only, None elsewhere.
@@ -52,6 +51,7 @@ class Subject:
     entry: ModelConfig
     store: Store
     layered: bool = False
+    open: Callable[[Subject], Decoder] | None = None
     wanted: Any = None
     reference: Path | None = None
     source: Path | None = None
@@ -63,13 +63,12 @@ class Subject:
         return f"{self.model} {self.variant}"
 
     @cached_property
-    def decoder(self) -> OnnxDecoder | LayeredDecoder:
-        """The graph as a decoder, loaded on first use."""
-        if self.layered:
-            return LayeredDecoder(self.graph, self.architecture, self.states, self.name)
-        return OnnxDecoder(self.graph)
+    def decoder(self) -> Any:
+        """The graph as a `Decoder`, loaded on first use."""
+        assert self.open, "a subject of configuration only"
+        return self.open(self)
 
-    def prepare(self, ask: Callable[[Asked], object]) -> None:
+    def prepare(self, ask: Callable[[Decoder], object]) -> None:
         """Announce all that `decoder` will be asked, for a model that runs layer by layer: `ask` asks it of a stand-in
         whose logits mean nothing."""
         if self.layered:

@@ -218,7 +218,7 @@ def test_a_flipped_bit_is_found(
 ) -> None:
     drafted = tiny.draft(load_recipe("q3"))
     place = drafted.layout.places[tensor]
-    file = unfinished / drafted.part_file(place.part)
+    file = unfinished / drafted.files[1 + place.part]
     data = bytearray(file.read_bytes())
     data[place.offset + place.length // 2] ^= 0x10
     file.write_bytes(data)

@@ -46,7 +46,7 @@ class Maker:
     @property
     def key(self) -> SigningKey:
         identity = KeyIdentity(id=keys.key_id(self.private.public_key()), kind=self.kind)
-        return SigningKey(identity, *keys._software_key(self.private))
+        return SigningKey(identity, *keys.software_key(self.private))
 
     @property
     def config(self) -> SigningConfig:

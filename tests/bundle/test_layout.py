@@ -134,7 +134,7 @@ def external(model: Path) -> list[tuple[str, str, int, int]]:
 
 def test_parts_have_the_planned_sizes_and_lie_beside_the_model(built: Built) -> None:
     sizes = {name: (built.content / name).stat().st_size for name in built.drafted.files}
-    parts = [sizes[built.drafted.part_file(number)] for number in range(len(built.drafted.layout.parts))]
+    parts = [sizes[name] for name in built.drafted.files[1:]]
     assert parts == list(built.drafted.layout.parts) and len(parts) > 1
     assert max(parts) <= PART_BYTES
     assert sum(sizes.values()) == built.drafted.bytes
@@ -153,7 +153,7 @@ def test_the_written_graph_keeps_large_tensors_on_pages_in_a_stable_order(built:
     for (part, _, end), (following, start, _) in itertools.pairwise(spans):
         assert part != following or end <= start, "two tensors overlap"
     planned = [
-        (built.drafted.part_file(place.part), place.offset, place.offset + place.length)
+        (built.drafted.files[1 + place.part], place.offset, place.offset + place.length)
         for place in built.drafted.layout.places.values()
     ]
     assert spans == planned

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
+
+from tests.loopback import Handler, serving
 
 REPO = "acme/tiny"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -74,14 +73,7 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
+class _Handler(Handler):
     def do_HEAD(self) -> None:
         self._answer()
 
@@ -89,8 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        hub, path = self.server.hub, urlparse(self.path).path
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        hub, path = self.state, urlparse(self.path).path
+        start = self.start
         self.seen = Request(self.command, path, start, self.headers.get("Authorization"))
         hub.requests.append(self.seen)
         if path.startswith(f"/api/{'datasets' if hub.dataset else 'models'}/"):
@@ -149,38 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"X-Error-Code": code} if code else {}, b"")
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, cut: int | None = None) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        part = body if cut is None else body[: max(cut, 0)]
-        self.wfile.write(part)
-        self.seen.sent = len(part)
-        if cut is not None:
-            self.close_connection = True
+        self.seen.sent = self.send(status, headers, body, cut)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, hub: Hub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub = hub
-
-
-@contextmanager
-def serve(hub: Hub) -> Iterator[Hub]:
+def serve(hub: Hub) -> AbstractContextManager[Hub]:
     """Run `hub` until the block ends; `hub.url` is its endpoint."""
-    server = _Server(hub)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return serving(_Handler, hub)

@@ -81,7 +81,7 @@ def test_full_size_models_byte_by_byte_from_their_shapes(
     source, _ = build_decoder(architecture, references(architecture), 4096)
     drafted = draft(source, make_plan(architecture, recipe), f"{model}_{variant}".replace("-", "_"), recipe.part_bytes)
     sizes = {drafted.model_file: drafted.model.ByteSize()}
-    sizes |= {drafted.part_file(number): size for number, size in enumerate(drafted.layout.parts)}
+    sizes |= dict(zip(drafted.files[1:], drafted.layout.parts, strict=True))
     assert sum(sizes.values()) == drafted.bytes
     assert all(size <= PART for size in drafted.layout.parts)
     sizes |= {"tokenizer.json": 20_000_000, "release.json": 10_000, "model.sig": 4_000}

@@ -24,11 +24,12 @@ from tests import tiny
 
 GB = 10**9
 ROOM = Room(memory=24 * GB, disk=60 * GB, store=60 * GB, shared=True)
-SMALL = Needs("quantize", "q4", 1 * GB, 5 * GB, None, "exact")
+SMALL = Needs("quantize", 1 * GB, 5 * GB, "exact", "q4")
 STAGES = [
     "download",
     "export",
     "calibrate",
+    "sensitivity",
     "parity",
     *["quantize"] * 3,
     "reference",
@@ -85,7 +86,7 @@ def test_too_little_disk_is_said_with_what_to_free() -> None:
 
 
 def test_one_disk_holds_both_shares_and_two_disks_one_each() -> None:
-    both = Needs("download", None, 0, 4 * GB, None, "a copy", store_disk=4 * GB)
+    both = Needs("download", 0, 4 * GB, "a copy", store_disk=4 * GB)
     tight = replace(ROOM, disk=5 * GB, store=5 * GB)
     assert "8,000,000,000 bytes needed" in (preflight.problem("m", both, tight) or "")
     assert preflight.problem("m", both, replace(tight, shared=False)) is None
@@ -123,7 +124,7 @@ def test_the_table_before_anything_has_run(project: Path, table: Callable[..., t
 def test_the_table_refuses_what_does_not_fit_and_only_that(
     project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
     monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)  # what validate holds and the others do not
     status, text = table("--model", tiny.MODEL)
     assert status == 1
@@ -140,7 +141,7 @@ def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suit
     tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
     source = preflight.find_source(tiny.MODEL, Store())
     assert source is not None
-    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
     (row,) = [wanted for wanted in rows if wanted.stage == "reference"]
     assert ("without HumanEval" in row.why) == layered
     assert (preflight.problem(tiny.MODEL, row, ROOM) is None) == layered
@@ -149,7 +150,7 @@ def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suit
 def test_a_reference_that_fits_is_held_in_memory(project: Path) -> None:
     source = preflight.find_source(tiny.MODEL, Store())
     assert source is not None
-    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
     assert [wanted.why.startswith("weights in float32") for wanted in rows if wanted.stage == "reference"] == [True]
 
 
@@ -157,7 +158,7 @@ def test_the_plan_is_the_artifacts_exact_size(project: Path) -> None:
     def planned() -> list[int]:
         source = preflight.find_source(tiny.MODEL, Store())
         assert source is not None
-        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, None)
+        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
         return [wanted.disk for wanted in found if wanted.stage == "quantize"]
 
     before = planned()
@@ -177,7 +178,7 @@ def test_a_stage_with_an_output_neither_refuses_nor_counts(
 ) -> None:
     for variant in tiny.VARIANTS:
         Workspace(tiny.MODEL).evaluation(variant).mkdir(parents=True)
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
     status, text = table()
     assert status == 0, text
     assert sum(line.endswith("there already") for line in text.splitlines()) == 3
@@ -212,7 +213,7 @@ def test_download_names_the_stages_that_will_not_fit(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     download.run(tiny.MODEL)
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 1)
+    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
     monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)
     guard.guarded("download", download.run, tiny.MODEL)
     error = capsys.readouterr().err

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.loopback import Handler, serving
 
 
 @dataclass
@@ -39,17 +39,10 @@ class Web:
         return [request for request in self.requests if part in request.path]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
+class _Handler(Handler):
     def do_GET(self) -> None:  # noqa: PLR0911 (one answer for each fault)
-        web, path = self.server.web, self.path.lstrip("/")
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        web, path = self.state, self.path.lstrip("/")
+        start = self.start
         self.seen = Request(path, start)
         web.requests.append(self.seen)
         if web.statuses:
@@ -70,16 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, bytes(data[start:]))
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        web = self.server.web
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers | web.headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        part = body if web.cut is None else body[: web.cut()]
-        self.seen.sent = len(part)
-        self.wfile.write(part)
-        if len(part) < len(body):
-            self.close_connection = True
+        web = self.state
+        self.seen.sent = self.send(status, headers | web.headers, body, web.cut() if web.cut else None)
 
     def _endless(self, data: bytes) -> None:
         self.close_connection = True
@@ -93,25 +78,6 @@ class _Handler(BaseHTTPRequestHandler):
             pass
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, web: Web) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.web = web
-
-
-@contextmanager
-def serve(root: Path) -> Iterator[Web]:
+def serve(root: Path) -> AbstractContextManager[Web]:
     """Serve `root` until the block ends."""
-    web = Web(root)
-    server = _Server(web)
-    web.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield web
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return serving(_Handler, Web(root))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
 
 from huggingface_hub import constants
 
 from tests.checkpoint.hub_server import git_sha1, sha256
+from tests.loopback import Handler, serving
 
 REPO = "acme/demo-onnx"
 LARGE = 10_000  # bytes; a larger file goes to LFS
@@ -60,14 +58,7 @@ class Hub:
         return self.head
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
+class _Handler(Handler):
     def do_GET(self) -> None:
         self._route("GET")
 
@@ -81,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._route("PUT")
 
     def _route(self, method: str) -> None:  # noqa: PLR0911 (a table of addresses)
-        hub, path = self.server.hub, urlparse(self.path).path
+        hub, path = self.state, urlparse(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((method, path))
         if hub.status and hub.status[0] in path:
@@ -102,17 +93,17 @@ class _Handler(BaseHTTPRequestHandler):
         return getattr(self, f"_{action}")(rest, body)
 
     def _refs(self, rest: str, body: bytes) -> None:
-        hub = self.server.hub
+        hub = self.state
         tags = [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": to} for name, to in hub.tags.items()]
         main = {"name": "main", "ref": "refs/heads/main", "targetCommit": hub.head}
         self._send(200, {"branches": [main], "converts": [], "tags": tags})
 
     def _revision(self, revision: str, body: bytes) -> None:
-        commit = self.server.hub.resolve(revision)
+        commit = self.state.resolve(revision)
         if commit is None:
             return self._send(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = []
-        for name, data in self.server.hub.commits[commit].items():
+        for name, data in self.state.commits[commit].items():
             sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
             if len(data) > LARGE:
                 sibling |= {"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}}
@@ -120,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"id": REPO, "sha": commit, "siblings": siblings, "tags": []})
 
     def _preupload(self, revision: str, body: bytes) -> None:
-        files = self.server.hub.commits[self.server.hub.head]
+        files = self.state.commits[self.state.head]
         answer = []
         for item in json.loads(body)["files"]:
             there, large = files.get(item["path"]), item["size"] > LARGE
@@ -130,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"files": answer})
 
     def _batch(self, request: dict[str, Any]) -> None:
-        hub, objects = self.server.hub, []
+        hub, objects = self.state, []
         for item in request["objects"]:
             upload = {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}, "verify": {"href": f"{hub.url}/lfs/verify"}}
             objects.append(item if item["oid"] in hub.lfs else item | {"actions": upload})
@@ -138,23 +129,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _large(self, path: str, body: bytes) -> None:
         if path == "/lfs/verify":
-            return self._send(200 if json.loads(body)["oid"] in self.server.hub.lfs else 404, {})
-        self.server.hub.lfs[path.removeprefix("/lfs/")] = body
+            return self._send(200 if json.loads(body)["oid"] in self.state.lfs else 404, {})
+        self.state.lfs[path.removeprefix("/lfs/")] = body
         return self._send(200, {})
 
     def _commit(self, revision: str, body: bytes) -> None:
-        made = self.server.hub.commit([json.loads(line) for line in body.splitlines()])
+        made = self.state.commit([json.loads(line) for line in body.splitlines()])
         if made is None:
             return self._send(412, {"error": "the head moved"})
         url = f"{constants.ENDPOINT}/{REPO}/commit/{made}"  # whose host the library compares with the one it knows
         return self._send(200, {"commitUrl": url, "commitOid": made})
 
     def _tag(self, revision: str, body: bytes) -> None:
-        self.server.hub.tags[json.loads(body)["tag"]] = revision
+        self.state.tags[json.loads(body)["tag"]] = revision
         self._send(200, {})
 
     def _file(self, revision: str, name: str) -> None:
-        hub = self.server.hub
+        hub = self.state
         commit = hub.resolve(revision)
         data = hub.commits[commit or ""][name]
         headers = {"X-Repo-Commit": commit or "", "ETag": f'"{git_sha1(data)}"', "Content-Type": "text/plain"}
@@ -162,35 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in (
-            {"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
-        ).items():
-            self.send_header(name, text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.send(status, {"Content-Type": "application/json"} | (headers or {}), body)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, hub: Hub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub = hub
-
-
-@contextmanager
-def serve() -> Iterator[Hub]:
+def serve() -> AbstractContextManager[Hub]:
     """An empty repository until the block ends."""
-    hub = Hub()
-    server = _Server(hub)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return serving(_Handler, Hub())

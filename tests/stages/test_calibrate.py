@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from pipeline.calibrate.results import read_ranges
 from pipeline.calibrate.texts import dataset, encoder, input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import CalibrationConfig, load_calibration
 from pipeline.errors import EvaluationError
+from pipeline.preflight.guard import guarded
 from pipeline.runtime.chat import transcript
 from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate, download, export, sensitivity, validate
@@ -63,12 +65,6 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return layers
 
 
-@pytest.fixture
-def disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take for granted that the texts share nothing: counting takes longer than calibrating."""
-    monkeypatch.setattr(calibrate, "check_unseen", lambda *_: None)
-
-
 def _calibrate(workspace: Workspace) -> dict[str, bytes]:
     calibrate.run(tiny.MODEL)
     return contents(workspace.moments.parent)
@@ -96,14 +92,13 @@ def test_every_input_is_measured_and_nothing_else_is_left(workspace: Workspace, 
         assert file.metadata() == {"tokens": "256"}
         body = [f"layers.{layer}.{part}" for layer in range(3) for part in ("attention", "output", "mlp", "down")]
         assert sorted(file.keys()) == sorted([*body, "head"])
-    ranges = calibrate.read_ranges(workspace)
+    ranges = read_ranges(workspace)
     assert sorted(ranges) == [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
     assert all(found.shape == (64,) and (found > 0).all() for found in ranges.values())
     assert {file.name for file in workspace.moments.parent.iterdir()} == {"moments.safetensors", "ranges.safetensors"}
     assert not workspace.partial("calibration").parent.exists()
 
 
-@pytest.mark.usefixtures("disjoint")
 def test_a_killed_run_goes_on_at_its_layer(workspace: Workspace, passed: list[int]) -> None:
     want = _calibrate(workspace)
     code = KILLED.format(root=str(ROOT), model=tiny.MODEL)
@@ -118,7 +113,6 @@ def test_a_killed_run_goes_on_at_its_layer(workspace: Workspace, passed: list[in
     assert not partial.exists()
 
 
-@pytest.mark.usefixtures("disjoint")
 def test_damaged_states_are_not_believed(workspace: Workspace, passed: list[int]) -> None:
     states = _stop(workspace) / "hidden.2"
     data = bytearray(states.read_bytes())
@@ -129,7 +123,6 @@ def test_damaged_states_are_not_believed(workspace: Workspace, passed: list[int]
     assert passed == [0, 1, 2, 3]
 
 
-@pytest.mark.usefixtures("disjoint")
 def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     _stop(workspace)
     tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 192})
@@ -139,7 +132,6 @@ def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys:
     assert "dropped" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("disjoint")
 def test_conversations_are_calibrated_on_as_the_model_reads_them(workspace: Workspace) -> None:
     """Windows of a chat begin with the template's text, and their tokens count."""
     store, folder = Store(), workspace.reference(Store())
@@ -184,5 +176,5 @@ def test_no_stage_goes_on_when_the_suite_judges_on_what_was_tuned(
     suite = Path("configs/evaluation/seconds.yaml")
     tiny.edit(suite, divergence={"texts": {"text-c4": 1280}, "window": 65})
     with pytest.raises(EvaluationError, match=r"13-grams with text-c4, which judges: .* or the suite"):
-        stage.run(tiny.MODEL, *arguments)
+        guarded(stage.__name__.rpartition(".")[2], stage.run, tiny.MODEL, *arguments)
     assert not (workspace.root / output).exists()

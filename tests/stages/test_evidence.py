@@ -14,6 +14,7 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import SINGLE, Checkpoint
 from pipeline.errors import CheckpointError, PipelineError, SourceError
 from pipeline.files import read_json, write_json
+from pipeline.preflight import guard
 from pipeline.stages import calibrate, download, export, parity, quantize, sensitivity, validate
 from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
@@ -108,13 +109,13 @@ def test_a_lock_of_an_earlier_version_is_refused_until_the_next_download(prepare
 def test_an_export_for_another_context_is_refused_until_it_is_made_again(prepared: Store) -> None:
     quantize.run(tiny.MODEL, "q4")
     tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), context=tiny.CONTEXT // 2)
-    readers = [*(STAGES[name] for name in STAGES), lambda: validate.run(tiny.MODEL, "q4")]
-    for reader in readers:
+    for stage, variant in (("calibrate", None), ("quantize", "q4"), ("validate", "reference"), ("validate", "q4")):
         with pytest.raises(PipelineError, match=r"context of 8,192 tokens.* is 4,096. Run `python -m pipeline export"):
-            reader()
+            guard.before(stage, tiny.MODEL, variant)
     export.run(tiny.MODEL)
     with pytest.raises(PipelineError, match=r"export tiny` and `python -m pipeline quantize tiny q4` again"):
-        validate.run(tiny.MODEL, "q4")
+        guard.before("validate", tiny.MODEL, "q4")
     for name in ("calibrate", "quantize", "reference"):
         STAGES[name]()
+    guard.before("validate", tiny.MODEL, "q4")
     validate.run(tiny.MODEL, "q4")
