@@ -101,17 +101,14 @@ def _create_development_key() -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     DEVELOPMENT_KEY.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=DEVELOPMENT_KEY.parent, prefix=".development.")  # mkstemp makes it 0600
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
-    except FileExistsError:
-        return
-    finally:
-        os.unlink(name)
+    with tempfile.NamedTemporaryFile(dir=DEVELOPMENT_KEY.parent, prefix=".development.") as file:  # its mode is 0600
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
+        except FileExistsError:
+            return
     files.fsync_directory(DEVELOPMENT_KEY.parent)
     _LOG.warning(
         f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
@@ -146,10 +143,8 @@ def announced_key(config: SigningConfig) -> KeyIdentity:
     if config.key_id not in ("development", ours):
         return KeyIdentity(id=config.key_id, kind="release")
     if config.channel == "release":
-        raise BundleError(
-            f"channel 'release' refuses development keys: key_id {config.key_id} in configs/signing.yaml is "
-            f"{DEVELOPMENT_KEY}. Use a key made for releases."
-        )
+        named = f"key_id {config.key_id} in configs/signing.yaml is {DEVELOPMENT_KEY}"
+        raise BundleError(f"channel 'release' refuses development keys: {named}. Use a key made for releases.")
     return KeyIdentity(id=ours, kind="development")
 
 
@@ -182,10 +177,8 @@ def _pkcs11_key(uri: str) -> _KeyPair:
         import PyKCS11
         from model_signing._signing.sign_pkcs11 import Signer
     except ImportError:
-        raise BundleError(
-            f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. Install it with "
-            f"`pip install 'model-signing[pkcs11]'`."
-        ) from None
+        install = "Install it with `pip install 'model-signing[pkcs11]'`"
+        raise BundleError(f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. {install}.") from None
     try:
         token = Signer(uri)
         identifier, label = token.pkcs11_uri.get_keyid_and_label()
@@ -212,7 +205,7 @@ def _pkcs11_key(uri: str) -> _KeyPair:
 
 
 def _supplied_key(variable: str) -> _KeyPair:
-    value = os.environ[variable]
+    value, password = os.environ[variable], os.environ.get(PASSWORD)
     if variable == KEY_PKCS11:
         return _pkcs11_key(value)
     try:
@@ -220,7 +213,6 @@ def _supplied_key(variable: str) -> _KeyPair:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a path"
         raise BundleError(f"{variable}: the key file cannot be read: {reason}.") from None
-    password = os.environ.get(PASSWORD)
     return software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
 
 
@@ -240,10 +232,8 @@ def load_signer(config: SigningConfig) -> SigningKey:
     if len(given) > 1:
         raise BundleError(f"{' and '.join(given)} are both set; which key should sign? Unset all but one.")
     if not given and expected.kind == "release":
-        raise BundleError(
-            f"configs/signing.yaml names the key {expected.id}, but no private key was given. Set {KEY_FILE}, "
-            f"{KEY_TEXT} or {KEY_PKCS11}."
-        )
+        needed = f"configs/signing.yaml names the key {expected.id}, but no private key was given"
+        raise BundleError(f"{needed}. Set {KEY_FILE}, {KEY_TEXT} or {KEY_PKCS11}.")
     if not given:
         return SigningKey(expected, *software_key(_development_private_key()))
     public, sign = _supplied_key(given[0])

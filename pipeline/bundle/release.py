@@ -15,16 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 
 from pipeline import files as file_tools
 from pipeline.checkpoint.untrusted import parse_json
@@ -61,7 +52,7 @@ def _checked_time(text: str) -> str:
 
 _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$"}
 Time = Annotated[str, AfterValidator(_checked_time), WithJsonSchema(_TIME_SCHEMA)]
-FileName = Annotated[str, StringConstraints(pattern=rf"^{SAFE_NAME.pattern}$")]
+FileName = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$")]
 
 
 class Record(BaseModel):
@@ -220,17 +211,8 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
             f"model {model}: {signing.expires_days} days after {created.isoformat()} is beyond the year 9999. "
             f"Lower expires_days in configs/signing.yaml."
         ) from None
-    return {
-        "model": model,
-        "release": signing.release,
-        "channel": signing.channel,
-        "created": created.astimezone(UTC).strftime(_TIME),
-        "expires": expires.strftime(_TIME),
-        "min_app_version": signing.min_app_version,
-        "max_app_version": signing.max_app_version,
-        "key": key,
-        "next_key_id": signing.next_key_id,
-    }
+    times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
+    return {"model": model, "key": key} | times | signing.model_dump(include=set(Stamp.model_fields))
 
 
 def make(
@@ -261,10 +243,8 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
         try:
             entries[name] = FileEntry(size=path.stat().st_size, sha256=file_tools.sha256_of(path))
         except OSError as error:
-            raise BundleError(
-                f"{path}, wanted in the bundle as {name}, cannot be read: {error.strerror}. "
-                f"Run the stage that writes it again."
-            ) from None
+            what = f"{path}, wanted in the bundle as {name}, cannot be read: {error.strerror}"
+            raise BundleError(f"{what}. Run the stage that writes it again.") from None
     return entries
 
 
@@ -288,12 +268,11 @@ def _check_names(names: Iterable[str], content: Path) -> None:
                 f"{content}: {name!r} cannot be a file of a bundle. Names are letters, digits, '.', '_' and '-', do "
                 f"not start with '.', hold no folder, and are none of {', '.join(_RESERVED)}."
             )
-        if name.casefold() in seen:
+        if (twin := seen.setdefault(name.casefold(), name)) != name:
             raise BundleError(
-                f"{content}: {name!r} and {seen[name.casefold()]!r} differ only in case; on a phone whose file system "
-                f"ignores case one would replace the other. Rename one."
+                f"{content}: {name!r} and {twin!r} differ only in case; on a phone whose file system ignores case one "
+                f"would replace the other. Rename one."
             )
-        seen[name.casefold()] = name
 
 
 def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
