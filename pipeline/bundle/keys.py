@@ -180,7 +180,7 @@ def _pkcs11_key(uri: str) -> _KeyPair:
         install = "Install it with `pip install 'model-signing[pkcs11]'`"
         raise BundleError(f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. {install}.") from None
     try:
-        token = Signer(uri)
+        token: Any = Signer(uri)  # its own types say that no session is ever open
         identifier, label = token.pkcs11_uri.get_keyid_and_label()
         private = token.find_object(PyKCS11.CKO_PRIVATE_KEY, label=label, id=identifier)
         public = _require_p256(token.public_key(), f"the token of {KEY_PKCS11}")

@@ -47,15 +47,12 @@ def _entries(stage: Any, kind: str) -> dict[str, str]:
 
 def upstream(stages: Stages, targets: Iterable[Path]) -> dict[str, Mapping[str, Any]]:
     """The stages that made `targets`, directly or through others, by name in sorted order."""
-    wanted, found = {path.as_posix() for path in targets}, set()
-    while True:
-        makers = {
-            name for name in stages if any(_overlap(out, path) for out in stages[name]["outs"] for path in wanted)
-        }
-        if makers == found:
-            return {name: stages[name] for name in sorted(found)}
+    wanted, found, makers = {path.as_posix() for path in targets}, None, set[str]()
+    while makers != found:
         found = makers
         wanted |= {path for name in found for path in stages[name]["deps"]}
+        makers = {name for name in stages if any(_overlap(out, it) for out in stages[name]["outs"] for it in wanted)}
+    return {name: stages[name] for name in sorted(makers)}
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -66,9 +63,8 @@ def gaps(stages: Stages, targets: Iterable[Path]) -> list[str]:
     """What `stages` and `targets` need of artifacts/ that none of the stages is recorded to have written."""
     needed = {path.as_posix() for path in targets} | {path for stage in stages.values() for path in stage["deps"]}
     outs = [out for stage in stages.values() for out in stage["outs"]]
-    made = {path for path in needed if any(_overlap(out, path) for out in outs)}
-    written = (path for path in needed - made if keys.ARTIFACTS not in Path(path).parents)
-    return sorted(path for path in written if path.startswith("artifacts/"))
+    unmade = (path for path in needed if not any(_overlap(out, path) for out in outs))
+    return sorted(it for it in unmade if it.startswith("artifacts/") and keys.ARTIFACTS not in Path(it).parents)
 
 
 def check(stages: Stages) -> None:

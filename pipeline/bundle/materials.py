@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -40,18 +39,10 @@ _ELSEWHERE = ("load_datasets", "load_pipeline", "load_released")
 _REACHABLE = {"http", "https", "ssh", "git"}  # schemes of a remote that is no folder
 
 
-@dataclass(frozen=True)
-class Materials:
-    """Everything for the provenance of a bundle: its materials, its parameters, and the pipeline's commit if known."""
-
-    items: tuple[Material, ...]
-    external: dict[str, str]
-    internal: dict[str, object]
-    commit: str | None
-
-
-def gather(workspace: Workspace, variant: str, lock: SourceLock) -> Materials:
-    """The materials of a variant's bundle.
+def gather(
+    workspace: Workspace, variant: str, lock: SourceLock
+) -> tuple[dict[str, str], dict[str, list[str]], list[Material], str | None]:
+    """For the provenance of a variant's bundle: external and internal parameters, materials, the pipeline's commit.
 
     Raises:
         BundleError: dvc.lock is damaged, or a file is not the one that a stage before this one read or wrote.
@@ -61,27 +52,21 @@ def gather(workspace: Workspace, variant: str, lock: SourceLock) -> Materials:
     stages = lockfile.upstream(lockfile.read_stages(), targets)
     lockfile.check(stages)
     decided = keys.record("pipeline.stages.bundle", workspace.model, variant)
-    configuration = {name: value for name, value in decided["configuration"].items() if name not in _ELSEWHERE}
+    configured = {name: value for name, value in decided["configuration"].items() if name not in _ELSEWHERE}
+    settings = {f"configuration/{name.removeprefix('load_')}": keys.digest(it) for name, it in configured.items()}
     head = _commit([*decided["modules"], "configs", ":!configs/pipeline.yaml", ":!configs/released.yaml"])
     items = [
         *checkpoint(lock),
         *datasets(decided["configuration"]["load_datasets"]["datasets"]),
-        *[Material(name=path, digest={"sha256": digest}) for path, digest in decided["modules"].items()],
-        *[
-            Material(name=f"configuration/{name.removeprefix('load_')}", digest={"sha256": keys.digest(value)})
-            for name, value in configuration.items()
-        ],
-        *packages(decided["libraries"]),
+        *[Material(name=path, digest={"sha256": digest}) for path, digest in (decided["modules"] | settings).items()],
+        # Without local labels: torch 2.13.0+cpu and 2.13.0 are one release.
+        *[Material(uri=str(origin.pypi(name, it.split("+")[0]))) for name, it in decided["libraries"].items()],
         *([head] if head else []),
     ]
-    external = {
-        "model": workspace.model,
-        "variant": variant,
-        "recipe": load_recipe(variant).title,
-        "suite": load_pipeline().suite,
-    }
+    chosen = {"recipe": load_recipe(variant).title, "suite": load_pipeline().suite}
     internal = {"recordedStages": list(stages), "unrecorded": lockfile.gaps(stages, targets)}
-    return Materials(tuple(items), external, internal, head["digest"]["gitCommit"] if head else None)
+    commit = head["digest"]["gitCommit"] if head else None
+    return {"model": workspace.model, "variant": variant} | chosen, internal, items, commit
 
 
 def checkpoint(lock: SourceLock) -> Iterator[Material]:
@@ -107,29 +92,18 @@ def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
             yield Material(name=f"dataset/{name}", uri=uri, digest={"sha256": source["sha256"]}, annotations=member)
 
 
-def packages(versions: Mapping[str, str]) -> Iterator[Material]:
-    """The libraries that decide, by distribution. Without local labels: torch 2.13.0+cpu and 2.13.0 are one release."""
-    for name, version in versions.items():
-        yield Material(uri=str(origin.pypi(name, version.split("+")[0])))
-
-
 # --- git -------------------------------------------------------------------------------------------------------------
 
 
-def _commit(paths: Iterable[str]) -> Material | None:
+def _commit(paths: list[str]) -> Material | None:
     """The last commit that changed one of `paths`, and whether they differ from it. None outside git."""
-    names = list(paths)
-    commit = _git("log", "-1", "--format=%H", "--", *names)
+    commit = _git("log", "-1", "--format=%H", "--", *paths)
     if not commit:
         return None
-    uri = public_uri(_git("remote", "get-url", "origin"))
-    changed = _git("status", "--porcelain", "--", *names)
-    return Material(
-        name=PIPELINE,
-        uri=f"git+{uri}@{commit}" if uri else None,
-        digest={"gitCommit": commit},
-        annotations={"uncommittedChanges": True} if changed else {},
-    )
+    place = public_uri(_git("remote", "get-url", "origin"))
+    uri = f"git+{place}@{commit}" if place else None
+    changed = {"uncommittedChanges": True} if _git("status", "--porcelain", "--", *paths) else {}
+    return Material(name=PIPELINE, uri=uri, digest={"gitCommit": commit}, annotations=changed)
 
 
 def public_uri(remote: str) -> str | None:

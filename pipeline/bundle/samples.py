@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -50,7 +50,7 @@ def known_key(name: str) -> SigningKey:
     """TEST KEY, known to everybody: a P-256 key whose private half is the hash of a constant. Never trust it."""
     seed = hashlib.sha256(f"TEST KEY, NEVER TRUST: {name}".encode()).digest()
     private = ec.derive_private_key(int.from_bytes(seed, "big") % (_ORDER - 1) + 1, ec.SECP256R1())
-    kind = "development" if name == "development" else "release"
+    kind: Literal["development", "release"] = "development" if name == "development" else "release"
     return SigningKey(KeyIdentity(id=key_id(private.public_key()), kind=kind), *software_key(private))
 
 
@@ -135,7 +135,7 @@ def write_refusal(folder: Path) -> None:
 
 def write_tiers(folder: Path) -> None:
     """A tiers.json that gives one tier one bundle."""
-    fields = {"context": 2048, "decisions": {"android-8gb": TIER}, "signatures": {"q4": "e" * 64}}
+    fields: dict[str, Any] = {"context": 2048, "decisions": {"android-8gb": TIER}, "signatures": {"q4": "e" * 64}}
     write_signed(folder, {}, tiers.build_tiers(**stamped("current"), **fields), known_key("current"))
 
 

@@ -63,10 +63,9 @@ class AndroidTree(Tree[AndroidIndex]):
         return sorted(self.folders - {"app"})
 
     @property
-    def scripts(self) -> list[tuple[str, str, str]]:
-        """Module, path and text of each pack's build.gradle; the text is empty if there is none."""
-        paths = [(module, f"{module}/build.gradle") for module in self.modules]
-        return [(module, path, self.text(path)) for module, path in paths]
+    def scripts(self) -> list[tuple[str, str]]:
+        """Path and text of each pack's build.gradle; the text is empty if there is none."""
+        return [(path, self.text(path)) for path in (f"{module}/build.gradle" for module in self.modules)]
 
     @cached_property
     def assets(self) -> list[_Asset]:
@@ -141,15 +140,15 @@ def _setting(text: str, name: str) -> str | None:
 
 @RULES.add("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin")
 def _plugin(tree: AndroidTree) -> Found:
-    for _, path, text in tree.scripts:
+    for path, text in tree.scripts:
         if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", text):
             yield path, f"the plugin {AI_PACK} is not applied"
 
 
 @RULES.add("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores")
 def _pack_name(tree: AndroidTree) -> Found:
-    for module, path, text in tree.scripts:
-        name = _setting(text, "packName")
+    for path, text in tree.scripts:
+        name, module = _setting(text, "packName"), path.split("/")[0]
         if name != module:
             yield path, f"packName is {name!r}, the module's folder {module!r}"
         elif not _NAME.fullmatch(name):
@@ -158,7 +157,7 @@ def _pack_name(tree: AndroidTree) -> Found:
 
 @RULES.add("delivery-type", "Play: on-demand; install-time packs have no path")
 def _delivery_type(tree: AndroidTree) -> Found:
-    for _, path, text in tree.scripts:
+    for path, text in tree.scripts:
         if (kind := _setting(text, "deliveryType")) != "on-demand":
             yield path, f"deliveryType is {kind!r}: gigabytes go on-demand, and install-time packs have no file paths"
 
@@ -196,18 +195,15 @@ def _app_groups(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("targeting-flag", "Gradle: gradle.properties enables device targeting", "gradle.properties")
 def _flag(tree: AndroidTree) -> Iterator[str]:
-    lines = [line.strip() for line in tree.text("gradle.properties").splitlines()]
-    if FLAG not in lines:
+    if FLAG not in map(str.strip, tree.text("gradle.properties").splitlines()):
         yield f"{FLAG} is missing: without it the plugin drops the device groups in silence"
 
 
 @RULES.add("plugin-version", f"Gradle: Android Gradle Plugin {AGP} or later", "build.gradle")
 def _plugin_version(tree: AndroidTree) -> Iterator[str]:
     wanted = tuple(map(int, AGP.split(".")))
-    found = re.findall(
-        r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)""",
-        tree.text("build.gradle"),
-    )
+    version = r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)"""
+    found = re.findall(version, tree.text("build.gradle"))
     for plugin in {"com.android.application", AI_PACK} - {name for name, _ in found}:
         yield f"no version of {plugin}; device targeting needs {AGP} or later"
     for plugin, version in found:
@@ -232,9 +228,8 @@ def _any_group(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("group-name", "bundletool: group names match ^[a-zA-Z][a-zA-Z0-9_]*$", _GROUPS)
 def _group_name(tree: AndroidTree) -> Iterator[str]:
-    for name, _ in tree.declared:
-        if not _NAME.fullmatch(name):
-            yield f"group name {name!r} does not match {_NAME.pattern}"
+    wrong = [name for name, _ in tree.declared if not _NAME.fullmatch(name)]
+    yield from (f"group name {name!r} does not match {_NAME.pattern}" for name in wrong)
 
 
 @RULES.add("group-unique", "bundletool: no group is declared twice", _GROUPS)
@@ -349,15 +344,14 @@ def _other_folder(tree: AndroidTree) -> Found:
 def _unsuffixed(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets if asset.group is None}):
         if (module, folder) in tree.groups:
-            message = f"a folder without suffix beside {folder}#group_…: bundletool refuses it"
-            yield f"{module}/{ASSETS}/{folder}", message
+            where = f"{module}/{ASSETS}/{folder}"
+            yield where, f"a folder without suffix beside {folder}#group_…: bundletool refuses it"
 
 
 @RULES.add("nested-targeting", "bundletool: nested targeting must be complete; we use none")
 def _nested(tree: AndroidTree) -> Found:
     for asset in tree.assets:
-        rest = asset.path.split("/", 1)[-1] if asset.group is not None else asset.path
-        if "#" in rest or "#" in (asset.group or "") or "#" in asset.folder:
+        if "#" in asset.path.replace("#group_", "", asset.group is not None):
             yield asset.where, "a second '#': one dimension of targeting, on the top folder"
 
 
@@ -369,8 +363,7 @@ def _empty_folder(tree: AndroidTree) -> Found:
             yield f"{module}/{ASSETS}", "the pack has no assets"
             continue
         for folder in sorted(path for path in assets.iterdir() if path.is_dir() and not path.is_symlink()):
-            if not tree.below(f"{module}/{ASSETS}/{folder.name}"):
-                where = f"{module}/{ASSETS}/{folder.name}"
+            if not tree.below(where := f"{module}/{ASSETS}/{folder.name}"):
                 yield where, f"an empty folder vanishes from the zip: put {PLACEHOLDER} in it"
 
 
@@ -390,8 +383,8 @@ def _entry_clash(tree: AndroidTree) -> Found:
     for path, found in sorted(places.items()):
         sizes = {asset.size for asset in found}
         if len(sizes) > 1 or (len(found) > 1 and len({tree.hash(asset.where) for asset in found}) > 1):
-            packs, message = ", ".join(asset.module for asset in found), "bundletool refuses the app bundle"
-            yield found[0].where, f"packs {packs} have different bytes at assets/{path}: {message}"
+            clash = f"packs {', '.join(asset.module for asset in found)} have different bytes at assets/{path}"
+            yield found[0].where, f"{clash}: bundletool refuses the app bundle"
 
 
 @RULES.add("assets-only", "bundletool: a pack holds assets and nothing else")
@@ -407,8 +400,7 @@ def _only_assets(tree: AndroidTree) -> Found:
 
 def _per_device(tree: AndroidTree) -> dict[str, dict[str, int]]:
     """group → pack → bytes that one phone of the group downloads; files without a group go to all."""
-    names = {asset.group for asset in tree.assets if asset.group is not None} or {OTHER}
-    sizes: dict[str, dict[str, int]] = {name: defaultdict(int) for name in sorted(names)}
+    sizes: dict[str, dict[str, int]] = {name: defaultdict(int) for name in sorted(tree.used or {OTHER})}
     for asset in tree.assets:
         for name in sizes if asset.group is None else [asset.group]:
             sizes[name][asset.module] += asset.size
@@ -419,9 +411,8 @@ def _per_device(tree: AndroidTree) -> dict[str, dict[str, int]]:
 def _pack_size(tree: AndroidTree) -> Found:
     for group, packs in _per_device(tree).items():
         for module, size in packs.items():
-            if size > PACK_LIMIT:
-                over = f"{size - PACK_LIMIT:,} over Play's {PACK_LIMIT:,} a pack"
-                yield module, f"group {group!r}: {size:,} bytes, {over}"
+            if (over := size - PACK_LIMIT) > 0:
+                yield module, f"group {group!r}: {size:,} bytes, {over:,} over Play's {PACK_LIMIT:,} a pack"
 
 
 @RULES.add("part-size", "ours: parts of at most 1.4e9 bytes")

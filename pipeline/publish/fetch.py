@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
@@ -37,7 +38,7 @@ from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
 from pipeline.publish.places import Reader, open_place
-from pipeline.publish.transfer import CHUNK, read_all, stream
+from pipeline.publish.transfer import read_all, stream
 
 STATE = "releases.json"  # beside DIR, unless another file is named
 
@@ -200,26 +201,22 @@ def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str
     """
     folder = client.lay_out(staging / "tiers", layout.pointer(layout.folder(model, None)), TiersDocument)
     document: TiersDocument = client.accept(folder, kinds=(TiersDocument,))
-    decision = document.tiers.get(tier)
-    if decision is None:
+    if (decision := document.tiers.get(tier)) is None:
         raise BundleError(f"{model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
     if isinstance(decision, TierRefusal):
         raise BundleError(_refused(document, tier, decision))
-    reference = document.bundles.get(decision.variant)
-    if reference is None:
+    if (reference := document.bundles.get(decision.variant)) is None:
         raise BundleError(f"tiers.json of {model} gives {tier} {decision.variant}, and pins no bundle of it.")
     path = layout.signature(layout.folder(model, decision.variant), reference.release)
     return decision.variant, path, reference.signature_sha256
 
 
 def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
-    need = "no variant passed its gates"
+    need, share = "no variant passed its gates", f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes"
     if refusal.smallest_need_bytes is not None:
         need = f"the smallest need is {refusal.smallest_need_bytes:,} bytes, {refusal.shortfall_bytes:,} more than that"
-    return (
-        f"{tier} gets no bundle of {document.model} release {document.release}: an app may use "
-        f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes of memory; {need}. {'; '.join(refusal.reasons)}."
-    )
+    given = f"{tier} gets no bundle of {document.model} release {document.release}: an app may use {share} of memory"
+    return f"{given}; {need}. {'; '.join(refusal.reasons)}."
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -227,11 +224,15 @@ def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
 
 def _install(client: _Client, document: Release, bundle: Path, parts: Path, target: Path) -> Fetched:
     """Complete `bundle`, which has signature and document as yet, through `parts`, and make it `target`."""
-    if _installed(client, bundle, target, document.variant):
+    there, signature = target / SIGNATURE, (bundle / SIGNATURE).read_bytes()
+    same = there.is_file() and there.read_bytes() == signature
+    if same and client.verify(target, variant=document.variant).ok:
         return Fetched(target, document, 0, sum(entry.size for entry in document.files.values()))
     wanted = {entry.sha256: entry for entry in document.files.values()}
     names = {entry.sha256: name for name, entry in document.files.items()}
-    _forget(parts, wanted)
+    for path in parts.iterdir():
+        if path.name.removesuffix(".partial") not in wanted:  # of a release that has been superseded
+            path.unlink()
     _reuse(target / CONTENT, wanted, parts)
     kept = {digest: _kept(parts, digest) for digest in wanted}
     left = sum(wanted[digest].size - kept[digest] for digest in wanted)
@@ -255,21 +256,6 @@ def _install(client: _Client, document: Release, bundle: Path, parts: Path, targ
     return Fetched(target, document, left, sum(kept.values()))
 
 
-def _installed(client: _Client, bundle: Path, target: Path, variant: str) -> bool:
-    """Whether `target` holds these very bytes, signature included, and still verifies."""
-    signature = target / SIGNATURE
-    if not signature.is_file() or signature.read_bytes() != (bundle / SIGNATURE).read_bytes():
-        return False
-    return client.verify(target, variant=variant).ok
-
-
-def _forget(parts: Path, wanted: dict[str, FileEntry]) -> None:
-    """Remove what an interrupted run fetched for a release that has been superseded."""
-    for path in parts.iterdir():
-        if path.name.removesuffix(".partial") not in wanted:
-            path.unlink()
-
-
 def _reuse(installed: Path, wanted: dict[str, FileEntry], parts: Path) -> None:
     """Give files of an installed release that have a wanted digest a second name in `parts`."""
     sizes = {entry.size for entry in wanted.values()}
@@ -283,10 +269,8 @@ def _reuse(installed: Path, wanted: dict[str, FileEntry], parts: Path) -> None:
 
 def _kept(parts: Path, digest: str) -> int:
     """Bytes of a file that are here, whole or in part."""
-    for path in (parts / digest, parts / f"{digest}.partial"):
-        if path.is_file():
-            return path.stat().st_size
-    return 0
+    here = (path for path in (parts / digest, parts / f"{digest}.partial") if path.is_file())
+    return next((path.stat().st_size for path in here), 0)
 
 
 def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress: Progress) -> None:
@@ -315,17 +299,13 @@ def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress
     os.replace(partial, parts / entry.sha256)
 
 
-def _append(reader: Reader, entry: FileEntry, file: BinaryIO, progress: Progress) -> str:
+def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Progress) -> str:
     """Complete `file` up to the promised size; the SHA-256 of all its bytes."""
-    file.seek(0)
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    if size > entry.size:
+    if os.fstat(file.fileno()).st_size > entry.size:
         file.truncate(0)
-        digest, size = hashlib.sha256(), 0
-    for chunk in stream(reader, layout.blob(entry.sha256), size, entry.size):
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
+    for chunk in stream(reader, layout.blob(entry.sha256), file.tell(), entry.size):
         file.write(chunk)
         digest.update(chunk)
         progress.advance(0, len(chunk))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -100,15 +99,11 @@ def _require_bundles(title: str, document: TiersDocument, target: Destination) -
             )
 
 
-@dataclass(frozen=True)
 class _Blobs:
     """A place whose files lie as `layout` says."""
 
-    place: Place
-
-    @property
-    def shown(self) -> str:
-        return self.place.shown
+    def __init__(self, place: Place) -> None:
+        self.place, self.shown = place, place.shown
 
     def releases(self, model: str, variant: str | None) -> list[int]:
         names = self.place.children(layout.folder(model, variant))
@@ -118,8 +113,7 @@ class _Blobs:
         return self.place.read(layout.signature(layout.folder(model, variant), release))
 
     def publish(self, wanted: Verified) -> str:
-        folder = layout.folder(wanted.document.model, wanted.variant)
-        written = self._put_blobs(wanted)
+        folder, written = layout.folder(wanted.document.model, wanted.variant), self._put_blobs(wanted)
         for path in (layout.signature(folder, wanted.document.release), layout.pointer(folder)):
             if self.place.read(path) != wanted.signature:
                 self.place.write(path, wanted.signature)
@@ -138,8 +132,7 @@ class _Blobs:
         with Progress(f"push {wanted.title}", len(sources), "files", sum(sizes.values())) as progress:
             for digest, path in sorted(sources.items(), key=lambda item: item[1]):
                 blob, size = layout.blob(digest), sizes[digest]
-                there = self.place.size(blob)
-                if there is None:
+                if (there := self.place.size(blob)) is None:
                     self.place.put(path, blob, digest)
                     written[digest] = size
                 elif there != size:
