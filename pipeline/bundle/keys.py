@@ -72,10 +72,8 @@ def load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     except OSError as error:
         raise BundleError(f"public key {path} cannot be read: {error.strerror}.") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise BundleError(
-            f"{path} is not a public key in PEM form. Expected a file that starts with -----BEGIN PUBLIC KEY-----; "
-            f"`openssl ec -in PRIVATE.pem -pubout` makes one."
-        ) from None
+        expected = "a file that starts with -----BEGIN PUBLIC KEY-----; `openssl ec -in PRIVATE.pem -pubout` makes one"
+        raise BundleError(f"{path} is not a public key in PEM form. Expected {expected}.") from None
     return _require_p256(key, str(path))
 
 
@@ -238,9 +236,7 @@ def load_signer(config: SigningConfig) -> SigningKey:
         return SigningKey(expected, *software_key(_development_private_key()))
     public, sign = _supplied_key(given[0])
     if key_id(public) != expected.id:
-        raise BundleError(
-            f"the key in {given[0]} has the id {key_id(public)}, but configs/signing.yaml names {config.key_id}"
-            f"{f' ({expected.id})' if config.key_id == 'development' else ''}. Set key_id to the former, or supply "
-            f"the latter."
-        )
+        wanted = f"{config.key_id} ({expected.id})" if config.key_id == "development" else config.key_id
+        found = f"the key in {given[0]} has the id {key_id(public)}, but configs/signing.yaml names {wanted}"
+        raise BundleError(f"{found}. Set key_id to the former, or supply the latter.")
     return SigningKey(expected, public, sign)

@@ -207,10 +207,8 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
     try:
         expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
     except OverflowError:
-        raise BundleError(
-            f"model {model}: {signing.expires_days} days after {created.isoformat()} is beyond the year 9999. "
-            f"Lower expires_days in configs/signing.yaml."
-        ) from None
+        late = f"{signing.expires_days} days after {created.isoformat()} is beyond the year 9999"
+        raise BundleError(f"model {model}: {late}. Lower expires_days in configs/signing.yaml.") from None
     times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
     return {"model": model, "key": key} | times | signing.model_dump(include=set(Stamp.model_fields))
 
@@ -269,10 +267,8 @@ def _check_names(names: Iterable[str], content: Path) -> None:
                 f"not start with '.', hold no folder, and are none of {', '.join(_RESERVED)}."
             )
         if (twin := seen.setdefault(name.casefold(), name)) != name:
-            raise BundleError(
-                f"{content}: {name!r} and {twin!r} differ only in case; on a phone whose file system ignores case one "
-                f"would replace the other. Rename one."
-            )
+            clash = "on a phone whose file system ignores case one would replace the other"
+            raise BundleError(f"{content}: {name!r} and {twin!r} differ only in case; {clash}. Rename one.")
 
 
 def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
@@ -288,18 +284,15 @@ def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
     entries = document.files if isinstance(document, Release) else {}
     if entries.keys() != files.keys():
         different = ", ".join(sorted(entries.keys() ^ files.keys()))
-        raise BundleError(
-            f"{content}: {document.file_name} and the files given disagree about {different}. Build the document from "
-            f"describe_files() of the same files."
-        )
+        disagree = f"{content}: {document.file_name} and the files given disagree about {different}"
+        raise BundleError(f"{disagree}. Build the document from describe_files() of the same files.")
     with file_tools.atomic_directory(content) as temporary:
         for name, path in sorted(files.items()):
             size = path.stat().st_size if path.is_file() else None
             if size != entries[name].size:
                 found = "is missing" if size is None else f"has {size:,} bytes"
-                raise BundleError(
-                    f"{path} {found}, but {document.file_name} promises {entries[name].size:,} bytes for {name}. "
-                    f"It changed while the bundle was made; run the stage again."
-                )
+                promised = f"{document.file_name} promises {entries[name].size:,} bytes for {name}"
+                changed = "It changed while the bundle was made; run the stage again."
+                raise BundleError(f"{path} {found}, but {promised}. {changed}")
             file_tools.link_or_copy(path, temporary / name)
         file_tools.write_json(temporary / document.file_name, document.model_dump(mode="json"))

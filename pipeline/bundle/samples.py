@@ -110,22 +110,13 @@ def write_signed(folder: Path, files: Mapping[str, Path], document: Stamp, key: 
     return folder
 
 
-@cache
-def _bundle_bytes(key: str, signer: str) -> dict[str, bytes]:
-    """Files of a good bundle by their path in it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, sources = Path(name) / BUNDLE, {file: Path(name) / file for file in FILES}
-        for file, data in FILES.items():
-            sources[file].write_bytes(data)
-        write_signed(folder, sources, release_document(sources, **stamped(key)), known_key(signer))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def write_bundle(folder: Path, key: str = "current", signer: str | None = None) -> None:
     """A good bundle, signed by `signer` (default: the test key that its document names)."""
-    (folder / CONTENT).mkdir(parents=True)
-    for name, data in _bundle_bytes(key, signer or key).items():
-        (folder / name).write_bytes(data)
+    with tempfile.TemporaryDirectory() as name:
+        sources = {file: Path(name) / file for file in FILES}
+        for file, data in FILES.items():
+            sources[file].write_bytes(data)
+        write_signed(folder, sources, release_document(sources, **stamped(key)), known_key(signer or key))
 
 
 def write_refusal(folder: Path) -> None:

@@ -155,10 +155,10 @@ def _require_flat(content: Path) -> None:
     for entry in entries:
         if not entry.is_file(follow_symlinks=False):
             kind = "a symlink" if entry.is_symlink() else "not a regular file"
-            raise BundleError(
-                f"{content}: {entry.name!a} is {kind}. A content folder holds regular files only; make it again with "
-                f"the bundle stage, which uses hard links."
+            remedy = (
+                "A content folder holds regular files only; make it again with the bundle stage, which uses hard links"
             )
+            raise BundleError(f"{content}: {entry.name!a} is {kind}. {remedy}.")
 
 
 def _digests(content: Path) -> dict[str, str]:
@@ -197,10 +197,8 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
     _require_flat(content)
     digests = _digests(content)
     if unsafe := sorted(name for name in digests if not SAFE_NAME.fullmatch(name)):
-        raise BundleError(
-            f"{content} holds a file that cannot be signed: {unsafe[0]!a}. Names are letters, digits, '.', '_' and "
-            f"'-', and do not start with '.'."
-        )
+        rule = "Names are letters, digits, '.', '_' and '-', and do not start with '.'."
+        raise BundleError(f"{content} holds a file that cannot be signed: {unsafe[0]!a}. {rule}")
     payload = json.dumps(_statement(content.name, digests), sort_keys=True, separators=(",", ":")).encode()
     proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
     hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it

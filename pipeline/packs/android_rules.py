@@ -81,11 +81,11 @@ class AndroidTree(Tree[AndroidIndex]):
     @cached_property
     def groups(self) -> dict[tuple[str, str], set[str]]:
         """(module, top folder) → groups that have a folder of that name."""
-        groups = defaultdict(set)
+        groups: dict[tuple[str, str], set[str]] = {}
         for asset in self.assets:
             if asset.group is not None:
-                groups[asset.module, asset.folder].add(asset.group)
-        return dict(groups)
+                groups.setdefault((asset.module, asset.folder), set()).add(asset.group)
+        return groups
 
     @property
     def used(self) -> set[str]:
@@ -165,10 +165,9 @@ def _delivery_type(tree: AndroidTree) -> Found:
 @RULES.add("settings", "Gradle: settings.gradle includes every module", "settings.gradle")
 def _settings(tree: AndroidTree) -> Iterator[str]:
     included = set(re.findall(r"""["']:([^"':]+)["']""", tree.text("settings.gradle")))
-    for module in sorted(set(tree.modules) - included):
-        yield f"include ':{module}' is missing"
-    for module in sorted(included - set(tree.modules) - {"app"}):
-        yield f"it includes ':{module}', for which there is no folder"
+    missing, unknown = set(tree.modules) - included, included - {*tree.modules, "app"}
+    yield from (f"include ':{module}' is missing" for module in sorted(missing))
+    yield from (f"it includes ':{module}', for which there is no folder" for module in sorted(unknown))
 
 
 @RULES.add("asset-packs", "Gradle: the app lists every pack", _APP)
@@ -228,7 +227,7 @@ def _any_group(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("group-name", "bundletool: group names match ^[a-zA-Z][a-zA-Z0-9_]*$", _GROUPS)
 def _group_name(tree: AndroidTree) -> Iterator[str]:
-    wrong = [name for name, _ in tree.declared if not _NAME.fullmatch(name)]
+    wrong = (name for name, _ in tree.declared if not _NAME.fullmatch(name))
     yield from (f"group name {name!r} does not match {_NAME.pattern}" for name in wrong)
 
 
@@ -292,18 +291,17 @@ def _selector_index(tree: AndroidTree) -> Iterator[str]:
     for name, selector in _ranges(tree):
         found[name].append(selector)
     for name in sorted(found.keys() | tree.index.groups.keys()):
-        group = tree.index.groups.get(name)
-        if found[name] != (group.selectors if group else []):
+        if found[name] != (tree.index.groups[name].selectors if name in tree.index.groups else []):
             yield f"group {name!r} selects otherwise than the index says"
 
 
 @RULES.add("ram-margin", "ours: thresholds 10 to 15 % under the marketing figure", _GROUPS, note=True)
 def _ram_margin(tree: AndroidTree) -> Iterator[str]:
+    sizes = f"a size that phones are sold with ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
     for name, found in _ranges(tree):
         for edge in (found.min_bytes, found.max_bytes) if isinstance(found, Selector) else ():
             if edge and not any(0.85 * sold * 10**9 <= edge <= 0.90 * sold * 10**9 for sold in SOLD):
-                message = f"group {name!r}: {edge:,} bytes is not 10 to 15 % under a size that phones are sold with"
-                yield f"{message} ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
+                yield f"group {name!r}: {edge:,} bytes is not 10 to 15 % under {sizes}"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -323,20 +321,18 @@ def _same_groups(tree: AndroidTree) -> Found:
 @RULES.add("groups-declared", "bundletool: folders and declared groups agree", _GROUPS)
 def _groups_declared(tree: AndroidTree) -> Iterator[str]:
     names = {name for name, _ in tree.declared}
-    for name in sorted(tree.used - names - {OTHER}):
-        yield f"folders are for group {name!r}, which is not declared"
-    for name in sorted(names - tree.used):
-        yield f"group {name!r} is declared, but no folder is for it"
+    undeclared, unused = sorted(tree.used - names - {OTHER}), sorted(names - tree.used)
+    yield from (f"folders are for group {name!r}, which is not declared" for name in undeclared)
+    yield from (f"group {name!r} is declared, but no folder is for it" for name in unused)
 
 
 @RULES.add("other-folder", "ours: phones in no group download nothing")
 def _other_folder(tree: AndroidTree) -> Found:
     for (module, folder), groups in tree.groups.items():
         where = f"{module}/{ASSETS}/{folder}#group_{OTHER}"
-        files = [path for path in tree.below(where) if path != PLACEHOLDER]
         if OTHER not in groups:
             yield where, f"the folder of the default group is missing: make it with {PLACEHOLDER} in it"
-        elif files:
+        elif files := [path for path in tree.below(where) if path != PLACEHOLDER]:
             yield where, f"phones that match no group would download {len(files)} files, {files[0]} among them"
 
 
@@ -351,7 +347,7 @@ def _unsuffixed(tree: AndroidTree) -> Found:
 @RULES.add("nested-targeting", "bundletool: nested targeting must be complete; we use none")
 def _nested(tree: AndroidTree) -> Found:
     for asset in tree.assets:
-        if "#" in asset.path.replace("#group_", "", asset.group is not None):
+        if asset.path.count("#") > (0 if asset.group is None else 1):
             yield asset.where, "a second '#': one dimension of targeting, on the top folder"
 
 
@@ -442,9 +438,9 @@ RULES.add("total-30gb", "Play help: 30 GB on demand for one phone", ".")(partial
 @RULES.add("index-files", "ours: a group has no pack that the index does not know")
 def _known_packs(tree: AndroidTree) -> Found:
     carried = {(pack.name, group) for group, item in tree.deliveries.items() for pack in item.packs}
-    for asset in tree.assets:
+    for asset in tree.assets if tree.index else ():
         known = asset.group in (None, OTHER) or (asset.module, asset.group) in carried
-        if tree.index is not None and not known and not asset.path.endswith(f"/{PLACEHOLDER}"):
+        if not known and not asset.path.endswith(f"/{PLACEHOLDER}"):
             yield asset.where, "the index knows no such pack in this group"
 
 
@@ -462,8 +458,7 @@ def describe_android(folder: Path) -> str:
     tree = AndroidTree(folder)
     lines = [f"{folder}: packs: {len(tree.modules)} of {PACKS_LIMIT}"]
     for group, packs in _per_device(tree).items():
-        size = sum(packs.values())
+        size, largest = sum(packs.values()), max(packs.values(), default=0)
         shares = " and ".join(f"{size / limit:.1%} of {limit / 10**9:.0f} GB" for limit in TOTAL_LIMITS)
-        largest = max(packs.values(), default=0)
         lines.append(f"  {group}: {size:,} bytes for one phone, {shares}; largest pack {largest:,} of {PACK_LIMIT:,}")
     return "\n".join(lines)

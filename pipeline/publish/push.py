@@ -75,16 +75,13 @@ def _require_next(wanted: Verified, target: Destination) -> None:
     """Refuse a release below the highest that is published, or with other bytes than published under its number."""
     model, release = wanted.document.model, wanted.document.release
     if target.signature(model, wanted.variant, release) not in (None, wanted.signature):
-        raise BundleError(
-            f"{wanted.title} is published with another signature, and what is published never changes. Raise "
-            f"`release` in configs/signing.yaml, then bundle and sign again."
-        )
-    highest = max(target.releases(model, wanted.variant), default=0)
-    if highest > release:
-        raise BundleError(
-            f"{wanted.title} is older than what is published, release {highest}: phones that have that one refuse a "
-            f"lower one. Publish the older content under a new number."
-        )
+        remedy = "Raise `release` in configs/signing.yaml, then bundle and sign again."
+        what = f"{wanted.title} is published with another signature, and what is published never changes"
+        raise BundleError(f"{what}. {remedy}")
+    if (highest := max(target.releases(model, wanted.variant), default=0)) > release:
+        what = f"{wanted.title} is older than what is published, release {highest}"
+        remedy = "phones that have that one refuse a lower one. Publish the older content under a new number."
+        raise BundleError(f"{what}: {remedy}")
 
 
 def _require_bundles(title: str, document: TiersDocument, target: Destination) -> None:
@@ -93,10 +90,8 @@ def _require_bundles(title: str, document: TiersDocument, target: Destination) -
         there = target.signature(document.model, variant, reference.release)
         if there is None or hashlib.sha256(there).hexdigest() != reference.signature_sha256:
             found = "is not published" if there is None else "is published with another signature"
-            raise BundleError(
-                f"{title} names {variant} release {reference.release}, which {found} in {target.shown}. Push that "
-                f"bundle first."
-            )
+            named = f"{title} names {variant} release {reference.release}"
+            raise BundleError(f"{named}, which {found} in {target.shown}. Push that bundle first.")
 
 
 class _Blobs:
@@ -136,9 +131,8 @@ class _Blobs:
                     self.place.put(path, blob, digest)
                     written[digest] = size
                 elif there != size:
-                    raise BundleError(
-                        f"{self.shown}/{blob} has {there:,} bytes, {path.name} has {size:,}: it was not written by "
-                        f"push. Find out what wrote it, and remove it."
-                    )
+                    sizes_differ = f"{self.shown}/{blob} has {there:,} bytes, {path.name} has {size:,}"
+                    remedy = "it was not written by push. Find out what wrote it, and remove it."
+                    raise BundleError(f"{sizes_differ}: {remedy}")
                 progress.advance(1, size, kept=there is not None)
         return written

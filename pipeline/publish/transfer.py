@@ -32,10 +32,9 @@ def _pause(patience: Retry, broken: Interrupted, where: str, position: int) -> R
     try:
         patience = patience.increment(error=broken)
     except MaxRetryError:
-        raise BundleError(
-            f"{where}: {ATTEMPTS} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}. What "
-            f"arrived is kept: run the same command again and it goes on there."
-        ) from None
+        failed = f"{ATTEMPTS} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}"
+        remedy = "What arrived is kept: run the same command again and it goes on there."
+        raise BundleError(f"{where}: {failed}. {remedy}") from None
     _LOG.info("%s: %s at byte %s; going on", where, broken, f"{position:,}")
     patience.sleep(broken.response)
     return patience
