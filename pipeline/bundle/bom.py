@@ -91,7 +91,7 @@ def _component(kind: str, reference: str, name: str, **fields: Any) -> dict[str,
 
 def _model(dossier: Dossier) -> dict[str, Any]:
     """The quantized model, made from the checkpoint."""
-    kind, title, source = "machine-learning-model", one_line(dossier.title), dossier.source
+    kind, title, source = "machine-learning-model", one_line(dossier.entry.title), dossier.source
     licences, purl = _licences(source.licence), origin.source(source)
     made_from = {"version": source.revision, "licenses": licences, "purl": str(purl) if purl else None}
     files = _files("source", {file.name: file.sha256 for file in source.files})
@@ -135,7 +135,7 @@ def _licences(stated: str) -> list[dict[str, Any]]:
 def _model_card(dossier: Dossier) -> dict[str, Any]:
     """A modelCard object of the schema. Whom a model is meant for, and fairness, only its authors can say."""
     properties = {  # what the schema has no field for, in sorted order
-        "context": dossier.context,
+        "context": dossier.entry.context,
         "kv-cache": dossier.plan["kv_cache"]["type"],
         "opset": dossier.runtime.opset,
         "parameters": dossier.plan["parameters"],

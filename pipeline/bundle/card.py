@@ -29,7 +29,10 @@ def build(dossier: Dossier) -> bytes:
     Raises:
         BundleError: what was made is not a card that huggingface_hub reads back.
     """
-    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + _body(dossier)
+    sentences = {"telemetry": TELEMETRY, "measured_by": measured_by(dossier), "limits": limits(dossier)}
+    lists = {"plan": dossier.plan, "licence_files": _licence_files(dossier), "figures": figures(dossier)}
+    body = render(Path(__file__).with_name("card.md.j2"), dossier=dossier, one_line=one_line, **sentences, **lists)
+    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + body
     if problem := problem_of(raw):
         raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
     return raw
@@ -48,10 +51,10 @@ def problem_of(raw: bytes) -> str | None:
 
 def _front_matter(dossier: Dossier) -> str:
     results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.hub]
-    base: dict[str, Any] = {"base_model": dossier.base_model, "base_model_relation": "quantized"}
+    base: dict[str, Any] = {"base_model": dossier.entry.hub_name, "base_model_relation": "quantized"}
     data = ModelCardData(
         **_licence(dossier),
-        **(base if dossier.base_model else {}),
+        **(base if dossier.entry.hub_name else {}),
         library_name="onnxruntime-genai",
         pipeline_tag=_TASK,
         tags=["onnx", "onnxruntime", "quantized", dossier.variant],
@@ -87,9 +90,3 @@ def _result(figure: Figure) -> dict[str, Any]:
         "metric_name": f"{figure.title} ({figure.unit}), {figure.detail}",
         "metric_value": float(number(figure.value)),
     }
-
-
-def _body(dossier: Dossier) -> bytes:
-    sentences = {"telemetry": TELEMETRY, "measured_by": measured_by(dossier), "limits": limits(dossier)}
-    lists = {"plan": dossier.plan, "licence_files": _licence_files(dossier), "figures": figures(dossier)}
-    return render(Path(__file__).with_name("card.md.j2"), dossier=dossier, one_line=one_line, **sentences, **lists)

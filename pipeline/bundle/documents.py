@@ -45,20 +45,17 @@ def write(
     external, internal, items, commit = gather(workspace, variant, lock)
     dossier = Dossier(
         model=workspace.model,
-        title=entry.title,
+        entry=entry,
         variant=variant,
         release=load_signing().release,
         created=created,
         source=lock,
-        base_model=entry.hub_name,
-        context=entry.context,
         runtime=runtime,
         config=workspace.read(artifact / "config.json", "quantize", variant),
         plan=workspace.read(artifact / PLAN_FILE, "quantize", variant),
         metrics=workspace.read(workspace.metrics(variant), "validate", variant),
         verdict=verdict,
         texts=load_suite(load_pipeline().suite).texts(),
-        note=entry.note,
         commit=commit,
         files=files,
     )

@@ -185,11 +185,9 @@ def _pkcs11_key(uri: str) -> _KeyPair:
     except BundleError:
         raise
     except Exception as error:
-        raise BundleError(
-            f"the key of {KEY_PKCS11} cannot be opened ({type(error).__name__}). Expected a URI such as "
-            f"pkcs11:token=NAME;object=KEY?module-path=/path/to/module.so&pin-source=/path/to/pin, with module, token, "
-            f"key pair and PIN present."
-        ) from None
+        example = "pkcs11:token=NAME;object=KEY?module-path=/path/to/module.so&pin-source=/path/to/pin"
+        wanted = f"Expected a URI such as {example}, with module, token, key pair and PIN present."
+        raise BundleError(f"the key of {KEY_PKCS11} cannot be opened ({type(error).__name__}). {wanted}") from None
 
     def sign(message: bytes) -> bytes:
         digest = hashlib.sha256(message).digest()
@@ -203,7 +201,7 @@ def _pkcs11_key(uri: str) -> _KeyPair:
 
 
 def _supplied_key(variable: str) -> _KeyPair:
-    value, password = os.environ[variable], os.environ.get(PASSWORD)
+    value, password = os.environ[variable], os.environ.get(PASSWORD, "").encode() or None
     if variable == KEY_PKCS11:
         return _pkcs11_key(value)
     try:
@@ -211,7 +209,7 @@ def _supplied_key(variable: str) -> _KeyPair:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a path"
         raise BundleError(f"{variable}: the key file cannot be read: {reason}.") from None
-    return software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
+    return software_key(_parse_private_key(pem, password, f"the key in {variable}"))
 
 
 def load_signer(config: SigningConfig) -> SigningKey:

@@ -80,11 +80,9 @@ def check(stages: Stages) -> None:
         for kind, verb in (("deps", "read"), ("outs", "wrote")):
             for path, recorded in stage[kind].items():
                 if Path(path).is_file() and (found := _md5(Path(path))) != recorded:
-                    raise BundleError(
-                        f"{path} has changed since {name} {verb} it: {LOCK} has MD5 {recorded}, found {found}. A "
-                        f"bundle made now would state a false origin. Run `dvc repro`, or `dvc commit {name}` if the "
-                        f"change alters no result."
-                    )
+                    changed = f"{path} has changed since {name} {verb} it: {LOCK} has MD5 {recorded}, found {found}"
+                    remedy = f"Run `dvc repro`, or `dvc commit {name}` if the change alters no result."
+                    raise BundleError(f"{changed}. A bundle made now would state a false origin. {remedy}")
 
 
 def _md5(path: Path) -> str:

@@ -185,10 +185,8 @@ def build_time() -> datetime:
     try:
         return datetime.fromtimestamp(int(text), UTC) if text else datetime.now(UTC)
     except (ValueError, OverflowError, OSError):
-        raise BundleError(
-            f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. Set it to the output of `git log -1 "
-            f"--format=%ct`, or unset it."
-        ) from None
+        remedy = "Set it to the output of `git log -1 --format=%ct`, or unset it."
+        raise BundleError(f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. {remedy}") from None
 
 
 def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetime) -> dict[str, Any]:
@@ -198,10 +196,8 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
         BundleError: the release channel with a development key, no time zone, or an expiry beyond the year 9999.
     """
     if signing.channel == "release" and key.kind == "development":
-        raise BundleError(
-            f"model {model}: channel 'release' refuses the development key {key.id}. Set key_id in "
-            f"configs/signing.yaml to the release public key's SHA-256 and supply its private key."
-        )
+        remedy = "Set key_id in configs/signing.yaml to the release public key's SHA-256 and supply its private key."
+        raise BundleError(f"model {model}: channel 'release' refuses the development key {key.id}. {remedy}")
     if created.tzinfo is None:
         raise BundleError(f"model {model}: creation time {created.isoformat()} has no time zone; pass one in UTC.")
     try:
@@ -260,12 +256,10 @@ def build_release(**fields: Any) -> Release:
 
 def _check_names(names: Iterable[str], content: Path) -> None:
     seen: dict[str, str] = {}
+    rule = "Names are letters, digits, '.', '_' and '-', do not start with '.', hold no folder, and are none of"
     for name in names:
         if not SAFE_NAME.fullmatch(name) or name in _RESERVED:
-            raise BundleError(
-                f"{content}: {name!r} cannot be a file of a bundle. Names are letters, digits, '.', '_' and '-', do "
-                f"not start with '.', hold no folder, and are none of {', '.join(_RESERVED)}."
-            )
+            raise BundleError(f"{content}: {name!r} cannot be a file of a bundle. {rule} {', '.join(_RESERVED)}.")
         if (twin := seen.setdefault(name.casefold(), name)) != name:
             clash = "on a phone whose file system ignores case one would replace the other"
             raise BundleError(f"{content}: {name!r} and {twin!r} differ only in case; {clash}. Rename one.")

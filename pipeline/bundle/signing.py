@@ -155,10 +155,8 @@ def _require_flat(content: Path) -> None:
     for entry in entries:
         if not entry.is_file(follow_symlinks=False):
             kind = "a symlink" if entry.is_symlink() else "not a regular file"
-            remedy = (
-                "A content folder holds regular files only; make it again with the bundle stage, which uses hard links"
-            )
-            raise BundleError(f"{content}: {entry.name!a} is {kind}. {remedy}.")
+            rule, remedy = "A content folder holds regular files only", "make it again with the bundle stage"
+            raise BundleError(f"{content}: {entry.name!a} is {kind}. {rule}; {remedy}, which uses hard links.")
 
 
 def _digests(content: Path) -> dict[str, str]:

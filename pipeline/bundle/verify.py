@@ -114,12 +114,11 @@ def _check_layout(directory: Path) -> Iterator[Finding]:
             yield Finding(Kind.UNLISTED, _shown(name), message)
     if SIGNATURE not in names:
         yield Finding(Kind.MISSING_SIGNATURE, SIGNATURE, "there is no signature: nothing in this bundle is proven")
-    elif finding := _type_finding(directory / SIGNATURE, SIGNATURE):
-        yield finding
     if CONTENT not in names:
         yield Finding(Kind.MISSING, CONTENT, "the bundle has no content folder")
-    elif finding := _type_finding(directory / CONTENT, CONTENT, wanted=stat.S_ISDIR):
-        yield finding
+    for name, wanted in ((SIGNATURE, stat.S_ISREG), (CONTENT, stat.S_ISDIR)):
+        if name in names and (finding := _type_finding(directory / name, name, wanted)):
+            yield finding
 
 
 # --- files against digests -----------------------------------------------------------------------------------------
@@ -280,9 +279,8 @@ def _check_agreement(document: Stamp, digests: Mapping[str, str]) -> _Complaints
     for name in sorted(signed - entries.keys()):
         yield Kind.DISAGREES, f"{name}: it does not list this file, but the signature does"
     for name in sorted(entries.keys() & signed):
-        if entries[name].sha256 != digests[name]:
-            message = f"{name}: it says sha256 {entries[name].sha256}, the signature says {digests[name]}"
-            yield Kind.DISAGREES, message
+        if (says := entries[name].sha256) != digests[name]:
+            yield Kind.DISAGREES, f"{name}: it says sha256 {says}, the signature says {digests[name]}"
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------

@@ -92,10 +92,9 @@ def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple
             groups.setdefault(name, (variant, []))[1].append(Selector(min_bytes=start, max_bytes=end))
     for group, (variant, selectors) in groups.items():
         if len(selectors) > SELECTORS:
-            many = (
-                f"{variant} is for {len(selectors)} separate ranges of RAM, Play takes {SELECTORS} selectors in a group"
-            )
-            raise BundleError(f"device group {group}: {many}. Merge classes in configs/tiers.yaml.")
+            many = f"device group {group}: {variant} is for {len(selectors)} separate ranges of RAM"
+            most = f"Play takes {SELECTORS} selectors in a group. Merge classes in configs/tiers.yaml"
+            raise BundleError(f"{many}, {most}.")
     return groups
 
 

@@ -38,18 +38,17 @@ _TAG = f"{{{android.NAMESPACE}}}"
 
 @dataclass(frozen=True)
 class _Asset:
-    """A file of a pack: `folder` is its top folder without the suffix, `group` the suffix's name, None without one."""
+    """A file of a pack: `path` in its assets, `where` in the store folder.
+
+    `folder` is its top folder without the suffix, `group` the suffix's name, None without one.
+    """
 
     module: str
     folder: str
     group: str | None
     path: str
+    where: str
     size: int
-
-    @property
-    def where(self) -> str:
-        """Its path in the store folder."""
-        return f"{self.module}/{ASSETS}/{self.path}"
 
 
 class AndroidTree(Tree[AndroidIndex]):
@@ -73,9 +72,8 @@ class AndroidTree(Tree[AndroidIndex]):
         found = []
         for module in self.modules:
             for path, size in self.below(f"{module}/{ASSETS}").items():
-                top = path.split("/")[0] if "/" in path else ""
-                base, _, group = top.partition("#group_")
-                found.append(_Asset(module, base, group if "#group_" in top else None, path, size))
+                base, mark, group = path.rpartition("/")[0].split("/")[0].partition("#group_")
+                found.append(_Asset(module, base, group if mark else None, path, f"{module}/{ASSETS}/{path}", size))
         return found
 
     @cached_property
@@ -256,10 +254,10 @@ def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
     for name, selectors in tree.declared:
         for selector in selectors:
             least, most = selector.get("ram-min-bytes", "0"), selector.get("ram-max-bytes")
-            if not all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
+            if all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
+                yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
+            else:
                 yield name, f"ram-min-bytes {least!r} and ram-max-bytes {most!r} must be whole numbers of bytes"
-                continue
-            yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
 
 
 @RULES.add("selector-ram", "Play: RAM from an inclusive minimum to an exclusive maximum, in bytes", _GROUPS)
@@ -367,8 +365,8 @@ def _empty_folder(tree: AndroidTree) -> Found:
 def _top_folder(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets}):
         if folder != module:
-            message = f"the top folder of assets must have the pack's name {module!r}: names are shared between packs"
-            yield f"{module}/{ASSETS}/{folder}", message
+            rule = f"the top folder of assets must have the pack's name {module!r}"
+            yield f"{module}/{ASSETS}/{folder}", f"{rule}: names are shared between packs"
 
 
 @RULES.add("entry-clash", "bundletool: one path in two packs has the same bytes")
@@ -415,8 +413,8 @@ def _pack_size(tree: AndroidTree) -> Found:
 def _part_size(tree: AndroidTree) -> Found:
     for asset in tree.assets:
         if asset.size > PART_LIMIT:
-            message = f"{asset.size:,} bytes, parts have at most {PART_LIMIT:,}, so that packs stay under the limit"
-            yield asset.where, message
+            most = f"parts have at most {PART_LIMIT:,}, so that packs stay under the limit"
+            yield asset.where, f"{asset.size:,} bytes, {most}"
 
 
 @RULES.add("pack-count", f"Play: {PACKS_LIMIT} packs", ".")

@@ -135,7 +135,10 @@ def fetch(
         ResourceError: the disk is too small, known before the first part moves.
     """
     for what, name in (("model", model), ("variant", variant), ("tier", tier)):
-        _require_name(what, name)
+        try:
+            TypeAdapter(Name | None).validate_python(name)
+        except ValidationError:
+            raise BundleError(f"{name!a} cannot be the name of a {what}: small letters, digits, '_' and '-'.") from None
     if (variant is None) == (tier is None):
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
@@ -152,13 +155,6 @@ def fetch(
         fetched = _install(client, document, bundle, staging / "parts", target)
     accepted.record(model, document.release)
     return fetched
-
-
-def _require_name(what: str, name: str | None) -> None:
-    try:
-        TypeAdapter(Name | None).validate_python(name)
-    except ValidationError:
-        raise BundleError(f"{name!a} cannot be the name of a {what}: small letters, digits, '_' and '-'.") from None
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
@@ -291,11 +287,9 @@ def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress
         os.fsync(file.fileno())
     if actual != entry.sha256:
         partial.unlink()
-        raise BundleError(
-            f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes), got "
-            f"{actual}. None of them was kept; what was installed stays. Try again; if it happens twice, the place or "
-            f"something before it changes the file."
-        )
+        wrong = f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes)"
+        remedy = "Try again; if it happens twice, the place or something before it changes the file."
+        raise BundleError(f"{wrong}, got {actual}. None of them was kept; what was installed stays. {remedy}")
     os.replace(partial, parts / entry.sha256)
 
 

@@ -32,12 +32,9 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 def _sources(wanted: Verified, place: str) -> dict[str, Path]:
     """Path in the repository → file here."""
-    content = wanted.directory / CONTENT
-    sources = {f"{place}/{CONTENT}/{name}": content / name for name in wanted.digests}
-    sources[f"{place}/{SIGNATURE}"] = wanted.directory / SIGNATURE
-    if CARD in wanted.digests:
-        sources[CARD] = content / CARD
-    return dict(sorted(sources.items()))
+    names = [SIGNATURE, *(f"{CONTENT}/{name}" for name in wanted.digests)]
+    card = {CARD: wanted.directory / CONTENT / CARD} if CARD in wanted.digests else {}
+    return dict(sorted((card | {f"{place}/{name}": wanted.directory / name for name in names}).items()))
 
 
 class Hub:
