@@ -110,7 +110,7 @@ def _model(dossier: Dossier) -> dict[str, Any]:
 
 
 def _runtime(name: str, version: str) -> dict[str, Any]:
-    purl, described = str(origin.pypi(name, version)), "Runs the bundle; the lowest version, and not part of it."
+    described, purl = "Runs the bundle; the lowest version, and not part of it.", str(origin.pypi(name, version))
     fields = {"version": version, "scope": "required", "description": described, "purl": purl}
     return _component("library", f"runtime/{name}", name, **fields)
 

@@ -135,10 +135,9 @@ def announced_key(config: SigningConfig) -> KeyIdentity:
     Raises:
         BundleError: the development key cannot be made or read, or is asked for in the release channel.
     """
-    if config.key_id != "development" and not DEVELOPMENT_KEY.exists():
-        return KeyIdentity(id=config.key_id, kind="release")
-    ours = key_id(_development_private_key().public_key())
-    if config.key_id not in ("development", ours):
+    asked = config.key_id == "development"
+    ours = key_id(_development_private_key().public_key()) if asked or DEVELOPMENT_KEY.exists() else ""
+    if not asked and config.key_id != ours:
         return KeyIdentity(id=config.key_id, kind="release")
     if config.channel == "release":
         named = f"key_id {config.key_id} in configs/signing.yaml is {DEVELOPMENT_KEY}"

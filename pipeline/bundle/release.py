@@ -109,6 +109,11 @@ class Stamp(Record):
     key: KeyIdentity
     next_key_id: Sha256 | None = None
 
+    @property
+    def label(self) -> str:
+        """Such as `demo q4 release 7`, or `demo tiers release 7`."""
+        return f"{self.model} {getattr(self, 'variant', 'tiers')} release {self.release}"
+
 
 class Release(Stamp):
     """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file.

@@ -124,33 +124,25 @@ def _check_layout(directory: Path) -> Iterator[Finding]:
 # --- files against digests -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Signed:
-    """Digests that the signature proves, and the sizes that the document adds where it can be read."""
-
-    digests: Mapping[str, str]
-    entries: Mapping[str, FileEntry]
-
-    def may_be_listed(self, size: int) -> bool:
-        """Whether a listed file can have this size: others are not worth the time that hashing them takes."""
-        return not self.entries or any(entry.size == size for entry in self.entries.values())
-
-    def name_of(self, digest: str) -> str | None:
-        """The first file with this digest."""
-        return min((name for name, signed in self.digests.items() if signed == digest), default=None)
+# `digests` are those that the signature proves, `entries` what release.json says of sizes, where it can be read.
 
 
-def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
+def _may_be_listed(size: int, entries: Mapping[str, FileEntry]) -> bool:
+    """Whether a listed file can have this size: others are not worth the time that hashing them takes."""
+    return not entries or any(entry.size == size for entry in entries.values())
+
+
+def _check_file(path: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
     """One file against its signed digest, and against its size in release.json where that is known."""
-    file, size, entry = f"{CONTENT}/{path.name}", path.lstat().st_size, signed.entries.get(path.name)
+    file, size = f"{CONTENT}/{path.name}", path.lstat().st_size
+    digest, entry = digests[path.name], entries.get(path.name)
     documents = (Release.file_name, Refusal.file_name, TiersDocument.file_name)
-    plausible = size <= SMALL or (path.name not in documents and signed.may_be_listed(size))
+    plausible = size <= SMALL or (path.name not in documents and _may_be_listed(size, entries))
     actual = _sha256(path) if plausible else None
-    digest = signed.digests[path.name]
     if actual == digest and (entry is None or entry.size == size):
         return
-    if actual is not None and actual != digest and (other := signed.name_of(actual)) is not None:
-        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {other}, sha256 {actual}")
+    if actual != digest and (others := sorted(name for name, other in digests.items() if other == actual)):
+        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {others[0]}, sha256 {actual}")
     elif entry is not None and size != entry.size:
         kind, amiss = (Kind.TRUNCATED, "are missing") if size < entry.size else (Kind.EXTENDED, "too many")
         message = f"expected {entry.size:,} bytes, found {size:,}: {abs(entry.size - size):,} bytes {amiss}"
@@ -161,9 +153,9 @@ def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
         yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
 
 
-def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterator[Finding]:
+def _check_strangers(content: Path, names: list[str], digests: Mapping[str, str]) -> Iterator[Finding]:
     """Findings about entries that no signature names: hidden files and git's are entries like all others."""
-    folded = {name.casefold(): name for name in signed.digests}
+    folded = {name.casefold(): name for name in digests}
     for name in names:
         path, file = content / name, f"{CONTENT}/{_shown(name)}"
         if stat.S_ISDIR(path.lstat().st_mode):
@@ -176,12 +168,12 @@ def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterat
             yield Finding(Kind.EXTRA, file, f"a file of {size:,} bytes that the signature does not cover{case}")
 
 
-def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
+def _check_content(content: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
     """Findings about every entry of the folder against the signed digests."""
-    digests, present = signed.digests, set(os.listdir(content))
+    present = set(os.listdir(content))
     missing, strangers = sorted(digests.keys() - present), sorted(present - digests.keys())
     stats = {name: (content / name).lstat() for name in strangers} if missing else {}
-    plain = [name for name, it in stats.items() if stat.S_ISREG(it.st_mode) and signed.may_be_listed(it.st_size)]
+    plain = [name for name, it in stats.items() if stat.S_ISREG(it.st_mode) and _may_be_listed(it.st_size, entries)]
     moved = {_sha256(content / name): name for name in plain}
     for name in missing:
         if (found := moved.get(digests[name])) is not None:
@@ -190,12 +182,12 @@ def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
             strangers = [stranger for stranger in strangers if stranger != found]
         else:
             yield Finding(Kind.MISSING, f"{CONTENT}/{name}", f"expected sha256 {digests[name]}, found no such file")
-    yield from _check_strangers(content, strangers, signed)
+    yield from _check_strangers(content, strangers, digests)
     for name in sorted(digests.keys() & present):
         if finding := _type_finding(content / name, f"{CONTENT}/{name}"):
             yield finding
         else:
-            yield from _check_file(content / name, signed)
+            yield from _check_file(content / name, digests, entries)
 
 
 # --- the signed document -------------------------------------------------------------------------------------------
@@ -326,7 +318,7 @@ def verify(
             document, malformed = _read_document(directory / CONTENT, kinds, digests)
             findings += [malformed] if malformed else []
             entries = document.files if isinstance(document, Release) else {}
-            findings += _check_content(directory / CONTENT, _Signed(digests, entries))
+            findings += _check_content(directory / CONTENT, digests, entries)
         if document is not None and signer is not None:
             floor = max(highest_release or 0, (memory and memory.highest(document.model)) or 0)
             complaints = [

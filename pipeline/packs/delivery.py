@@ -115,12 +115,9 @@ def packable(bundle: Path, release: Release, tiers: Path) -> Packable:
     """
     sources = {f"{BUNDLE}/{CONTENT}/{name}": bundle / CONTENT / name for name in release.files}
     listed = {f"{BUNDLE}/{CONTENT}/{name}": entry for name, entry in release.files.items()}
-    others = {
-        f"{BUNDLE}/{CONTENT}/{Release.file_name}": bundle / CONTENT / Release.file_name,
-        f"{BUNDLE}/{SIGNATURE}": bundle / SIGNATURE,
-        f"{TIERS}/{CONTENT}/{TiersDocument.file_name}": tiers / CONTENT / TiersDocument.file_name,
-        f"{TIERS}/{SIGNATURE}": tiers / SIGNATURE,
-    }
+    others: dict[str, Path] = {}
+    for top, folder, kind in ((BUNDLE, bundle, Release), (TIERS, tiers, TiersDocument)):
+        others |= {f"{top}/{name}": folder / name for name in (f"{CONTENT}/{kind.file_name}", SIGNATURE)}
     return Packable(release, listed | describe_files(others), sources | others)
 
 

@@ -183,10 +183,9 @@ def _packs_as_indexed(tree: Tree[Any]) -> Found:
 def _pack_files(tree: Tree[Any], folder: str, delivery: Delivery, number: int) -> Found:
     """One pack's folder against the index: every file there with its size and hash, and no other."""
     pack, present = delivery.packs[number], tree.below(folder)
-    own_index = {INDEX} if number == 0 else set()
     for path in sorted(pack.files.keys() - present.keys()):
         yield f"{folder}/{path}", f"the index lists it in pack {pack.name}, but it is not there"
-    for path in sorted(present.keys() - pack.files.keys() - own_index):
+    for path in sorted(present.keys() - pack.files.keys() - ({INDEX} if number == 0 else set())):
         yield f"{folder}/{path}", f"it is not in the index: no phone would take it ({present[path]:,} bytes)"
     for path in sorted(pack.files.keys() & present.keys()):
         entry = pack.files[path]

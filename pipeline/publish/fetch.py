@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
+from urllib3.exceptions import MaxRetryError
+from urllib3.util import Retry
 
 from pipeline import files
 from pipeline.bundle.keys import load_public_keys
@@ -37,10 +39,14 @@ from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.places import Reader, open_place
-from pipeline.publish.transfer import read_all, stream
+from pipeline.publish.places import Body, Interrupted, Reader, open_place
 
 STATE = "releases.json"  # beside DIR, unless another file is named
+CHUNK = 1 << 18  # bytes
+ATTEMPTS = 8  # requests in a row that bring nothing new
+BACKOFF_SECONDS = 0.5  # doubled from the second attempt on
+MOST_SECONDS = 60  # between two attempts, also where a server asks for more
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Fetched:
 
     def describe(self) -> str:
         """One line for people."""
-        what = f"{self.document.model} {self.document.variant} release {self.document.release}"
-        return f"{self.directory}: {what}, verified; {self.downloaded:,} bytes downloaded, {self.reused:,} were here"
+        moved = f"{self.downloaded:,} bytes downloaded, {self.reused:,} were here"
+        return f"{self.directory}: {self.document.label}, verified; {moved}"
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def _install(client: _Client, document: Release, bundle: Path, parts: Path, targ
             path.unlink()
     _reuse(target / CONTENT, wanted, parts)
     kept = {digest: _kept(parts, digest) for digest in wanted}
-    left = sum(wanted[digest].size - kept[digest] for digest in wanted)
+    left = sum(entry.size - kept[digest] for digest, entry in wanted.items())
     files.require_free_space(parts, left, f"fetch {document.model} {document.variant}")
     with Progress(f"fetch {document.model} {document.variant}", len(wanted), "files", left) as progress:
         for digest, entry in sorted(wanted.items(), key=lambda item: names[item[0]]):
@@ -256,11 +262,9 @@ def _reuse(installed: Path, wanted: dict[str, FileEntry], parts: Path) -> None:
     """Give files of an installed release that have a wanted digest a second name in `parts`."""
     sizes = {entry.size for entry in wanted.values()}
     for file in sorted(installed.iterdir()) if installed.is_dir() else []:
-        found = file.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_size in sizes:
-            digest = files.sha256_of(file)
-            if digest in wanted:
-                files.link_or_copy(file, parts / digest)
+        plausible = not file.is_symlink() and file.is_file() and file.stat().st_size in sizes
+        if plausible and (digest := files.sha256_of(file)) in wanted:
+            files.link_or_copy(file, parts / digest)
 
 
 def _kept(parts: Path, digest: str) -> int:
@@ -305,3 +309,70 @@ def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Pr
         progress.advance(0, len(chunk))
     file.flush()
     return digest.hexdigest()
+
+
+# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived -----------------------
+
+
+def _patience() -> Retry:
+    return Retry(
+        total=ATTEMPTS - 1,
+        backoff_factor=BACKOFF_SECONDS,
+        backoff_jitter=BACKOFF_SECONDS,
+        backoff_max=MOST_SECONDS,
+        retry_after_max=MOST_SECONDS,
+    )
+
+
+def _pause(patience: Retry, broken: Interrupted, where: str, position: int) -> Retry:
+    try:
+        patience = patience.increment(error=broken)
+    except MaxRetryError:
+        failed = f"{ATTEMPTS} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}"
+        remedy = "What arrived is kept: run the same command again and it goes on there."
+        raise BundleError(f"{where}: {failed}. {remedy}") from None
+    _LOG.info("%s: %s at byte %s; going on", where, broken, f"{position:,}")
+    patience.sleep(broken.response)
+    return patience
+
+
+def _skip(body: Body, count: int) -> None:
+    """Read past bytes that are here already: a server without Range begins at the first one again."""
+    while count > 0:
+        chunk = body.read(min(CHUNK, count))
+        if not chunk:
+            raise Interrupted("the answer ended early")
+        count -= len(chunk)
+
+
+def stream(reader: Reader, path: str, start: int, size: int | None, limit: int | None = None) -> Iterator[bytes]:
+    """The bytes of `path` from `start` to `size`, never more, whatever the server sends; None: to the file's end.
+
+    `limit` bounds a file whose size is not known.
+
+    Raises:
+        BundleError: not there, longer than `limit`, or `ATTEMPTS` requests in a row brought nothing new.
+    """
+    position, patience, where = start, _patience(), f"{reader.shown}/{path}"
+    while size is None or position < size:
+        reached = position
+        try:
+            with reader.open(path, position) as body:
+                size = body.total if size is None else size
+                _skip(body, position - body.start)
+                while chunk := body.read(CHUNK if size is None else min(CHUNK, size - position)):
+                    position += len(chunk)
+                    if limit is not None and position > limit:
+                        raise BundleError(f"{where} has more than {limit:,} bytes: it is no document of ours.")
+                    yield chunk
+            if size is None:
+                return
+            if position < size:
+                raise Interrupted("the answer ended early")
+        except Interrupted as broken:
+            patience = _pause(_patience() if position > reached else patience, broken, where, position)
+
+
+def read_all(reader: Reader, path: str, limit: int) -> bytes:
+    """A small file of unknown size, at most `limit` bytes. Raises as `stream`."""
+    return b"".join(stream(reader, path, 0, None, limit))

@@ -83,18 +83,18 @@ class Hub:
         place = wanted.variant or TIERS
         tag, (tags, head) = f"{place}-r{wanted.document.release}", self._refs
         if tag in tags:
-            return f"{wanted.title}: tag {tag} of {self.shown} holds it already"
+            return f"{wanted.document.label}: tag {tag} of {self.shown} holds it already"
         sources = _sources(wanted, place)
         # Files of an earlier release that this one does not have: beside it they would make the folder fail.
         stale = sorted(path for path in self._files("main") if path.startswith(f"{place}/") and path not in sources)
         commit = head  # the commit of an earlier run, if it was cut off before the tag
         if stale or self._differing(head, sources):
-            commit = self._commit(sources, stale, head, f"{wanted.title}, signed")
+            commit = self._commit(sources, stale, head, f"{wanted.document.label}, signed")
         if wrong := ", ".join(self._differing(commit, sources)):
             raise BundleError(f"{self.shown}@{commit}: {wrong} is not there as it was sent. It was not tagged.")
         with self._errors("the tag"):
             self.api.create_tag(self.repository, tag=tag, revision=commit)
-        return f"{wanted.title}: {len(sources)} files in {self.shown}, tag {tag}, commit {commit}"
+        return f"{wanted.document.label}: {len(sources)} files in {self.shown}, tag {tag}, commit {commit}"
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.bundle.release import CONTENT
 from pipeline.bundle.tiers import TiersDocument
@@ -38,28 +37,21 @@ class Destination(Protocol):
         """Write what is not there yet; says what it did."""
 
 
-def push(
-    directory: Path,
-    destination: str,
-    public_keys: Path | Sequence[Path],
-    *,
-    now: datetime | None = None,
-    allow_development: bool = False,
-) -> str:
+def push(directory: Path, destination: str, public_keys: Path | Sequence[Path], **checks: Any) -> str:
     """Publish a bundle or a signed tiers folder to a folder, s3://bucket/folder or hf://owner/name; says what it did.
 
-    `now` (aware; default: the clock) is compared with the expiry.
+    `checks` are what `verify` takes besides: `now` (aware; default: the clock) and `allow_development`.
 
     Raises:
         BundleError: the bundle does not verify or is a refusal; this release is published with other bytes, or a
             higher one is; tiers name a bundle that is not published; the place refuses or does not keep what it got.
         ResourceError: a folder's disk is too small.
     """
-    wanted = verified(directory, public_keys, now, allow_development)
+    wanted = verified(directory, public_keys, **checks)
     target = _open(destination)
     _require_next(wanted, target)
     if isinstance(wanted.document, TiersDocument):
-        _require_bundles(wanted.title, wanted.document, target)
+        _require_bundles(wanted.document.label, wanted.document, target)
     return target.publish(wanted)
 
 
@@ -76,10 +68,10 @@ def _require_next(wanted: Verified, target: Destination) -> None:
     model, release = wanted.document.model, wanted.document.release
     if target.signature(model, wanted.variant, release) not in (None, wanted.signature):
         remedy = "Raise `release` in configs/signing.yaml, then bundle and sign again."
-        what = f"{wanted.title} is published with another signature, and what is published never changes"
+        what = f"{wanted.document.label} is published with another signature, and what is published never changes"
         raise BundleError(f"{what}. {remedy}")
     if (highest := max(target.releases(model, wanted.variant), default=0)) > release:
-        what = f"{wanted.title} is older than what is published, release {highest}"
+        what = f"{wanted.document.label} is older than what is published, release {highest}"
         remedy = "phones that have that one refuse a lower one. Publish the older content under a new number."
         raise BundleError(f"{what}: {remedy}")
 
@@ -117,14 +109,14 @@ class _Blobs:
         total = len(wanted.digests)
         kept = f", {total - len(written)} were there" if len(written) < total else ""
         moved = f"{len(written)} of {total} files, {sum(written.values()):,} bytes"
-        return f"{wanted.title}: {moved}, to {self.shown}{kept}; {layout.pointer(folder)} names it"
+        return f"{wanted.document.label}: {moved}, to {self.shown}{kept}; {layout.pointer(folder)} names it"
 
     def _put_blobs(self, wanted: Verified) -> dict[str, int]:
         """Write the files that are not there; digest → bytes of those that were written."""
         sources = {digest: wanted.directory / CONTENT / name for name, digest in wanted.digests.items()}
         sizes = {digest: path.stat().st_size for digest, path in sources.items()}
         written = {}
-        with Progress(f"push {wanted.title}", len(sources), "files", sum(sizes.values())) as progress:
+        with Progress(f"push {wanted.document.label}", len(sources), "files", sum(sizes.values())) as progress:
             for digest, path in sorted(sources.items(), key=lambda item: item[1]):
                 blob, size = layout.blob(digest), sizes[digest]
                 if (there := self.place.size(blob)) is None:

@@ -45,11 +45,6 @@ class Bundle:
     release: Release
     digests: Mapping[str, str]
 
-    @property
-    def title(self) -> str:
-        """Such as `demo q4 release 7`."""
-        return f"{self.release.model} {self.release.variant} release {self.release.release}"
-
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if it has no such file."""
         return (self.directory / name).stat().st_size if name in self.digests else None
@@ -95,7 +90,7 @@ class Update:
         rows += [(it.name, it.status, *(_figure(getattr(it, column)) for column in _COLUMNS)) for it in self.files]
         rows.append(("total", "", *map(_figure, self.totals.values())))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.old.title} → {self.new.title}: bytes to download"]
+        lines = [f"{self.old.release.label} → {self.new.release.label}: bytes to download"]
         for row in rows:
             lines.append("  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]))
         if self.totals["delta_bytes"] is None:
@@ -181,7 +176,7 @@ def compare(old_directory: Path, new_directory: Path) -> Update:
     """
     old, new = read_bundle(old_directory), read_bundle(new_directory)
     if (old.release.model, old.release.variant) != (new.release.model, new.release.variant):
-        raise BundleError(f"{old.title} and {new.title} are not releases of one bundle.")
+        raise BundleError(f"{old.release.label} and {new.release.label} are not releases of one bundle.")
     changed = set(new.digests.values()) - set(old.digests.values())
     hashes = [page_hashes(old.directory / name) for name in old.digests if changed]
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
