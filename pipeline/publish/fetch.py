@@ -311,7 +311,7 @@ def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Pr
     return digest.hexdigest()
 
 
-# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived -----------------------
+# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived ----------------------
 
 
 def _patience() -> Retry:
