@@ -11,7 +11,7 @@ import yaml
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import write_json
 from pipeline.stages import verdict
-from pipeline.workspace import REFERENCE, Workspace
+from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -24,7 +24,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     tiny.edit(Path("configs/gates.yaml"), classes=own | shipped)
     workspace = Workspace(tiny.MODEL)
     workspace.metrics(REFERENCE).parent.mkdir(parents=True)
-    for path in (workspace.metrics(REFERENCE), workspace.parity):
+    for path in (workspace.metrics(REFERENCE), workspace.parity, workspace.artifact("q4") / PLAN_FILE):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {})
     return workspace
