@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.chunks import SUFFIX
-from pipeline.checkpoint.sources import SourceLock, read_lock
+from pipeline.checkpoint.lock import SourceLock, read_lock
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import fetch_model, write_lock
+from pipeline.checkpoint.lock import write_lock
+from pipeline.checkpoint.sources import fetch_model
 from pipeline.config.models import load_model
 from pipeline.stages import export
 from pipeline.workspace import Workspace

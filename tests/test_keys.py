@@ -24,9 +24,9 @@ from tests import tiny
 from tests.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-CHAIN = [name for name in STAGES if name not in ("bundle", "sign", "tiers", "packs", "report")]
-"""Stages whose code provenance names: a bundle is made again when it changes."""
 MEASURED = {"reference", "validate"}
+TASKS = {"verdict", "bundle", "tiers", "report"}
+"""Seconds each: they read of the tasks what is judged and shown, and so import them."""
 
 
 class Repository:
@@ -123,15 +123,14 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
         ("parity/compare.py", {"parity", "bundle"}),
         ("quantize/gptq.py", {"quantize", "bundle"}),
         ("artifact/write.py", {"quantize", "bundle"}),
-        ("runtime/generate.py", {*MEASURED, "bundle"}),
-        ("confine/worker.py", {*MEASURED, "bundle"}),
-        ("stages/verdict.py", {"verdict", "bundle"}),
+        ("runtime/generate.py", {*MEASURED, *TASKS}),
+        ("tasks/mmlu_scoring.py", {*MEASURED, *TASKS}),
+        ("stages/validate.py", {*MEASURED, "bundle"}),
         ("judge/policy.py", {"verdict", "bundle"}),  # which row of limits judges
         ("bundle/bom.py", {"bundle"}),
-        ("stages/sign.py", {"sign", "tiers"}),
         ("stages/tiers.py", {"tiers"}),
         ("packs/android.py", {"packs"}),
-        ("report/cells.py", {"report"}),
+        ("report/page.html.j2", {"report"}),
         ("preflight/needs.py", set()),  # says what a stage takes, decides nothing
         ("cli.py", set()),
         ("progress.py", set()),

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import read_lock
+from pipeline.checkpoint.lock import read_lock
 from pipeline.config.sources import WheelSource, load_datasets
 from pipeline.files import link_or_copy
 from tests.conftest import ROOT, dataset

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from pipeline.bundle import bom, card, licence, provenance
 from pipeline.bundle.dossier import Dossier
 from pipeline.bundle.materials import gather
-from pipeline.bundle.release import CONTENT, FileEntry, Refusal, Runtime, describe_files
+from pipeline.bundle.release import CONTENT, SMALL, FileEntry, Refusal, Runtime, describe_files
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
@@ -25,8 +25,6 @@ from pipeline.files import write_bytes
 from pipeline.judge.verdicts import Verdict
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import PLAN_FILE, Workspace
-
-_MOST_BYTES = 16 << 20  # no document of ours comes near it
 
 
 def write(
@@ -113,7 +111,7 @@ def inspect(bundle: Path) -> int:
 def _read(path: Path) -> tuple[bytes, str | None]:
     if path.is_symlink() or not path.is_file():
         return b"", "there is no such file"
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > SMALL:
         return b"", f"it has {path.stat().st_size:,} bytes, more than any document of ours"
     return path.read_bytes(), None
 

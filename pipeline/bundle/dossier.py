@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.bundle.release import FileEntry, Runtime
-from pipeline.checkpoint.sources import SourceLock
+from pipeline.checkpoint.lock import SourceLock
 from pipeline.judge.verdicts import REPORTED, Verdict
 from pipeline.tasks import registry
 from pipeline.tasks.task import RATCHET, Figure

@@ -20,7 +20,7 @@ from pipeline import keys
 from pipeline.bundle import lockfile, origin
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.provenance import Material
-from pipeline.checkpoint.sources import SourceLock
+from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import load_recipe
 from pipeline.workspace import Workspace

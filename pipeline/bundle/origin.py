@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packageurl import PackageURL
 
-from pipeline.checkpoint.sources import SourceLock
+from pipeline.checkpoint.lock import SourceLock
 
 
 def pypi(name: str, version: str) -> PackageURL:

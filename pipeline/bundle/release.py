@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipeline.errors import BundleError
 
 CONTENT = "content"
 SIGNATURE = "model.sig"
+SMALL = 16 << 20  # bytes; no signature and no document of ours comes near it
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 TELEMETRY = (
     "ONNX Runtime 1.29 and later sends telemetry by default on Linux, macOS, Android and iOS. "
@@ -181,24 +183,21 @@ def parse(kind: type[Model], raw: bytes) -> Model:
     return value
 
 
-def build_time(fallback: datetime) -> datetime:
-    """The moment that documents are dated with: SOURCE_DATE_EPOCH (seconds) if set, else `fallback`, in UTC.
+def build_time() -> datetime:
+    """The moment that documents are dated with, in UTC: SOURCE_DATE_EPOCH (seconds) if set, else when the configuration
+    in use was committed, the same for every build of a tag, else the clock's.
 
-    Raises:
-        BundleError: SOURCE_DATE_EPOCH is not a number of seconds, or `fallback` has no time zone.
+    Raises BundleError where SOURCE_DATE_EPOCH is not a number of seconds.
     """
-    text = os.environ.get("SOURCE_DATE_EPOCH")
-    if text is not None:
-        try:
-            return datetime.fromtimestamp(int(text), UTC)
-        except (ValueError, OverflowError, OSError):
-            raise BundleError(
-                f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. Set it to the output of "
-                f"`git log -1 --format=%ct`, or unset it."
-            ) from None
-    if fallback.tzinfo is None:
-        raise BundleError(f"time {fallback.isoformat()} has no time zone: pass an aware datetime, such as one in UTC.")
-    return fallback.astimezone(UTC)
+    done = subprocess.run(["git", "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
+    text = os.environ.get("SOURCE_DATE_EPOCH", done.stdout.strip())
+    try:
+        return datetime.fromtimestamp(int(text), UTC) if text else datetime.now(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise BundleError(
+            f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. Set it to the output of `git log -1 "
+            f"--format=%ct`, or unset it."
+        ) from None
 
 
 def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetime) -> dict[str, Any]:

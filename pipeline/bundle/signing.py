@@ -93,12 +93,8 @@ class _Envelope(_Level):
     signatures: Annotated[list[_DsseSignature], Field(min_length=1, max_length=1)]
 
 
-class _PublicKeyHint(_Level):
-    hint: Sha256
-
-
 class _Material(_Level):
-    publicKey: _PublicKeyHint
+    publicKey: Annotated[dict[Literal["hint"], Sha256], Field(min_length=1)]
     tlogEntries: Annotated[list[Any], Field(max_length=0)]
 
 
@@ -108,13 +104,9 @@ class _SigstoreBundle(_Level):
     dsseEnvelope: _Envelope
 
 
-class _Digest(_Level):
-    sha256: Sha256
-
-
 class _Subject(_Level):
     name: str
-    digest: _Digest
+    digest: Annotated[dict[Literal["sha256"], Sha256], Field(min_length=1)]
 
 
 class _Serialization(_Level):
@@ -277,7 +269,7 @@ def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -
             Kind.INVALID_SIGNATURE, f"it names the key {proof.keyid}, but that key did not sign this statement"
         )
     expected, hint = key_id(signer), hashlib.sha256(public_pem(signer)).hexdigest()
-    if proof.keyid != expected or bundle.verificationMaterial.publicKey.hint != hint:
+    if proof.keyid != expected or bundle.verificationMaterial.publicKey["hint"] != hint:
         raise SignatureError(
             Kind.MALFORMED_SIGNATURE, f"the key {expected} signed it, but it names another (its label was changed)"
         )
@@ -299,7 +291,7 @@ def read_statement(payload: bytes) -> dict[str, str]:
         "names a file twice": len(digests) != len(resources),
         "names two files that differ only in case": len({name.casefold() for name in digests}) != len(digests),
         "has another root digest than its files": (
-            root_digest([resource.digest for resource in resources]) != statement.subject[0].digest.sha256
+            root_digest([resource.digest for resource in resources]) != statement.subject[0].digest["sha256"]
         ),
     }
     for fault, found in faults.items():

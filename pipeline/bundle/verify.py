@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.bundle.keys import key_id, load_public_keys
-from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Refusal, Release, Stamp, parse, parse_time
+from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, FileEntry, Refusal, Release, Stamp, parse, parse_time
 from pipeline.bundle.signing import Kind, SignatureError, authenticate, read_statement
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.checkpoint.untrusted import open_regular
 from pipeline.errors import BundleError
 
-_SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
 _CLOCK_SKEW = timedelta(days=1)  # two honest clocks may differ by this much
 
 
@@ -102,8 +101,8 @@ def _sha256(path: Path) -> str:
 def _read_small(path: Path) -> bytes | None:
     """All bytes, or None if there are more than any signature or document of ours has."""
     with open_regular(path) as file:
-        raw = file.read(_SMALL + 1)
-    return raw if len(raw) <= _SMALL else None
+        raw = file.read(SMALL + 1)
+    return raw if len(raw) <= SMALL else None
 
 
 def _shown(name: str) -> str:
@@ -165,7 +164,7 @@ def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
     """One file against its signed digest, and against its size in release.json where that is known."""
     file, size, entry = f"{CONTENT}/{path.name}", path.lstat().st_size, signed.entries.get(path.name)
     documents = (Release.file_name, Refusal.file_name, TiersDocument.file_name)
-    plausible = size <= _SMALL or (path.name not in documents and signed.may_be_listed(size))
+    plausible = size <= SMALL or (path.name not in documents and signed.may_be_listed(size))
     actual = _sha256(path) if plausible else None
     digest = signed.digests[path.name]
     if actual == digest and (entry is None or entry.size == size):
@@ -199,21 +198,13 @@ def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterat
             yield Finding(Kind.EXTRA, file, f"a file of {size:,} bytes that the signature does not cover{case}")
 
 
-def _find_renamed(content: Path, strangers: list[str], signed: _Signed) -> dict[str, str]:
-    """Strangers that have the bytes of a listed file, by their digest."""
-    stats = {name: (content / name).lstat() for name in strangers}
-    return {
-        _sha256(content / name): name
-        for name, found in stats.items()
-        if stat.S_ISREG(found.st_mode) and signed.may_be_listed(found.st_size)
-    }
-
-
 def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
     """Findings about every entry of the folder against the signed digests."""
     digests, present = signed.digests, set(os.listdir(content))
     missing, strangers = sorted(digests.keys() - present), sorted(present - digests.keys())
-    moved = _find_renamed(content, strangers, signed) if missing else {}
+    stats = {name: (content / name).lstat() for name in strangers} if missing else {}
+    plain = [name for name, it in stats.items() if stat.S_ISREG(it.st_mode) and signed.may_be_listed(it.st_size)]
+    moved = {_sha256(content / name): name for name in plain}
     for name in missing:
         if (found := moved.get(digests[name])) is not None:
             message = f"it is here as {_shown(found)}, with the same sha256 {digests[name]}"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from pipeline.calibrate.windows import input_windows
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import fetch_dataset
+from pipeline.checkpoint.lock import dataset_path
 from pipeline.config.calibration import CalibrationConfig
 from pipeline.config.sources import load_datasets
 from pipeline.errors import CheckpointError
@@ -19,7 +19,7 @@ from pipeline.runtime.chat import transcript
 
 def dataset(name: str, store: Store) -> Path:
     """Path of a pinned dataset's file."""
-    return fetch_dataset(name, load_datasets().datasets[name], store)
+    return dataset_path(name, load_datasets().datasets[name], store)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

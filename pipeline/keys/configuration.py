@@ -16,7 +16,7 @@ from pipeline.config.sources import load_datasets
 from pipeline.config.typed_yaml import CONFIGS, read
 from pipeline.keys.closure import Closure, modules, source_of
 
-_LOAD = "pipeline.config.typed_yaml.load"  # a module that imports it reads files of configs/
+_CONFIGS = "pipeline.config.typed_yaml.CONFIGS"  # a module that imports it reads files there
 _BY_VALUE = "load_datasets"  # its entries count where their name is mentioned
 
 
@@ -49,7 +49,7 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
 def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in closure.names:
         module, _, function = name.rpartition(".")
-        if function.startswith(("load_", "has_")) and module in modules() and _LOAD in source_of(module).imports:
+        if function.startswith(("load_", "has_")) and module in modules() and _CONFIGS in source_of(module).imports:
             yield function, getattr(import_module(module), function)
 
 

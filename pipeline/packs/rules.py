@@ -11,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.bundle.release import CONTENT, SIGNATURE, Record, Release, parse
+from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, Record, Release, parse
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
 from pipeline.packs.delivery import BUNDLE, INDEX, TIERS, Delivery, Pack, pack_digest, total
 
-_SMALL = 16 << 20  # bytes; no text of a store folder comes near it
 RELEASE = f"{BUNDLE}/{CONTENT}/{Release.file_name}"
 
 Index = TypeVar("Index", bound=Record)
@@ -86,7 +85,7 @@ class Tree(ABC, Generic[Index]):
 
     def text(self, path: str) -> str:
         """A small text file; empty when it is missing, too large or not UTF-8, which the rules then report."""
-        if self.sizes.get(path, _SMALL) >= _SMALL:
+        if self.sizes.get(path, SMALL) >= SMALL:
             return ""
         return (self.folder / path).read_bytes().decode(errors="replace")
 

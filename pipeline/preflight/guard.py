@@ -24,6 +24,7 @@ from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
 
+_GUARDED = ("download", "calibrate", "sensitivity", "parity", "quantize", "validate")
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 
 
@@ -46,7 +47,7 @@ def guarded(
         Workspace(model or "").sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")
     else:
-        if model:
+        if model and stage in _GUARDED:
             before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
@@ -67,8 +68,9 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
     if stage == "download":
         check_all()
         require_download(model, store)
-        for name, source in needed_datasets().items():
-            fetch_dataset(name, source, store)
+    for name, source in needed_datasets().items():  # what is in the store is not fetched again
+        fetch_dataset(name, source, store)
+    if stage == "download":
         return
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else None)
     _require_room(stage, model, variant, store)

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import files
 from pipeline.bundle.keys import load_public_keys
-from pipeline.bundle.release import CONTENT, SIGNATURE, FileEntry, Release, Stamp
+from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, FileEntry, Release, Stamp
 from pipeline.bundle.signing import SignatureError, open_signature
 from pipeline.bundle.tiers import TierRefusal, TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
@@ -39,7 +39,6 @@ from pipeline.publish import layout
 from pipeline.publish.places import Reader, open_place
 from pipeline.publish.transfer import CHUNK, read_all, stream
 
-SMALL = 16 << 20  # bytes; no signature or document of ours comes near it
 STATE = "releases.json"  # beside DIR, unless another file is named
 
 

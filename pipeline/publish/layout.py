@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from pipeline.bundle.release import SIGNATURE
 
-POINTER = "latest.sig"
-
 
 def blob(sha256: str) -> str:
     """Path of a file by the SHA-256 of its bytes (64 hex digits)."""
@@ -33,4 +31,4 @@ def signature(folder: str, release: int) -> str:
 
 def pointer(folder: str) -> str:
     """Path of the highest release's signature."""
-    return f"{folder}/{POINTER}"
+    return f"{folder}/latest.sig"

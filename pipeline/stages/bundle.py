@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.bundle import documents
@@ -32,12 +30,6 @@ from pipeline.planning.devices import fitting_tiers
 from pipeline.workspace import PLAN_FILE, Workspace
 
 
-def commit_time() -> datetime:
-    """When the configuration in use was committed: the same for every build of a tag. The clock outside git."""
-    done = subprocess.run(["git", "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
-    return datetime.fromtimestamp(int(done.stdout), UTC) if done.stdout.strip() else datetime.now(UTC)
-
-
 def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/content: artifact, documents, release.json; or refusal.json alone."""
     with tempfile.TemporaryDirectory() as folder:  # for the documents, until the bundle has links to them
@@ -53,7 +45,7 @@ def _run(model: str, variant: str, folder: Path) -> None:
         "variant": variant,
         "signing": signing,
         "key": announced_key(signing),
-        "created": build_time(commit_time()),
+        "created": build_time(),
         "verdict": verdict.to_json(),
     }
     content = workspace.bundle(variant) / CONTENT

@@ -7,7 +7,8 @@ import sys
 from pipeline.calibrate.texts import read_tokenizer
 from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import fetch_model, write_lock
+from pipeline.checkpoint.lock import write_lock
+from pipeline.checkpoint.sources import fetch_model
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_shapes

@@ -7,7 +7,7 @@ import shutil
 
 from pipeline.checkpoint.architecture import check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import SourceLock
+from pipeline.checkpoint.lock import SourceLock
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
 from pipeline.files import atomic_directory, write_json

@@ -112,6 +112,7 @@ def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
     """What decides an artifact's bytes: unfinished work goes on only under the same. 64 hex digits."""
     statistics = [workspace.moments] * (recipe.search != "nearest") + [workspace.ranges] * (recipe.kv_cache == "int8")
     inputs = {
+        "source": [file.sha256 for file in workspace.read_lock().files],  # by hand, nobody may have exported it again
         "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
         "statistics": [sha256_of(workspace.require(file, "calibrate")) for file in statistics],
         "search": recipe.search,

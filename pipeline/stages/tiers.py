@@ -11,7 +11,6 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.files import sha256_of
 from pipeline.judge.measured import judged
-from pipeline.stages.bundle import commit_time
 from pipeline.stages.sign import is_development, require_intact, sign_folder
 from pipeline.workspace import Workspace, public_key_path
 
@@ -29,7 +28,7 @@ def run(model: str) -> None:
         model=model,
         signing=signing,
         key=announced_key(signing),
-        created=build_time(commit_time()),
+        created=build_time(),
         context=wanted.context,
         decisions=decisions,
         signatures=signatures,

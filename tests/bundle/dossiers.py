@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.bundle.dossier import Dossier
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.blobs import LockedFile
-from pipeline.checkpoint.sources import SourceLock
+from pipeline.checkpoint.lock import SourceLock
 from pipeline.judge.verdicts import PASS, REPORTED, GateLine, Verdict
 
 REVISION = "c" * 40

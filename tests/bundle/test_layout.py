@@ -66,7 +66,7 @@ def build(maker: Any, checkpoint: Path, where: Path, recipe: RecipeConfig) -> Bu
         write_bytes(artifact / name, (checkpoint / name).read_bytes())
     files = {file.name: file for file in artifact.iterdir()}
     (where / "sources").mkdir()
-    fields = {"files": release.describe_files(files), "created": release.build_time(CREATED)}
+    fields = {"files": release.describe_files(files), "created": CREATED}
     release.assemble(where / "bundle/content", files, maker.document(where / "sources", **fields))
     maker.sign(where / "bundle")
     return Built(where / "bundle", drafted)

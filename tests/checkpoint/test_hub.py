@@ -16,7 +16,8 @@ from safetensors.numpy import save
 
 from pipeline.checkpoint import hub as hub_module
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model
+from pipeline.checkpoint.lock import SourceLock
+from pipeline.checkpoint.sources import fetch_dataset, fetch_model
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import HubFile
 from pipeline.errors import ResourceError, SourceError

@@ -17,7 +17,8 @@ from safetensors.numpy import save
 
 from pipeline.checkpoint import gguf
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.sources import SourceLock, fetch_dataset, fetch_model, read_lock, write_lock
+from pipeline.checkpoint.lock import SourceLock, read_lock, write_lock
+from pipeline.checkpoint.sources import fetch_dataset, fetch_model
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import WheelSource
 from pipeline.errors import PipelineError, SourceError

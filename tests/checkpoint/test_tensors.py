@@ -160,3 +160,15 @@ def test_values_that_are_not_finite(bad: float, dtype: type, tmp_path: Path) -> 
     assert not checkpoint.rows("w", 0, 5).any()
     with pytest.raises(CheckpointError, match=r"'w' in .*model.safetensors: 2 of 8 values .* first at \[5, 2\]"):
         checkpoint.rows("w", 4, 6)
+
+
+@pytest.mark.parametrize(("name", "shift", "more"), [("b", 0, 0), ("a", 4, 0), ("a", 0, 4)])
+def test_a_graph_of_another_checkpoint_is_told_to_be_exported_again(
+    tmp_path: Path, name: str, shift: int, more: int
+) -> None:
+    save_file({"a": np.ones(6, np.float32)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    ref = checkpoint["a"]
+    checkpoint.check("a", ref.offset, ref.length)
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}' .*exported from another one. Run the export stage"):
+        checkpoint.check(name, ref.offset + shift, ref.length + more)

@@ -21,7 +21,7 @@ from pipeline import keys as code_keys
 from pipeline.bundle import bom, card, documents, keys, licence, lockfile, materials, provenance
 from pipeline.bundle.release import describe_files
 from pipeline.checkpoint.blobs import LockedFile
-from pipeline.checkpoint.sources import SourceLock, write_lock
+from pipeline.checkpoint.lock import SourceLock, write_lock
 from pipeline.config.models import load_model
 from pipeline.errors import BundleError
 from pipeline.files import read_json, sha256_of, write_json

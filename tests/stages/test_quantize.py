@@ -253,40 +253,13 @@ def test_what_decides_the_bytes_starts_anew(
 
 
 def test_other_code_starts_anew(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin()
-    edited = tmp_path / "search.py"
-    code = quantize._code()
-    original = next(path for path in code if path.name == "search.py")
-    edited.write_text(original.read_text() + "\n")
-    monkeypatch.setattr(quantize, "_code", lambda: [edited if path == original else path for path in code])
-    quantize.run(tiny.MODEL, "q4")
-    assert "another source, recipe or code" in capsys.readouterr().err
-
-
-def test_other_libraries_start_anew(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What its key is made of: tests/test_keys.py."""
     begin()
-    monkeypatch.setattr(quantize.numba, "__version__", "0.1")
+    monkeypatch.setattr(quantize.keys, "code", lambda _: "other")
     quantize.run(tiny.MODEL, "q4")
     assert "another source, recipe or code" in capsys.readouterr().err
-
-
-def test_the_code_that_counts_is_what_computes_and_lays_out() -> None:
-    """All modules that writing an artifact imports, but for those that decide no byte."""
-    program = (
-        "import sys, pipeline.artifact.write\n"
-        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('pipeline')))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    package = ROOT / "pipeline"
-    loaded = {Path(file).relative_to(package).as_posix() for file in done.stdout.split()}
-    counted = {path.relative_to(package).as_posix() for path in quantize._code()}
-    plumbing = {"__init__.py", "errors.py", "files.py", "journal.py", "machine.py", "partial.py", "progress.py"}
-    assert {name for name in loaded - counted if not name.startswith("config/")} <= plumbing
-    assert {"quantize/search.py", "artifact/write.py", "planning/recipes.py", "stages/quantize.py"} <= counted
 
 
 def test_the_same_goes_on(workspace: Workspace, computed: list[str], capsys: pytest.CaptureFixture[str]) -> None:

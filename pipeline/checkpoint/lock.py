@@ -1,0 +1,86 @@
+"""What a source was found to contain, as the store and git remember it: read without knowing how it is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
+from pipeline.config.sources import HubFile, WheelSource
+from pipeline.errors import SourceError
+from pipeline.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class SourceLock:
+    """What a source was found to contain: the small file that git tracks in place of the weights.
+
+    Law: `SourceLock.from_json(lock.to_json()) == lock`.
+    """
+
+    model: str
+    source: dict[str, Any]
+    revision: str
+    licence: str
+    files: Annotated[tuple[LockedFile, ...], Field(min_length=1)]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def file(self, name: str) -> LockedFile:
+        """The file called `name`. Raises `SourceError` if the source has none."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise SourceError(f"{self.model}: no file {name!r}; there are {', '.join(file.name for file in self.files)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for `files.write_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> SourceLock:
+        """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except (TypeError, ValueError) as error:
+            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            raise SourceError(f"not a source lock: {'.'.join(map(str, told['loc']))}: {told['msg']}") from None
+
+
+def write_lock(path: Path, lock: SourceLock) -> None:
+    """Write a lock file atomically; equal locks are equal bytes."""
+    with disk_errors(f"write {path}"):
+        write_json(path, lock.to_json())
+
+
+def read_lock(path: Path) -> SourceLock:
+    """Read a lock file. Raises `SourceError` naming the file if it is missing or damaged."""
+    try:
+        return SourceLock.from_json(read_json(path))
+    except (OSError, ValueError, RecursionError, SourceError) as error:
+        raise SourceError(
+            f"{path}: not readable as a source lock ({error}). Make it again: `python -m pipeline download MODEL`."
+        ) from error
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """A file name for whatever decides a source's content."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def dataset_key(source: HubFile | WheelSource) -> str:
+    """The key of a dataset's record in the store."""
+    return key_of({"dataset": source.model_dump()})
+
+
+def dataset_path(name: str, source: HubFile | WheelSource, store: Store) -> Path:
+    """Path in `store` of the bytes of a dataset's one file, which was fetched before. Raises SourceError otherwise."""
+    record = store.record(dataset_key(source))
+    path = store.path(read_lock(record).files[0].sha256) if record.exists() else None
+    if path is None or not path.exists():
+        raise SourceError(f"dataset {name!r} is not in the store. `python -m pipeline download MODEL` fetches it.")
+    return path
