@@ -186,7 +186,7 @@ def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     run = load_pipeline()
     for name in model:
         load_model(name)
-    _function("judge.verdicts", "escalate")(list(model or run.models), list(variant or run.variants))
+    _function("judge.escalation", "escalate")(list(model or run.models), list(variant or run.variants))
 
 
 @cli.command("record-release")

@@ -24,9 +24,8 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.graph.nodes import OPSET
-from pipeline.judge.gates import PASS, Verdict
 from pipeline.judge.measured import judged
-from pipeline.judge.verdicts import describe_line, read_verdict
+from pipeline.judge.verdicts import PASS, Verdict, describe_line, read_verdict
 from pipeline.planning.devices import fitting_tiers
 from pipeline.workspace import PLAN_FILE, Workspace
 
