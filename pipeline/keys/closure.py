@@ -106,8 +106,8 @@ class Closure:
         return cls(dict(sorted(found.items())))
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 by path, of modules and of the files that they name."""
-        files = {file for source in self.sources.values() for file in source.files}
+        """SHA-256 by path, of modules and of the files that they name. Of configuration the values count instead."""
+        files = {file for name, source in self.sources.items() if not _configures(name) for file in source.files}
         return {file.relative_to(PACKAGE.parent).as_posix(): _hash(file) for file in sorted(files)}
 
     def libraries(self) -> dict[str, str]:
@@ -132,10 +132,17 @@ class Closure:
         """Attributes that the code reads; those that a property or method of a configuration class reads count only
         where that one is read itself."""
         found = set().union(*(source.attributes for name, source in self.sources.items() if not _configures(name)))
-        inner = dict(method for name in self.sources if _configures(name) for method in _methods(name))
+        inner = {name: read for name, (read, _) in self._methods().items()}
         while more := set().union(*(inner[name] for name in found & inner.keys())) - found:
             found |= more
         return frozenset(found)
+
+    def methods(self) -> dict[str, str]:
+        """Source text of the configuration's own properties and methods that the code reads, by name."""
+        return {name: text for name, (_, text) in self._methods().items() if name in self.attributes}
+
+    def _methods(self) -> dict[str, tuple[frozenset[str], str]]:
+        return dict(method for name in self.sources if _configures(name) for method in _functions(name))
 
 
 def _configures(name: str) -> bool:
@@ -143,12 +150,14 @@ def _configures(name: str) -> bool:
 
 
 @cache
-def _methods(name: str) -> tuple[tuple[str, frozenset[str]], ...]:
-    """Functions of a module, and the attributes that each reads."""
-    functions = (node for node in ast.walk(ast.parse(modules()[name].read_text())) if isinstance(node, ast.FunctionDef))
+def _functions(name: str) -> tuple[tuple[str, tuple[frozenset[str], str]], ...]:
+    """Methods of a module's classes: name, attributes that each reads, source text."""
+    classes = (node for node in ast.parse(modules()[name].read_text()).body if isinstance(node, ast.ClassDef))
     return tuple(
-        (function.name, frozenset(node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)))
-        for function in functions
+        (node.name, (frozenset(n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)), ast.unparse(node)))
+        for found in classes
+        for node in found.body
+        if isinstance(node, ast.FunctionDef)
     )
 
 

@@ -32,7 +32,8 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
     """What each loading function in a closure gives for an item, as JSON data, by the function's name.
 
     A function takes `model`, `variant`, `variants` or `suite`, or nothing. Of mappings by model, gate class, gate row
-    or dataset only the entries that the item can reach count.
+    or dataset only the entries that the item can reach count. Beside the values stands the source of the
+    configuration's own properties and methods that are read.
     """
     found: dict[str, Any] = {}
     loaders = dict(sorted(_loaders(closure)))
@@ -43,7 +44,7 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         reach.mentioned |= set(_strings(found[name]))
     for chosen in ("models",) * bool(item.model) + ("variants",) * bool(item.variant):  # others change nothing for it
         found.get("load_pipeline", {}).pop(chosen, None)
-    return found
+    return found | closure.methods()
 
 
 def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
