@@ -97,7 +97,7 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     return sorted({name for candidate in current for name in candidate.model_fields})
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML in which a key written twice is an error: PyYAML would keep the last one in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import packages_distributions, version
@@ -26,6 +26,7 @@ class Source:
 
     Attributes:
         imports: dotted names that it may import: `from a import b` may mean a.b.
+        reached: those of our modules that it may import, or names in a string.
         attributes: names read as attributes anywhere in it.
         strings: string constants.
         siblings: whether it imports all modules beside it.
@@ -33,6 +34,7 @@ class Source:
 
     path: Path
     imports: frozenset[str]
+    reached: frozenset[str]
     attributes: frozenset[str]
     strings: frozenset[str]
     siblings: bool
@@ -63,7 +65,8 @@ def modules() -> Mapping[str, Path]:
 def source_of(name: str) -> Source:
     """Parse one of our modules."""
     path = modules()[name]
-    nodes = list(_walk(ast.parse(path.read_text(encoding="utf-8"))))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [node for part in tree.body if not _for_types(part) for node in ast.walk(part)]
     imports: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -72,16 +75,13 @@ def source_of(name: str) -> Source:
             imports |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     attributes = frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
     texts = frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return Source(path, frozenset(imports), attributes, texts, "iter_modules" in attributes)
+    reached = frozenset((imports | texts) & modules().keys())
+    return Source(path, frozenset(imports), reached, attributes, texts, "iter_modules" in attributes)
 
 
-def _walk(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from _walk(node)
+def _for_types(node: ast.stmt) -> bool:
+    """Whether only a type checker reads a statement."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Closure:
             if name in found or name.startswith(_NEUTRAL) or name not in modules():
                 continue
             found[name] = source = source_of(name)
-            left += [name.rpartition(".")[0], *source.imports, *source.strings]
+            left += [name.rpartition(".")[0], *source.reached]
             if source.siblings:
                 left += [other for other in modules() if other.rpartition(".")[0] == source.package]
         return cls(dict(sorted(found.items())))
@@ -115,7 +115,7 @@ class Closure:
         tops = {name.split(".")[0] for source in self.sources.values() for name in source.imports}
         tops |= {below for top in tops for below in _BENEATH.get(top, ())}
         names = {distribution for top in tops for distribution in _distributions().get(top, ())}
-        return {name: version(name) for name in sorted(names)}
+        return {name: _version(name) for name in sorted(names)}
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -159,6 +159,11 @@ def _functions(name: str) -> tuple[tuple[str, tuple[frozenset[str], str]], ...]:
         for node in found.body
         if isinstance(node, ast.FunctionDef)
     )
+
+
+@cache
+def _version(distribution: str) -> str:
+    return version(distribution)
 
 
 @cache

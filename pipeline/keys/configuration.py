@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -54,9 +55,9 @@ def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield function, getattr(import_module(module), function)
 
 
-def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
+def _calls(loader: Callable[..., Any], item: Item) -> list[Any]:
     """What a loader gives: for the item's model and variant, or for each that is selected."""
-    selected = load_pipeline()
+    selected = value_of(load_pipeline)
     choices: dict[str, Iterable[Any]] = {
         "model": [item.model] if item.model else selected.models,
         "variant": [item.variant] if item.variant else selected.variants,
@@ -64,10 +65,13 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
         "suite": [selected.suite],
     }
     parameter = next(iter(inspect.signature(loader).parameters), None)
-    if parameter is None:
-        yield loader()
-    else:
-        yield from map(loader, choices[parameter])
+    return [value_of(loader)] if parameter is None else [value_of(loader, choice) for choice in choices[parameter]]
+
+
+@cache
+def value_of(loader: Callable[..., Any], *arguments: Any) -> Any:
+    """What a loader gives, read once: a run of all stages asks for few values, many times."""
+    return loader(*arguments)
 
 
 def fields_read(value: Any, attributes: frozenset[str]) -> Any:
@@ -88,14 +92,17 @@ class _Reach:
     """Which entries of mappings an item can read; `mentioned`: names that its code and configuration say."""
 
     def __init__(self, item: Item, closure: Closure):
-        gates = read(CONFIGS / "gates.yaml")["classes"]
+        gates = value_of(read, CONFIGS / "gates.yaml")["classes"]
         rows = {row for gate_class in gates.values() for row in gate_class["variants"]}
         self.mentioned = set(closure.strings)
-        self._datasets = set(load_datasets().datasets)
+        self._datasets = set(value_of(load_datasets).datasets)
         self._kinds: list[tuple[set[str], str | None]] = [
             (set(model_names()), item.model),
-            (set(gates), load_model(item.model).gate_class if item.model else None),
-            ({*rows, *recipe_names()}, (load_recipe(item.variant).gate or item.variant) if item.variant else None),
+            (set(gates), value_of(load_model, item.model).gate_class if item.model else None),
+            (
+                {*rows, *recipe_names()},
+                (value_of(load_recipe, item.variant).gate or item.variant) if item.variant else None,
+            ),
         ]
 
     def cut(self, value: Any) -> Any:
