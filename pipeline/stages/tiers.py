@@ -11,8 +11,8 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.files import sha256_of
 from pipeline.judge.measured import judged
-from pipeline.stages.sign import is_development, require_intact, sign_folder
-from pipeline.workspace import Workspace, public_key_path
+from pipeline.stages.sign import sign_folder
+from pipeline.workspace import Workspace
 
 
 def run(model: str) -> None:
@@ -20,9 +20,8 @@ def run(model: str) -> None:
     workspace, signing, wanted = Workspace(model), load_signing(), load_tiers()
     variants = load_pipeline().variants
     decisions = assign(wanted, [judged(workspace, variant) for variant in variants])
-    signatures = {
-        variant: sha256_of(workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant))
-        for variant in variants
+    signed = {
+        variant: workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant) for variant in variants
     }
     document = build_tiers(
         model=model,
@@ -31,13 +30,9 @@ def run(model: str) -> None:
         created=build_time(),
         context=wanted.context,
         decisions=decisions,
-        signatures=signatures,
+        signatures={variant: sha256_of(signature) for variant, signature in signed.items()},
     )
     assemble(workspace.tiers / CONTENT, {}, document)
-    key = sign_folder(workspace.tiers, signing)
-    report = verify_tiers(
-        workspace.tiers, public_key_path(key.identity.id), allow_development=is_development(signing), model=model
-    )
-    require_intact(report)
+    sign_folder(workspace.tiers, signing, verify_tiers, model=model)
     for name, decision in decisions.items():
         print(f"{model} {name}: {decision.variant if decision.decision == 'bundle' else 'nothing'}")
