@@ -18,11 +18,8 @@ from pipeline.workspace import Workspace
 def run(model: str) -> None:
     """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with figures."""
     workspace, signing, wanted = Workspace(model), load_signing(), load_tiers()
-    variants = load_pipeline().variants
-    decisions = assign(wanted, [judged(workspace, variant) for variant in variants])
-    signed = {
-        variant: workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant) for variant in variants
-    }
+    signed = {variant: workspace.bundle(variant) / SIGNATURE for variant in load_pipeline().variants}
+    decisions = assign(wanted, [judged(workspace, variant) for variant in signed])
     document = build_tiers(
         model=model,
         signing=signing,
@@ -30,7 +27,7 @@ def run(model: str) -> None:
         created=build_time(),
         context=wanted.context,
         decisions=decisions,
-        signatures={variant: sha256_of(signature) for variant, signature in signed.items()},
+        signatures={variant: sha256_of(workspace.require(file, "sign", variant)) for variant, file in signed.items()},
     )
     assemble(workspace.tiers / CONTENT, {}, document)
     sign_folder(workspace.tiers, signing, verify_tiers, model=model)
