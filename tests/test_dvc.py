@@ -120,11 +120,6 @@ def bundles(*variants: str) -> set[str]:
     return {f"bundle@tiny-{variant}" for variant in variants or tiny.VARIANTS}
 
 
-def verdicts() -> set[str]:
-    """The verdict stages of all variants: they read one file of limits."""
-    return {f"verdict@tiny-{variant}" for variant in tiny.VARIANTS}
-
-
 def kill_during(project: Project, unfinished: Callable[[], bool], *, slowly: bool = False) -> None:
     """Start `dvc repro` and kill its whole process group as soon as `unfinished()`."""
     process = (project.slow() if slowly else project).start("dvc", "repro")

@@ -55,4 +55,9 @@ def test_the_whole_keeps_its_ceiling(sizes: Counter[str]) -> None:
 
 
 def test_what_counts() -> None:
-    assert lines_of_code('"""Doc."""\n\n# comment\nx = (\n    1,\n)\n\n\ndef f():\n    """Doc."""\n    return """a\nb"""\n') == 6
+    assert (
+        lines_of_code(
+            '"""Doc."""\n\n# comment\nx = (\n    1,\n)\n\n\ndef f():\n    """Doc."""\n    return """a\nb"""\n'
+        )
+        == 6
+    )
