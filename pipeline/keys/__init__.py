@@ -32,9 +32,9 @@ def of(stage: str, model: str | None = None, variant: str | None = None) -> str:
     return digest(record(f"pipeline.stages.{stage}", model, variant))
 
 
-def code(module: str) -> str:
+def code(*modules: str) -> str:
     """The part of a key that configuration does not change, 64 hex digits: for work whose inputs say what was asked."""
-    closure = Closure.of(module)
+    closure = Closure.of(*modules)
     return digest([closure.hashes(), closure.libraries()])
 
 
