@@ -94,15 +94,13 @@ class _Reach:
     def __init__(self, item: Item, closure: Closure):
         gates = value_of(read, CONFIGS / "gates.yaml")["classes"]
         rows = {row for gate_class in gates.values() for row in gate_class["variants"]}
+        recipe = value_of(load_recipe, item.variant) if item.variant else None
         self.mentioned = set(closure.strings)
         self._datasets = set(value_of(load_datasets).datasets)
         self._kinds: list[tuple[set[str], str | None]] = [
             (set(model_names()), item.model),
             (set(gates), value_of(load_model, item.model).gate_class if item.model else None),
-            (
-                {*rows, *recipe_names()},
-                (value_of(load_recipe, item.variant).gate or item.variant) if item.variant else None,
-            ),
+            ({*rows, *recipe_names()}, recipe and (recipe.gate or item.variant)),
         ]
 
     def cut(self, value: Any) -> Any:
@@ -123,10 +121,6 @@ class _Reach:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from value
-        for entry in value.values():
-            yield from _strings(entry)
-    elif isinstance(value, list):
-        for entry in value:
+    elif isinstance(value, dict | list):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(entry)

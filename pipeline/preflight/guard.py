@@ -136,9 +136,5 @@ def check_all() -> None:
     for model in pipeline.models:
         for variant in pipeline.variants:
             gate_row(model, variant)
-    needed_datasets()
-    load_released()
-    load_devices()
-    load_shapes()
-    load_signing()
-    load_parity()
+    for load in (needed_datasets, load_released, load_devices, load_shapes, load_signing, load_parity):
+        load()

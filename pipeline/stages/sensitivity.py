@@ -112,8 +112,7 @@ def _sample(checkpoint: Checkpoint, matrix: Matrix, rows: int) -> np.ndarray:
 
 
 def _matrices(architecture: Architecture) -> list[Matrix]:
-    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
-    return [*architecture.tables, *body]
+    return [*architecture.tables[:-1], *architecture.matrices]  # the embedding, unless it is the head's table
 
 
 def _importance(matrix: Matrix, moments: dict[str, np.ndarray]) -> np.ndarray:
