@@ -36,8 +36,8 @@ _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 def guarded(
     stage: str,
     run: Callable[..., None],
-    model: str | None = None,
-    variant: str | None = None,
+    model: str = "",
+    variant: str = "",
     dry_run: bool = False,
     if_needed: bool = False,
 ) -> None:
@@ -49,18 +49,18 @@ def guarded(
     if dry_run:
         run(model, variant, dry_run=True)
     elif if_needed and not has_budget(load_pipeline().variants):
-        Workspace(model or "").sensitivity.mkdir(parents=True, exist_ok=True)
+        Workspace(model).sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")
     else:
         if model and stage in _GUARDED:
             before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
-            for sentence in misfits(model or ""):
+            for sentence in misfits(model):
                 print(f"{model}: will not run here: {sentence}", file=sys.stderr)
 
 
-def before(stage: str, model: str, variant: str | None = None) -> None:
+def before(stage: str, model: str, variant: str = "") -> None:
     """Refuse what cannot end well, before the first byte.
 
     Raises:
@@ -78,7 +78,7 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
         fetch_dataset(name, source, store)
     if stage == "download":
         return
-    _require_context(Workspace(model), variant if stage in ("validate", "bundle") else None)
+    _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
         folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
@@ -87,7 +87,7 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
         check_unseen(windows, folder, suite, store)
 
 
-def _require_context(workspace: Workspace, variant: str | None) -> None:
+def _require_context(workspace: Workspace, variant: str) -> None:
     """Refuse a model that was made for another context than its entry has by now: rotary tables and the cache are made
     for one. Raises PipelineError."""
     made = {workspace.export: ["export", workspace.model]}
@@ -105,7 +105,7 @@ def _require_context(workspace: Workspace, variant: str | None) -> None:
             )
 
 
-def _require_room(stage: str, model: str, variant: str | None, store: Store) -> None:
+def _require_room(stage: str, model: str, variant: str, store: Store) -> None:
     """Nothing is asked of a model that was not downloaded: the stage itself says so."""
     if find_source(model, store) is None:
         return
@@ -114,7 +114,7 @@ def _require_room(stage: str, model: str, variant: str | None, store: Store) -> 
     wanted = stage_needs(model, own or load_pipeline().variants * (name == "sensitivity"), room().memory)
     found = next((item for item in wanted if item.stage == name), None)
     if found and stage == "quantize":  # what a killed run wrote is there already
-        begun = Workspace(model).partial(variant or "").glob("*")
+        begun = Workspace(model).partial(variant).glob("*")
         found = replace(found, disk=max(0, found.disk - sum(512 * file.stat().st_blocks for file in begun)))
     if found:
         require(model, found)

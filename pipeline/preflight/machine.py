@@ -139,12 +139,8 @@ def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates
 
     Raises PipelineError for what cannot be planned.
     """
-    entry, suite, calibration, found = (
-        load_model(model),
-        load_suite(load_pipeline().suite),
-        load_calibration(),
-        known(model),
-    )
+    entry, suite, calibration = load_model(model), load_suite(load_pipeline().suite), load_calibration()
+    found = known(model)
     architecture = found.architecture
     yield needs.export(architecture, entry.context)
     yield needs.calibrate(architecture, calibration, rates)

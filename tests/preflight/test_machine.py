@@ -229,7 +229,7 @@ def test_every_heavy_stage_refuses_first_and_writes_nothing(
         quantize.run(model, "q4")
         for section in ("mmlu", "divergence"):
             (workspace.evaluation("reference") / section).mkdir(parents=True)
-    variant = {"reference": "reference", "validate": "q4"}.get(stage)
+    variant = {"reference": "reference", "validate": "q4"}.get(stage, "")
     squeeze(monkeypatch, disk=1)
     with pytest.raises(ResourceError, match=rf"^{stage} tiny( q4)?: not enough disk"):
         guard.before("validate" if variant else stage, model, variant)
