@@ -91,24 +91,18 @@ def _component(kind: str, reference: str, name: str, **fields: Any) -> dict[str,
 
 def _model(dossier: Dossier) -> dict[str, Any]:
     """The quantized model, made from the checkpoint."""
-    kind, source, licences = "machine-learning-model", dossier.source, _licences(dossier.source.licence)
-    purl = origin.source(source)
-    ancestor = _component(
-        kind,
-        "source",
-        one_line(dossier.title),
-        version=source.revision,
-        licenses=licences,
-        purl=str(purl) if purl else None,
-        components=_files("source", {file.name: file.sha256 for file in source.files}),
-    )
+    kind, title, source = "machine-learning-model", one_line(dossier.entry.title), dossier.source
+    licences, purl = _licences(source.licence), origin.source(source)
+    made_from = {"version": source.revision, "licenses": licences, "purl": str(purl) if purl else None}
+    files = _files("source", {file.name: file.sha256 for file in source.files})
+    ancestor = _component(kind, "source", title, components=files, **made_from)
     notes = f"Exported to ONNX and quantized ({dossier.recipe}); nothing was trained."
     return _component(
         kind,
         _MODEL,
         dossier.name,
         version=str(dossier.release),
-        description=f"{one_line(dossier.title)}, quantized for ONNX Runtime: {dossier.recipe}",
+        description=f"{title}, quantized for ONNX Runtime: {dossier.recipe}",
         licenses=licences,
         pedigree={"ancestors": [ancestor], "notes": notes},
         modelCard=_model_card(dossier),
@@ -116,7 +110,7 @@ def _model(dossier: Dossier) -> dict[str, Any]:
 
 
 def _runtime(name: str, version: str) -> dict[str, Any]:
-    purl, described = str(origin.pypi(name, version)), "Runs the bundle; the lowest version, and not part of it."
+    described, purl = "Runs the bundle; the lowest version, and not part of it.", str(origin.pypi(name, version))
     fields = {"version": version, "scope": "required", "description": described, "purl": purl}
     return _component("library", f"runtime/{name}", name, **fields)
 
@@ -130,8 +124,7 @@ def _files(place: str, digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _licences(stated: str) -> list[dict[str, Any]]:
-    expression = licence.spdx(stated)
-    if expression is None:
+    if (expression := licence.spdx(stated)) is None:
         return [{"license": {"name": one_line(stated) or "unknown"}}]
     return [{"license": {"id": expression}} if is_supported_id(expression) else {"expression": expression}]
 
@@ -142,7 +135,7 @@ def _licences(stated: str) -> list[dict[str, Any]]:
 def _model_card(dossier: Dossier) -> dict[str, Any]:
     """A modelCard object of the schema. Whom a model is meant for, and fairness, only its authors can say."""
     properties = {  # what the schema has no field for, in sorted order
-        "context": dossier.context,
+        "context": dossier.entry.context,
         "kv-cache": dossier.plan["kv_cache"]["type"],
         "opset": dossier.runtime.opset,
         "parameters": dossier.plan["parameters"],
@@ -172,12 +165,7 @@ def _model_card(dossier: Dossier) -> dict[str, Any]:
 
 def _metric(figure: Figure) -> dict[str, Any]:
     """Values are strings in the schema; the unit goes with the type, since there is no field for it."""
-    metric: dict[str, Any] = {
-        "type": f"{figure.title} ({figure.unit})",
-        "value": number(figure.value),
-        "slice": figure.detail,
-    }
-    bounds = {"lowerBound": figure.low, "upperBound": figure.high}
-    if interval := {name: number(bound) for name, bound in bounds.items() if bound is not None}:
-        metric["confidenceInterval"] = interval
-    return metric
+    title, bounds = f"{figure.title} ({figure.unit})", {"lowerBound": figure.low, "upperBound": figure.high}
+    interval = {name: number(bound) for name, bound in bounds.items() if bound is not None}
+    metric = {"type": title, "value": number(figure.value), "slice": figure.detail}
+    return metric | ({"confidenceInterval": interval} if interval else {})

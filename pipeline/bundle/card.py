@@ -29,7 +29,10 @@ def build(dossier: Dossier) -> bytes:
     Raises:
         BundleError: what was made is not a card that huggingface_hub reads back.
     """
-    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + _body(dossier)
+    sentences = {"telemetry": TELEMETRY, "measured_by": measured_by(dossier), "limits": limits(dossier)}
+    lists = {"plan": dossier.plan, "licence_files": _licence_files(dossier), "figures": figures(dossier)}
+    body = render(Path(__file__).with_name("card.md.j2"), dossier=dossier, one_line=one_line, **sentences, **lists)
+    raw = f"---\n{_front_matter(dossier)}\n---\n\n".encode() + body
     if problem := problem_of(raw):
         raise BundleError(f"{dossier.name}: {FILE} cannot be written: {problem}.")
     return raw
@@ -41,20 +44,17 @@ def problem_of(raw: bytes) -> str | None:
         card = ModelCard(raw.decode())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return f"it is not a model card ({one_line(error)[:200]})"
-    missing = [name for name in ("license", "library_name", "tags") if not getattr(card.data, name)]
-    if missing:
+    if missing := [name for name in ("license", "library_name", "tags") if not getattr(card.data, name)]:
         return f"its front matter lacks {', '.join(missing)}"
-    if not card.text.strip():
-        return "it has no text"
-    return None
+    return None if card.text.strip() else "it has no text"
 
 
 def _front_matter(dossier: Dossier) -> str:
     results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.hub]
-    base = {"base_model": dossier.base_model, "base_model_relation": "quantized"} if dossier.base_model else {}
+    base: dict[str, Any] = {"base_model": dossier.entry.hub_name, "base_model_relation": "quantized"}
     data = ModelCardData(
         **_licence(dossier),
-        **base,
+        **(base if dossier.entry.hub_name else {}),
         library_name="onnxruntime-genai",
         pipeline_tag=_TASK,
         tags=["onnx", "onnxruntime", "quantized", dossier.variant],
@@ -64,11 +64,10 @@ def _front_matter(dossier: Dossier) -> str:
     return data.to_yaml(line_break="\n")
 
 
-def _licence(dossier: Dossier) -> dict[str, str]:
+def _licence(dossier: Dossier) -> dict[str, Any]:
     """The Hub knows lower-case SPDX ids; everything else is `other` with a name and, where a text is here, a link."""
     stated = dossier.source.licence
-    expression = licence.spdx(stated)
-    if expression and len(expression.split()) == 1:
+    if (expression := licence.spdx(stated)) and len(expression.split()) == 1:
         return {"license": expression.lower()}
     texts = _licence_files(dossier)
     link = {"license_link": texts[0]} if texts else {}
@@ -91,17 +90,3 @@ def _result(figure: Figure) -> dict[str, Any]:
         "metric_name": f"{figure.title} ({figure.unit}), {figure.detail}",
         "metric_value": float(number(figure.value)),
     }
-
-
-def _body(dossier: Dossier) -> bytes:
-    return render(
-        Path(__file__).with_name("card.md.j2"),
-        dossier=dossier,
-        plan=dossier.plan,
-        licence_files=_licence_files(dossier),
-        telemetry=TELEMETRY,
-        measured_by=measured_by(dossier),
-        figures=figures(dossier),
-        limits=limits(dossier),
-        one_line=one_line,
-    )

@@ -42,24 +42,21 @@ def write(
         BundleError: the artifact holds a file of the same name, or dvc.lock says that a file is another than it was.
     """
     artifact, entry, lock = workspace.artifact(variant), load_model(workspace.model), workspace.read_lock()
-    materials = gather(workspace, variant, lock)
+    external, internal, items, commit = gather(workspace, variant, lock)
     dossier = Dossier(
         model=workspace.model,
-        title=entry.title,
+        entry=entry,
         variant=variant,
         release=load_signing().release,
         created=created,
         source=lock,
-        base_model=entry.hub_name,
-        context=entry.context,
         runtime=runtime,
         config=workspace.read(artifact / "config.json", "quantize", variant),
         plan=workspace.read(artifact / PLAN_FILE, "quantize", variant),
         metrics=workspace.read(workspace.metrics(variant), "validate", variant),
         verdict=verdict,
         texts=load_suite(load_pipeline().suite).texts(),
-        note=entry.note,
-        commit=materials.commit,
+        commit=commit,
         files=files,
     )
     paths: dict[str, Path] = {}
@@ -69,17 +66,15 @@ def write(
         content = build(replace(dossier, files={**files, **describe_files(paths)}))
         if content is not None:
             if name in files:
-                raise BundleError(
-                    f"{artifact / name} has the name of a document that the bundle stage writes. Rename it."
-                )
+                taken = f"{artifact / name} has the name of a document that the bundle stage writes"
+                raise BundleError(f"{taken}. Rename it.")
             paths[name] = folder / name
             write_bytes(paths[name], content)
 
-    made = (materials.external, materials.internal, materials.items)
     add(licence.STATEMENT, lambda known: licence.statement(entry.title, lock.revision, lock.licence, known.files))
     add(card.FILE, card.build)
     add(bom.FILE, bom.build)
-    add(provenance.FILE, lambda known: provenance.build(known.files, *made))
+    add(provenance.FILE, lambda known: provenance.build(known.files, external, internal, items))
     return paths
 
 
@@ -121,11 +116,8 @@ def _bom_facts(raw: bytes) -> list[str]:
     component = document.get("metadata", {}).get("component", {})
     licences = [entry.get("license", {}) | entry for entry in component.get("licenses", [])]
     named = [str(entry.get("expression") or entry.get("id") or entry.get("name")) for entry in licences]
-    lines = [
-        f"CycloneDX {document.get('specVersion')}, {document.get('serialNumber')}, "
-        f"licence {', '.join(named) or 'unknown'}",
-        f"{component.get('name')} {component.get('version')}",
-    ]
+    form = f"CycloneDX {document.get('specVersion')}, {document.get('serialNumber')}"
+    lines = [f"{form}, licence {', '.join(named) or 'unknown'}", f"{component.get('name')} {component.get('version')}"]
     analysis = component.get("modelCard", {}).get("quantitativeAnalysis", {})
     for metric in analysis.get("performanceMetrics", []):
         bounds = metric.get("confidenceInterval")
@@ -143,18 +135,17 @@ def _provenance_facts(raw: bytes) -> list[str]:
         f"{definition['buildType']} of {json.dumps(definition['externalParameters'])}",
         f"{len(statement['subject'])} files from {len(materials)} materials, {hashed} of them by SHA-256",
     ]
-    for item in materials:
-        if item.get("name") == bom.PIPELINE:
-            changed = ", with uncommitted changes" if item.get("annotations", {}).get("uncommittedChanges") else ""
-            lines.append(f"pipeline at {item.get('digest', {}).get('gitCommit')}{changed}")
+    for item in (item for item in materials if item.get("name") == bom.PIPELINE):
+        changed = ", with uncommitted changes" if item.get("annotations", {}).get("uncommittedChanges") else ""
+        lines.append(f"pipeline at {item.get('digest', {}).get('gitCommit')}{changed}")
     return [*lines, f"internal parameters: {json.dumps(definition.get('internalParameters', {}))}"]
 
 
 def _card_facts(raw: bytes) -> list[str]:
     data = ModelCard(raw.decode()).data
-    results = [f"{result.metric_name}: {result.metric_value}" for result in data.eval_results or []]
+    results = [f"{result.metric_name}: {result.metric_value}" for result in data.get("eval_results") or []]
     base = data.get("base_model") or "no base model"
-    return [f"{data.model_name}, licence {data.license}, made from {base}", *results]
+    return [f"{data.get('model_name')}, licence {data.get('license')}, made from {base}", *results]
 
 
 _FACTS: dict[str, tuple[Callable[[bytes], str | None], Callable[[bytes], list[str]]]] = {

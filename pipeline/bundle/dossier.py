@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.lock import SourceLock
+from pipeline.config.models import ModelConfig
 from pipeline.judge.verdicts import REPORTED, Verdict
 from pipeline.tasks import registry
 from pipeline.tasks.task import RATCHET, Figure
@@ -22,26 +23,23 @@ from pipeline.tasks.task import RATCHET, Figure
 class Dossier:
     """One variant that passed its gates, before release.json lists its files.
 
-    `config` is the checkpoint's config.json, `plan` the artifact's plan, `metrics` the variant's measurements, `texts`
-    the names of the held-out text that judged it, `commit` the pipeline's. `files` are the artifact's, without the
-    documents made from this.
+    `entry` is the model's configuration, `config` the checkpoint's config.json, `plan` the artifact's plan, `metrics`
+    the variant's measurements, `texts` the names of the held-out text that judged it, `commit` the pipeline's. `files`
+    are the artifact's, without the documents made from this.
     """
 
     model: str
-    title: str
+    entry: ModelConfig
     variant: str
     release: int
     created: datetime
     source: SourceLock
-    base_model: str | None
-    context: int
     runtime: Runtime
     config: Mapping[str, Any]
     plan: Mapping[str, Any]
     metrics: Mapping[str, Any]
     verdict: Verdict
     texts: tuple[str, ...]
-    note: str
     commit: str | None
     files: Mapping[str, FileEntry]
 
@@ -86,8 +84,8 @@ def limits(dossier: Dossier) -> list[str]:
         f"and its speed and memory are its own.",
         "Compared with the full-precision model only. Safety, bias, truthfulness and languages were not measured; "
         "expect at least that model's weaknesses.",
-        f"The graph holds at most {dossier.context:,} tokens. Quality was measured in short windows, not near that "
-        f"length.",
+        f"The graph holds at most {dossier.entry.context:,} tokens. Quality was measured in short windows, not near "
+        f"that length.",
     ]
     divergence = dossier.metrics.get("divergence", {})
     if (detectable := divergence.get("kl_mean_detectable")) is not None:
@@ -101,6 +99,6 @@ def limits(dossier: Dossier) -> list[str]:
             sentences.append(f"{gate.title}: {one_line(line.note)}.")
     judging = [task for task in registry.tasks() if task.gates]
     sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
-    if dossier.note:
-        sentences.append(one_line(dossier.note))
+    if dossier.entry.note:
+        sentences.append(one_line(dossier.entry.note))
     return sentences

@@ -72,10 +72,8 @@ def load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     except OSError as error:
         raise BundleError(f"public key {path} cannot be read: {error.strerror}.") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise BundleError(
-            f"{path} is not a public key in PEM form. Expected a file that starts with -----BEGIN PUBLIC KEY-----; "
-            f"`openssl ec -in PRIVATE.pem -pubout` makes one."
-        ) from None
+        expected = "a file that starts with -----BEGIN PUBLIC KEY-----; `openssl ec -in PRIVATE.pem -pubout` makes one"
+        raise BundleError(f"{path} is not a public key in PEM form. Expected {expected}.") from None
     return _require_p256(key, str(path))
 
 
@@ -101,17 +99,14 @@ def _create_development_key() -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     DEVELOPMENT_KEY.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=DEVELOPMENT_KEY.parent, prefix=".development.")  # mkstemp makes it 0600
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
-    except FileExistsError:
-        return
-    finally:
-        os.unlink(name)
+    with tempfile.NamedTemporaryFile(dir=DEVELOPMENT_KEY.parent, prefix=".development.") as file:  # its mode is 0600
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
+        except FileExistsError:
+            return
     files.fsync_directory(DEVELOPMENT_KEY.parent)
     _LOG.warning(
         f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
@@ -140,16 +135,13 @@ def announced_key(config: SigningConfig) -> KeyIdentity:
     Raises:
         BundleError: the development key cannot be made or read, or is asked for in the release channel.
     """
-    if config.key_id != "development" and not DEVELOPMENT_KEY.exists():
-        return KeyIdentity(id=config.key_id, kind="release")
-    ours = key_id(_development_private_key().public_key())
-    if config.key_id not in ("development", ours):
+    asked = config.key_id == "development"
+    ours = key_id(_development_private_key().public_key()) if asked or DEVELOPMENT_KEY.exists() else ""
+    if not asked and config.key_id != ours:
         return KeyIdentity(id=config.key_id, kind="release")
     if config.channel == "release":
-        raise BundleError(
-            f"channel 'release' refuses development keys: key_id {config.key_id} in configs/signing.yaml is "
-            f"{DEVELOPMENT_KEY}. Use a key made for releases."
-        )
+        named = f"key_id {config.key_id} in configs/signing.yaml is {DEVELOPMENT_KEY}"
+        raise BundleError(f"channel 'release' refuses development keys: {named}. Use a key made for releases.")
     return KeyIdentity(id=ours, kind="development")
 
 
@@ -182,23 +174,19 @@ def _pkcs11_key(uri: str) -> _KeyPair:
         import PyKCS11
         from model_signing._signing.sign_pkcs11 import Signer
     except ImportError:
-        raise BundleError(
-            f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. Install it with "
-            f"`pip install 'model-signing[pkcs11]'`."
-        ) from None
+        install = "Install it with `pip install 'model-signing[pkcs11]'`"
+        raise BundleError(f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. {install}.") from None
     try:
-        token = Signer(uri)
+        token: Any = Signer(uri)  # its own types say that no session is ever open
         identifier, label = token.pkcs11_uri.get_keyid_and_label()
         private = token.find_object(PyKCS11.CKO_PRIVATE_KEY, label=label, id=identifier)
         public = _require_p256(token.public_key(), f"the token of {KEY_PKCS11}")
     except BundleError:
         raise
     except Exception as error:
-        raise BundleError(
-            f"the key of {KEY_PKCS11} cannot be opened ({type(error).__name__}). Expected a URI such as "
-            f"pkcs11:token=NAME;object=KEY?module-path=/path/to/module.so&pin-source=/path/to/pin, with module, token, "
-            f"key pair and PIN present."
-        ) from None
+        example = "pkcs11:token=NAME;object=KEY?module-path=/path/to/module.so&pin-source=/path/to/pin"
+        wanted = f"Expected a URI such as {example}, with module, token, key pair and PIN present."
+        raise BundleError(f"the key of {KEY_PKCS11} cannot be opened ({type(error).__name__}). {wanted}") from None
 
     def sign(message: bytes) -> bytes:
         digest = hashlib.sha256(message).digest()
@@ -212,7 +200,7 @@ def _pkcs11_key(uri: str) -> _KeyPair:
 
 
 def _supplied_key(variable: str) -> _KeyPair:
-    value = os.environ[variable]
+    value, password = os.environ[variable], os.environ.get(PASSWORD, "").encode() or None
     if variable == KEY_PKCS11:
         return _pkcs11_key(value)
     try:
@@ -220,8 +208,7 @@ def _supplied_key(variable: str) -> _KeyPair:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a path"
         raise BundleError(f"{variable}: the key file cannot be read: {reason}.") from None
-    password = os.environ.get(PASSWORD)
-    return software_key(_parse_private_key(pem, password.encode() if password else None, f"the key in {variable}"))
+    return software_key(_parse_private_key(pem, password, f"the key in {variable}"))
 
 
 def load_signer(config: SigningConfig) -> SigningKey:
@@ -240,17 +227,13 @@ def load_signer(config: SigningConfig) -> SigningKey:
     if len(given) > 1:
         raise BundleError(f"{' and '.join(given)} are both set; which key should sign? Unset all but one.")
     if not given and expected.kind == "release":
-        raise BundleError(
-            f"configs/signing.yaml names the key {expected.id}, but no private key was given. Set {KEY_FILE}, "
-            f"{KEY_TEXT} or {KEY_PKCS11}."
-        )
+        needed = f"configs/signing.yaml names the key {expected.id}, but no private key was given"
+        raise BundleError(f"{needed}. Set {KEY_FILE}, {KEY_TEXT} or {KEY_PKCS11}.")
     if not given:
         return SigningKey(expected, *software_key(_development_private_key()))
     public, sign = _supplied_key(given[0])
     if key_id(public) != expected.id:
-        raise BundleError(
-            f"the key in {given[0]} has the id {key_id(public)}, but configs/signing.yaml names {config.key_id}"
-            f"{f' ({expected.id})' if config.key_id == 'development' else ''}. Set key_id to the former, or supply "
-            f"the latter."
-        )
+        wanted = f"{config.key_id} ({expected.id})" if config.key_id == "development" else config.key_id
+        found = f"the key in {given[0]} has the id {key_id(public)}, but configs/signing.yaml names {wanted}"
+        raise BundleError(f"{found}. Set key_id to the former, or supply the latter.")
     return SigningKey(expected, public, sign)

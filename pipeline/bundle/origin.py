@@ -12,17 +12,12 @@ def pypi(name: str, version: str) -> PackageURL:
     return PackageURL("pypi", None, name.lower().replace("_", "-"), version)
 
 
-def hugging_face(repo: str, revision: str) -> PackageURL:
-    """A repository on the Hugging Face Hub at a commit."""
-    owner, name = repo.split("/")
-    return PackageURL("huggingface", owner, name, revision)
-
-
 def source(lock: SourceLock) -> PackageURL | None:
     """Where a checkpoint came from; None for a folder of somebody's machine, whose path is nobody's business."""
     source = lock.source
     if source.get("kind") == "hub":
-        return hugging_face(source["repo"], source["revision"])
+        owner, name = source["repo"].split("/")
+        return PackageURL("huggingface", owner, name, source["revision"])
     if source.get("kind") == "pypi":
         return pypi(source["package"], source["version"])
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from google.protobuf.json_format import MessageToDict, Parse, ParseDict, ParseError
@@ -45,10 +45,7 @@ class Material(TypedDict, total=False):
 
 
 def build(
-    subjects: Mapping[str, FileEntry],
-    external: Mapping[str, Any],
-    internal: Mapping[str, Any],
-    materials: Iterable[Material],
+    subjects: Mapping[str, FileEntry], external: dict[str, Any], internal: dict[str, Any], materials: list[Material]
 ) -> bytes:
     """The statement about `subjects`, as UTF-8 JSON. Independent of the order of its arguments' items.
 
@@ -60,24 +57,16 @@ def build(
     dependencies = [{key: value for key, value in material.items() if value} for material in materials]
     definition = {
         "buildType": BUILD_TYPE,
-        "externalParameters": dict(external),
-        "internalParameters": dict(internal),
+        "externalParameters": external,
+        "internalParameters": internal,
         "resolvedDependencies": sorted(dependencies, key=_order),
     }
     subject = [{"name": name, "digest": {"sha256": entry.sha256}} for name, entry in sorted(subjects.items())]
     identity = hashlib.sha256(json.dumps([definition, subject], sort_keys=True).encode()).hexdigest()
-    statement = {
-        "_type": _STATEMENT,
-        "subject": subject,
-        "predicateType": _PREDICATE,
-        "predicate": {
-            "buildDefinition": definition,
-            "runDetails": {
-                "builder": {"id": BUILDER},
-                "metadata": {"invocationId": uuid.uuid5(uuid.NAMESPACE_URL, f"{BUILD_TYPE}:{identity}").urn},
-            },
-        },
-    }
+    invocation = uuid.uuid5(uuid.NAMESPACE_URL, f"{BUILD_TYPE}:{identity}").urn
+    details = {"builder": {"id": BUILDER}, "metadata": {"invocationId": invocation}}
+    predicate = {"buildDefinition": definition, "runDetails": details}
+    statement = {"_type": _STATEMENT, "subject": subject, "predicateType": _PREDICATE, "predicate": predicate}
     raw = json_bytes(statement)
     if problem := problem_of(raw):
         raise BundleError(f"{FILE} cannot be written: {problem}.")

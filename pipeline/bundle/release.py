@@ -15,16 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 
 from pipeline import files as file_tools
 from pipeline.checkpoint.untrusted import parse_json
@@ -61,7 +52,7 @@ def _checked_time(text: str) -> str:
 
 _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$"}
 Time = Annotated[str, AfterValidator(_checked_time), WithJsonSchema(_TIME_SCHEMA)]
-FileName = Annotated[str, StringConstraints(pattern=rf"^{SAFE_NAME.pattern}$")]
+FileName = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$")]
 
 
 class Record(BaseModel):
@@ -117,6 +108,11 @@ class Stamp(Record):
     max_app_version: int | None
     key: KeyIdentity
     next_key_id: Sha256 | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as `demo q4 release 7`, or `demo tiers release 7`."""
+        return f"{self.model} {getattr(self, 'variant', 'tiers')} release {self.release}"
 
 
 class Release(Stamp):
@@ -194,10 +190,8 @@ def build_time() -> datetime:
     try:
         return datetime.fromtimestamp(int(text), UTC) if text else datetime.now(UTC)
     except (ValueError, OverflowError, OSError):
-        raise BundleError(
-            f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. Set it to the output of `git log -1 "
-            f"--format=%ct`, or unset it."
-        ) from None
+        remedy = "Set it to the output of `git log -1 --format=%ct`, or unset it."
+        raise BundleError(f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. {remedy}") from None
 
 
 def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetime) -> dict[str, Any]:
@@ -207,30 +201,17 @@ def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetim
         BundleError: the release channel with a development key, no time zone, or an expiry beyond the year 9999.
     """
     if signing.channel == "release" and key.kind == "development":
-        raise BundleError(
-            f"model {model}: channel 'release' refuses the development key {key.id}. Set key_id in "
-            f"configs/signing.yaml to the release public key's SHA-256 and supply its private key."
-        )
+        remedy = "Set key_id in configs/signing.yaml to the release public key's SHA-256 and supply its private key."
+        raise BundleError(f"model {model}: channel 'release' refuses the development key {key.id}. {remedy}")
     if created.tzinfo is None:
         raise BundleError(f"model {model}: creation time {created.isoformat()} has no time zone; pass one in UTC.")
     try:
         expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
     except OverflowError:
-        raise BundleError(
-            f"model {model}: {signing.expires_days} days after {created.isoformat()} is beyond the year 9999. "
-            f"Lower expires_days in configs/signing.yaml."
-        ) from None
-    return {
-        "model": model,
-        "release": signing.release,
-        "channel": signing.channel,
-        "created": created.astimezone(UTC).strftime(_TIME),
-        "expires": expires.strftime(_TIME),
-        "min_app_version": signing.min_app_version,
-        "max_app_version": signing.max_app_version,
-        "key": key,
-        "next_key_id": signing.next_key_id,
-    }
+        late = f"{signing.expires_days} days after {created.isoformat()} is beyond the year 9999"
+        raise BundleError(f"model {model}: {late}. Lower expires_days in configs/signing.yaml.") from None
+    times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
+    return {"model": model, "key": key} | times | signing.model_dump(include=set(Stamp.model_fields))
 
 
 def make(
@@ -261,10 +242,8 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
         try:
             entries[name] = FileEntry(size=path.stat().st_size, sha256=file_tools.sha256_of(path))
         except OSError as error:
-            raise BundleError(
-                f"{path}, wanted in the bundle as {name}, cannot be read: {error.strerror}. "
-                f"Run the stage that writes it again."
-            ) from None
+            what = f"{path}, wanted in the bundle as {name}, cannot be read: {error.strerror}"
+            raise BundleError(f"{what}. Run the stage that writes it again.") from None
     return entries
 
 
@@ -282,18 +261,13 @@ def build_release(**fields: Any) -> Release:
 
 def _check_names(names: Iterable[str], content: Path) -> None:
     seen: dict[str, str] = {}
+    rule = "Names are letters, digits, '.', '_' and '-', do not start with '.', hold no folder, and are none of"
     for name in names:
         if not SAFE_NAME.fullmatch(name) or name in _RESERVED:
-            raise BundleError(
-                f"{content}: {name!r} cannot be a file of a bundle. Names are letters, digits, '.', '_' and '-', do "
-                f"not start with '.', hold no folder, and are none of {', '.join(_RESERVED)}."
-            )
-        if name.casefold() in seen:
-            raise BundleError(
-                f"{content}: {name!r} and {seen[name.casefold()]!r} differ only in case; on a phone whose file system "
-                f"ignores case one would replace the other. Rename one."
-            )
-        seen[name.casefold()] = name
+            raise BundleError(f"{content}: {name!r} cannot be a file of a bundle. {rule} {', '.join(_RESERVED)}.")
+        if (twin := seen.setdefault(name.casefold(), name)) != name:
+            clash = "on a phone whose file system ignores case one would replace the other"
+            raise BundleError(f"{content}: {name!r} and {twin!r} differ only in case; {clash}. Rename one.")
 
 
 def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
@@ -309,18 +283,15 @@ def assemble(content: Path, files: Mapping[str, Path], document: Stamp) -> None:
     entries = document.files if isinstance(document, Release) else {}
     if entries.keys() != files.keys():
         different = ", ".join(sorted(entries.keys() ^ files.keys()))
-        raise BundleError(
-            f"{content}: {document.file_name} and the files given disagree about {different}. Build the document from "
-            f"describe_files() of the same files."
-        )
+        disagree = f"{content}: {document.file_name} and the files given disagree about {different}"
+        raise BundleError(f"{disagree}. Build the document from describe_files() of the same files.")
     with file_tools.atomic_directory(content) as temporary:
         for name, path in sorted(files.items()):
             size = path.stat().st_size if path.is_file() else None
             if size != entries[name].size:
                 found = "is missing" if size is None else f"has {size:,} bytes"
-                raise BundleError(
-                    f"{path} {found}, but {document.file_name} promises {entries[name].size:,} bytes for {name}. "
-                    f"It changed while the bundle was made; run the stage again."
-                )
+                promised = f"{document.file_name} promises {entries[name].size:,} bytes for {name}"
+                changed = "It changed while the bundle was made; run the stage again."
+                raise BundleError(f"{path} {found}, but {promised}. {changed}")
             file_tools.link_or_copy(path, temporary / name)
         file_tools.write_json(temporary / document.file_name, document.model_dump(mode="json"))

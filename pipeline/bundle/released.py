@@ -27,19 +27,16 @@ def record(model: str, variant: str) -> None:
         BundleError: the bundle is not one that a phone would accept, the metrics are not those that it was judged by,
             or its release number was recorded with other figures.
     """
-    build = _released_build(model, variant)
+    build, path = _released_build(model, variant), CONFIGS / "released.yaml"
     released = load_released().model_dump(mode="json")["models"]
     builds = {entry["release"]: entry for entry in released.setdefault(model, {}).get(variant, ())}
     entry = build.model_dump(mode="json")
     if builds.setdefault(build.release, entry) != entry:
-        raise BundleError(
-            f"configs/released.yaml has release {build.release} of {model} {variant} with a mean KL of "
-            f"{builds[build.release]['kl_mean']:.4g} nats, this bundle has {build.kl_mean:.4g}. A release number is "
-            f"given once: raise `release` in configs/signing.yaml and run `dvc repro`."
-        )
+        known = f"release {build.release} of {model} {variant} with a mean KL of {builds[build.release]['kl_mean']:.4g}"
+        remedy = "A release number is given once: raise `release` in configs/signing.yaml and run `dvc repro`."
+        raise BundleError(f"{path} has {known} nats, this bundle has {build.kl_mean:.4g}. {remedy}")
     released[model][variant] = [builds[number] for number in sorted(builds)]
     text = _HEADER + yaml.safe_dump({"models": released}, default_flow_style=None, width=110)
-    path = CONFIGS / "released.yaml"
     write_bytes(path, text.encode())
     print(f"{model} {variant}: release {build.release} is in {path}; commit it with the release.")
 
@@ -57,9 +54,8 @@ def _released_build(model: str, variant: str) -> ReleasedBuild:
     verdict = Verdict.from_json(found.document.verdict)
     judged = next((line.estimate for line in verdict.lines if line.name == "kl_mean"), None)
     if judged is None or judged != metrics.get("kl_mean"):
-        raise BundleError(
-            f"{bundle / CONTENT} was judged at a mean KL of {judged} nats, {workspace.metrics(variant)} has "
-            f"{metrics.get('kl_mean')}: not the same build. Run `dvc repro`, or check the release's commit out."
-        )
+        measured = f"{workspace.metrics(variant)} has {metrics.get('kl_mean')}: not the same build"
+        remedy = "Run `dvc repro`, or check the release's commit out."
+        raise BundleError(f"{bundle / CONTENT} was judged at a mean KL of {judged} nats, {measured}. {remedy}")
     fields = {key: metrics[key] for key in ("kl_mean", "tokens", "perplexity_reference")}
     return ReleasedBuild(release=found.document.release, **fields)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -50,7 +50,7 @@ def known_key(name: str) -> SigningKey:
     """TEST KEY, known to everybody: a P-256 key whose private half is the hash of a constant. Never trust it."""
     seed = hashlib.sha256(f"TEST KEY, NEVER TRUST: {name}".encode()).digest()
     private = ec.derive_private_key(int.from_bytes(seed, "big") % (_ORDER - 1) + 1, ec.SECP256R1())
-    kind = "development" if name == "development" else "release"
+    kind: Literal["development", "release"] = "development" if name == "development" else "release"
     return SigningKey(KeyIdentity(id=key_id(private.public_key()), kind=kind), *software_key(private))
 
 
@@ -110,22 +110,13 @@ def write_signed(folder: Path, files: Mapping[str, Path], document: Stamp, key: 
     return folder
 
 
-@cache
-def _bundle_bytes(key: str, signer: str) -> dict[str, bytes]:
-    """Files of a good bundle by their path in it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, sources = Path(name) / BUNDLE, {file: Path(name) / file for file in FILES}
-        for file, data in FILES.items():
-            sources[file].write_bytes(data)
-        write_signed(folder, sources, release_document(sources, **stamped(key)), known_key(signer))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def write_bundle(folder: Path, key: str = "current", signer: str | None = None) -> None:
     """A good bundle, signed by `signer` (default: the test key that its document names)."""
-    (folder / CONTENT).mkdir(parents=True)
-    for name, data in _bundle_bytes(key, signer or key).items():
-        (folder / name).write_bytes(data)
+    with tempfile.TemporaryDirectory() as name:
+        sources = {file: Path(name) / file for file in FILES}
+        for file, data in FILES.items():
+            sources[file].write_bytes(data)
+        write_signed(folder, sources, release_document(sources, **stamped(key)), known_key(signer or key))
 
 
 def write_refusal(folder: Path) -> None:
@@ -135,7 +126,7 @@ def write_refusal(folder: Path) -> None:
 
 def write_tiers(folder: Path) -> None:
     """A tiers.json that gives one tier one bundle."""
-    fields = {"context": 2048, "decisions": {"android-8gb": TIER}, "signatures": {"q4": "e" * 64}}
+    fields: dict[str, Any] = {"context": 2048, "decisions": {"android-8gb": TIER}, "signatures": {"q4": "e" * 64}}
     write_signed(folder, {}, tiers.build_tiers(**stamped("current"), **fields), known_key("current"))
 
 

@@ -8,15 +8,14 @@ time (sorted JSON, RFC 6979), names the signing key, and leaves out no file what
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
-from pipeline.bundle.release import SAFE_NAME, FileName, parse
+from pipeline.bundle.release import SAFE_NAME, FileName, Model, parse
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
 
@@ -77,9 +76,6 @@ class SignatureError(BundleError):
 
 class _Level(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-Level = TypeVar("Level", bound=_Level)
 
 
 class _DsseSignature(_Level):
@@ -157,12 +153,10 @@ def _require_flat(content: Path) -> None:
     if not entries:
         raise BundleError(f"{content} is empty: there is nothing to sign. Run the bundle stage again.")
     for entry in entries:
-        if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+        if not entry.is_file(follow_symlinks=False):
             kind = "a symlink" if entry.is_symlink() else "not a regular file"
-            raise BundleError(
-                f"{content}: {entry.name!a} is {kind}. A content folder holds regular files only; make it again with "
-                f"the bundle stage, which uses hard links."
-            )
+            rule, remedy = "A content folder holds regular files only", "make it again with the bundle stage"
+            raise BundleError(f"{content}: {entry.name!a} is {kind}. {rule}; {remedy}, which uses hard links.")
 
 
 def _digests(content: Path) -> dict[str, str]:
@@ -177,14 +171,14 @@ def _digests(content: Path) -> dict[str, str]:
 
 
 def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
-    names = sorted(digests)
+    listed = sorted(digests.items())
     return {
         "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": root_digest([digests[file] for file in names])}}],
+        "subject": [{"name": name, "digest": {"sha256": root_digest([digest for _, digest in listed])}}],
         "predicateType": _PREDICATE_TYPE,
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
-            "resources": [{"name": file, "algorithm": "sha256", "digest": digests[file]} for file in names],
+            "resources": [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in listed],
         },
     }
 
@@ -201,41 +195,30 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
     _require_flat(content)
     digests = _digests(content)
     if unsafe := sorted(name for name in digests if not SAFE_NAME.fullmatch(name)):
-        raise BundleError(
-            f"{content} holds a file that cannot be signed: {unsafe[0]!a}. Names are letters, digits, '.', '_' and "
-            f"'-', and do not start with '.'."
-        )
+        rule = "Names are letters, digits, '.', '_' and '-', and do not start with '.'."
+        raise BundleError(f"{content} holds a file that cannot be signed: {unsafe[0]!a}. {rule}")
     payload = json.dumps(_statement(content.name, digests), sort_keys=True, separators=(",", ":")).encode()
     proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
     hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it
-    files.write_json(
-        signature,
-        {
-            "mediaType": _MEDIA_TYPE,
-            "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
-            "dsseEnvelope": {
-                "payload": base64.b64encode(payload).decode(),
-                "payloadType": PAYLOAD_TYPE,
-                "signatures": [proof],
-            },
-        },
-    )
+    material = {"publicKey": {"hint": hint}, "tlogEntries": []}
+    encoded = base64.b64encode(payload).decode()
+    envelope = {"payload": encoded, "payloadType": PAYLOAD_TYPE, "signatures": [proof]}
+    bundle = {"mediaType": _MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
+    files.write_json(signature, bundle)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
 def _decode(text: str, what: str) -> bytes:
-    try:
+    with suppress(ValueError):
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        data = None
-    if data is None or base64.b64encode(data).decode() != text:
-        raise SignatureError(Kind.MALFORMED_SIGNATURE, f"its {what} is not base64")
-    return data
+        if base64.b64encode(data).decode() == text:
+            return data
+    raise SignatureError(Kind.MALFORMED_SIGNATURE, f"its {what} is not base64")
 
 
-def _parse(kind: type[Level], raw: bytes, what: str) -> Level:
+def _parse(kind: type[Model], raw: bytes, what: str) -> Model:
     try:
         return parse(kind, raw)
     except ValueError as error:
@@ -265,14 +248,12 @@ def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -
         if proof.keyid not in trusted:
             message = f"signed with the key {proof.keyid!a}, but the key to trust is {' or '.join(trusted)}"
             raise SignatureError(Kind.OTHER_KEY, message)
-        raise SignatureError(
-            Kind.INVALID_SIGNATURE, f"it names the key {proof.keyid}, but that key did not sign this statement"
-        )
+        message = f"it names the key {proof.keyid}, but that key did not sign this statement"
+        raise SignatureError(Kind.INVALID_SIGNATURE, message)
     expected, hint = key_id(signer), hashlib.sha256(public_pem(signer)).hexdigest()
     if proof.keyid != expected or bundle.verificationMaterial.publicKey["hint"] != hint:
-        raise SignatureError(
-            Kind.MALFORMED_SIGNATURE, f"the key {expected} signed it, but it names another (its label was changed)"
-        )
+        message = f"the key {expected} signed it, but it names another (its label was changed)"
+        raise SignatureError(Kind.MALFORMED_SIGNATURE, message)
     return expected, payload
 
 
@@ -285,14 +266,12 @@ def read_statement(payload: bytes) -> dict[str, str]:
         SignatureError: it is none that `sign` makes.
     """
     statement = _parse(_Statement, payload, "the signed statement is none that this pipeline makes")
-    resources = statement.predicate.resources
+    resources, root = statement.predicate.resources, statement.subject[0].digest["sha256"]
     digests = {resource.name: resource.digest for resource in resources}
     faults = {
         "names a file twice": len(digests) != len(resources),
         "names two files that differ only in case": len({name.casefold() for name in digests}) != len(digests),
-        "has another root digest than its files": (
-            root_digest([resource.digest for resource in resources]) != statement.subject[0].digest["sha256"]
-        ),
+        "has another root digest than its files": root_digest([item.digest for item in resources]) != root,
     }
     for fault, found in faults.items():
         if found:

@@ -18,18 +18,8 @@ from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
-from pipeline.planning.devices import (
-    Candidate,
-    Change,
-    Need,
-    Suggestion,
-    best,
-    budget_bytes,
-    need,
-    parts_in_words,
-    plain,
-    suggest,
-)
+from pipeline.planning import devices
+from pipeline.planning.devices import Candidate, Change, Need
 
 Bytes = Annotated[int, Field(ge=0)]
 
@@ -74,6 +64,9 @@ class TierRefusal(_Budget):
     suggestions: list[TierSuggestion] = Field(default=[])
 
 
+Decisions = dict[str, TierBundle | TierRefusal]
+
+
 class BundleReference(Record):
     """A bundle, pinned by the SHA-256 of its signature file and its release number."""
 
@@ -96,14 +89,12 @@ def _reasons(needs: Mapping[Candidate, Need], budget: int) -> list[str]:
     reasons = []
     for candidate, found in needs.items():
         over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
-        reasons.append(
-            f"{candidate.variant}: verdict {candidate.verdict}, needs {found.private:,} bytes{over} "
-            f"({parts_in_words(found)})"
-        )
+        takes = f"needs {found.private:,} bytes{over} ({devices.parts_in_words(found)})"
+        reasons.append(f"{candidate.variant}: verdict {candidate.verdict}, {takes}")
     return reasons or ["no variant was built"]
 
 
-def _suggestion(found: Suggestion) -> TierSuggestion:
+def _suggestion(found: devices.Suggestion) -> TierSuggestion:
     return TierSuggestion(
         variant=found.candidate.variant,
         changes=list(found.changes),
@@ -115,9 +106,10 @@ def _suggestion(found: Suggestion) -> TierSuggestion:
 
 
 def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> TierBundle | TierRefusal:
-    budget, passing = budget_bytes(tier), [candidate for candidate in needs if candidate.verdict == "PASS"]
+    budget, passing = devices.budget_bytes(tier), [candidate for candidate in needs if candidate.verdict == "PASS"]
     common: dict[str, Any] = {"platform": tier.platform, "ram_bytes": tier.ram_bytes, "budget_bytes": budget}
-    if chosen := best(passing, tier, tiers, tiers.context):
+    chosen = devices.best(passing, tier, tiers, tiers.context)
+    if chosen and chosen.kl_mean is not None:  # `assign` refused candidates without
         return TierBundle(
             **common,
             variant=chosen.variant,
@@ -131,11 +123,11 @@ def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> 
         smallest_need_bytes=smallest,
         shortfall_bytes=None if smallest is None else smallest - budget,
         reasons=_reasons(needs, budget),
-        suggestions=[_suggestion(found) for found in suggest(passing, tier, tiers, tiers.context)],
+        suggestions=[_suggestion(found) for found in devices.suggest(passing, tier, tiers, tiers.context)],
     )
 
 
-def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> dict[str, TierBundle | TierRefusal]:
+def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> Decisions:
     """For each tier the passing candidate of lowest mean KL that fits its budget, else a refusal with the numbers.
 
     What a candidate needs is the arithmetic of `pipeline.planning.devices`; ties go to the lighter weights.
@@ -149,24 +141,17 @@ def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> dict[str, Tie
         if number and candidate.variant == ordered[number - 1].variant:
             raise BundleError(f"variant {candidate.variant} is a candidate twice; give each variant once.")
         if candidate.verdict == "PASS" and (candidate.kl_mean is None or not math.isfinite(candidate.kl_mean)):
-            raise BundleError(
-                f"variant {candidate.variant} has the verdict PASS but a mean KL of {candidate.kl_mean}: no variant "
-                f"passes unmeasured. Validate it again."
-            )
-    needs = {
-        candidate: need(candidate.footprint, plain(candidate.footprint, tiers.context), tiers.runtime_bytes)
-        for candidate in ordered
-    }
+            passed = f"variant {candidate.variant} has the verdict PASS but a mean KL of {candidate.kl_mean}"
+            raise BundleError(f"{passed}: no variant passes unmeasured. Validate it again.")
+    needs = {}
+    for candidate in ordered:
+        way = devices.plain(candidate.footprint, tiers.context)
+        needs[candidate] = devices.need(candidate.footprint, way, tiers.runtime_bytes)
     return {name: _decide(tier, tiers, needs) for name, tier in tiers.tiers.items()}
 
 
 def build_tiers(
-    *,
-    model: str,
-    signing: SigningConfig,
-    decisions: Mapping[str, TierBundle | TierRefusal],
-    signatures: Mapping[str, str],
-    **fields: Any,
+    *, model: str, signing: SigningConfig, decisions: Decisions, signatures: Mapping[str, str], **fields: Any
 ) -> TiersDocument:
     """tiers.json for `decisions`, with each named bundle pinned by `signatures`: variant → SHA-256 of its model.sig.
 
@@ -179,4 +164,4 @@ def build_tiers(
     if unsigned := [variant for variant in chosen if variant not in signatures]:
         raise BundleError(f"tiers.json of {model} names {', '.join(unsigned)} without a signed bundle. Sign it first.")
     pins = {name: BundleReference(signature_sha256=signatures[name], release=signing.release) for name in chosen}
-    return make(TiersDocument, model=model, signing=signing, tiers=dict(decisions), bundles=pins, **fields)
+    return make(TiersDocument, model=model, signing=signing, tiers=decisions, bundles=pins, **fields)

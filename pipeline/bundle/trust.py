@@ -50,10 +50,9 @@ class ReleaseMemory:
                 releases = dict(self._read().releases)
                 known = releases.get(model, release)
                 if release < known:
-                    raise BundleError(
-                        f"{self.path}: release {known} of {model} was accepted before, so {release} is a rollback and "
-                        f"is not recorded. Publish a release with a higher number."
-                    )
+                    what = f"{self.path}: release {known} of {model} was accepted before"
+                    remedy = "Publish a release with a higher number."
+                    raise BundleError(f"{what}, so {release} is a rollback and is not recorded. {remedy}")
                 if releases.get(model) != release:
                     files.write_json(self.path, _State(releases=releases | {model: release}).model_dump(mode="json"))
 
@@ -65,7 +64,6 @@ class ReleaseMemory:
         except OSError as error:
             raise BundleError(f"the record of releases {self.path} cannot be read: {error.strerror}.") from None
         except ValueError as error:
-            raise BundleError(
-                f"{self.path} is no record of releases ({error}). Without it a rollback cannot be seen: restore it, or "
-                f"remove it to trust the next release that verifies."
-            ) from None
+            remedy = "restore it, or remove it to trust the next release that verifies"
+            what = f"{self.path} is no record of releases ({error}). Without it a rollback cannot be seen"
+            raise BundleError(f"{what}: {remedy}.") from None

@@ -71,25 +71,6 @@ class Report:
         return "\n".join(lines + [f"  {finding}" for finding in self.findings])
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """What the caller asked for and accepts."""
-
-    now: datetime
-    highest_release: int | None
-    memory: ReleaseMemory | None
-    allow_development: bool
-    app_version: int | None
-    tier: str | None
-    model: str | None
-    variant: str | None
-
-    def floor(self, model: str) -> int:
-        """The lowest release number of `model` that is no rollback."""
-        remembered = self.memory.highest(model) if self.memory is not None else None
-        return max(self.highest_release or 0, remembered or 0)
-
-
 # --- reading: a symlink put in a file's place meanwhile is an error, not followed -------------------------------------
 
 
@@ -133,59 +114,48 @@ def _check_layout(directory: Path) -> Iterator[Finding]:
             yield Finding(Kind.UNLISTED, _shown(name), message)
     if SIGNATURE not in names:
         yield Finding(Kind.MISSING_SIGNATURE, SIGNATURE, "there is no signature: nothing in this bundle is proven")
-    elif finding := _type_finding(directory / SIGNATURE, SIGNATURE):
-        yield finding
     if CONTENT not in names:
         yield Finding(Kind.MISSING, CONTENT, "the bundle has no content folder")
-    elif finding := _type_finding(directory / CONTENT, CONTENT, wanted=stat.S_ISDIR):
-        yield finding
+    for name, wanted in ((SIGNATURE, stat.S_ISREG), (CONTENT, stat.S_ISDIR)):
+        if name in names and (finding := _type_finding(directory / name, name, wanted)):
+            yield finding
 
 
 # --- files against digests -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Signed:
-    """Digests that the signature proves, and the sizes that the document adds where it can be read."""
-
-    digests: Mapping[str, str]
-    entries: Mapping[str, FileEntry]
-
-    def may_be_listed(self, size: int) -> bool:
-        """Whether a listed file can have this size: others are not worth the time that hashing them takes."""
-        return not self.entries or any(entry.size == size for entry in self.entries.values())
-
-    def name_of(self, digest: str) -> str | None:
-        """The first file with this digest."""
-        return min((name for name, signed in self.digests.items() if signed == digest), default=None)
+# `digests` are those that the signature proves, `entries` what release.json says of sizes, where it can be read.
 
 
-def _check_file(path: Path, signed: _Signed) -> Iterator[Finding]:
+def _may_be_listed(size: int, entries: Mapping[str, FileEntry]) -> bool:
+    """Whether a listed file can have this size: others are not worth the time that hashing them takes."""
+    return not entries or any(entry.size == size for entry in entries.values())
+
+
+def _check_file(path: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
     """One file against its signed digest, and against its size in release.json where that is known."""
-    file, size, entry = f"{CONTENT}/{path.name}", path.lstat().st_size, signed.entries.get(path.name)
+    file, size = f"{CONTENT}/{path.name}", path.lstat().st_size
+    digest, entry = digests[path.name], entries.get(path.name)
     documents = (Release.file_name, Refusal.file_name, TiersDocument.file_name)
-    plausible = size <= SMALL or (path.name not in documents and signed.may_be_listed(size))
+    plausible = size <= SMALL or (path.name not in documents and _may_be_listed(size, entries))
     actual = _sha256(path) if plausible else None
-    digest = signed.digests[path.name]
     if actual == digest and (entry is None or entry.size == size):
         return
-    if actual is not None and actual != digest and (other := signed.name_of(actual)) is not None:
-        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {other}, sha256 {actual}")
-    elif entry is not None and size < entry.size:
-        message = f"expected {entry.size:,} bytes, found {size:,}: {entry.size - size:,} bytes are missing"
-        yield Finding(Kind.TRUNCATED, file, message)
-    elif entry is not None and size > entry.size:
-        message = f"expected {entry.size:,} bytes, found {size:,}: {size - entry.size:,} bytes too many"
-        yield Finding(Kind.EXTENDED, file, message)
+    if actual != digest and (others := sorted(name for name, other in digests.items() if other == actual)):
+        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {others[0]}, sha256 {actual}")
+    elif entry is not None and size != entry.size:
+        kind, amiss = (Kind.TRUNCATED, "are missing") if size < entry.size else (Kind.EXTENDED, "too many")
+        message = f"expected {entry.size:,} bytes, found {size:,}: {abs(entry.size - size):,} bytes {amiss}"
+        yield Finding(kind, file, message)
     else:
         sizes = f" ({entry.size:,} bytes)" if entry else ""
         found = actual or "too many bytes to be it"
         yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
 
 
-def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterator[Finding]:
+def _check_strangers(content: Path, names: list[str], digests: Mapping[str, str]) -> Iterator[Finding]:
     """Findings about entries that no signature names: hidden files and git's are entries like all others."""
-    folded = {name.casefold(): name for name in signed.digests}
+    folded = {name.casefold(): name for name in digests}
     for name in names:
         path, file = content / name, f"{CONTENT}/{_shown(name)}"
         if stat.S_ISDIR(path.lstat().st_mode):
@@ -198,12 +168,12 @@ def _check_strangers(content: Path, names: list[str], signed: _Signed) -> Iterat
             yield Finding(Kind.EXTRA, file, f"a file of {size:,} bytes that the signature does not cover{case}")
 
 
-def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
+def _check_content(content: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
     """Findings about every entry of the folder against the signed digests."""
-    digests, present = signed.digests, set(os.listdir(content))
+    present = set(os.listdir(content))
     missing, strangers = sorted(digests.keys() - present), sorted(present - digests.keys())
     stats = {name: (content / name).lstat() for name in strangers} if missing else {}
-    plain = [name for name, it in stats.items() if stat.S_ISREG(it.st_mode) and signed.may_be_listed(it.st_size)]
+    plain = [name for name, it in stats.items() if stat.S_ISREG(it.st_mode) and _may_be_listed(it.st_size, entries)]
     moved = {_sha256(content / name): name for name in plain}
     for name in missing:
         if (found := moved.get(digests[name])) is not None:
@@ -212,27 +182,34 @@ def _check_content(content: Path, signed: _Signed) -> Iterator[Finding]:
             strangers = [stranger for stranger in strangers if stranger != found]
         else:
             yield Finding(Kind.MISSING, f"{CONTENT}/{name}", f"expected sha256 {digests[name]}, found no such file")
-    yield from _check_strangers(content, strangers, signed)
+    yield from _check_strangers(content, strangers, digests)
     for name in sorted(digests.keys() & present):
         if finding := _type_finding(content / name, f"{CONTENT}/{name}"):
             yield finding
         else:
-            yield from _check_file(content / name, signed)
+            yield from _check_file(content / name, digests, entries)
 
 
 # --- the signed document -------------------------------------------------------------------------------------------
 
 
-def _read_document(content: Path, kind: type[Stamp], digest: str) -> tuple[Stamp | None, Finding | None]:
-    """Parse a document from bytes that have the signed digest.
+def _read_document(
+    content: Path, kinds: tuple[type[Stamp], ...], digests: Mapping[str, str]
+) -> tuple[Stamp | None, Finding | None]:
+    """Parse the document of one of `kinds` from bytes that have the signed digest.
 
     (None, None) when the file is not there or is not those bytes: comparing the files reports that.
     """
-    path = content / kind.file_name
+    named = [kind for kind in kinds if kind.file_name in digests]
+    if len(named) != 1:
+        wanted = " or ".join(kind.file_name for kind in kinds)
+        message = f"expected one {wanted} in the signed content, found {len(named)}: this is something else"
+        return None, Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message)
+    path = content / (kind := named[0]).file_name
     if not os.path.lexists(path) or _type_finding(path, kind.file_name):
         return None, None
     raw = _read_small(path)
-    if raw is None or hashlib.sha256(raw).hexdigest() != digest:
+    if raw is None or hashlib.sha256(raw).hexdigest() != digests[kind.file_name]:
         return None, None
     try:
         return parse(kind, raw), None
@@ -244,43 +221,42 @@ def _read_document(content: Path, kind: type[Stamp], digest: str) -> tuple[Stamp
 _Complaints = Iterator[tuple[Kind, str]]
 
 
-def _check_key(stamp: Stamp, key: str, expected: _Expected) -> _Complaints:
+def _check_key(stamp: Stamp, key: str, allow_development: bool) -> _Complaints:
     """What is wrong with who signed a document and for whom."""
     if stamp.key.id != key:
         yield Kind.DISAGREES, f"it names the key {stamp.key.id}, but {key} signed it"
     development = "development" in (stamp.key.kind, stamp.channel)
     if stamp.key.kind == "development" and stamp.channel == "release":
         yield Kind.DEVELOPMENT_KEY, f"channel 'release' was signed with the development key {key}"
-    elif development and not expected.allow_development:
+    elif development and not allow_development:
         message = f"expected a release, found channel {stamp.channel!r} and a {stamp.key.kind} key"
         yield Kind.DEVELOPMENT_KEY, f"{message}; to try it all the same, --allow-development"
 
 
-def _check_freshness(stamp: Stamp, expected: _Expected) -> _Complaints:
-    """What is wrong with a document's time, release number and the app versions it is for."""
-    now = expected.now.astimezone(UTC).isoformat(timespec="seconds")
-    if expected.now >= parse_time(stamp.expires):
-        yield Kind.EXPIRED, f"it expired on {stamp.expires}; the time is {now}"
-    if expected.now + _CLOCK_SKEW < parse_time(stamp.created):
-        message = f"it was created on {stamp.created}, after the time, which is {now}: with such a clock none expires"
+def _check_freshness(stamp: Stamp, now: datetime, floor: int, app: int | None) -> _Complaints:
+    """What is wrong with a document's time, its release number below `floor`, and the app versions it is for."""
+    time = now.astimezone(UTC).isoformat(timespec="seconds")
+    if now >= parse_time(stamp.expires):
+        yield Kind.EXPIRED, f"it expired on {stamp.expires}; the time is {time}"
+    if now + _CLOCK_SKEW < parse_time(stamp.created):
+        message = f"it was created on {stamp.created}, after the time, which is {time}: with such a clock none expires"
         yield Kind.NOT_YET_VALID, message
-    if stamp.release < (floor := expected.floor(stamp.model)):
+    if stamp.release < floor:
         yield Kind.DOWNGRADED, f"expected release {floor} or later, found {stamp.release}: it was rolled back"
-    app, least, most = expected.app_version, stamp.min_app_version, stamp.max_app_version
+    least, most = stamp.min_app_version, stamp.max_app_version
     if app is not None and (app < least or (most is not None and app > most)):
         wanted = f"{least} or later" if most is None else f"{least} to {most}"
         yield Kind.APP_VERSION, f"it is for app versions {wanted}; this app has version {app}"
 
 
-def _check_identity(stamp: Stamp, expected: _Expected) -> _Complaints:
-    """Where a document is not the one that was asked for."""
-    for field in ("model", "variant"):
-        wanted, found = getattr(expected, field), getattr(stamp, field, None)
-        if wanted is not None and found != wanted:
+def _check_identity(stamp: Stamp, tier: str | None, asked: Mapping[str, str | None]) -> _Complaints:
+    """Where a document is not the one that was `asked` for: its fields by name."""
+    for field, wanted in asked.items():
+        if wanted is not None and (found := getattr(stamp, field, None)) != wanted:
             yield Kind.SWAPPED, f"expected {field} {wanted!r}, found {found!r}"
-    if expected.tier is not None and isinstance(stamp, Release | TiersDocument) and expected.tier not in stamp.tiers:
+    if tier is not None and isinstance(stamp, Release | TiersDocument) and tier not in stamp.tiers:
         named = f"it is for {', '.join(stamp.tiers)}" if stamp.tiers else "it is for no tier"
-        yield Kind.SWAPPED_TIER, f"expected tier {expected.tier!r}, but {named}"
+        yield Kind.SWAPPED_TIER, f"expected tier {tier!r}, but {named}"
     if isinstance(stamp, Refusal):
         reasons = "; ".join(stamp.reasons)
         yield Kind.REFUSAL, f"{stamp.model}/{stamp.variant} was refused, there is no bundle: {reasons}"
@@ -295,34 +271,11 @@ def _check_agreement(document: Stamp, digests: Mapping[str, str]) -> _Complaints
     for name in sorted(signed - entries.keys()):
         yield Kind.DISAGREES, f"{name}: it does not list this file, but the signature does"
     for name in sorted(entries.keys() & signed):
-        if entries[name].sha256 != digests[name]:
-            message = f"{name}: it says sha256 {entries[name].sha256}, the signature says {digests[name]}"
-            yield Kind.DISAGREES, message
+        if (says := entries[name].sha256) != digests[name]:
+            yield Kind.DISAGREES, f"{name}: it says sha256 {says}, the signature says {digests[name]}"
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
-
-
-def _check_signed(
-    directory: Path, digests: Mapping[str, str], kinds: tuple[type[Stamp], ...], key: str, expected: _Expected
-) -> tuple[list[Finding], Stamp | None]:
-    """Findings about content and document once the digests are proven, and the document if it can be trusted."""
-    content = directory / CONTENT
-    named = [kind for kind in kinds if kind.file_name in digests]
-    if len(named) != 1:
-        wanted = " or ".join(kind.file_name for kind in kinds)
-        message = f"expected one {wanted} in the signed content, found {len(named)}: this is something else"
-        strange = Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message)
-        return [strange, *_check_content(content, _Signed(digests, {}))], None
-    document, malformed = _read_document(content, named[0], digests[named[0].file_name])
-    findings = [malformed] if malformed else []
-    entries = document.files if isinstance(document, Release) else {}
-    findings += _check_content(content, _Signed(digests, entries))
-    if document is not None:
-        complaints = [*_check_key(document, key, expected), *_check_freshness(document, expected)]
-        complaints += [*_check_identity(document, expected), *_check_agreement(document, digests)]
-        findings += [Finding(kind, f"{CONTENT}/{document.file_name}", message) for kind, message in complaints]
-    return findings, document
 
 
 def verify(
@@ -353,7 +306,6 @@ def verify(
     when = now or datetime.now(UTC)
     if when.tzinfo is None:
         raise BundleError(f"the time {when.isoformat()} has no time zone: pass an aware datetime.")
-    expected = _Expected(when, highest_release, memory, allow_development, app_version, tier, model, variant)
     trusted = load_public_keys(public_keys)
     if not trusted:
         raise BundleError(f"{directory} cannot be verified without a public key to trust.")
@@ -362,8 +314,20 @@ def verify(
         findings = list(_check_layout(directory))
         if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
             signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
-            signed, document = _check_signed(directory, read_statement(payload), kinds, signer, expected)
-            findings += signed
+            digests = read_statement(payload)
+            document, malformed = _read_document(directory / CONTENT, kinds, digests)
+            findings += [malformed] if malformed else []
+            entries = document.files if isinstance(document, Release) else {}
+            findings += _check_content(directory / CONTENT, digests, entries)
+        if document is not None and signer is not None:
+            floor = max(highest_release or 0, (memory and memory.highest(document.model)) or 0)
+            complaints = [
+                *_check_key(document, signer, allow_development),
+                *_check_freshness(document, when, floor, app_version),
+                *_check_identity(document, tier, {"model": model, "variant": variant}),
+                *_check_agreement(document, digests),
+            ]
+            findings += [Finding(kind, f"{CONTENT}/{document.file_name}", message) for kind, message in complaints]
     except SignatureError as error:
         findings.append(Finding(error.kind, SIGNATURE, str(error)))
     except OSError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,10 +79,8 @@ def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple
     Raises:
         BundleError: a variant's classes lie in more ranges than Play takes in a group.
     """
-    android = sorted(
-        ((tier.ram_bytes, name, tier) for name, tier in tiers.items() if tier.platform == "android"),
-        key=lambda item: item[0],
-    )
+    ours = [(tier.ram_bytes, name, tier) for name, tier in tiers.items() if tier.platform == "android"]
+    android = sorted(ours, key=lambda item: item[0])
     ends = [*(ram_bytes for ram_bytes, _, _ in android[1:]), None]
     groups: dict[str, tuple[str, list[Selector]]] = {}
     names: dict[str, str] = {}
@@ -93,10 +92,9 @@ def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple
             groups.setdefault(name, (variant, []))[1].append(Selector(min_bytes=start, max_bytes=end))
     for group, (variant, selectors) in groups.items():
         if len(selectors) > SELECTORS:
-            raise BundleError(
-                f"device group {group}: {variant} is for {len(selectors)} separate ranges of RAM, Play takes "
-                f"{SELECTORS} selectors in a group. Merge classes in configs/tiers.yaml."
-            )
+            many = f"device group {group}: {variant} is for {len(selectors)} separate ranges of RAM"
+            most = f"Play takes {SELECTORS} selectors in a group. Merge classes in configs/tiers.yaml"
+            raise BundleError(f"{many}, {most}.")
     return groups
 
 
@@ -108,18 +106,12 @@ def plan_android(
     Raises:
         BundleError: a file is larger than a pack, or a group has too many ranges.
     """
-    groups = {
-        name: Group(
-            selectors=selectors,
-            delivery=deliver(bundles[variant], lambda number: module_name(document.model, number), pack_bytes),
-        )
-        for name, (variant, selectors) in ram_groups(document.tiers).items()
-    }
-    refused = {
-        name: tier.reasons
-        for name, tier in document.tiers.items()
-        if tier.platform == "android" and isinstance(tier, TierRefusal)
-    }
+    groups = {}
+    for name, (variant, selectors) in ram_groups(document.tiers).items():
+        delivery = deliver(bundles[variant], partial(module_name, document.model), pack_bytes)
+        groups[name] = Group(selectors=selectors, delivery=delivery)
+    refusals = {name: tier for name, tier in document.tiers.items() if isinstance(tier, TierRefusal)}
+    refused = {name: tier.reasons for name, tier in refusals.items() if tier.platform == "android"}
     return AndroidIndex(model=document.model, release=document.release, groups=groups, refused=refused)
 
 
@@ -133,8 +125,7 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
         for name, group in index.groups.items():
             target, packs = assets / f"{module}#group_{name}", group.delivery.packs
             if number < len(packs):
-                sources = bundles[group.delivery.variant].sources
-                write_pack(target, group.delivery, packs[number], sources)
+                write_pack(target, group.delivery, packs[number], bundles[group.delivery.variant].sources)
             else:
                 write_bytes(target / PLACEHOLDER, b"")
         write_bytes(assets / f"{module}#group_{OTHER}" / PLACEHOLDER, b"")

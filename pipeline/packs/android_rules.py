@@ -38,18 +38,17 @@ _TAG = f"{{{android.NAMESPACE}}}"
 
 @dataclass(frozen=True)
 class _Asset:
-    """A file of a pack: `folder` is its top folder without the suffix, `group` the suffix's name, None without one."""
+    """A file of a pack: `path` in its assets, `where` in the store folder.
+
+    `folder` is its top folder without the suffix, `group` the suffix's name, None without one.
+    """
 
     module: str
     folder: str
     group: str | None
     path: str
+    where: str
     size: int
-
-    @property
-    def where(self) -> str:
-        """Its path in the store folder."""
-        return f"{self.module}/{ASSETS}/{self.path}"
 
 
 class AndroidTree(Tree[AndroidIndex]):
@@ -63,10 +62,9 @@ class AndroidTree(Tree[AndroidIndex]):
         return sorted(self.folders - {"app"})
 
     @property
-    def scripts(self) -> list[tuple[str, str, str]]:
-        """Module, path and text of each pack's build.gradle; the text is empty if there is none."""
-        paths = [(module, f"{module}/build.gradle") for module in self.modules]
-        return [(module, path, self.text(path)) for module, path in paths]
+    def scripts(self) -> list[tuple[str, str]]:
+        """Path and text of each pack's build.gradle; the text is empty if there is none."""
+        return [(path, self.text(path)) for path in (f"{module}/build.gradle" for module in self.modules)]
 
     @cached_property
     def assets(self) -> list[_Asset]:
@@ -74,19 +72,18 @@ class AndroidTree(Tree[AndroidIndex]):
         found = []
         for module in self.modules:
             for path, size in self.below(f"{module}/{ASSETS}").items():
-                top = path.split("/")[0] if "/" in path else ""
-                base, _, group = top.partition("#group_")
-                found.append(_Asset(module, base, group if "#group_" in top else None, path, size))
+                base, mark, group = path.rpartition("/")[0].split("/")[0].partition("#group_")
+                found.append(_Asset(module, base, group if mark else None, path, f"{module}/{ASSETS}/{path}", size))
         return found
 
     @cached_property
     def groups(self) -> dict[tuple[str, str], set[str]]:
         """(module, top folder) → groups that have a folder of that name."""
-        groups = defaultdict(set)
+        groups: dict[tuple[str, str], set[str]] = {}
         for asset in self.assets:
             if asset.group is not None:
-                groups[asset.module, asset.folder].add(asset.group)
-        return dict(groups)
+                groups.setdefault((asset.module, asset.folder), set()).add(asset.group)
+        return groups
 
     @property
     def used(self) -> set[str]:
@@ -141,15 +138,15 @@ def _setting(text: str, name: str) -> str | None:
 
 @RULES.add("ai-pack-plugin", "Play: one Gradle module per pack, with the AI-pack plugin")
 def _plugin(tree: AndroidTree) -> Found:
-    for _, path, text in tree.scripts:
+    for path, text in tree.scripts:
         if not re.search(rf"""id[\s(]+["']{re.escape(AI_PACK)}["']""", text):
             yield path, f"the plugin {AI_PACK} is not applied"
 
 
 @RULES.add("pack-name", "Play: a pack's name is a letter, then letters, digits and underscores")
 def _pack_name(tree: AndroidTree) -> Found:
-    for module, path, text in tree.scripts:
-        name = _setting(text, "packName")
+    for path, text in tree.scripts:
+        name, module = _setting(text, "packName"), path.split("/")[0]
         if name != module:
             yield path, f"packName is {name!r}, the module's folder {module!r}"
         elif not _NAME.fullmatch(name):
@@ -158,7 +155,7 @@ def _pack_name(tree: AndroidTree) -> Found:
 
 @RULES.add("delivery-type", "Play: on-demand; install-time packs have no path")
 def _delivery_type(tree: AndroidTree) -> Found:
-    for _, path, text in tree.scripts:
+    for path, text in tree.scripts:
         if (kind := _setting(text, "deliveryType")) != "on-demand":
             yield path, f"deliveryType is {kind!r}: gigabytes go on-demand, and install-time packs have no file paths"
 
@@ -166,10 +163,9 @@ def _delivery_type(tree: AndroidTree) -> Found:
 @RULES.add("settings", "Gradle: settings.gradle includes every module", "settings.gradle")
 def _settings(tree: AndroidTree) -> Iterator[str]:
     included = set(re.findall(r"""["']:([^"':]+)["']""", tree.text("settings.gradle")))
-    for module in sorted(set(tree.modules) - included):
-        yield f"include ':{module}' is missing"
-    for module in sorted(included - set(tree.modules) - {"app"}):
-        yield f"it includes ':{module}', for which there is no folder"
+    missing, unknown = set(tree.modules) - included, included - {*tree.modules, "app"}
+    yield from (f"include ':{module}' is missing" for module in sorted(missing))
+    yield from (f"it includes ':{module}', for which there is no folder" for module in sorted(unknown))
 
 
 @RULES.add("asset-packs", "Gradle: the app lists every pack", _APP)
@@ -196,18 +192,15 @@ def _app_groups(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("targeting-flag", "Gradle: gradle.properties enables device targeting", "gradle.properties")
 def _flag(tree: AndroidTree) -> Iterator[str]:
-    lines = [line.strip() for line in tree.text("gradle.properties").splitlines()]
-    if FLAG not in lines:
+    if FLAG not in map(str.strip, tree.text("gradle.properties").splitlines()):
         yield f"{FLAG} is missing: without it the plugin drops the device groups in silence"
 
 
 @RULES.add("plugin-version", f"Gradle: Android Gradle Plugin {AGP} or later", "build.gradle")
 def _plugin_version(tree: AndroidTree) -> Iterator[str]:
     wanted = tuple(map(int, AGP.split(".")))
-    found = re.findall(
-        r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)""",
-        tree.text("build.gradle"),
-    )
+    version = r"""id[\s(]+["'](com\.android\.[\w-]+)["']\)?\s+version\s+["']([0-9]{1,4}(?:\.[0-9]{1,4})*)"""
+    found = re.findall(version, tree.text("build.gradle"))
     for plugin in {"com.android.application", AI_PACK} - {name for name, _ in found}:
         yield f"no version of {plugin}; device targeting needs {AGP} or later"
     for plugin, version in found:
@@ -232,9 +225,8 @@ def _any_group(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("group-name", "bundletool: group names match ^[a-zA-Z][a-zA-Z0-9_]*$", _GROUPS)
 def _group_name(tree: AndroidTree) -> Iterator[str]:
-    for name, _ in tree.declared:
-        if not _NAME.fullmatch(name):
-            yield f"group name {name!r} does not match {_NAME.pattern}"
+    wrong = (name for name, _ in tree.declared if not _NAME.fullmatch(name))
+    yield from (f"group name {name!r} does not match {_NAME.pattern}" for name in wrong)
 
 
 @RULES.add("group-unique", "bundletool: no group is declared twice", _GROUPS)
@@ -262,10 +254,10 @@ def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
     for name, selectors in tree.declared:
         for selector in selectors:
             least, most = selector.get("ram-min-bytes", "0"), selector.get("ram-max-bytes")
-            if not all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
+            if all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
+                yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
+            else:
                 yield name, f"ram-min-bytes {least!r} and ram-max-bytes {most!r} must be whole numbers of bytes"
-                continue
-            yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
 
 
 @RULES.add("selector-ram", "Play: RAM from an inclusive minimum to an exclusive maximum, in bytes", _GROUPS)
@@ -297,18 +289,17 @@ def _selector_index(tree: AndroidTree) -> Iterator[str]:
     for name, selector in _ranges(tree):
         found[name].append(selector)
     for name in sorted(found.keys() | tree.index.groups.keys()):
-        group = tree.index.groups.get(name)
-        if found[name] != (group.selectors if group else []):
+        if found[name] != (tree.index.groups[name].selectors if name in tree.index.groups else []):
             yield f"group {name!r} selects otherwise than the index says"
 
 
 @RULES.add("ram-margin", "ours: thresholds 10 to 15 % under the marketing figure", _GROUPS, note=True)
 def _ram_margin(tree: AndroidTree) -> Iterator[str]:
+    sizes = f"a size that phones are sold with ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
     for name, found in _ranges(tree):
         for edge in (found.min_bytes, found.max_bytes) if isinstance(found, Selector) else ():
             if edge and not any(0.85 * sold * 10**9 <= edge <= 0.90 * sold * 10**9 for sold in SOLD):
-                message = f"group {name!r}: {edge:,} bytes is not 10 to 15 % under a size that phones are sold with"
-                yield f"{message} ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
+                yield f"group {name!r}: {edge:,} bytes is not 10 to 15 % under {sizes}"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -328,20 +319,18 @@ def _same_groups(tree: AndroidTree) -> Found:
 @RULES.add("groups-declared", "bundletool: folders and declared groups agree", _GROUPS)
 def _groups_declared(tree: AndroidTree) -> Iterator[str]:
     names = {name for name, _ in tree.declared}
-    for name in sorted(tree.used - names - {OTHER}):
-        yield f"folders are for group {name!r}, which is not declared"
-    for name in sorted(names - tree.used):
-        yield f"group {name!r} is declared, but no folder is for it"
+    undeclared, unused = sorted(tree.used - names - {OTHER}), sorted(names - tree.used)
+    yield from (f"folders are for group {name!r}, which is not declared" for name in undeclared)
+    yield from (f"group {name!r} is declared, but no folder is for it" for name in unused)
 
 
 @RULES.add("other-folder", "ours: phones in no group download nothing")
 def _other_folder(tree: AndroidTree) -> Found:
     for (module, folder), groups in tree.groups.items():
         where = f"{module}/{ASSETS}/{folder}#group_{OTHER}"
-        files = [path for path in tree.below(where) if path != PLACEHOLDER]
         if OTHER not in groups:
             yield where, f"the folder of the default group is missing: make it with {PLACEHOLDER} in it"
-        elif files:
+        elif files := [path for path in tree.below(where) if path != PLACEHOLDER]:
             yield where, f"phones that match no group would download {len(files)} files, {files[0]} among them"
 
 
@@ -349,15 +338,14 @@ def _other_folder(tree: AndroidTree) -> Found:
 def _unsuffixed(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets if asset.group is None}):
         if (module, folder) in tree.groups:
-            message = f"a folder without suffix beside {folder}#group_…: bundletool refuses it"
-            yield f"{module}/{ASSETS}/{folder}", message
+            where = f"{module}/{ASSETS}/{folder}"
+            yield where, f"a folder without suffix beside {folder}#group_…: bundletool refuses it"
 
 
 @RULES.add("nested-targeting", "bundletool: nested targeting must be complete; we use none")
 def _nested(tree: AndroidTree) -> Found:
     for asset in tree.assets:
-        rest = asset.path.split("/", 1)[-1] if asset.group is not None else asset.path
-        if "#" in rest or "#" in (asset.group or "") or "#" in asset.folder:
+        if asset.path.count("#") > (0 if asset.group is None else 1):
             yield asset.where, "a second '#': one dimension of targeting, on the top folder"
 
 
@@ -369,8 +357,7 @@ def _empty_folder(tree: AndroidTree) -> Found:
             yield f"{module}/{ASSETS}", "the pack has no assets"
             continue
         for folder in sorted(path for path in assets.iterdir() if path.is_dir() and not path.is_symlink()):
-            if not tree.below(f"{module}/{ASSETS}/{folder.name}"):
-                where = f"{module}/{ASSETS}/{folder.name}"
+            if not tree.below(where := f"{module}/{ASSETS}/{folder.name}"):
                 yield where, f"an empty folder vanishes from the zip: put {PLACEHOLDER} in it"
 
 
@@ -378,8 +365,8 @@ def _empty_folder(tree: AndroidTree) -> Found:
 def _top_folder(tree: AndroidTree) -> Found:
     for module, folder in sorted({(asset.module, asset.folder) for asset in tree.assets}):
         if folder != module:
-            message = f"the top folder of assets must have the pack's name {module!r}: names are shared between packs"
-            yield f"{module}/{ASSETS}/{folder}", message
+            rule = f"the top folder of assets must have the pack's name {module!r}"
+            yield f"{module}/{ASSETS}/{folder}", f"{rule}: names are shared between packs"
 
 
 @RULES.add("entry-clash", "bundletool: one path in two packs has the same bytes")
@@ -390,8 +377,8 @@ def _entry_clash(tree: AndroidTree) -> Found:
     for path, found in sorted(places.items()):
         sizes = {asset.size for asset in found}
         if len(sizes) > 1 or (len(found) > 1 and len({tree.hash(asset.where) for asset in found}) > 1):
-            packs, message = ", ".join(asset.module for asset in found), "bundletool refuses the app bundle"
-            yield found[0].where, f"packs {packs} have different bytes at assets/{path}: {message}"
+            clash = f"packs {', '.join(asset.module for asset in found)} have different bytes at assets/{path}"
+            yield found[0].where, f"{clash}: bundletool refuses the app bundle"
 
 
 @RULES.add("assets-only", "bundletool: a pack holds assets and nothing else")
@@ -407,8 +394,7 @@ def _only_assets(tree: AndroidTree) -> Found:
 
 def _per_device(tree: AndroidTree) -> dict[str, dict[str, int]]:
     """group → pack → bytes that one phone of the group downloads; files without a group go to all."""
-    names = {asset.group for asset in tree.assets if asset.group is not None} or {OTHER}
-    sizes: dict[str, dict[str, int]] = {name: defaultdict(int) for name in sorted(names)}
+    sizes: dict[str, dict[str, int]] = {name: defaultdict(int) for name in sorted(tree.used or {OTHER})}
     for asset in tree.assets:
         for name in sizes if asset.group is None else [asset.group]:
             sizes[name][asset.module] += asset.size
@@ -419,17 +405,16 @@ def _per_device(tree: AndroidTree) -> dict[str, dict[str, int]]:
 def _pack_size(tree: AndroidTree) -> Found:
     for group, packs in _per_device(tree).items():
         for module, size in packs.items():
-            if size > PACK_LIMIT:
-                over = f"{size - PACK_LIMIT:,} over Play's {PACK_LIMIT:,} a pack"
-                yield module, f"group {group!r}: {size:,} bytes, {over}"
+            if (over := size - PACK_LIMIT) > 0:
+                yield module, f"group {group!r}: {size:,} bytes, {over:,} over Play's {PACK_LIMIT:,} a pack"
 
 
 @RULES.add("part-size", "ours: parts of at most 1.4e9 bytes")
 def _part_size(tree: AndroidTree) -> Found:
     for asset in tree.assets:
         if asset.size > PART_LIMIT:
-            message = f"{asset.size:,} bytes, parts have at most {PART_LIMIT:,}, so that packs stay under the limit"
-            yield asset.where, message
+            most = f"parts have at most {PART_LIMIT:,}, so that packs stay under the limit"
+            yield asset.where, f"{asset.size:,} bytes, {most}"
 
 
 @RULES.add("pack-count", f"Play: {PACKS_LIMIT} packs", ".")
@@ -451,9 +436,9 @@ RULES.add("total-30gb", "Play help: 30 GB on demand for one phone", ".")(partial
 @RULES.add("index-files", "ours: a group has no pack that the index does not know")
 def _known_packs(tree: AndroidTree) -> Found:
     carried = {(pack.name, group) for group, item in tree.deliveries.items() for pack in item.packs}
-    for asset in tree.assets:
+    for asset in tree.assets if tree.index else ():
         known = asset.group in (None, OTHER) or (asset.module, asset.group) in carried
-        if tree.index is not None and not known and not asset.path.endswith(f"/{PLACEHOLDER}"):
+        if not known and not asset.path.endswith(f"/{PLACEHOLDER}"):
             yield asset.where, "the index knows no such pack in this group"
 
 
@@ -471,8 +456,7 @@ def describe_android(folder: Path) -> str:
     tree = AndroidTree(folder)
     lines = [f"{folder}: packs: {len(tree.modules)} of {PACKS_LIMIT}"]
     for group, packs in _per_device(tree).items():
-        size = sum(packs.values())
+        size, largest = sum(packs.values()), max(packs.values(), default=0)
         shares = " and ".join(f"{size / limit:.1%} of {limit / 10**9:.0f} GB" for limit in TOTAL_LIMITS)
-        largest = max(packs.values(), default=0)
         lines.append(f"  {group}: {size:,} bytes for one phone, {shares}; largest pack {largest:,} of {PACK_LIMIT:,}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 from pipeline.errors import BundleError
-from pipeline.packs.android_rules import ASSETS, AndroidTree
+from pipeline.packs.android_rules import AndroidTree
 from pipeline.packs.rules import Problem
 
 GROUPS = "BUNDLE-METADATA/com.android.tools.build.bundletool/DeviceGroupConfig"
@@ -41,10 +41,9 @@ def check_app_bundle(aab: Path, folder: Path) -> list[Problem]:
     tree = AndroidTree(folder)
     for asset in tree.assets:
         name = f"{asset.module}/assets/{asset.path}"
-        entry, source = entries.get(name), folder / asset.module / ASSETS / asset.path
-        if entry is None:
+        if (entry := entries.get(name)) is None:
             problems.append(Problem("aab-assets", name, "it is in the modules, but not in the app bundle"))
-        elif entry.file_size != asset.size or _crc(source) != entry.CRC:
+        elif entry.file_size != asset.size or _crc(folder / asset.where) != entry.CRC:
             message = f"the app bundle has other bytes ({entry.file_size:,}) than the module ({asset.size:,})"
             problems.append(Problem("aab-assets", name, f"{message}: build it again"))
     return problems

@@ -98,10 +98,8 @@ def split(sizes: Mapping[str, int], pack_bytes: int = PACK_BYTES) -> tuple[tuple
     used = 0
     for name in sorted(sizes, key=_order):
         if sizes[name] > pack_bytes:
-            raise BundleError(
-                f"{name} has {sizes[name]:,} bytes, a pack holds {pack_bytes:,}: it cannot be delivered. Lower "
-                f"part_bytes in the recipe and quantize again."
-            )
+            large = f"{name} has {sizes[name]:,} bytes, a pack holds {pack_bytes:,}: it cannot be delivered"
+            raise BundleError(f"{large}. Lower part_bytes in the recipe and quantize again.")
         if used + sizes[name] > pack_bytes and packs[-1]:
             packs.append([])
             used = 0
@@ -117,12 +115,9 @@ def packable(bundle: Path, release: Release, tiers: Path) -> Packable:
     """
     sources = {f"{BUNDLE}/{CONTENT}/{name}": bundle / CONTENT / name for name in release.files}
     listed = {f"{BUNDLE}/{CONTENT}/{name}": entry for name, entry in release.files.items()}
-    others = {
-        f"{BUNDLE}/{CONTENT}/{Release.file_name}": bundle / CONTENT / Release.file_name,
-        f"{BUNDLE}/{SIGNATURE}": bundle / SIGNATURE,
-        f"{TIERS}/{CONTENT}/{TiersDocument.file_name}": tiers / CONTENT / TiersDocument.file_name,
-        f"{TIERS}/{SIGNATURE}": tiers / SIGNATURE,
-    }
+    others: dict[str, Path] = {}
+    for top, folder, kind in ((BUNDLE, bundle, Release), (TIERS, tiers, TiersDocument)):
+        others |= {f"{top}/{name}": folder / name for name in (f"{CONTENT}/{kind.file_name}", SIGNATURE)}
     return Packable(release, listed | describe_files(others), sources | others)
 
 
@@ -136,7 +131,7 @@ def deliver(packed: Packable, name: Callable[[int], str], pack_bytes: int = PACK
     for number, places in enumerate(split({place: file.size for place, file in packed.files.items()}, pack_bytes), 1):
         files = {place: packed.files[place] for place in sorted(places)}
         packs.append(Pack(name=name(number), bytes=total(files.values()), digest=pack_digest(files), files=files))
-    repeated = packed.release.model_dump(include=Delivery.model_fields.keys())
+    repeated = packed.release.model_dump(include=set(Delivery.model_fields))
     return Delivery(**repeated, bytes=sum(pack.bytes for pack in packs), packs=packs)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ MANIFESTS = "manifests"
 ENTITLEMENTS = "App.entitlements"
 ENTITLEMENT = "com.apple.developer.kernel.increased-memory-limit"
 COMMANDS = "upload.sh"
-POLICY = {"onDemand": {}}  # gigabytes are downloaded when the user asks for them, not with the app
+POLICY: dict[str, dict[str, str]] = {
+    "onDemand": {}
+}  # gigabytes are downloaded when the user asks for them, not with the app
 
 
 class Choice(Record):
@@ -62,12 +65,8 @@ def pack_id(model: str, variant: str, release: int, number: int) -> str:
 
 def manifest(identifier: str) -> dict[str, Any]:
     """What `xcrun ba-package` reads for one pack."""
-    return {
-        "assetPackID": identifier,
-        "downloadPolicy": POLICY,
-        "fileSelectors": [{"directory": identifier}],
-        "platforms": ["iOS"],
-    }
+    selectors = [{"directory": identifier}]
+    return {"assetPackID": identifier, "downloadPolicy": POLICY, "fileSelectors": selectors, "platforms": ["iOS"]}
 
 
 def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_bytes: int = PACK_BYTES) -> IosIndex:
@@ -81,18 +80,13 @@ def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_byte
     given = {tier.variant: tier for tier in sorted(ours, key=lambda tier: tier.need_bytes)}
     deliveries = {}
     for variant in sorted(given):
-        deliveries[variant] = deliver(
-            bundles[variant],
-            lambda number, variant=variant: pack_id(document.model, variant, document.release, number),
-            pack_bytes,
-        )
+        name = partial(pack_id, document.model, variant, document.release)
+        deliveries[variant] = deliver(bundles[variant], name, pack_bytes)
     names = [pack.name for delivery in deliveries.values() for pack in delivery.packs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BundleError(f"{document.model}: asset packs {', '.join(twice)} would be two. Rename one of the variants.")
-    choices = [
-        Choice(variant=variant, need_bytes=tier.need_bytes, kl_mean=tier.kl_mean)
-        for variant, tier in sorted(given.items(), key=lambda item: (item[1].kl_mean, item[1].need_bytes, item[0]))
-    ]
+    rows = sorted(given.values(), key=lambda tier: (tier.kl_mean, tier.need_bytes, tier.variant))
+    choices = [Choice(variant=it.variant, need_bytes=it.need_bytes, kl_mean=it.kl_mean) for it in rows]
     return IosIndex(model=document.model, release=document.release, deliveries=deliveries, choices=choices)
 
 

@@ -40,12 +40,12 @@ class IosTree(Tree[IosIndex]):
     def manifests(self) -> dict[str, dict[str, Any] | str]:
         """Manifest path → its object, or what is wrong with it."""
         found: dict[str, dict[str, Any] | str] = {}
-        for name in self.below(MANIFESTS):
+        for path in (f"{MANIFESTS}/{name}" for name in self.below(MANIFESTS)):
             try:
-                value = parse_json(self.text(f"{MANIFESTS}/{name}").encode())
-                found[f"{MANIFESTS}/{name}"] = value if isinstance(value, dict) else "expected a JSON object"
+                value = parse_json(self.text(path).encode())
+                found[path] = value if isinstance(value, dict) else "expected a JSON object"
             except ValueError as error:
-                found[f"{MANIFESTS}/{name}"] = f"it is no JSON: {error}"
+                found[path] = f"it is no JSON: {error}"
         return found
 
     @cached_property
@@ -129,15 +129,11 @@ def _policy(tree: IosTree) -> Found:
             yield path, f"downloadPolicy is {policy!r}: exactly one of {', '.join(_POLICIES)}"
             continue
         kind, options = next(iter(policy.items()))
+        events = options.get("installationEventTypes") if isinstance(options, dict) else None
         if kind == "onDemand" and options != {}:
             yield path, f"downloadPolicy onDemand takes no options, found {options!r}"
-        elif kind != "onDemand" and not _has_events(options):
+        elif kind != "onDemand" and not (isinstance(events, list) and set(map(str, events)) in _EVENTS):
             yield path, f"downloadPolicy {kind} needs installationEventTypes (firstInstallation, subsequentUpdate)"
-
-
-def _has_events(options: Any) -> bool:
-    events = options.get("installationEventTypes") if isinstance(options, dict) else None
-    return isinstance(events, list) and set(map(str, events)) in _EVENTS
 
 
 @RULES.add("platforms", "ours: packs are for iOS")
@@ -152,8 +148,8 @@ def _selectors(tree: IosTree) -> Found:
     for path, value in tree.readable.items():
         selectors, name = value.get("fileSelectors"), _identifier(value)
         if selectors != [{"directory": name}]:
-            message = f"fileSelectors is {selectors!r}, expected the one folder {name!r}: all packs share one namespace"
-            yield path, message
+            wrong = f"fileSelectors is {selectors!r}, expected the one folder {name!r}"
+            yield path, f"{wrong}: all packs share one namespace"
         elif name not in tree.tops:
             yield path, f"it selects the folder {name}, which is not there"
 
@@ -169,10 +165,8 @@ def _every_pack(tree: IosTree) -> Found:
 
 @RULES.add("no-stray-files", "ours: every file is in a pack's folder")
 def _unsorted(tree: IosTree) -> Found:
-    known = {INDEX, ENTITLEMENTS, COMMANDS}
-    for path in tree.sizes:
-        if "/" not in path and path not in known:
-            yield path, "a file in no pack's folder: no manifest selects it"
+    strays = (path for path in tree.sizes if "/" not in path and path not in {INDEX, ENTITLEMENTS, COMMANDS})
+    yield from ((path, "a file in no pack's folder: no manifest selects it") for path in strays)
 
 
 @RULES.add("entitlement", "Apple: the increased memory limit is an entitlement", ENTITLEMENTS)
@@ -196,10 +190,9 @@ def _immutable(tree: IosTree) -> Found:
         return
     if tree.previous.index is None:
         yield INDEX, f"the earlier release {tree.previous.folder.name} cannot be compared: {tree.previous.read[1]}"
-    earlier = tree.previous.packs
-    for name, pack in tree.packs.items():
-        if name in earlier and earlier[name].digest != pack.digest:
-            was, now = earlier[name].digest, pack.digest
+    earlier = {name: pack.digest for name, pack in tree.previous.packs.items()}
+    for name, now in ((name, pack.digest) for name, pack in tree.packs.items()):
+        if (was := earlier.get(name, now)) != now:
             yield name, f"this id was published with digest {was}, now it has {now}: raise the release number"
 
 

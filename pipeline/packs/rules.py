@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, Record, Release, parse
+from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, Model, Record, Release, parse
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
@@ -65,9 +65,17 @@ class Tree(ABC, Generic[Index]):
         """Where a pack of the delivery `name` lies."""
 
     @cached_property
-    def first_folders(self) -> dict[str, Delivery]:
-        """Where each delivery's first pack lies."""
-        return {self.pack_folder(name, item.packs[0]): item for name, item in self.deliveries.items()}
+    def first_packs(self) -> list[tuple[str, Delivery, Release | None]]:
+        """Where each delivery's first pack lies, the delivery, and the release.json in that pack if it is readable."""
+        folders = [(self.pack_folder(name, item.packs[0]), item) for name, item in self.deliveries.items()]
+        return [(folder, item, self.parsed(Release, f"{folder}/{RELEASE}")[0]) for folder, item in folders]
+
+    def parsed(self, kind: type[Model], path: str) -> tuple[Model | None, str]:
+        """A document; or None, and what is wrong with it."""
+        try:
+            return parse(kind, self.text(path).encode()), ""
+        except ValueError as error:
+            return None, str(error)
 
     def _walk(self, below: str) -> None:
         for name in sorted(os.listdir(self.folder / below)):
@@ -106,12 +114,8 @@ class Tree(ABC, Generic[Index]):
     @cached_property
     def read(self) -> tuple[Index | None, str]:
         """packs.json; or None, and what is wrong with it."""
-        if INDEX not in self.sizes:
-            return None, "there is no such file"
-        try:
-            return parse(self.kind, self.text(INDEX).encode()), ""
-        except ValueError as error:
-            return None, "; ".join(str(error).split("; ")[:5])
+        index, problem = self.parsed(self.kind, INDEX) if INDEX in self.sizes else (None, "there is no such file")
+        return index, "; ".join(problem.split("; ")[:5])
 
     @property
     def index(self) -> Index | None:
@@ -150,7 +154,7 @@ class Rules(list[Rule]):
         if tree.index is not None and not tree.deliveries and tree.sizes.keys() == {INDEX}:
             return []
         found = ((rule, item if rule.at is None else (rule.at, item)) for rule in self for item in rule.check(tree))
-        return [Problem(rule.id, *item, rule.note) for rule, item in found]
+        return [Problem(rule.id, where, message, rule.note) for rule, (where, message) in found]
 
 
 COMMON = Rules()
@@ -179,10 +183,9 @@ def _packs_as_indexed(tree: Tree[Any]) -> Found:
 def _pack_files(tree: Tree[Any], folder: str, delivery: Delivery, number: int) -> Found:
     """One pack's folder against the index: every file there with its size and hash, and no other."""
     pack, present = delivery.packs[number], tree.below(folder)
-    own_index = {INDEX} if number == 0 else set()
     for path in sorted(pack.files.keys() - present.keys()):
         yield f"{folder}/{path}", f"the index lists it in pack {pack.name}, but it is not there"
-    for path in sorted(present.keys() - pack.files.keys() - own_index):
+    for path in sorted(present.keys() - pack.files.keys() - ({INDEX} if number == 0 else set())):
         yield f"{folder}/{path}", f"it is not in the index: no phone would take it ({present[path]:,} bytes)"
     for path in sorted(pack.files.keys() & present.keys()):
         entry = pack.files[path]
@@ -190,28 +193,21 @@ def _pack_files(tree: Tree[Any], folder: str, delivery: Delivery, number: int) -
             yield f"{folder}/{path}", f"the index says {entry.size:,} bytes, found {present[path]:,}"
         elif (found := tree.hash(f"{folder}/{path}")) != entry.sha256:
             yield f"{folder}/{path}", f"the index says sha256 {entry.sha256}, found {found}"
-    if number == 0:
-        yield from _own_index(tree, folder, delivery)
-
-
-def _own_index(tree: Tree[Any], folder: str, delivery: Delivery) -> Found:
-    """The delivery's copy in its first pack, which is the one that the app reads."""
-    path = f"{folder}/{INDEX}"
-    try:
-        if parse(Delivery, tree.text(path).encode()) != delivery:
+    if number == 0:  # the delivery's copy here is the one that the app reads
+        own, problem = tree.parsed(Delivery, path := f"{folder}/{INDEX}")
+        if own is None:
+            yield path, f"the first pack carries the delivery for the app, but it cannot be read: {problem}"
+        elif own != delivery:
             yield path, "it differs from this delivery in the index beside the packs"
-    except ValueError as error:
-        yield path, f"the first pack carries the delivery for the app, but it cannot be read: {error}"
 
 
 @COMMON.add("joins", "ours: each delivery's packs join to one whole bundle")
 def _joined(tree: Tree[Any]) -> Found:
     """The files that release.json, in the first pack, lists, each once, and the signatures."""
-    for folder, delivery in tree.first_folders.items():
+    for folder, delivery, release in tree.first_packs:
         places = [place for pack in delivery.packs for place in pack.files]
         if twice := sorted({place for place in places if places.count(place) > 1}):
             yield folder, f"{', '.join(twice)} in more than one pack: on the phone one would replace the other"
-        release = _release(tree, f"{folder}/{RELEASE}")
         if release is None:
             yield f"{folder}/{RELEASE}", "the first pack must hold a readable release.json: without it nothing joins"
             continue
@@ -225,19 +221,10 @@ def _joined(tree: Tree[Any]) -> Found:
 
 @COMMON.add("app-versions", "ours: the index repeats the signed release")
 def _app_versions(tree: Tree[Any]) -> Found:
-    for folder, delivery in tree.first_folders.items():
-        release = _release(tree, f"{folder}/{RELEASE}")
-        for name in ("model", "variant", "release", "min_app_version", "max_app_version"):
-            if release is not None and getattr(delivery, name) != getattr(release, name):
-                says, signed = getattr(delivery, name), getattr(release, name)
+    for folder, delivery, release in tree.first_packs:
+        for name in ("model", "variant", "release", "min_app_version", "max_app_version") if release else ():
+            if (says := getattr(delivery, name)) != (signed := getattr(release, name)):
                 yield folder, f"the index says {name} {says}, the signed release.json says {signed}"
-
-
-def _release(tree: Tree[Any], path: str) -> Release | None:
-    try:
-        return parse(Release, tree.text(path).encode())
-    except ValueError:
-        return None
 
 
 @COMMON.add("index-digests", "ours: sizes and digests of the index follow from its files", INDEX)

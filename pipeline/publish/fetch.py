@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
+from urllib3.exceptions import MaxRetryError
+from urllib3.util import Retry
 
 from pipeline import files
 from pipeline.bundle.keys import load_public_keys
@@ -36,10 +39,14 @@ from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
 from pipeline.progress import Progress
 from pipeline.publish import layout
-from pipeline.publish.places import Reader, open_place
-from pipeline.publish.transfer import CHUNK, read_all, stream
+from pipeline.publish.places import Body, Interrupted, Reader, open_place
 
 STATE = "releases.json"  # beside DIR, unless another file is named
+CHUNK = 1 << 18  # bytes
+ATTEMPTS = 8  # requests in a row that bring nothing new
+BACKOFF_SECONDS = 0.5  # doubled from the second attempt on
+MOST_SECONDS = 60  # between two attempts, also where a server asks for more
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class Fetched:
 
     def describe(self) -> str:
         """One line for people."""
-        what = f"{self.document.model} {self.document.variant} release {self.document.release}"
-        return f"{self.directory}: {what}, verified; {self.downloaded:,} bytes downloaded, {self.reused:,} were here"
+        moved = f"{self.downloaded:,} bytes downloaded, {self.reused:,} were here"
+        return f"{self.directory}: {self.document.label}, verified; {moved}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,10 @@ def fetch(
         ResourceError: the disk is too small, known before the first part moves.
     """
     for what, name in (("model", model), ("variant", variant), ("tier", tier)):
-        _require_name(what, name)
+        try:
+            TypeAdapter(Name | None).validate_python(name)
+        except ValidationError:
+            raise BundleError(f"{name!a} cannot be the name of a {what}: small letters, digits, '_' and '-'.") from None
     if (variant is None) == (tier is None):
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
@@ -151,13 +161,6 @@ def fetch(
         fetched = _install(client, document, bundle, staging / "parts", target)
     accepted.record(model, document.release)
     return fetched
-
-
-def _require_name(what: str, name: str | None) -> None:
-    try:
-        TypeAdapter(Name | None).validate_python(name)
-    except ValidationError:
-        raise BundleError(f"{name!a} cannot be the name of a {what}: small letters, digits, '_' and '-'.") from None
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
@@ -200,26 +203,22 @@ def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str
     """
     folder = client.lay_out(staging / "tiers", layout.pointer(layout.folder(model, None)), TiersDocument)
     document: TiersDocument = client.accept(folder, kinds=(TiersDocument,))
-    decision = document.tiers.get(tier)
-    if decision is None:
+    if (decision := document.tiers.get(tier)) is None:
         raise BundleError(f"{model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
     if isinstance(decision, TierRefusal):
         raise BundleError(_refused(document, tier, decision))
-    reference = document.bundles.get(decision.variant)
-    if reference is None:
+    if (reference := document.bundles.get(decision.variant)) is None:
         raise BundleError(f"tiers.json of {model} gives {tier} {decision.variant}, and pins no bundle of it.")
     path = layout.signature(layout.folder(model, decision.variant), reference.release)
     return decision.variant, path, reference.signature_sha256
 
 
 def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
-    need = "no variant passed its gates"
+    need, share = "no variant passed its gates", f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes"
     if refusal.smallest_need_bytes is not None:
         need = f"the smallest need is {refusal.smallest_need_bytes:,} bytes, {refusal.shortfall_bytes:,} more than that"
-    return (
-        f"{tier} gets no bundle of {document.model} release {document.release}: an app may use "
-        f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes of memory; {need}. {'; '.join(refusal.reasons)}."
-    )
+    given = f"{tier} gets no bundle of {document.model} release {document.release}: an app may use {share} of memory"
+    return f"{given}; {need}. {'; '.join(refusal.reasons)}."
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -227,14 +226,18 @@ def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
 
 def _install(client: _Client, document: Release, bundle: Path, parts: Path, target: Path) -> Fetched:
     """Complete `bundle`, which has signature and document as yet, through `parts`, and make it `target`."""
-    if _installed(client, bundle, target, document.variant):
+    there, signature = target / SIGNATURE, (bundle / SIGNATURE).read_bytes()
+    same = there.is_file() and there.read_bytes() == signature
+    if same and client.verify(target, variant=document.variant).ok:
         return Fetched(target, document, 0, sum(entry.size for entry in document.files.values()))
     wanted = {entry.sha256: entry for entry in document.files.values()}
     names = {entry.sha256: name for name, entry in document.files.items()}
-    _forget(parts, wanted)
+    for path in parts.iterdir():
+        if path.name.removesuffix(".partial") not in wanted:  # of a release that has been superseded
+            path.unlink()
     _reuse(target / CONTENT, wanted, parts)
     kept = {digest: _kept(parts, digest) for digest in wanted}
-    left = sum(wanted[digest].size - kept[digest] for digest in wanted)
+    left = sum(entry.size - kept[digest] for digest, entry in wanted.items())
     files.require_free_space(parts, left, f"fetch {document.model} {document.variant}")
     with Progress(f"fetch {document.model} {document.variant}", len(wanted), "files", left) as progress:
         for digest, entry in sorted(wanted.items(), key=lambda item: names[item[0]]):
@@ -255,38 +258,19 @@ def _install(client: _Client, document: Release, bundle: Path, parts: Path, targ
     return Fetched(target, document, left, sum(kept.values()))
 
 
-def _installed(client: _Client, bundle: Path, target: Path, variant: str) -> bool:
-    """Whether `target` holds these very bytes, signature included, and still verifies."""
-    signature = target / SIGNATURE
-    if not signature.is_file() or signature.read_bytes() != (bundle / SIGNATURE).read_bytes():
-        return False
-    return client.verify(target, variant=variant).ok
-
-
-def _forget(parts: Path, wanted: dict[str, FileEntry]) -> None:
-    """Remove what an interrupted run fetched for a release that has been superseded."""
-    for path in parts.iterdir():
-        if path.name.removesuffix(".partial") not in wanted:
-            path.unlink()
-
-
 def _reuse(installed: Path, wanted: dict[str, FileEntry], parts: Path) -> None:
     """Give files of an installed release that have a wanted digest a second name in `parts`."""
     sizes = {entry.size for entry in wanted.values()}
     for file in sorted(installed.iterdir()) if installed.is_dir() else []:
-        found = file.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_size in sizes:
-            digest = files.sha256_of(file)
-            if digest in wanted:
-                files.link_or_copy(file, parts / digest)
+        plausible = not file.is_symlink() and file.is_file() and file.stat().st_size in sizes
+        if plausible and (digest := files.sha256_of(file)) in wanted:
+            files.link_or_copy(file, parts / digest)
 
 
 def _kept(parts: Path, digest: str) -> int:
     """Bytes of a file that are here, whole or in part."""
-    for path in (parts / digest, parts / f"{digest}.partial"):
-        if path.is_file():
-            return path.stat().st_size
-    return 0
+    here = (path for path in (parts / digest, parts / f"{digest}.partial") if path.is_file())
+    return next((path.stat().st_size for path in here), 0)
 
 
 def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress: Progress) -> None:
@@ -307,27 +291,88 @@ def _download(reader: Reader, name: str, entry: FileEntry, parts: Path, progress
         os.fsync(file.fileno())
     if actual != entry.sha256:
         partial.unlink()
-        raise BundleError(
-            f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes), got "
-            f"{actual}. None of them was kept; what was installed stays. Try again; if it happens twice, the place or "
-            f"something before it changes the file."
-        )
+        wrong = f"{name}: wrong bytes from {reader.shown}. Expected sha256 {entry.sha256} ({entry.size:,} bytes)"
+        remedy = "Try again; if it happens twice, the place or something before it changes the file."
+        raise BundleError(f"{wrong}, got {actual}. None of them was kept; what was installed stays. {remedy}")
     os.replace(partial, parts / entry.sha256)
 
 
-def _append(reader: Reader, entry: FileEntry, file: BinaryIO, progress: Progress) -> str:
+def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Progress) -> str:
     """Complete `file` up to the promised size; the SHA-256 of all its bytes."""
-    file.seek(0)
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    if size > entry.size:
+    if os.fstat(file.fileno()).st_size > entry.size:
         file.truncate(0)
-        digest, size = hashlib.sha256(), 0
-    for chunk in stream(reader, layout.blob(entry.sha256), size, entry.size):
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
+    for chunk in stream(reader, layout.blob(entry.sha256), file.tell(), entry.size):
         file.write(chunk)
         digest.update(chunk)
         progress.advance(0, len(chunk))
     file.flush()
     return digest.hexdigest()
+
+
+# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived -----------------------
+
+
+def _patience() -> Retry:
+    return Retry(
+        total=ATTEMPTS - 1,
+        backoff_factor=BACKOFF_SECONDS,
+        backoff_jitter=BACKOFF_SECONDS,
+        backoff_max=MOST_SECONDS,
+        retry_after_max=MOST_SECONDS,
+    )
+
+
+def _pause(patience: Retry, broken: Interrupted, where: str, position: int) -> Retry:
+    try:
+        patience = patience.increment(error=broken)
+    except MaxRetryError:
+        failed = f"{ATTEMPTS} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}"
+        remedy = "What arrived is kept: run the same command again and it goes on there."
+        raise BundleError(f"{where}: {failed}. {remedy}") from None
+    _LOG.info("%s: %s at byte %s; going on", where, broken, f"{position:,}")
+    patience.sleep(broken.response)
+    return patience
+
+
+def _skip(body: Body, count: int) -> None:
+    """Read past bytes that are here already: a server without Range begins at the first one again."""
+    while count > 0:
+        chunk = body.read(min(CHUNK, count))
+        if not chunk:
+            raise Interrupted("the answer ended early")
+        count -= len(chunk)
+
+
+def stream(reader: Reader, path: str, start: int, size: int | None, limit: int | None = None) -> Iterator[bytes]:
+    """The bytes of `path` from `start` to `size`, never more, whatever the server sends; None: to the file's end.
+
+    `limit` bounds a file whose size is not known.
+
+    Raises:
+        BundleError: not there, longer than `limit`, or `ATTEMPTS` requests in a row brought nothing new.
+    """
+    position, patience, where = start, _patience(), f"{reader.shown}/{path}"
+    while size is None or position < size:
+        reached = position
+        try:
+            with reader.open(path, position) as body:
+                size = body.total if size is None else size
+                _skip(body, position - body.start)
+                while chunk := body.read(CHUNK if size is None else min(CHUNK, size - position)):
+                    position += len(chunk)
+                    if limit is not None and position > limit:
+                        raise BundleError(f"{where} has more than {limit:,} bytes: it is no document of ours.")
+                    yield chunk
+            if size is None:
+                return
+            if position < size:
+                raise Interrupted("the answer ended early")
+        except Interrupted as broken:
+            patience = _pause(_patience() if position > reached else patience, broken, where, position)
+
+
+def read_all(reader: Reader, path: str, limit: int) -> bytes:
+    """A small file of unknown size, at most `limit` bytes. Raises as `stream`."""
+    return b"".join(stream(reader, path, 0, None, limit))

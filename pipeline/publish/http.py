@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -68,21 +67,17 @@ def _body(response: requests.Response, where: str, start: int) -> Body:
         raise BundleError(f"{where}: HTTP {status}. Check the address and whether it needs a login.")
     if headers.get("Content-Encoding", "identity") != "identity":
         raise BundleError(f"{where} arrives as {headers['Content-Encoding']!a}; turn compression off there.")
-    length = headers.get("Content-Length", "")
-    total = int(length) if length.isascii() and length.isdigit() else None
+    begin, total = 0, headers.get("Content-Length", "")
     if status == 206:
         told = _RANGE.fullmatch(headers.get("Content-Range", ""))
         if told is None or int(told[1]) != start:
             raise BundleError(f"{where}: asked for byte {start:,} on, got {headers.get('Content-Range')!a}.")
-        return Body(start, int(told[2]) if told[2] != "*" else None, _reader(response.raw))
-    return Body(0, total, _reader(response.raw))
+        begin, total = start, told[2]
 
-
-def _reader(raw: Any) -> Any:
     def read(count: int) -> bytes:
         try:
-            return raw.read1(count, decode_content=False)  # what has come, so that a broken transfer keeps it
+            return response.raw.read1(count, decode_content=False)  # what has come, so that a broken transfer keeps it
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Interrupted(type(error).__name__) from None
 
-    return read
+    return Body(begin, int(total) if total.isascii() and total.isdigit() else None, read)

@@ -32,12 +32,9 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 def _sources(wanted: Verified, place: str) -> dict[str, Path]:
     """Path in the repository → file here."""
-    content = wanted.directory / CONTENT
-    sources = {f"{place}/{CONTENT}/{name}": content / name for name in wanted.digests}
-    sources[f"{place}/{SIGNATURE}"] = wanted.directory / SIGNATURE
-    if CARD in wanted.digests:
-        sources[CARD] = content / CARD
-    return dict(sorted(sources.items()))
+    names = [SIGNATURE, *(f"{CONTENT}/{name}" for name in wanted.digests)]
+    card = {CARD: wanted.directory / CONTENT / CARD} if CARD in wanted.digests else {}
+    return dict(sorted((card | {f"{place}/{name}": wanted.directory / name for name in names}).items()))
 
 
 class Hub:
@@ -86,22 +83,18 @@ class Hub:
         place = wanted.variant or TIERS
         tag, (tags, head) = f"{place}-r{wanted.document.release}", self._refs
         if tag in tags:
-            return f"{wanted.title}: tag {tag} of {self.shown} holds it already"
+            return f"{wanted.document.label}: tag {tag} of {self.shown} holds it already"
         sources = _sources(wanted, place)
         # Files of an earlier release that this one does not have: beside it they would make the folder fail.
         stale = sorted(path for path in self._files("main") if path.startswith(f"{place}/") and path not in sources)
-        commit = head
-        if stale or self._differing(
-            head, sources
-        ):  # else an earlier run made the commit, and was cut off before the tag
-            commit = self._commit(sources, stale, head, f"{wanted.title}, signed")
-        if wrong := self._differing(commit, sources):
-            raise BundleError(
-                f"{self.shown}@{commit}: {', '.join(wrong)} is not there as it was sent. It was not tagged."
-            )
+        commit = head  # the commit of an earlier run, if it was cut off before the tag
+        if stale or self._differing(head, sources):
+            commit = self._commit(sources, stale, head, f"{wanted.document.label}, signed")
+        if wrong := ", ".join(self._differing(commit, sources)):
+            raise BundleError(f"{self.shown}@{commit}: {wrong} is not there as it was sent. It was not tagged.")
         with self._errors("the tag"):
             self.api.create_tag(self.repository, tag=tag, revision=commit)
-        return f"{wanted.title}: {len(sources)} files in {self.shown}, tag {tag}, commit {commit}"
+        return f"{wanted.document.label}: {len(sources)} files in {self.shown}, tag {tag}, commit {commit}"
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -120,9 +113,8 @@ class Hub:
             hint = "set HF_TOKEN to a token that may write to it" if status in (401, 403) else "try again"
             raise BundleError(f"{self.shown}: {what} failed ({answer}); {hint}. Files that arrived are kept.") from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise BundleError(
-                f"{self.shown}: {what}: it does not answer like a Hub ({type(error).__name__})."
-            ) from None
+            reason = f"it does not answer like a Hub ({type(error).__name__})"
+            raise BundleError(f"{self.shown}: {what}: {reason}.") from None
 
     @cached_property
     def _refs(self) -> tuple[list[str], str]:
@@ -141,29 +133,21 @@ class Hub:
 
     def _differing(self, revision: str, sources: dict[str, Path]) -> list[str]:
         """The paths of `sources` that the Hub does not state with the right hash (SHA-256 in LFS, else git's)."""
-        from huggingface_hub.utils.sha import git_hash  # of a file outside LFS; such files are small
+        from huggingface_hub.utils.sha import git_hash
 
-        there, wrong = self._files(revision), []
-        for path, source in sources.items():
-            found = there.get(path)
-            if found is not None and found.lfs:
-                right = found.lfs.sha256 == files.sha256_of(source)
-            else:
-                right = (
-                    found is not None
-                    and found.size == source.stat().st_size
-                    and found.blob_id == git_hash(source.read_bytes())
-                )
-            if not right:
-                wrong.append(path)
-        return wrong
+        def is_stated(stated: Any, source: Path) -> bool:
+            if stated.lfs:
+                return stated.lfs.sha256 == files.sha256_of(source)
+            # Outside LFS files are small.
+            return stated.size == source.stat().st_size and stated.blob_id == git_hash(source.read_bytes())
+
+        there = self._files(revision)
+        return [path for path, it in sources.items() if path not in there or not is_stated(there[path], it)]
 
     def _commit(self, sources: dict[str, Path], stale: list[str], parent: str, message: str) -> str:
         """One commit on top of `parent`; its id. Large files that the Hub holds already are not sent again."""
-        operations = [self.hub.CommitOperationAdd(path, str(source)) for path, source in sources.items()]
-        operations += [self.hub.CommitOperationDelete(path) for path in stale]
+        added = [self.hub.CommitOperationAdd(path, str(source)) for path, source in sources.items()]
+        operations: list[Any] = [*added, *(self.hub.CommitOperationDelete(path) for path in stale)]
+        options: dict[str, Any] = {"commit_message": message, "parent_commit": parent, "revision": "main"}
         with self._errors("the commit"):
-            made = self.api.create_commit(
-                self.repository, operations, commit_message=message, parent_commit=parent, revision="main"
-            )
-            return made.oid
+            return self.api.create_commit(self.repository, operations, **options).oid

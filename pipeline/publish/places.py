@@ -77,10 +77,8 @@ class Place:
             raise Missing(f"{self.shown}/{what} is not there.") from None
         except Exception as error:  # botocore's and aiohttp's have no common base
             reason = " ".join(str(error).split())[:200]
-            raise BundleError(
-                f"{self.shown}: {what} failed ({type(error).__name__}: {reason}). {self.hint}, then run the same "
-                f"command again."
-            ) from None
+            failed = f"{self.shown}: {what} failed ({type(error).__name__}: {reason})"
+            raise BundleError(f"{failed}. {self.hint}, then run the same command again.") from None
 
     def _ask(self, method: str, path: str, missing: Any = None, **options: Any) -> Any:
         """What a method of the file system says of `path`; `missing` if nothing is there."""
@@ -192,9 +190,8 @@ def _s3(bucket: str, path: str) -> Place:
     try:
         import s3fs
     except ImportError:
-        raise BundleError(
-            "s3:// needs the package s3fs. Install it with `pip install -r requirements-s3.txt -c constraints.txt`."
-        ) from None
+        install = "`pip install -r requirements-s3.txt -c constraints.txt`"
+        raise BundleError(f"s3:// needs the package s3fs. Install it with {install}.") from None
     root = f"{bucket}/{path.strip('/')}".rstrip("/")
     return Place(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.bundle.release import CONTENT
 from pipeline.bundle.tiers import TiersDocument
@@ -39,28 +37,21 @@ class Destination(Protocol):
         """Write what is not there yet; says what it did."""
 
 
-def push(
-    directory: Path,
-    destination: str,
-    public_keys: Path | Sequence[Path],
-    *,
-    now: datetime | None = None,
-    allow_development: bool = False,
-) -> str:
+def push(directory: Path, destination: str, public_keys: Path | Sequence[Path], **checks: Any) -> str:
     """Publish a bundle or a signed tiers folder to a folder, s3://bucket/folder or hf://owner/name; says what it did.
 
-    `now` (aware; default: the clock) is compared with the expiry.
+    `checks` are what `verify` takes besides: `now` (aware; default: the clock) and `allow_development`.
 
     Raises:
         BundleError: the bundle does not verify or is a refusal; this release is published with other bytes, or a
             higher one is; tiers name a bundle that is not published; the place refuses or does not keep what it got.
         ResourceError: a folder's disk is too small.
     """
-    wanted = verified(directory, public_keys, now, allow_development)
+    wanted = verified(directory, public_keys, **checks)
     target = _open(destination)
     _require_next(wanted, target)
     if isinstance(wanted.document, TiersDocument):
-        _require_bundles(wanted.title, wanted.document, target)
+        _require_bundles(wanted.document.label, wanted.document, target)
     return target.publish(wanted)
 
 
@@ -76,16 +67,13 @@ def _require_next(wanted: Verified, target: Destination) -> None:
     """Refuse a release below the highest that is published, or with other bytes than published under its number."""
     model, release = wanted.document.model, wanted.document.release
     if target.signature(model, wanted.variant, release) not in (None, wanted.signature):
-        raise BundleError(
-            f"{wanted.title} is published with another signature, and what is published never changes. Raise "
-            f"`release` in configs/signing.yaml, then bundle and sign again."
-        )
-    highest = max(target.releases(model, wanted.variant), default=0)
-    if highest > release:
-        raise BundleError(
-            f"{wanted.title} is older than what is published, release {highest}: phones that have that one refuse a "
-            f"lower one. Publish the older content under a new number."
-        )
+        remedy = "Raise `release` in configs/signing.yaml, then bundle and sign again."
+        what = f"{wanted.document.label} is published with another signature, and what is published never changes"
+        raise BundleError(f"{what}. {remedy}")
+    if (highest := max(target.releases(model, wanted.variant), default=0)) > release:
+        what = f"{wanted.document.label} is older than what is published, release {highest}"
+        remedy = "phones that have that one refuse a lower one. Publish the older content under a new number."
+        raise BundleError(f"{what}: {remedy}")
 
 
 def _require_bundles(title: str, document: TiersDocument, target: Destination) -> None:
@@ -94,21 +82,15 @@ def _require_bundles(title: str, document: TiersDocument, target: Destination) -
         there = target.signature(document.model, variant, reference.release)
         if there is None or hashlib.sha256(there).hexdigest() != reference.signature_sha256:
             found = "is not published" if there is None else "is published with another signature"
-            raise BundleError(
-                f"{title} names {variant} release {reference.release}, which {found} in {target.shown}. Push that "
-                f"bundle first."
-            )
+            named = f"{title} names {variant} release {reference.release}"
+            raise BundleError(f"{named}, which {found} in {target.shown}. Push that bundle first.")
 
 
-@dataclass(frozen=True)
 class _Blobs:
     """A place whose files lie as `layout` says."""
 
-    place: Place
-
-    @property
-    def shown(self) -> str:
-        return self.place.shown
+    def __init__(self, place: Place) -> None:
+        self.place, self.shown = place, place.shown
 
     def releases(self, model: str, variant: str | None) -> list[int]:
         names = self.place.children(layout.folder(model, variant))
@@ -118,8 +100,7 @@ class _Blobs:
         return self.place.read(layout.signature(layout.folder(model, variant), release))
 
     def publish(self, wanted: Verified) -> str:
-        folder = layout.folder(wanted.document.model, wanted.variant)
-        written = self._put_blobs(wanted)
+        folder, written = layout.folder(wanted.document.model, wanted.variant), self._put_blobs(wanted)
         for path in (layout.signature(folder, wanted.document.release), layout.pointer(folder)):
             if self.place.read(path) != wanted.signature:
                 self.place.write(path, wanted.signature)
@@ -128,24 +109,22 @@ class _Blobs:
         total = len(wanted.digests)
         kept = f", {total - len(written)} were there" if len(written) < total else ""
         moved = f"{len(written)} of {total} files, {sum(written.values()):,} bytes"
-        return f"{wanted.title}: {moved}, to {self.shown}{kept}; {layout.pointer(folder)} names it"
+        return f"{wanted.document.label}: {moved}, to {self.shown}{kept}; {layout.pointer(folder)} names it"
 
     def _put_blobs(self, wanted: Verified) -> dict[str, int]:
         """Write the files that are not there; digest → bytes of those that were written."""
         sources = {digest: wanted.directory / CONTENT / name for name, digest in wanted.digests.items()}
         sizes = {digest: path.stat().st_size for digest, path in sources.items()}
         written = {}
-        with Progress(f"push {wanted.title}", len(sources), "files", sum(sizes.values())) as progress:
+        with Progress(f"push {wanted.document.label}", len(sources), "files", sum(sizes.values())) as progress:
             for digest, path in sorted(sources.items(), key=lambda item: item[1]):
                 blob, size = layout.blob(digest), sizes[digest]
-                there = self.place.size(blob)
-                if there is None:
+                if (there := self.place.size(blob)) is None:
                     self.place.put(path, blob, digest)
                     written[digest] = size
                 elif there != size:
-                    raise BundleError(
-                        f"{self.shown}/{blob} has {there:,} bytes, {path.name} has {size:,}: it was not written by "
-                        f"push. Find out what wrote it, and remove it."
-                    )
+                    sizes_differ = f"{self.shown}/{blob} has {there:,} bytes, {path.name} has {size:,}"
+                    remedy = "it was not written by push. Find out what wrote it, and remove it."
+                    raise BundleError(f"{sizes_differ}: {remedy}")
                 progress.advance(1, size, kept=there is not None)
         return written

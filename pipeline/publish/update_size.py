@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,11 +44,6 @@ class Bundle:
     directory: Path
     release: Release
     digests: Mapping[str, str]
-
-    @property
-    def title(self) -> str:
-        """Such as `demo q4 release 7`."""
-        return f"{self.release.model} {self.release.variant} release {self.release.release}"
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if it has no such file."""
@@ -91,14 +87,12 @@ class Update:
     def describe(self) -> str:
         """The table for people; a line says so where zstd is missing."""
         rows = [("file", "", *_COLUMNS.values())]
-        for file in self.files:
-            rows.append((file.name, file.status, *(_figure(getattr(file, column)) for column in _COLUMNS)))
+        rows += [(it.name, it.status, *(_figure(getattr(it, column)) for column in _COLUMNS)) for it in self.files]
         rows.append(("total", "", *map(_figure, self.totals.values())))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.old.title} → {self.new.title}: bytes to download"]
+        lines = [f"{self.old.release.label} → {self.new.release.label}: bytes to download"]
         for row in rows:
-            texts = [text.ljust(width) for text, width in zip(row[:2], widths, strict=False)]
-            lines.append("  ".join([*texts, *map(str.rjust, row[2:], widths[2:])]))
+            lines.append("  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]))
         if self.totals["delta_bytes"] is None:
             lines.append("No delta: the command zstd is not installed.")
         return "\n".join(lines)
@@ -157,13 +151,12 @@ def page_hashes(path: Path) -> np.ndarray:
 
 def _delta_bytes(old: Path, new: Path) -> int | None:
     """Size of zstd's patch. It holds the old file in memory (parts have at most 1.4e9 bytes); its output is counted."""
-    program = shutil.which("zstd")
-    if program is None:
+    if shutil.which("zstd") is None:
         return None
-    command = [program, "--quiet", "--single-thread", "--stdout", f"--patch-from={old}", str(new)]
+    command = ["zstd", "--quiet", "--single-thread", "--stdout", f"--patch-from={old}", str(new)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
-        size = sum(len(chunk) for chunk in iter(lambda: process.stdout.read(1 << 20), b""))
+        size = sum(map(len, iter(partial(process.stdout.read, 1 << 20), b"")))
         reason = " ".join(process.stderr.read().decode(errors="replace").split())[-200:]
     if process.returncode != 0:
         raise BundleError(f"zstd cannot make a delta of {new.name}: {reason or f'status {process.returncode}'}.")
@@ -183,9 +176,10 @@ def compare(old_directory: Path, new_directory: Path) -> Update:
     """
     old, new = read_bundle(old_directory), read_bundle(new_directory)
     if (old.release.model, old.release.variant) != (new.release.model, new.release.variant):
-        raise BundleError(f"{old.title} and {new.title} are not releases of one bundle.")
+        raise BundleError(f"{old.release.label} and {new.release.label} are not releases of one bundle.")
     changed = set(new.digests.values()) - set(old.digests.values())
-    known = np.unique(np.concatenate([page_hashes(old.directory / name) for name in old.digests] if changed else [[]]))
+    hashes = [page_hashes(old.directory / name) for name in old.digests if changed]
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
     updates = [_update(name, old, new, known) for name in sorted(old.digests.keys() | new.digests.keys())]
     return Update(old, new, tuple(updates))
 

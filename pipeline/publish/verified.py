@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.bundle.keys import load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, Release
@@ -29,23 +29,16 @@ class Verified:
         """The variant, None for tiers."""
         return self.document.variant if isinstance(self.document, Release) else None
 
-    @property
-    def title(self) -> str:
-        """Such as `demo q4 release 7`."""
-        return f"{self.document.model} {self.variant or 'tiers'} release {self.document.release}"
 
-
-def verified(
-    directory: Path, public_keys: Path | Sequence[Path], now: datetime | None, allow_development: bool
-) -> Verified:
-    """`directory`, a bundle or a signed tiers folder, after `verify`.
+def verified(directory: Path, public_keys: Path | Sequence[Path], **checks: Any) -> Verified:
+    """`directory`, a bundle or a signed tiers folder, after `verify` with `checks`.
 
     Raises:
         BundleError: it does not verify, or is a refusal.
     """
     is_tiers = (directory / CONTENT / TiersDocument.file_name).is_file()
     check = verify_tiers if is_tiers else verify
-    report = check(directory, public_keys, now=now, allow_development=allow_development)
+    report = check(directory, public_keys, **checks)
     if not report.ok or not isinstance(report.document, Release | TiersDocument):
         keys, wrong = " or ".join(report.trusted), "; ".join(map(str, report.findings))
         raise BundleError(f"{directory} does not verify under {keys}, so it is not published: {wrong}.")

@@ -10,6 +10,8 @@ from pipeline.bundle.dossier import Dossier
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.lock import SourceLock
+from pipeline.config.models import ModelConfig
+from pipeline.config.sources import LocalSource
 from pipeline.judge.verdicts import PASS, REPORTED, GateLine, Verdict
 
 REVISION = "c" * 40
@@ -53,23 +55,30 @@ def source(licence: str = "apache-2.0", **changes: Any) -> SourceLock:
 
 
 def dossier(**changes: Any) -> Dossier:
-    """What is known of demo's q4."""
+    """What is known of demo's q4; `changes` are to its fields, or to those of the model's entry."""
+    entry = ModelConfig(
+        title="Demo",
+        source=LocalSource(kind="local", path="weights"),
+        base_model="owner/demo",
+        context=2048,
+        gate_class="demo",
+        mmlu_mode="cloze",
+        note="A caveat.",
+    )
+    ours = {name: changes.pop(name) for name in list(changes) if name in ModelConfig.model_fields.keys() - {"source"}}
     made = Dossier(
         model="demo",
-        title="Demo",
+        entry=entry.model_copy(update=ours),
         variant="q4",
         release=7,
         created=datetime(2026, 1, 31, 12, tzinfo=UTC),
         source=source(),
-        base_model="owner/demo",
-        context=2048,
         runtime=Runtime(onnxruntime="1.31.1", onnxruntime_genai="0.18.0", opset=21),
         config={"architectures": ["LlamaForCausalLM"]},
         plan=PLAN,
         metrics=METRICS,
         verdict=Verdict(PASS, (GateLine("kl_mean", PASS), GateLine("mmlu", REPORTED, note=NOTE)), "demo/q4"),
         texts=("text-wiki",),
-        note="A caveat.",
         commit="d" * 40,
         files={"demo_q4.onnx": FileEntry(size=3, sha256="3" * 64), "LICENSE": FileEntry(size=4, sha256="4" * 64)},
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.tiers import TierBundle, TierRefusal, TierSuggestion, assign, budget_bytes, build_tiers
+from pipeline.bundle.tiers import TierBundle, TierRefusal, TierSuggestion, assign, build_tiers
 from pipeline.config.phones import Tier, TiersConfig, load_tiers
 from pipeline.errors import BundleError
-from pipeline.planning.devices import Candidate, Figure, Footprint
+from pipeline.planning.devices import Candidate, Figure, Footprint, budget_bytes
 
 TIERS = TiersConfig(
     context=2048,

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.bundle import keys, release
 from pipeline.bundle.tiers import TierBundle, TierRefusal, build_tiers
-from pipeline.publish import transfer
+from pipeline.publish import fetch as fetching
 from pipeline.publish.push import push
 from tests.bundle.conftest import CREATED, Maker, maker, public_key, stranger  # noqa: F401 (fixtures)
 
@@ -84,7 +84,7 @@ def store(line: Line, public_key: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "BACKOFF_SECONDS", 0.0)
 
 
 @pytest.fixture

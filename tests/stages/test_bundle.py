@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from pipeline import keys as code_keys
-from pipeline.bundle import bom, card, documents, keys, licence, lockfile, materials, provenance
+from pipeline.bundle import bom, card, documents, keys, licence, materials, provenance
 from pipeline.bundle.release import describe_files
 from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.lock import SourceLock, write_lock
@@ -137,7 +137,7 @@ def record(**changes: str) -> dict[str, Any]:
 
 
 def write_record(stages: dict[str, Any]) -> None:
-    lockfile.LOCK.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    materials.LOCK.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
 
 # --- what a bundle holds ---------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_what_a_machine_lacks_is_passed_over(project: Path) -> None:
     ],
 )
 def test_a_damaged_lock_is_one_clear_error(text: str, project: Path) -> None:
-    lockfile.LOCK.write_text(text)
+    materials.LOCK.write_text(text)
     with pytest.raises(BundleError, match=r"dvc\.lock cannot be read as a lock of DVC"):
         content()
 
