@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,8 +23,6 @@ class _Commands(click.Group):
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        import difflib
-
         if args and args[0] not in self.commands and (near := difflib.get_close_matches(args[0], self.commands, n=1)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
@@ -35,7 +35,7 @@ class _Gate(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            error.exit_code = 3
+            error.exit_code = 3  # type: ignore[misc]  # declared for the class; the instance's is what click reads
             raise
 
 
@@ -77,12 +77,17 @@ def _known_variant(ctx: click.Context, _parameter: click.Parameter, variant: str
     return variant
 
 
+_PATH = click.Path(path_type=Path)
+_MODELS = click.option(
+    "--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml."
+)
+_VARIANTS = click.option("--variant", multiple=True, help="Only this variant (repeatable).")
 _MODEL = click.argument("model", callback=_known_model)
 _VARIANT = click.argument("variant", callback=_known_variant)
 
 
 @cli.command()
-@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
+@_MODELS
 def preflight(model: tuple[str, ...]) -> None:
     """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
     sys.exit(_function("preflight.machine")(model))
@@ -143,10 +148,10 @@ for _row in _STAGES:
 
 
 @cli.command("check-packs")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--previous", type=click.Path(path_type=Path), help="iOS: an earlier release's folder; ids keep bytes.")
-@click.option("--aab", type=click.Path(path_type=Path), help="Android: the app bundle that Gradle built with FOLDER.")
-@click.option("--bundletool", type=click.Path(path_type=Path), help="Android: bundletool's jar, run on --aab.")
+@click.argument("folder", type=_PATH)
+@click.option("--previous", type=_PATH, help="iOS: an earlier release's folder; ids keep bytes.")
+@click.option("--aab", type=_PATH, help="Android: the app bundle that Gradle built with FOLDER.")
+@click.option("--bundletool", type=_PATH, help="Android: bundletool's jar, run on --aab.")
 def check_packs(folder: Path, **options: Any) -> None:
     """Check an android or ios FOLDER of `packs` against every store rule; status 1 if one is broken."""
     sys.exit(_function("stages.packs", "check")(folder, **options))
@@ -158,18 +163,22 @@ def show() -> None:
     _function("stages.report", "show_report")()
 
 
-@cli.command(cls=_Gate)
-@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
-@click.option("--variant", multiple=True, help="Only this variant (repeatable).")
-def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
-    """Turn verdicts into an exit status: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR (the worst of all)."""
+def _selected(models: tuple[str, ...], variants: tuple[str, ...]) -> tuple[list[str], list[str]]:
     from pipeline.config.models import load_model, load_pipeline
 
+    run = load_pipeline()
+    for name in models:
+        load_model(name)
+    return list(models or run.models), list(variants or run.variants)
+
+
+@cli.command(cls=_Gate)
+@_MODELS
+@_VARIANTS
+def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
+    """Turn verdicts into an exit status: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR (the worst of all)."""
     try:
-        run = load_pipeline()
-        for name in model:
-            load_model(name)
-        status = _function("judge.verdicts", "gate")(list(model or run.models), list(variant or run.variants))
+        status = _function("judge.verdicts", "gate")(*_selected(model, variant))
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         status = 3
@@ -177,16 +186,11 @@ def gate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.option("--model", multiple=True, help="Only this model (repeatable); default: those of configs/pipeline.yaml.")
-@click.option("--variant", multiple=True, help="Only this variant (repeatable).")
+@_MODELS
+@_VARIANTS
 def escalate(model: tuple[str, ...], variant: tuple[str, ...]) -> None:
     """Say how many questions each INCONCLUSIVE MMLU line needs next, and the command that asks them."""
-    from pipeline.config.models import load_model, load_pipeline
-
-    run = load_pipeline()
-    for name in model:
-        load_model(name)
-    _function("judge.verdicts", "escalate")(list(model or run.models), list(variant or run.variants))
+    _function("judge.escalation", "escalate")(*_selected(model, variant))
 
 
 @cli.command("record-release")
@@ -202,17 +206,17 @@ _TRUSTED = click.option(
     "public_keys",
     required=True,
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="PEM of a key to trust; repeat it for the next key of a rotation.",
 )
 _DEVELOPMENT = click.option("--allow-development", is_flag=True, help="Accept a bundle of the development channel.")
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 @_TRUSTED
 @click.option("--highest-release", type=int, help="Highest release number accepted so far; a lower one is a downgrade.")
-@click.option("--state", type=click.Path(path_type=Path), help="File with the highest release accepted of each model.")
+@click.option("--state", type=_PATH, help="File with the highest release accepted of each model.")
 @click.option("--record", is_flag=True, help="Note the release in --state if nothing is wrong.")
 @_DEVELOPMENT
 @click.option("--app-version", type=int, help="Version of the app that wants it.")
@@ -221,13 +225,10 @@ _DEVELOPMENT = click.option("--allow-development", is_flag=True, help="Accept a 
 @click.option("--variant", help="The variant that was asked for.")
 def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, record: bool, **options: Any) -> None:
     """Say what is wrong with BUNDLE, from itself and trusted public keys; status 0 if nothing is."""
-    from pipeline.bundle.trust import ReleaseMemory
-    from pipeline.bundle.verify import verify as check
-
     if record and state is None:
         raise click.UsageError("--record needs --state FILE to record in.")
-    memory = ReleaseMemory(state) if state else None
-    result = check(bundle, public_keys, memory=memory, **options)
+    memory = _function("bundle.trust", "ReleaseMemory")(state) if state else None
+    result = _function("bundle.verify", "verify")(bundle, public_keys, memory=memory, **options)
     if record and memory and result.ok and result.document:
         memory.record(result.document.model, result.document.release)
     click.echo(result.describe())
@@ -235,28 +236,24 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
     """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
     sys.exit(_function("bundle.documents", "inspect")(bundle))
 
 
 @cli.command("update-size")
-@click.argument("old_bundle", type=click.Path(path_type=Path))
-@click.argument("new_bundle", type=click.Path(path_type=Path))
+@click.argument("old_bundle", type=_PATH)
+@click.argument("new_bundle", type=_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def update_size(old_bundle: Path, new_bundle: Path, as_json: bool) -> None:
     """Say what a phone with OLD_BUNDLE downloads to get NEW_BUNDLE: by part, by page, as a delta."""
-    import json
-
-    from pipeline.publish.update_size import compare
-
-    update = compare(old_bundle, new_bundle)
+    update = _function("publish.update_size", "compare")(old_bundle, new_bundle)
     click.echo(json.dumps(update.to_json(), indent=2) if as_json else update.describe())
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
 @click.argument("destination")
 @_TRUSTED
 @_DEVELOPMENT
@@ -266,9 +263,7 @@ def push(bundle: Path, destination: str, **options: Any) -> None:
     DESTINATION is a folder, s3://bucket/folder or a Hub repository, hf://owner/name. Credentials come from the
     environment: the usual AWS variables with AWS_ENDPOINT_URL for other stores, HF_TOKEN for the Hub.
     """
-    from pipeline.publish.push import push as publish
-
-    click.echo(publish(bundle, destination, **options))
+    click.echo(_function("publish.push", "push")(bundle, destination, **options))
 
 
 @cli.command()
@@ -277,10 +272,10 @@ def push(bundle: Path, destination: str, **options: Any) -> None:
 @click.option("--variant", help="Fetch this variant's newest release …")
 @click.option("--tier", help="… or what the signed tiers.json gives this class of devices.")
 @_TRUSTED
-@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--to", "directory", required=True, type=_PATH, help="Folder of the bundle.")
 @click.option(
     "--state",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Record of the highest releases accepted; default: releases.json beside the folder.",
 )
 @_DEVELOPMENT
@@ -290,37 +285,30 @@ def fetch(source: str, model: str, **options: Any) -> None:
     SOURCE is where `push` published: an https:// or http:// address, a folder or s3://bucket/folder. Files of the
     release in the folder that did not change are not downloaded again.
     """
-    from pipeline.publish.fetch import fetch as get
-
-    click.echo(get(source, model, **options).describe())
+    click.echo(_function("publish.fetch", "fetch")(source, model, **options).describe())
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_PATH)
 def vectors(folder: Path) -> None:
     """Write test vectors to FOLDER: good and spoilt bundles, and what a verifier must say about each."""
-    from pipeline.bundle import vectors as test_vectors
-
-    click.echo(f"{len(test_vectors.write(folder))} vectors in {folder}")
+    click.echo(f"{len(_function('bundle.vectors', 'write')(folder))} vectors in {folder}")
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=_PATH)
 def schema(folder: Path) -> None:
     """Write the JSON Schemas of release.json, refusal.json and tiers.json to FOLDER."""
-    from pipeline.bundle import schemas
-
-    for path in schemas.write(folder):
+    for path in _function("bundle.schemas", "write")(folder):
         click.echo(path)
 
 
 @cli.command("key-id")
-@click.argument("public_key", type=click.Path(path_type=Path))
+@click.argument("public_key", type=_PATH)
 def key_id(public_key: Path) -> None:
     """Print the id of a P-256 public key (PEM), for configs/signing.yaml."""
-    from pipeline.bundle import keys
-
-    click.echo(keys.key_id(keys.load_public_key(public_key)))
+    loaded = _function("bundle.keys", "load_public_key")(public_key)
+    click.echo(_function("bundle.keys", "key_id")(loaded))
 
 
 def main() -> None:

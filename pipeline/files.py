@@ -176,19 +176,14 @@ def link_or_copy(source: Path, target: Path) -> None:
     real = source.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _hard_link(real, target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            link = Path(folder) / "link"
+            os.link(real, link)
+            os.replace(link, target)  # in one step, safe also when the target is `real` itself
     except OSError:
         require_free_space(target.parent, real.stat().st_size, f"copy {real.name}")
         with open(real, "rb") as stream, atomic_file(target) as copy:
             shutil.copyfileobj(stream, copy, _CHUNK)
-
-
-def _hard_link(real: Path, target: Path) -> None:
-    """Replace `target` by a link in one step, safe also when it is `real` itself."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        link = Path(folder) / "link"
-        os.link(real, link)
-        os.replace(link, target)
 
 
 def require_free_space(directory: Path, needed: int, purpose: str) -> None:

@@ -7,7 +7,6 @@ grow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +28,34 @@ def public_key_path(key_id: str) -> Path:
     return ARTIFACTS / "keys" / f"{key_id}.pem"
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """The paths of one model."""
+    """The paths of one model.
 
-    model: str
+    Attributes:
+        root: everything of the model that is not released or measured.
+        lock: the source lock.
+        export: the full-precision graph, genai_config.json and tokenizer; no weights.
+        moments: second moments of activations.
+        ranges: ranges of cached keys and values.
+        sensitivity: errors of every format and damage of every matrix; an empty folder while no recipe needs them.
+        nats: damage of every matrix.
+        parity: the comparison with Optimum's export.
+        tiers: the signed tiers.json: content/ and model.sig.
+        packs: store-ready folders: android/ and ios/.
+    """
 
-    @property
-    def root(self) -> Path:
-        """Everything of the model that is not released or measured."""
-        return ARTIFACTS / self.model
-
-    @property
-    def lock(self) -> Path:
-        """The source lock."""
-        return self.root / "source.json"
-
-    @property
-    def export(self) -> Path:
-        """The full-precision graph, genai_config.json and tokenizer; no weights."""
-        return self.root / "export"
-
-    @property
-    def moments(self) -> Path:
-        """Second moments of activations."""
-        return self.root / "calibration" / "moments.safetensors"
-
-    @property
-    def ranges(self) -> Path:
-        """Ranges of cached keys and values."""
-        return self.root / "calibration" / "ranges.safetensors"
-
-    @property
-    def sensitivity(self) -> Path:
-        """Errors of every format and damage of every matrix; an empty folder while no recipe needs them."""
-        return self.root / "sensitivity"
-
-    @property
-    def nats(self) -> Path:
-        """Damage of every matrix."""
-        return self.sensitivity / "nats.json"
-
-    @property
-    def parity(self) -> Path:
-        """The comparison with Optimum's export."""
-        return self.root / "parity.json"
+    def __init__(self, model: str):
+        self.model = model
+        self.root = root = ARTIFACTS / model
+        self.lock = root / "source.json"
+        self.export = root / "export"
+        self.moments = root / "calibration" / "moments.safetensors"
+        self.ranges = root / "calibration" / "ranges.safetensors"
+        self.sensitivity = root / "sensitivity"
+        self.nats = root / "sensitivity" / "nats.json"
+        self.parity = root / "parity.json"
+        self.tiers = ARTIFACTS / "tiers" / model
+        self.packs = ARTIFACTS / "packs" / model
 
     def artifact(self, variant: str) -> Path:
         """Folder of a variant's quantized graph and data."""
@@ -98,16 +80,6 @@ class Workspace:
     def bundle(self, variant: str) -> Path:
         """The bundle: content/ and model.sig."""
         return ARTIFACTS / "bundles" / self.model / variant
-
-    @property
-    def tiers(self) -> Path:
-        """The signed tiers.json: content/ and model.sig."""
-        return ARTIFACTS / "tiers" / self.model
-
-    @property
-    def packs(self) -> Path:
-        """Store-ready folders: android/ and ios/."""
-        return ARTIFACTS / "packs" / self.model
 
     def file_stem(self, variant: str) -> str:
         """Name of an artifact's files, as apps name them: mimo_8b_q4."""

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline import cli
 from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.files import write_json
-from pipeline.judge.gates import GateLine, Verdict
+from pipeline.judge.verdicts import GateLine, Verdict
 from pipeline.stages import calibrate, download, export, quantize
 from pipeline.stages.verdict import _last_release
 from tests import tiny

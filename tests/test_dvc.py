@@ -120,11 +120,6 @@ def bundles(*variants: str) -> set[str]:
     return {f"bundle@tiny-{variant}" for variant in variants or tiny.VARIANTS}
 
 
-def verdicts() -> set[str]:
-    """The verdict stages of all variants: they read one file of limits."""
-    return {f"verdict@tiny-{variant}" for variant in tiny.VARIANTS}
-
-
 def kill_during(project: Project, unfinished: Callable[[], bool], *, slowly: bool = False) -> None:
     """Start `dvc repro` and kill its whole process group as soon as `unfinished()`."""
     process = (project.slow() if slowly else project).start("dvc", "repro")
@@ -332,7 +327,7 @@ def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) ->
     assert set(ran(output)) == after("quantize", "q4")
     assert project.status() == set()
     params = json.loads(project.dvc("params", "diff", "--json"))
-    assert params["configs/recipes/q4.yaml"]["head"] == {"old": "w8b32s", "new": "w4b32s"}
+    assert params["configs/recipes/q4.yaml"]["head"] == {"old": "w6b64a", "new": "w4b32s"}
     diff = json.loads(project.dvc("metrics", "diff", "--json"))
     assert list(diff) == ["artifacts/metrics/tiny/q4.json"]
     kl = diff["artifacts/metrics/tiny/q4.json"]["divergence.kl_mean"]
@@ -354,7 +349,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
     """The bundle names its key, so it is assembled again; models are neither built nor measured."""
     edit(project, "signing.yaml", lambda signing: signing.update(key_id="0" * 64))
     stale = {f"{stage}@tiny-{variant}" for stage in ("bundle", "sign") for variant in tiny.VARIANTS}
-    assert project.status() == stale | {"tiers@tiny", "packs@tiny"}
+    assert project.status() == stale | {"tiers@tiny", "packs@tiny", "report"}
 
 
 @pytest.mark.usefixtures("built", "undo")
@@ -364,9 +359,9 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
         (
             "recipes/q3.yaml",
             lambda recipe: recipe.update(version=99),
-            {"quantize@tiny-q3", "verdict@tiny-q3"} | bundles("q3"),
+            {"quantize@tiny-q3"} | bundles("q3"),
         ),
-        ("released.yaml", lambda released: released.update(models={"other": {}}), verdicts()),
+        ("released.yaml", lambda released: released.update(models={"other": {}}), set()),
         (
             "calibration.yaml",
             lambda calibration: calibration.update(window=32),
@@ -377,7 +372,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
         (
             "evaluation/seconds.yaml",
             lambda suite: suite["mmlu"].update(questions=58),
-            {"reference@tiny", *(f"validate@tiny-{variant}" for variant in tiny.VARIANTS)} | bundles(),
+            {"reference@tiny", *(f"validate@tiny-{variant}" for variant in tiny.VARIANTS), "report"} | bundles(),
         ),
         ("models/other.yaml", lambda model: model.update(title="Not selected"), set()),
     ],

@@ -24,8 +24,9 @@ from tests import tiny
 from tests.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SIGNED = {"bundle", "sign", "tiers", "packs", "report"}
 MEASURED = {"reference", "validate"}
-TASKS = {"verdict", "bundle", "tiers", "report"}
+TASKS = {"verdict", "bundle", "report"}
 """Seconds each: they read of the tasks what is judged and shown, and so import them."""
 
 
@@ -126,7 +127,7 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
         ("runtime/generate.py", {*MEASURED, *TASKS}),
         ("tasks/mmlu_scoring.py", {*MEASURED, *TASKS}),
         ("stages/validate.py", {*MEASURED, "bundle"}),
-        ("judge/policy.py", {"verdict", "bundle"}),  # which row of limits judges
+        ("judge/policy.py", TASKS),  # which row of limits judges
         ("bundle/bom.py", {"bundle"}),
         ("stages/tiers.py", {"tiers"}),
         ("packs/android.py", {"packs"}),
@@ -150,7 +151,7 @@ def test_a_module_makes_the_stages_stale_that_import_it(
             {"calibrate", "sensitivity", "parity", *MEASURED},
             {"download", "export", "sign", "packs"},
         ),
-        ("graph/nodes.py", {"export", "parity", "quantize"}, {"download", "verdict", "sign", "packs", "report"}),
+        ("graph/nodes.py", {"export", "parity", "quantize"}, {"download", "sign", "packs", "tiers"}),
         ("judge/gates.py", {"verdict"}, {*MEASURED, "quantize", "calibrate", "export"}),
     ],
 )
@@ -195,11 +196,15 @@ def test_a_default_makes_the_stages_stale_that_read_it(edited: Callable[..., set
 @pytest.mark.parametrize(
     ("file", "change", "stale"),
     [
-        ("models/tiny.yaml", lambda entry: entry.update(mmlu_close_think=True), {*MEASURED, "bundle"}),
+        ("models/tiny.yaml", lambda entry: entry.update(mmlu_close_think=True), {*MEASURED, *TASKS}),
         ("models/tiny.yaml", lambda entry: entry.update(note="Read this."), {"verdict", "bundle", "report"}),
-        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"quantize", "bundle"}),
+        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"quantize", *TASKS}),
         ("gates.yaml", lambda gates: gates.update(ratchet=1.5), {"verdict", "bundle"}),
-        ("signing.yaml", lambda signing: signing.update(key_id="0" * 64), {"bundle", "sign", "tiers", "packs"}),
+        (
+            "signing.yaml",
+            lambda signing: signing.update(key_id="0" * 64),
+            {"bundle", "sign", "tiers", "packs", "report"},
+        ),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity", "bundle"}),
         ("models/other.yaml", lambda entry: entry.update(title="Not selected"), set()),
         ("devices.yaml", lambda devices: devices["devices"]["galaxy-s23"].update(title="Mine"), set()),
@@ -230,5 +235,5 @@ def test_a_single_stage_and_an_experiment_see_the_same_change(repository: Reposi
 
 
 def test_a_bad_value_is_said_before_anything_runs(repository: Repository, edited: Callable[..., set[str]]) -> None:
-    with pytest.raises(DvcException, match=r"gates\.yaml: ratchett: unknown key; did you mean 'ratchet'"):
+    with pytest.raises(DvcException, match=r"gates\.yaml: .*ratchett: unknown key; did you mean 'ratchet'"):
         edited("configs/gates.yaml", lambda text: text.replace("ratchet:", "ratchett:"))

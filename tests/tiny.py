@@ -121,7 +121,7 @@ def configure(configs: Path, checkpoint: Path) -> None:
     }
     (configs / "evaluation" / "seconds.yaml").write_text(yaml.safe_dump(suite))
     (configs / "calibration.yaml").write_text(yaml.safe_dump({"texts": {"text-c4": 256}, "window": 64}))
-    edit(configs / "sensitivity.yaml", texts={"text-c4": 64}, window=32, rows=64)
+    edit(configs / "sensitivity.yaml", rows=64)
     limits = {variant: IMPOSSIBLE if variant == "q3" else LIMITS for variant in VARIANTS}
     gates = {
         "ratchet": 1.25,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-import pipeline
 from benchmarks.quality import measure, ours, peers_llama, peers_onnx, simulated, targets
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.measure import Measured, OnnxFile, Runtime, Text, excess
@@ -20,15 +19,16 @@ from benchmarks.quality.ours import Written
 from benchmarks.quality.peer import Peer
 from benchmarks.quality.subjects import Prepared, digest_of
 from benchmarks.searches import alone
-from pipeline.calibrate.texts import scored_ids
+from pipeline import keys
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_directory, read_json, scratch_directory, write_json
+from pipeline.tasks.divergence import scored_ids
 
 Row = dict[str, Any]
 Opened = Callable[[], AbstractContextManager[Path]]
-_SCORING = ("evaluate/divergence.py", "evaluate/runtime.py", "evaluate/statistics.py")
-_TIMING = ("evaluate/speed.py", "evaluate/app.py")
+_SCORING = ("pipeline.tasks.divergence_scores", "pipeline.runtime.session", "pipeline.tasks.statistics")
+_TIMING = ("pipeline.runtime.speed",)
 
 
 class Bench:
@@ -173,6 +173,5 @@ class Bench:
         }
 
 
-def _code(names: tuple[str, ...]) -> str:
-    package = Path(pipeline.__file__).parent
-    return digest_of((Path(measure.__file__), *(package / name for name in names)))
+def _code(modules: tuple[str, ...]) -> str:
+    return keys.digest([digest_of([Path(measure.__file__)]), keys.code(*modules)])

@@ -42,7 +42,7 @@ BITS = 3
 BLOCKS = (64, 32)
 _TABLE = TensorFormat.parse("w6b64a")
 _SIZE = "size.json"
-_CODE = ("quantize/gptq.py", "quantize/search.py", "quantize/formats.py", "evaluate/stream.py", "graph/slices.py")
+_CODE = ("quantize/gptq.py", "quantize/search.py", "quantize/formats.py", "runtime/stream.py", "graph/slices.py")
 
 
 class _HalfByte(FourBits):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-import pipeline
 from benchmarks.project import SMALL, Project
+from pipeline import keys
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import SINGLE, read_header
 from pipeline.files import atomic_directory, read_json, sha256_of, write_json
@@ -107,13 +107,9 @@ def prepare(project: Project, subject: Subject) -> Prepared:
 
 
 def _calibration_inputs(project: Project) -> dict[str, str]:
-    code = (
-        "evaluate/runtime.py", "evaluate/stream.py", "evaluate/texts.py", "graph/slices.py", "graph/taps.py",
-        "quantize/cache.py", "stages/calibrate.py",
-    )  # fmt: skip
     return {
         "calibration": json.dumps(project.read("calibration.yaml"), sort_keys=True),
-        "code": digest_of(Path(pipeline.__file__).parent / name for name in code),
+        "code": keys.code("pipeline.stages.calibrate"),
     }
 
 

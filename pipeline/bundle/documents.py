@@ -22,7 +22,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes
-from pipeline.judge.gates import Verdict
+from pipeline.judge.verdicts import Verdict
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import PLAN_FILE, Workspace
 

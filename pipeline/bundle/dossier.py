@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import ModelConfig
-from pipeline.judge.gates import REPORTED, Verdict
+from pipeline.judge.verdicts import REPORTED, Verdict
 from pipeline.tasks import registry
 from pipeline.tasks.task import RATCHET, Figure
 

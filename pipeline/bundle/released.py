@@ -11,7 +11,7 @@ from pipeline.config.signing import load_signing
 from pipeline.config.typed_yaml import CONFIGS
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes
-from pipeline.judge.gates import Verdict
+from pipeline.judge.verdicts import Verdict
 from pipeline.workspace import Workspace, public_key_path
 
 _HEADER = """\

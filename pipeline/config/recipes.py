@@ -107,12 +107,8 @@ def load_recipe(variant: str) -> Recipe:
     data: dict[str, Any] = {}
     for own in reversed(chain.values()):
         data = {key: value for key, value in data.items() if key not in {"title", "version"}} | own
-    return check(BudgetRecipe if "budget" in data else RecipeConfig, data, _extends(chain))
-
-
-def recipe_files(variant: str) -> list[Path]:
-    """The files that decide a recipe: its own first, then what it extends."""
-    return list(_read_chain(variant))
+    kind: type[Recipe] = BudgetRecipe if "budget" in data else RecipeConfig
+    return check(kind, data, _extends(chain))
 
 
 def _read_chain(variant: str) -> dict[Path, dict[str, Any]]:

@@ -26,16 +26,12 @@ class SigningConfig(Frozen):
     max_app_version: int | None = None
 
     @model_validator(mode="after")
-    def _release_needs_a_release_key(self) -> SigningConfig:
+    def _keys_fit(self) -> SigningConfig:
         if self.channel == "release" and self.key_id == "development":
             raise ValueError(
                 "channel 'release' refuses the development key: set key_id to the release public key's SHA-256 "
                 "(python -m pipeline key-id PUBLIC_KEY.pem prints it)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _next_key_is_another(self) -> SigningConfig:
         if self.next_key_id == self.key_id:
             raise ValueError(f"next_key_id is key_id itself ({self.key_id}): name the key that follows it, or none")
         return self

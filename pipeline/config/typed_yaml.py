@@ -53,8 +53,7 @@ def read(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         others = sorted(file.stem for file in path.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(path.stem, others, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = _did_you_mean(path.stem, others)
         raise ConfigError(f"{path}: no such file.{hint} Known here: {', '.join(others) or 'nothing'}.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -64,12 +63,11 @@ def read(path: Path) -> Any:
 
 def _explain(model: type[BaseModel], error: Any) -> str:
     location = error["loc"]
-    where = ".".join(str(part) for part in location) or "(top level)"
+    where = ".".join(map(str, location)) or "(top level)"
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
@@ -87,17 +85,15 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
     current = [model]
     for step in path:
-        stepped = [
-            found
-            for candidate in current
-            if isinstance(step, str) and step in candidate.model_fields
-            for found in classes(candidate.model_fields[step].annotation)
-        ]
-        current = stepped or current
+        fields = [candidate.model_fields[step] for candidate in current if step in candidate.model_fields]
+        current = [found for field in fields for found in classes(field.annotation)] or current
     return sorted({name for candidate in current for name in candidate.model_fields})
 
 
-class _Loader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
     """YAML in which a key written twice is an error: PyYAML would keep the last one in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -111,6 +107,10 @@ def known_name(name: str, known: Iterable[str], what: str, where: str) -> None:
     """Raise ConfigError, with the nearest, for a name that is not among those in `where`."""
     names = list(known)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = _did_you_mean(name, names)
         raise ConfigError(f"{what}: {name!r} is not in {where}.{hint} There: {', '.join(names) or 'nothing'}.")
+
+
+def _did_you_mean(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -8,6 +8,7 @@ embedding inside; norms are fused with the residual sum; products are FusedMatMu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.checkpoint.tensors import TensorRef
 from pipeline.errors import GraphError
 from pipeline.files import write_bytes
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, stored_type, value_info
@@ -24,7 +25,9 @@ from pipeline.graph.rope import rope_tables
 ROPE_FILE = "rope.data"
 
 
-def build_decoder(architecture: Architecture, checkpoint: Checkpoint, context: int) -> tuple[onnx.ModelProto, bytes]:
+def build_decoder(
+    architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int
+) -> tuple[onnx.ModelProto, bytes]:
     """The full-precision graph for at most `context` tokens, and the bytes of its rotary tables (`ROPE_FILE`).
 
     Every weight is a reference into the checkpoint's own files. Raises GraphError when the context exceeds what the
@@ -54,7 +57,7 @@ def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: s
 class _Decoder(GraphWriter):
     """Writes one architecture's nodes; each method is one part of a transformer and returns its output's name."""
 
-    def __init__(self, architecture: Architecture, checkpoint: Checkpoint, context: int):
+    def __init__(self, architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int):
         super().__init__()
         self.arch = architecture
         self.expected = architecture.expected_tensors()

@@ -22,87 +22,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.gates import ReleasedBuild
-from pipeline.errors import EvaluationError
 from pipeline.judge import sequential
 from pipeline.judge.policy import Row
+from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
 from pipeline.tasks.statistics import paired_interval
 from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Task
 
-PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
-REPORTED = "REPORTED"  # of a line only: shown, decides nothing
-_EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 2, ERROR: 3}
-_SEVERITY = (PASS, INCONCLUSIVE, FAIL, ERROR)
-
 Metrics = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class GateLine:
-    """One gate's figures. Estimates, bounds, limit and detectable effect share the gate's unit.
-
-    Units: nats, shares or a ratio as `Gate.format` of the gate's row shows; percentage points of a drop; relative error
-    for `parity`. `high` None: the sample does not bound it. Bounds at a look hold at all looks together.
-    """
-
-    name: str
-    verdict: str
-    n: int | None = None
-    estimate: float | None = None
-    low: float | None = None
-    high: float | None = None
-    limit: float | None = None
-    detectable: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The worst of the lines that decide, all lines, and the row of configs/gates.yaml that they were judged by."""
-
-    verdict: str
-    lines: tuple[GateLine, ...]
-    row: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a verdict file; `Verdict.from_json(v.to_json()) == v`."""
-        return dataclasses.asdict(self) | {"lines": [dataclasses.asdict(line) for line in self.lines]}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Verdict:
-        """Parse a verdict file's content.
-
-        Raises:
-            EvaluationError: it is not a verdict, or its verdict is not the one its lines give.
-        """
-        try:
-            verdict = cls(data["verdict"], tuple(GateLine(**line) for line in data["lines"]), data["row"])
-        except (KeyError, TypeError) as error:
-            raise EvaluationError(f"not a verdict file ({type(error).__name__}: {error}). Validate again.") from None
-        if not isinstance(verdict.row, str):
-            raise EvaluationError(f"a verdict file names its limits as {verdict.row!r}. Validate again.")
-        for line in verdict.lines:
-            _check_types(line)
-        if verdict.verdict != overall(verdict.lines):
-            raise EvaluationError(
-                f"a verdict file says {verdict.verdict}, but its own lines give {overall(verdict.lines)}: it was "
-                f"edited or damaged. Validate again."
-            )
-        return verdict
-
-
-def _check_types(line: GateLine) -> None:
-    numbers = (line.n, line.estimate, line.low, line.high, line.limit, line.detectable)
-    texts = isinstance(line.name, str) and isinstance(line.note, str)
-    if not texts or not all(value is None or isinstance(value, int | float) for value in numbers):
-        raise EvaluationError(f"a verdict file's line {line.name!r} holds a value of the wrong type. Validate again.")
-    if line.verdict not in (*_EXIT_CODES, REPORTED):
-        raise EvaluationError(f"a verdict file's line {line.name!r} says {line.verdict!r}. Validate again.")
 
 
 @dataclass(frozen=True)
@@ -126,24 +58,6 @@ class Policy:
 
 class _Unusable(Exception):
     """A measurement is missing or impossible; the line becomes an ERROR with this message."""
-
-
-def worst(verdicts: Iterable[str]) -> str:
-    """The most severe of PASS < INCONCLUSIVE < FAIL < ERROR; ERROR for none at all."""
-    return max(verdicts, key=_SEVERITY.index, default=ERROR)
-
-
-def overall(lines: Iterable[GateLine]) -> str:
-    """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
-    deciding = [line for line in lines if line.verdict != REPORTED]
-    if not any(line.name not in (PARITY.name, PERMISSION.name) for line in deciding):
-        return ERROR
-    return worst(line.verdict for line in deciding)
-
-
-def exit_code(verdict: str) -> int:
-    """0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR."""
-    return _EXIT_CODES[verdict]
 
 
 PARITY = Gate("parity", "parity", "max_relative_error", "parity with Optimum", lambda value: f"{value:.1e}")

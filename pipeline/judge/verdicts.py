@@ -1,15 +1,102 @@
-"""Written verdicts: read, described for people, turned into an exit status, escalated."""
+"""Verdicts and their lines: written, read, described for people, turned into an exit status."""
 
 from __future__ import annotations
 
-from pipeline.config.models import load_pipeline
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 from pipeline.errors import EvaluationError
 from pipeline.files import read_json
-from pipeline.judge.gates import INCONCLUSIVE, GateLine, Verdict, exit_code, worst
-from pipeline.judge.sequential import next_look
-from pipeline.tasks.registry import load_suite
-from pipeline.tasks.task import LOOKS, Task
 from pipeline.workspace import Workspace
+
+PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
+REPORTED = "REPORTED"  # of a line only: shown, decides nothing
+_EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 2, ERROR: 3}
+_SEVERITY = (PASS, INCONCLUSIVE, FAIL, ERROR)
+_NOT_QUALITY = ("parity", "permission")  # lines that say nothing about it
+
+
+@dataclass(frozen=True)
+class GateLine:
+    """One gate's figures. Estimates, bounds, limit and detectable effect share the gate's unit.
+
+    Units: nats, shares or a ratio as `Gate.format` of the gate's row shows; percentage points of a drop; relative error
+    for `parity`. `high` None: the sample does not bound it. Bounds at a look hold at all looks together.
+    """
+
+    name: str
+    verdict: str
+    n: int | None = None
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    detectable: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst of the lines that decide, all lines, and the row of configs/gates.yaml that they were judged by."""
+
+    verdict: str
+    lines: tuple[GateLine, ...]
+    row: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a verdict file; `Verdict.from_json(v.to_json()) == v`."""
+        return dataclasses.asdict(self) | {"lines": [dataclasses.asdict(line) for line in self.lines]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Verdict:
+        """Parse a verdict file's content.
+
+        Raises:
+            EvaluationError: it is not a verdict, or its verdict is not the one its lines give.
+        """
+        try:
+            verdict = cls(data["verdict"], tuple(GateLine(**line) for line in data["lines"]), data["row"])
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"not a verdict file ({type(error).__name__}: {error}). Validate again.") from None
+        if not isinstance(verdict.row, str):
+            raise EvaluationError(f"a verdict file names its limits as {verdict.row!r}. Validate again.")
+        for line in verdict.lines:
+            _check_types(line)
+        if verdict.verdict != overall(verdict.lines):
+            raise EvaluationError(
+                f"a verdict file says {verdict.verdict}, but its own lines give {overall(verdict.lines)}: it was "
+                f"edited or damaged. Validate again."
+            )
+        return verdict
+
+
+def _check_types(line: GateLine) -> None:
+    numbers = (line.n, line.estimate, line.low, line.high, line.limit, line.detectable)
+    texts = isinstance(line.name, str) and isinstance(line.note, str)
+    if not texts or not all(value is None or isinstance(value, int | float) for value in numbers):
+        raise EvaluationError(f"a verdict file's line {line.name!r} holds a value of the wrong type. Validate again.")
+    if line.verdict not in (*_EXIT_CODES, REPORTED):
+        raise EvaluationError(f"a verdict file's line {line.name!r} says {line.verdict!r}. Validate again.")
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The most severe of PASS < INCONCLUSIVE < FAIL < ERROR; ERROR for none at all."""
+    return max(verdicts, key=_SEVERITY.index, default=ERROR)
+
+
+def overall(lines: Iterable[GateLine]) -> str:
+    """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
+    deciding = [line for line in lines if line.verdict != REPORTED]
+    if not any(line.name not in _NOT_QUALITY for line in deciding):
+        return ERROR
+    return worst(line.verdict for line in deciding)
+
+
+def exit_code(verdict: str) -> int:
+    """0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 ERROR."""
+    return _EXIT_CODES[verdict]
 
 
 def read_verdict(workspace: Workspace, variant: str) -> Verdict:
@@ -38,7 +125,7 @@ def describe_line(line: GateLine) -> str:
 
 
 def gate(models: list[str], variants: list[str]) -> int:
-    """Print each verdict and what decided it; return the worst one's exit code (see `gates.exit_code`)."""
+    """Print each verdict and what decided it; return the worst one's exit code (see `exit_code`)."""
     found = []
     for model in models:
         for variant in variants:
@@ -49,43 +136,3 @@ def gate(models: list[str], variants: list[str]) -> int:
                 if line.verdict == verdict.verdict != "PASS":
                     print(f"  {describe_line(line)}")
     return exit_code(worst(found))
-
-
-def escalate(models: list[str], variants: list[str]) -> None:
-    """Print, for every INCONCLUSIVE line that is judged at looks, its next look, and the command that asks as much."""
-    run, waiting = load_pipeline(), False
-    pairs = [(model, variant) for model in models for variant in variants]
-    verdicts = {f"{model} {variant}": read_verdict(Workspace(model), variant) for model, variant in pairs}
-    looking = [(task, part) for task, part in load_suite(run.suite).by_task() if _looks(task)]
-    for task, part in looking:
-        asked, wanted = getattr(part, task.counted[0]), 0
-        for name, verdict in verdicts.items():
-            for line in verdict.lines:
-                if line.name in _looks(task) and line.verdict == INCONCLUSIVE:
-                    look = next_look(line.n or 0)
-                    print(f"{name}: {_escalation(task, line, look, asked)}")
-                    wanted = max(wanted, look or 0)
-        if wanted:
-            waiting, subjects = True, len(run.models) * (len(run.variants) + 1)
-            print(
-                f"{subjects} models and variants share the suite {run.suite!r}, references included: "
-                f"{max(0, wanted - asked) * subjects:,} new {task.unit} in all; answers that are kept are not asked "
-                f"again.\n"
-                f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:{task.name}.{task.counted[0]}={wanted}'"
-            )
-    if not waiting:
-        titles = " or ".join(task.title for task, _ in looking)
-        print(f"No INCONCLUSIVE {titles} line waits for a further look.")
-
-
-def _looks(task: Task) -> set[str]:
-    """A task's gates that are judged at looks."""
-    return {gate.name for gate in task.gates if gate.kind == LOOKS}
-
-
-def _escalation(task: Task, line: GateLine, look: int | None, asked: int) -> str:
-    begin = f"{task.title} is INCONCLUSIVE"
-    if look is None:
-        return f"{begin} after all {line.n:,} {task.unit}: improve the variant, or justify another margin."
-    more = max(0, look - asked)
-    return f"{begin} at {line.n:,} {task.unit}; next look {look:,}, {more:,} more than the suite asks."

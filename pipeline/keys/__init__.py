@@ -20,7 +20,7 @@ import yaml
 from pipeline.config.models import load_pipeline
 from pipeline.files import read_json, write_bytes
 from pipeline.keys.closure import Closure
-from pipeline.keys.configuration import Item, resolved
+from pipeline.keys.configuration import Item, resolved, value_of
 
 ARTIFACTS = Path("artifacts/code")
 _PIPELINE = Path("dvc.yaml")
@@ -28,12 +28,13 @@ _PIPELINE = Path("dvc.yaml")
 
 def of(stage: str, model: str | None = None, variant: str | None = None) -> str:
     """The code key of a stage for a model and variant, 64 hex digits."""
+    value_of.cache_clear()
     return digest(record(f"pipeline.stages.{stage}", model, variant))
 
 
-def code(module: str) -> str:
+def code(*modules: str) -> str:
     """The part of a key that configuration does not change, 64 hex digits: for work whose inputs say what was asked."""
-    closure = Closure.of(module)
+    closure = Closure.of(*modules)
     return digest([closure.hashes(), closure.libraries()])
 
 
@@ -71,6 +72,7 @@ def instances() -> Iterator[tuple[str, str, str | None, str | None]]:
 
 def refresh() -> None:
     """Write the record of every stage that configs/pipeline.yaml selects; a file that is right is left alone."""
+    value_of.cache_clear()
     for stage, module, model, variant in instances():
         path, now = path_of(stage, model, variant), record(f"pipeline.stages.{module}", model, variant)
         if not path.exists() or read_json(path) != now:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import packages_distributions, version
@@ -26,6 +26,7 @@ class Source:
 
     Attributes:
         imports: dotted names that it may import: `from a import b` may mean a.b.
+        reached: those of our modules that it may import, or names in a string.
         attributes: names read as attributes anywhere in it.
         strings: string constants.
         siblings: whether it imports all modules beside it.
@@ -33,6 +34,7 @@ class Source:
 
     path: Path
     imports: frozenset[str]
+    reached: frozenset[str]
     attributes: frozenset[str]
     strings: frozenset[str]
     siblings: bool
@@ -63,7 +65,8 @@ def modules() -> Mapping[str, Path]:
 def source_of(name: str) -> Source:
     """Parse one of our modules."""
     path = modules()[name]
-    nodes = list(_walk(ast.parse(path.read_text(encoding="utf-8"))))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [node for part in tree.body if not _for_types(part) for node in ast.walk(part)]
     imports: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -72,16 +75,13 @@ def source_of(name: str) -> Source:
             imports |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     attributes = frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
     texts = frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    return Source(path, frozenset(imports), attributes, texts, "iter_modules" in attributes)
+    reached = frozenset((imports | texts) & modules().keys())
+    return Source(path, frozenset(imports), reached, attributes, texts, "iter_modules" in attributes)
 
 
-def _walk(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from _walk(node)
+def _for_types(node: ast.stmt) -> bool:
+    """Whether only a type checker reads a statement."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Closure:
             if name in found or name.startswith(_NEUTRAL) or name not in modules():
                 continue
             found[name] = source = source_of(name)
-            left += [name.rpartition(".")[0], *source.imports, *source.strings]
+            left += [name.rpartition(".")[0], *source.reached]
             if source.siblings:
                 left += [other for other in modules() if other.rpartition(".")[0] == source.package]
         return cls(dict(sorted(found.items())))
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 by path, of modules and of the files that they name."""
-        files = {file for source in self.sources.values() for file in source.files}
+        """SHA-256 by path, of modules and of the files that they name. Of configuration the values count instead."""
+        files = {file for name, source in self.sources.items() if not _configures(name) for file in source.files}
         return {file.relative_to(PACKAGE.parent).as_posix(): _hash(file) for file in sorted(files)}
 
     def libraries(self) -> dict[str, str]:
@@ -115,7 +115,7 @@ class Closure:
         tops = {name.split(".")[0] for source in self.sources.values() for name in source.imports}
         tops |= {below for top in tops for below in _BENEATH.get(top, ())}
         names = {distribution for top in tops for distribution in _distributions().get(top, ())}
-        return {name: version(name) for name in sorted(names)}
+        return {name: _version(name) for name in sorted(names)}
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -132,10 +132,17 @@ class Closure:
         """Attributes that the code reads; those that a property or method of a configuration class reads count only
         where that one is read itself."""
         found = set().union(*(source.attributes for name, source in self.sources.items() if not _configures(name)))
-        inner = dict(method for name in self.sources if _configures(name) for method in _methods(name))
+        inner = {name: read for name, (read, _) in self._methods().items()}
         while more := set().union(*(inner[name] for name in found & inner.keys())) - found:
             found |= more
         return frozenset(found)
+
+    def methods(self) -> dict[str, str]:
+        """Source text of the configuration's own properties and methods that the code reads, by name."""
+        return {name: text for name, (_, text) in self._methods().items() if name in self.attributes}
+
+    def _methods(self) -> dict[str, tuple[frozenset[str], str]]:
+        return dict(method for name in self.sources if _configures(name) for method in _functions(name))
 
 
 def _configures(name: str) -> bool:
@@ -143,13 +150,20 @@ def _configures(name: str) -> bool:
 
 
 @cache
-def _methods(name: str) -> tuple[tuple[str, frozenset[str]], ...]:
-    """Functions of a module, and the attributes that each reads."""
-    functions = (node for node in ast.walk(ast.parse(modules()[name].read_text())) if isinstance(node, ast.FunctionDef))
+def _functions(name: str) -> tuple[tuple[str, tuple[frozenset[str], str]], ...]:
+    """Methods of a module's classes: name, attributes that each reads, source text."""
+    classes = (node for node in ast.parse(modules()[name].read_text()).body if isinstance(node, ast.ClassDef))
     return tuple(
-        (function.name, frozenset(node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)))
-        for function in functions
+        (node.name, (frozenset(n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)), ast.unparse(node)))
+        for found in classes
+        for node in found.body
+        if isinstance(node, ast.FunctionDef)
     )
+
+
+@cache
+def _version(distribution: str) -> str:
+    return version(distribution)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +33,8 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
     """What each loading function in a closure gives for an item, as JSON data, by the function's name.
 
     A function takes `model`, `variant`, `variants` or `suite`, or nothing. Of mappings by model, gate class, gate row
-    or dataset only the entries that the item can reach count.
+    or dataset only the entries that the item can reach count. Beside the values stands the source of the
+    configuration's own properties and methods that are read.
     """
     found: dict[str, Any] = {}
     loaders = dict(sorted(_loaders(closure)))
@@ -43,7 +45,7 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         reach.mentioned |= set(_strings(found[name]))
     for chosen in ("models",) * bool(item.model) + ("variants",) * bool(item.variant):  # others change nothing for it
         found.get("load_pipeline", {}).pop(chosen, None)
-    return found
+    return found | closure.methods()
 
 
 def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -53,9 +55,9 @@ def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield function, getattr(import_module(module), function)
 
 
-def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
+def _calls(loader: Callable[..., Any], item: Item) -> list[Any]:
     """What a loader gives: for the item's model and variant, or for each that is selected."""
-    selected = load_pipeline()
+    selected = value_of(load_pipeline)
     choices: dict[str, Iterable[Any]] = {
         "model": [item.model] if item.model else selected.models,
         "variant": [item.variant] if item.variant else selected.variants,
@@ -63,10 +65,13 @@ def _calls(loader: Callable[..., Any], item: Item) -> Iterator[Any]:
         "suite": [selected.suite],
     }
     parameter = next(iter(inspect.signature(loader).parameters), None)
-    if parameter is None:
-        yield loader()
-    else:
-        yield from map(loader, choices[parameter])
+    return [value_of(loader)] if parameter is None else [value_of(loader, choice) for choice in choices[parameter]]
+
+
+@cache
+def value_of(loader: Callable[..., Any], *arguments: Any) -> Any:
+    """What a loader gives, read once: a run of all stages asks for few values, many times."""
+    return loader(*arguments)
 
 
 def fields_read(value: Any, attributes: frozenset[str]) -> Any:
@@ -87,14 +92,15 @@ class _Reach:
     """Which entries of mappings an item can read; `mentioned`: names that its code and configuration say."""
 
     def __init__(self, item: Item, closure: Closure):
-        gates = read(CONFIGS / "gates.yaml")["classes"]
+        gates = value_of(read, CONFIGS / "gates.yaml")["classes"]
         rows = {row for gate_class in gates.values() for row in gate_class["variants"]}
+        recipe = value_of(load_recipe, item.variant) if item.variant else None
         self.mentioned = set(closure.strings)
-        self._datasets = set(load_datasets().datasets)
+        self._datasets = set(value_of(load_datasets).datasets)
         self._kinds: list[tuple[set[str], str | None]] = [
             (set(model_names()), item.model),
-            (set(gates), load_model(item.model).gate_class if item.model else None),
-            ({*rows, *recipe_names()}, (load_recipe(item.variant).gate or item.variant) if item.variant else None),
+            (set(gates), value_of(load_model, item.model).gate_class if item.model else None),
+            ({*rows, *recipe_names()}, recipe and (recipe.gate or item.variant)),
         ]
 
     def cut(self, value: Any) -> Any:
@@ -115,10 +121,6 @@ class _Reach:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from value
-        for entry in value.values():
-            yield from _strings(entry)
-    elif isinstance(value, list):
-        for entry in value:
+    elif isinstance(value, dict | list):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(entry)

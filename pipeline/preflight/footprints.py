@@ -1,4 +1,5 @@
-"""What variants take on a phone: measured where `validate` has measured them, else computed from shapes.
+"""What is known of a model before it runs, and what its variants take on a phone: measured where `validate` has
+measured them, else computed from shapes.
 
 A model that was not downloaded has the shapes of configs/shapes.yaml. Whether a measurement is current, `dvc status`
 knows.
@@ -6,8 +7,11 @@ knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -15,54 +19,102 @@ from google.protobuf.message import DecodeError
 from pipeline.artifact.plans import budget_bound, plan_recipe
 from pipeline.checkpoint.architecture import Architecture, expected_architecture, read_architecture
 from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.tensors import ITEM_BYTES, TensorRef
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_shapes
 from pipeline.config.recipes import BudgetRecipe, load_recipe
-from pipeline.errors import PipelineError, PlanError
+from pipeline.config.sources import LocalSource
+from pipeline.errors import PipelineError, PlanError, SourceError
 from pipeline.graph.decoder import build_decoder
 from pipeline.judge.measured import measured_candidate
 from pipeline.judge.verdicts import read_verdict
-from pipeline.planning.devices import Candidate, Figure, Footprint
+from pipeline.planning.devices import Basis, Candidate, Figure, Footprint
 from pipeline.planning.memory import packed_memory
-from pipeline.preflight.machine import find_source, references
 from pipeline.runtime.roofline import traffic
 from pipeline.workspace import MODEL_FILE, Workspace
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose config.json is on this machine; `missing` of its bytes are not in the store yet."""
+
+    config: Path
+    weight_bytes: int
+    missing: int
+
+
+def find_source(model: str, store: Store) -> Source | None:
+    """From the source lock, or from a local folder; None for what only a download can tell."""
+    workspace, source = Workspace(model), load_model(model).source
+    with suppress(SourceError):  # no lock, a damaged one, or a store that lost its blobs: downloading mends them all
+        lock = workspace.read_lock()
+        missing = sum(file.size for file in lock.files if not store.has(file.sha256, file.size))
+        sizes = {file.name: file.size for file in lock.files}
+        return Source(store.path(lock.file(_CONFIG).sha256), _weight_bytes(sizes), missing)
+    folder = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
+    if folder is None or not (folder / _CONFIG).is_file():
+        return None
+    weights = _weight_bytes({file.name: file.stat().st_size for file in folder.iterdir()})
+    return Source(folder / _CONFIG, weights, weights)
+
+
+def _weight_bytes(sizes: Mapping[str, int]) -> int:
+    return sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
 
 
 @dataclass(frozen=True)
 class Known:
-    """A model's architecture, the full-precision graph that plans are made from, and where its shapes are from."""
+    """A model's architecture and size, and where its shapes are from."""
 
     model: str
     architecture: Architecture
-    graph: onnx.ModelProto
-    origin: str
+    weight_bytes: int
+    downloaded: bool
     context_cap: int
+
+    @property
+    def origin(self) -> str:
+        """Where the shapes are from, for people."""
+        return "its config.json" if self.downloaded else "configs/shapes.yaml: not downloaded yet"
+
+    @cached_property
+    def references(self) -> dict[str, TensorRef]:
+        """The checkpoint's tensors without its files, in the type that its size tells: what plans are made of."""
+        dtype = "F32" if self.weight_bytes >= 4 * self.architecture.parameters else "BF16"
+        refs: dict[str, TensorRef] = {}
+        offset = 0
+        for name, shape in self.architecture.expected_tensors().items():
+            ref = TensorRef(name, dtype, shape, "model.safetensors", offset, 0)
+            refs[name] = replace(ref, length=ITEM_BYTES[dtype] * ref.elements)
+            offset += refs[name].length
+        return refs
+
+    @cached_property
+    def graph(self) -> onnx.ModelProto:
+        """The full-precision graph: the exported one, or before the export one that is built in memory."""
+        exported = Workspace(self.model).export / MODEL_FILE
+        if self.downloaded and exported.exists():
+            return onnx.load(exported, load_external_data=False)
+        return build_decoder(self.architecture, self.references, self.context_cap)[0]
 
 
 def known(model: str) -> Known:
-    """From the config.json that was downloaded, else from configs/shapes.yaml. Reads no weight.
+    """From the config.json that is on this machine, else from configs/shapes.yaml. Reads no weight.
 
     Raises PlanError when there is neither.
     """
-    entry, source, workspace = load_model(model), find_source(model, Store()), Workspace(model)
-    shapes = load_shapes().models.get(model)
+    context, source = load_model(model).context, find_source(model, Store())
     if source is not None:
-        architecture, weight_bytes, origin = read_architecture(source.config), source.weight_bytes, "its config.json"
-    elif shapes is not None:
+        return Known(model, read_architecture(source.config), source.weight_bytes, True, context)
+    if (shapes := load_shapes().models.get(model)) is not None:
         architecture = expected_architecture(shapes)
-        weight_bytes, origin = 2 * architecture.parameters, "configs/shapes.yaml: not downloaded yet"
-    else:
-        raise PlanError(
-            f"{model}: its config.json is not on this machine and configs/shapes.yaml has no entry for it. Run `python "
-            f"-m pipeline download {model}`, or add its shapes."
-        )
-    exported = workspace.export / MODEL_FILE
-    if source is not None and exported.exists():
-        graph = onnx.load(exported, load_external_data=False)
-    else:
-        graph, _ = build_decoder(architecture, references(architecture, weight_bytes), entry.context)
-    return Known(model, architecture, graph, origin, entry.context)
+        return Known(model, architecture, 2 * architecture.parameters, False, context)
+    raise PlanError(
+        f"{model}: its config.json is not on this machine and configs/shapes.yaml has no entry for it. Run `python "
+        f"-m pipeline download {model}`, or add its shapes."
+    )
 
 
 def candidates(found: Known, variants: Sequence[str], context: int) -> list[Candidate]:
@@ -86,6 +138,7 @@ def candidate(found: Known, variant: str, context: int) -> Candidate:
 def computed(found: Known, variant: str, context: int) -> Footprint:
     """From shapes: exact for rules and for budgets whose sensitivities were measured, else the budget's bound."""
     recipe, architecture = load_recipe(variant), found.architecture
+    basis: Basis = "computed"
     if isinstance(recipe, BudgetRecipe) and not Workspace(found.model).nats.exists():
         most = budget_bound(recipe, architecture, context)
         basis, size, memory, packed, read = "bound", most.bytes, most.memory, most.packed, most.read
@@ -93,7 +146,7 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
     else:
         planned = plan_recipe(recipe, architecture, found.graph, variant, found.model)
         drafted, memory = planned.draft, planned.memory
-        basis, size, read = "computed", drafted.bytes, traffic(drafted.model).weight_bytes
+        size, read = drafted.bytes, traffic(drafted.model).weight_bytes
         packed, cache_bytes = sum(map(packed_memory, drafted.plan.tables)), drafted.plan.cache.bytes
     return Footprint(
         variant=variant,

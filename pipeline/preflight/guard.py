@@ -14,12 +14,17 @@ from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import load_calibration, load_sensitivity
+from pipeline.config.gates import load_released
 from pipeline.config.models import load_model, load_pipeline
+from pipeline.config.parity import load_parity
+from pipeline.config.phones import load_devices, load_shapes
 from pipeline.config.recipes import has_budget
-from pipeline.errors import PipelineError
-from pipeline.preflight.check import check_all, needed_datasets
-from pipeline.preflight.machine import find_source, misfits, require, require_download, room, stage_needs
-from pipeline.preflight.needs import UNMEASURED
+from pipeline.config.signing import load_signing
+from pipeline.config.sources import HubFile, WheelSource, load_datasets
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.judge.policy import gate_row
+from pipeline.preflight.footprints import find_source
+from pipeline.preflight.machine import download_needs, misfits, require, room, stage_needs
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
@@ -31,8 +36,8 @@ _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 def guarded(
     stage: str,
     run: Callable[..., None],
-    model: str | None = None,
-    variant: str | None = None,
+    model: str = "",
+    variant: str = "",
     dry_run: bool = False,
     if_needed: bool = False,
 ) -> None:
@@ -44,18 +49,18 @@ def guarded(
     if dry_run:
         run(model, variant, dry_run=True)
     elif if_needed and not has_budget(load_pipeline().variants):
-        Workspace(model or "").sensitivity.mkdir(parents=True, exist_ok=True)
+        Workspace(model).sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")
     else:
         if model and stage in _GUARDED:
             before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
-            for sentence in misfits(model or ""):
+            for sentence in misfits(model):
                 print(f"{model}: will not run here: {sentence}", file=sys.stderr)
 
 
-def before(stage: str, model: str, variant: str | None = None) -> None:
+def before(stage: str, model: str, variant: str = "") -> None:
     """Refuse what cannot end well, before the first byte.
 
     Raises:
@@ -67,12 +72,13 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
     store = Store()
     if stage == "download":
         check_all()
-        require_download(model, store)
+        wanted = download_needs(find_source(model, store), room())
+        require(model, replace(wanted, store_disk=0))  # fetching checks the store's share: it knows what is there
     for name, source in needed_datasets().items():  # what is in the store is not fetched again
         fetch_dataset(name, source, store)
     if stage == "download":
         return
-    _require_context(Workspace(model), variant if stage in ("validate", "bundle") else None)
+    _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
         folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
@@ -81,38 +87,54 @@ def before(stage: str, model: str, variant: str | None = None) -> None:
         check_unseen(windows, folder, suite, store)
 
 
-def _require_context(workspace: Workspace, variant: str | None) -> None:
+def _require_context(workspace: Workspace, variant: str) -> None:
     """Refuse a model that was made for another context than its entry has by now: rotary tables and the cache are made
     for one. Raises PipelineError."""
-    made = {workspace.export: ("export",)}
-    if variant not in (None, REFERENCE):
-        made[workspace.artifact(variant)] = ("quantize", variant)
+    made = {workspace.export: ["export", workspace.model]}
+    if variant and variant != REFERENCE:
+        made[workspace.artifact(variant)] = ["quantize", workspace.model, variant]
     wanted = load_model(workspace.model).context
-    for folder, (stage, *rest) in made.items():
+    for folder, (stage, _, *of) in made.items():
         if not (folder / GENAI_CONFIG).exists():  # the stage itself says what has not run
             continue
-        if (context := workspace.read(folder / GENAI_CONFIG, stage, *rest)["model"]["context_length"]) != wanted:
-            again = (" ".join(("python -m pipeline", name, workspace.model, *of)) for name, *of in made.values())
+        if (context := workspace.read(folder / GENAI_CONFIG, stage, *of)["model"]["context_length"]) != wanted:
+            again = "` and `".join(" ".join(("python -m pipeline", *command)) for command in made.values())
             raise PipelineError(
                 f"{folder} was made for a context of {context:,} tokens, and `context` in the model's entry is "
-                f"{wanted:,}. Run `{'` and `'.join(again)}` again, or `dvc repro` for everything."
+                f"{wanted:,}. Run `{again}` again, or `dvc repro` for everything."
             )
 
 
-def _require_room(stage: str, model: str, variant: str | None, store: Store) -> None:
+def _require_room(stage: str, model: str, variant: str, store: Store) -> None:
     """Nothing is asked of a model that was not downloaded: the stage itself says so."""
-    source, name = find_source(model, store), "reference" if variant == REFERENCE else stage
-    if source is None:
+    if find_source(model, store) is None:
         return
-    own = () if variant in (None, REFERENCE) else (variant,)
-    wanted = stage_needs(model, source, own or _budgets(name), room().memory, UNMEASURED)
+    name = "reference" if variant == REFERENCE else stage
+    own = (variant,) if variant and variant != REFERENCE else ()
+    wanted = stage_needs(model, own or load_pipeline().variants * (name == "sensitivity"), room().memory)
     found = next((item for item in wanted if item.stage == name), None)
     if found and stage == "quantize":  # what a killed run wrote is there already
-        begun = Workspace(model).partial(variant or "").glob("*")
+        begun = Workspace(model).partial(variant).glob("*")
         found = replace(found, disk=max(0, found.disk - sum(512 * file.stat().st_blocks for file in begun)))
     if found:
         require(model, found)
 
 
-def _budgets(stage: str) -> tuple[str, ...]:
-    return load_pipeline().variants if stage == "sensitivity" else ()
+def needed_datasets() -> dict[str, HubFile | WheelSource]:
+    """Entries of configs/datasets.yaml that the selected run reads. Raises ConfigError for an absent one."""
+    suite, datasets = load_suite(load_pipeline().suite), load_datasets().datasets
+    needed = {name for task, part in suite.by_task() for name in task.datasets(part)}
+    needed |= {*load_calibration().datasets, *load_sensitivity().datasets}
+    if unknown := sorted(needed - set(datasets)):
+        raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
+    return {name: source for name, source in datasets.items() if name in needed}
+
+
+def check_all() -> None:
+    """Load everything that the selected run will read, so that a typo fails before the first download."""
+    pipeline = load_pipeline()
+    for model in pipeline.models:
+        for variant in pipeline.variants:
+            gate_row(model, variant)
+    for load in (needed_datasets, load_released, load_devices, load_shapes, load_signing, load_parity):
+        load()

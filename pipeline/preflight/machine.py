@@ -1,42 +1,39 @@
 """preflight: memory, disk and time that each stage takes, against what this machine has, before any of it is spent.
 
-Every heavy stage calls `require` before its first byte; `run` prints the whole table. There, stages share the disk in
-their order, and a refused one takes none of it. A stage whose output is there is shown, but counts neither for the
-exit status nor for the disk: whether the output is current is DVC's to know.
+Every heavy stage is refused by `require` before its first byte; `run` prints the whole table. There, stages share the
+disk in their order, and a refused one takes none of it. A stage whose output is there is shown, but counts neither for
+the exit status nor for the disk: whether the output is current is DVC's to know.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import machine
-from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.tensors import ITEM_BYTES, TensorRef
 from pipeline.config.calibration import load_calibration, load_sensitivity
-from pipeline.config.models import ModelConfig, load_model, load_pipeline
+from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.parity import load_parity
-from pipeline.config.recipes import BudgetRecipe, has_budget, load_recipe
-from pipeline.config.sources import LocalSource
-from pipeline.errors import PipelineError, ResourceError, SourceError
+from pipeline.config.phones import load_tiers
+from pipeline.config.recipes import has_budget, load_recipe
+from pipeline.errors import PipelineError, ResourceError
+from pipeline.parity.compare import cut, cut_model
 from pipeline.preflight import needs
+from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
 from pipeline.runtime.session import runs_layered
-from pipeline.tasks.registry import Suite, load_suite
-from pipeline.workspace import ARTIFACTS, MODEL_FILE, REFERENCE, Workspace
+from pipeline.tasks.registry import load_suite
+from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
 
 _WIDTH = 118
-_CONFIG = "config.json"
-_WEIGHTS = ".safetensors"
 _MORE_MEMORY = {
     "calibrate": "Shorten `window` in configs/calibration.yaml, or run the stage on a larger machine.",
     "sensitivity": "Lower the tokens of `texts` in configs/sensitivity.yaml, or run the stage on a larger machine.",
@@ -84,9 +81,9 @@ class Row:
     problem: str | None
 
     @property
-    def refused(self) -> bool:
-        """Whether the stage has yet to run and cannot run here."""
-        return self.problem is not None and not self.there
+    def refusal(self) -> str | None:
+        """The problem of a stage that has yet to run."""
+        return None if self.there else self.problem
 
     @property
     def left(self) -> Room:
@@ -113,52 +110,21 @@ def require(model: str, wanted: Needs) -> None:
 
 def problem(model: str, wanted: Needs, has: Room) -> str | None:
     """Why a stage does not fit into `has`, in one paragraph; None when it does."""
-    what = " ".join(filter(None, (wanted.stage, model, wanted.variant)))
-    if wanted.memory > has.memory:
-        advice = _MORE_MEMORY.get(wanted.stage, _ANY_MEMORY).format(model=model)
-        return (
-            f"{what}: not enough memory: {wanted.memory:,} bytes needed ({wanted.why}), {has.memory:,} available. "
-            f"{advice}"
-        )
-    here = wanted.disk + (wanted.store_disk if has.shared else 0)
-    for needed, free, place, advice in (
-        (here, has.disk, ARTIFACTS, "move the working tree to a larger disk"),
-        (wanted.store_disk, has.store, Store().root, "point PIPELINE_STORE at a larger disk"),
+    on = "free on the file system of {}" + " after the stages before it" * has.planned
+    here, store = wanted.disk + wanted.store_disk * has.shared, Store().root
+    enlarge = "Free at least {missing:,} bytes, or "
+    for what, needed, free, where, advice in (
+        ("memory", wanted.memory, has.memory, "available", _MORE_MEMORY.get(wanted.stage, _ANY_MEMORY)),
+        ("disk", here, has.disk, on.format(ARTIFACTS), enlarge + "move the working tree to a larger disk."),
+        ("disk", wanted.store_disk, has.store, on.format(store), enlarge + "point PIPELINE_STORE at a larger disk."),
     ):
         if needed > free:
-            where = f"{place} after the stages before it" if has.planned else str(place)
+            stage = " ".join(filter(None, (wanted.stage, model, wanted.variant)))
             return (
-                f"{what}: not enough disk: {needed:,} bytes needed ({wanted.why}), {free:,} free on the file system of "
-                f"{where}. Free at least {needed - free:,} bytes, or {advice}."
+                f"{stage}: not enough {what}: {needed:,} bytes needed ({wanted.why}), {free:,} {where}. "
+                f"{advice.format(model=model, missing=needed - free)}"
             )
     return None
-
-
-# --- what is known of a model before it runs --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint whose config.json is on this machine; `missing` of its bytes are not in the store yet."""
-
-    config: Path
-    weight_bytes: int
-    missing: int
-
-
-def find_source(model: str, store: Store) -> Source | None:
-    """From the source lock, or from a local folder; None for what only a download can tell."""
-    workspace, source = Workspace(model), load_model(model).source
-    with suppress(SourceError):  # no lock, a damaged one, or a store that lost its blobs: downloading mends them all
-        lock = workspace.read_lock()
-        missing = sum(file.size for file in lock.files if not store.has(file.sha256, file.size))
-        sizes = {file.name: file.size for file in lock.files}
-        return Source(store.path(lock.file(_CONFIG).sha256), _weight_bytes(sizes), missing)
-    folder = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
-    if folder is None or not (folder / _CONFIG).is_file():
-        return None
-    weights = _weight_bytes({file.name: file.stat().st_size for file in folder.iterdir()})
-    return Source(folder / _CONFIG, weights, weights)
 
 
 def download_needs(source: Source | None, has: Room) -> Needs:
@@ -168,107 +134,33 @@ def download_needs(source: Source | None, has: Room) -> Needs:
     return needs.download(source.missing, 0 if has.shared else source.weight_bytes)
 
 
-def require_download(model: str, store: Store) -> None:
-    """As `require`. The store's share is checked by the fetching code, which knows what the store already holds."""
-    require(model, replace(download_needs(find_source(model, store), room()), store_disk=0))
-
-
-def reference_needs(
-    architecture: Architecture,
-    weight_bytes: int,
-    suite: Suite,
-    entry: ModelConfig,
-    memory: int,
-    rates: Rates = UNMEASURED,
-) -> Needs:
-    """What the reference stage takes where `memory` bytes are available."""
-    if runs_layered(suite.reference, weight_bytes, architecture.parameters, memory):
-        return needs.layered_reference(architecture, suite, entry, rates)
-    return needs.reference(architecture, weight_bytes, suite, entry, rates)
-
-
-def stage_needs(model: str, source: Source, variants: tuple[str, ...], memory: int, rates: Rates) -> Iterator[Needs]:
+def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates = UNMEASURED) -> Iterator[Needs]:
     """Every stage after download, in the order of the pipeline, where `memory` bytes are available.
 
     Raises PipelineError for what cannot be planned.
     """
-    entry, suite = load_model(model), load_suite(load_pipeline().suite)
-    calibration = load_calibration()
-    architecture = read_architecture(source.config)
-    refs = references(architecture, source.weight_bytes)
+    entry, suite, calibration = load_model(model), load_suite(load_pipeline().suite), load_calibration()
+    found = known(model)
+    architecture = found.architecture
     yield needs.export(architecture, entry.context)
     yield needs.calibrate(architecture, calibration, rates)
     if has_budget(variants):
         yield needs.sensitivity(architecture, load_sensitivity(), rates)
-    yield _parity(architecture, refs)
-    sizes = _sizes(model, variants, architecture, refs, entry.context)
-    for variant, (size, _) in sizes.items():
-        search = load_recipe(variant).search
-        yield needs.quantize(variant, size, architecture, search, calibration, rates)
-    yield reference_needs(architecture, source.weight_bytes, suite, entry, memory, rates)
-    for variant, (size, cache) in sizes.items():
-        yield needs.validate(architecture, variant, size, cache, suite, entry, rates)
-    for variant in variants:
-        yield needs.bundle(variant)
-
-
-def _weight_bytes(sizes: dict[str, int]) -> int:
-    return sum(size for name, size in sizes.items() if name.endswith(_WEIGHTS))
-
-
-def references(architecture: Architecture, weight_bytes: int) -> dict[str, TensorRef]:
-    """A checkpoint's tensors without its files, in the type that its size tells: what plans are made of."""
-    dtype = "F32" if weight_bytes >= 4 * architecture.parameters else "BF16"
-    refs: dict[str, TensorRef] = {}
-    offset = 0
-    for name, shape in architecture.expected_tensors().items():
-        ref = TensorRef(name, dtype, shape, "model.safetensors", offset, 0)
-        refs[name] = replace(ref, length=ITEM_BYTES[dtype] * ref.elements)
-        offset += refs[name].length
-    return refs
-
-
-def _parity(architecture: Architecture, refs: dict[str, TensorRef]) -> Needs:
-    from pipeline.parity.compare import cut, cut_model
-
-    part = cut(architecture, refs, load_parity().memory_bytes)
-    return parity_needs(cut_model(architecture, refs, part)[1].values())
-
-
-def parity_needs(compared: Iterable[TensorRef]) -> Needs:
-    """Of the tensors that are compared."""
-    tensors = list(compared)
-    return needs.parity(sum(ref.elements for ref in tensors), sum(ref.length for ref in tensors))
-
-
-def _sizes(
-    model: str, variants: tuple[str, ...], architecture: Architecture, refs: dict[str, TensorRef], context: int
-) -> dict[str, tuple[int, int]]:
-    """Exact bytes of each variant's graph and parts, and of a token in its KV cache.
-
-    Before the export is there, its graph is built in memory.
-    """
-    import onnx
-
-    from pipeline.artifact.plans import budget_bound, plan_recipe
-    from pipeline.graph.decoder import build_decoder
-    from pipeline.planning.recipes import cache_of
-
-    workspace = Workspace(model)
-    exported = workspace.export / MODEL_FILE
-    if exported.exists():
-        graph = onnx.load(exported, load_external_data=False)
+    part = cut(architecture, found.references, load_parity().memory_bytes)
+    compared = cut_model(architecture, found.references, part)[1].values()
+    yield needs.parity(sum(ref.elements for ref in compared), sum(ref.length for ref in compared))
+    context = load_tiers().context
+    artifacts = [computed(found, variant, context) for variant in variants]
+    for one in artifacts:
+        search = load_recipe(one.variant).search
+        yield needs.quantize(one.variant, one.download.bytes, architecture, search, calibration, rates)
+    if runs_layered(suite.reference, found.weight_bytes, architecture.parameters, memory):
+        yield needs.layered_reference(architecture, suite, entry, rates)
     else:
-        graph, _ = build_decoder(architecture, refs, context)
-    sizes = {}
-    for variant in variants:
-        recipe = load_recipe(variant)
-        cache = cache_of(architecture, recipe.kv_cache).bytes
-        if isinstance(recipe, BudgetRecipe) and not workspace.nats.exists():
-            sizes[variant] = budget_bound(recipe, architecture).bytes, cache
-        else:
-            sizes[variant] = plan_recipe(recipe, architecture, graph, variant, model).draft.bytes, cache
-    return sizes
+        yield needs.reference(architecture, found.weight_bytes, suite, entry, rates)
+    for one in artifacts:
+        yield needs.validate(architecture, one.variant, one.download.bytes, one.cache_bytes, suite, entry, rates)
+    yield from map(needs.bundle, variants)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -276,60 +168,47 @@ def _sizes(
 
 def run(models: tuple[str, ...] = ()) -> int:
     """Print what every stage of `models` (default: those of configs/pipeline.yaml) takes; 1 if one cannot run here."""
-    selected = load_pipeline()
     rates = Rates(machine.product_rate(), machine.cores())
     rows: list[Row] = []
-    refusals, unknown = [], []
+    failed, unknown = [], []
     has = start = room()
-    for model in models or selected.models:
-        try:
-            for row in _rows(model, selected.variants, rates, has):
-                rows.append(row)
-                has = row.left
-            if find_source(model, Store()) is None:
-                unknown.append(_unknown(model))
-        except PipelineError as error:
-            refusals.append(f"{model}: {error}")
-    refusals = [row.problem for row in rows if row.problem and row.refused] + refusals
-    print("\n".join([_table(rows), "", *_totals(rows, start, rates)]))
-    for sentence in [f"NO: {text}" for text in refusals] + unknown:
-        print("\n".join(_wrapped(sentence)))
+    for model in models or load_pipeline().models:
+        own, error = _survey(model, rates, has)
+        rows, has = rows + own, own[-1].left
+        if error:
+            failed.append(f"{model}: {error}")
+        elif len(own) == 1:
+            unknown.append(
+                f"{model}: its config.json is not on this machine, so nothing else can be said of it: run `python -m "
+                f"pipeline download {model}` first. That refuses before the first large byte if the store's disk is "
+                f"too small, and says at its end which stages do not fit here."
+            )
+    refusals = [row.refusal for row in rows if row.refusal] + failed
+    print(_table(rows), end="\n\n")
+    for sentence in [*_totals(rows, start, rates), *(f"NO: {text}" for text in refusals), *unknown]:
+        print(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 1 if refusals else 0
 
 
 def misfits(model: str) -> list[str]:
     """What of a downloaded model will not run on this machine, stage by stage: known before the first of them does."""
-    found = []
-    try:
-        for row in _rows(model, load_pipeline().variants, UNMEASURED, room()):
-            if row.problem and row.refused:
-                found.append(row.problem)
-    except PipelineError as error:
-        found.append(str(error))
-    return found
+    rows, error = _survey(model, UNMEASURED, room())
+    return [row.refusal for row in rows if row.refusal] + ([error] if error else [])
 
 
-def _unknown(model: str) -> str:
-    return (
-        f"{model}: its config.json is not on this machine, so nothing else can be said of it: run `python -m pipeline "
-        f"download {model}` first. That refuses before the first large byte if the store's disk is too small, and says "
-        f"at its end which stages do not fit here."
-    )
-
-
-def _rows(model: str, variants: tuple[str, ...], rates: Rates, has: Room) -> Iterator[Row]:
-    """The rows of one model: the download alone while its source is not known. Raises PipelineError as plans do."""
+def _survey(model: str, rates: Rates, has: Room) -> tuple[list[Row], str | None]:
+    """The rows of one model, the download alone while its source is not known, and why there are no more, if not
+    for that."""
+    rows: list[Row] = []
     source = find_source(model, Store())
-    row = _row(model, download_needs(source, has), has)
-    yield row
-    if source:
-        for wanted in stage_needs(model, source, variants, has.memory, rates):
-            row = _row(model, wanted, row.left)
-            yield row
-
-
-def _row(model: str, wanted: Needs, has: Room) -> Row:
-    return Row(model, wanted, has, _output(model, wanted).exists(), problem(model, wanted, has))
+    later = stage_needs(model, load_pipeline().variants, has.memory, rates) if source else ()
+    try:
+        for wanted in chain([download_needs(source, has)], later):
+            rows.append(Row(model, wanted, has, _output(model, wanted).exists(), problem(model, wanted, has)))
+            has = rows[-1].left
+    except PipelineError as error:
+        return rows, str(error)
+    return rows, None
 
 
 def _output(model: str, wanted: Needs) -> Path:
@@ -385,17 +264,12 @@ def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:
         )
     known = sum(wanted.seconds for wanted in left if not math.isnan(wanted.seconds))
     speed = f"{rates.flops / 1e9:.0f} GFLOP/s in matrix products on {rates.cores} cores, measured now"
-    sentences = (
+    return [
         line,
         f"time: {_duration(known or math.nan)} where it can be estimated ({speed}); reading and writing files, "
         f"the network and Optimum's export come on top",
         "there already: the stage has an output; whether it is current, `dvc status` knows. Not counted above",
-    )
-    return [part for sentence in sentences for part in _wrapped(sentence)]
-
-
-def _wrapped(sentence: str) -> list[str]:
-    return textwrap.wrap(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -137,14 +137,9 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
 
 
 def quantize(
-    variant: str,
-    artifact_bytes: int,
-    architecture: Architecture,
-    search: str,
-    calibration: CalibrationConfig,
-    rates: Rates = UNMEASURED,
+    variant: str, size: int, architecture: Architecture, search: str, calibration: CalibrationConfig, rates: Rates
 ) -> Needs:
-    """A recipe applied: `artifact_bytes` is the plan's exact size.
+    """A recipe applied: `size` is the plan's exact bytes.
 
     GPTQ runs a layer as `calibrate` does, beside the second moments of its inputs. When they are factored, the layer's
     weights are gone: the widest input's are held twice then, in order and as a factor, and more was measured (3.9 GB on
@@ -158,7 +153,7 @@ def quantize(
         why = "a layer in float32 and its inputs' second moments; the plan's exact bytes"
         products = calibration.tokens * architecture.layers * sum(moments) / 4
         seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
-    return Needs("quantize", memory, artifact_bytes + SMALL_FILES_BYTES, why, variant, seconds)
+    return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
 
 
 def reference(
@@ -196,23 +191,17 @@ def layered_reference(architecture: Architecture, suite: Suite, entry: ModelConf
 
 
 def validate(
-    architecture: Architecture,
-    variant: str,
-    artifact_bytes: int,
-    cache_bytes: int,
-    suite: Suite,
-    entry: ModelConfig,
-    rates: Rates = UNMEASURED,
+    architecture: Architecture, variant: str, size: int, cache: int, suite: Suite, entry: ModelConfig, rates: Rates
 ) -> Needs:
     """A variant measured: prepacked weights, logits, and an MMLU prompt's cache or that of a text that is written.
 
-    `cache_bytes` are those of one token's keys and values in all layers.
+    `size` is the artifact's bytes, `cache` those of one token's keys and values in all layers.
     """
     costs = _costs(suite, entry)
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
-        PROCESS_BYTES + round(PREPACKED * artifact_bytes) + logits + _most(costs, "cached") * cache_bytes,
+        PROCESS_BYTES + round(PREPACKED * size) + logits + _most(costs, "cached") * cache,
         SMALL_FILES_BYTES,
         f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
         variant,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.judge.gates import REPORTED, GateLine, rows
+from pipeline.judge.gates import rows
+from pipeline.judge.verdicts import REPORTED, GateLine
 from pipeline.report.rows import REFERENCE, ModelReport, Row
 from pipeline.tasks.registry import tasks
 from pipeline.tasks.task import AT_LEAST, AT_MOST, DASH, FLOOR, LOOKS, Column, Gate, Task, maybe, number

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from pipeline.judge.gates import ERROR, FAIL, INCONCLUSIVE, PASS
+from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS
 from pipeline.report.rows import ModelReport, Report, front, pareto_points
 from pipeline.tasks.task import memory, nats, number
 

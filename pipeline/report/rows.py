@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import EvaluationError
-from pipeline.judge.gates import Verdict, worst
+from pipeline.judge.verdicts import Verdict, worst
 from pipeline.tasks.task import number
 
 REFERENCE = "reference"

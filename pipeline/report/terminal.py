@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.judge.gates import ERROR, FAIL, INCONCLUSIVE, PASS
+from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS
 from pipeline.report import cells
 from pipeline.report.rows import ModelReport, Report, Row
 

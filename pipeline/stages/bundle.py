@@ -5,92 +5,72 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pipeline.bundle import documents
+from pipeline.bundle import documents, release
 from pipeline.bundle.keys import announced_key
-from pipeline.bundle.release import (
-    CONTENT,
-    FileEntry,
-    Refusal,
-    Runtime,
-    assemble,
-    build_release,
-    build_time,
-    describe_files,
-    make,
-)
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.graph.nodes import OPSET
-from pipeline.judge.gates import PASS, Verdict
 from pipeline.judge.measured import judged
-from pipeline.judge.verdicts import describe_line, read_verdict
+from pipeline.judge.verdicts import PASS, describe_line, read_verdict
 from pipeline.planning.devices import fitting_tiers
 from pipeline.workspace import PLAN_FILE, Workspace
 
 
 def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/content: artifact, documents, release.json; or refusal.json alone."""
-    with tempfile.TemporaryDirectory() as folder:  # for the documents, until the bundle has links to them
-        _run(model, variant, Path(folder))
-
-
-def _run(model: str, variant: str, folder: Path) -> None:
     entry, signing, workspace = load_model(model), load_signing(), Workspace(model)
     verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
-    common = {
+    common: dict[str, Any] = {
         "model": model,
         "title": entry.title,
         "variant": variant,
         "signing": signing,
         "key": announced_key(signing),
-        "created": build_time(),
+        "created": release.build_time(),
         "verdict": verdict.to_json(),
     }
-    content = workspace.bundle(variant) / CONTENT
+    content = workspace.bundle(variant) / release.CONTENT
     if verdict.verdict != PASS:
-        assemble(content, {}, make(Refusal, **common, reasons=_reasons(verdict)))
+        reasons = [describe_line(line) for line in verdict.lines if line.verdict == verdict.verdict]
+        release.assemble(content, {}, release.make(release.Refusal, **common, reasons=reasons))
         print(f"{model} {variant}: {verdict.verdict}, so a refusal record in place of a bundle: {content}")
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
     plan = workspace.read(artifact / PLAN_FILE, "quantize", variant)
     measured = workspace.read(workspace.metrics(variant), "validate", variant)["identity"]
-    runtime = Runtime(onnxruntime=measured["onnxruntime"], onnxruntime_genai=measured["onnxruntime-genai"], opset=OPSET)
-    files = {file.name: file for file in sorted(artifact.iterdir())}
-    entries = describe_files(files)
-    _require_judged(artifact, entries, plan["sha256"], measured)
-    papers = documents.write(folder, workspace, variant, runtime, common["created"], verdict, entries)
-    files, entries = files | papers, entries | describe_files(papers)
-    tiers = load_tiers()
-    release = build_release(
-        **common,
-        runtime=runtime,
-        source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
-        licence=lock.licence,
-        context=entry.context,
-        kv_cache=plan["kv_cache"]["type"],
-        tiers=list(fitting_tiers(judged(workspace, variant), tiers)),
-        files=entries,
+    runtime = release.Runtime(
+        onnxruntime=measured["onnxruntime"], onnxruntime_genai=measured["onnxruntime-genai"], opset=OPSET
     )
-    assemble(content, files, release)
-    print(f"{model} {variant}: bundle of {sum(file.stat().st_size for file in files.values()):,} bytes in {content}")
+    files = {file.name: file for file in sorted(artifact.iterdir())}
+    entries = release.describe_files(files)
+    _require_judged(artifact, entries, plan["sha256"] | {PLAN_FILE: measured.get("plan_sha256")})
+    with tempfile.TemporaryDirectory() as folder:  # for the documents, until the bundle has links to them
+        papers = documents.write(Path(folder), workspace, variant, runtime, common["created"], verdict, entries)
+        files, entries = files | papers, entries | release.describe_files(papers)
+        document = release.build_release(
+            **common,
+            runtime=runtime,
+            source={"revision": lock.revision, "files": {file.name: file.sha256 for file in lock.files}},
+            licence=lock.licence,
+            context=entry.context,
+            kv_cache=plan["kv_cache"]["type"],
+            tiers=list(fitting_tiers(judged(workspace, variant), load_tiers())),
+            files=entries,
+        )
+        release.assemble(content, files, document)
+        size = sum(file.stat().st_size for file in files.values())
+    print(f"{model} {variant}: bundle of {size:,} bytes in {content}")
 
 
-def _require_judged(
-    artifact: Path, files: Mapping[str, FileEntry], planned: Mapping[str, str], measured: Mapping[str, str]
-) -> None:
-    """Refuse an artifact that is not, to the byte, what was quantized and measured."""
+def _require_judged(artifact: Path, files: Mapping[str, release.FileEntry], expected: Mapping[str, str | None]) -> None:
+    """Refuse an artifact that is not, to the byte, what was quantized and measured: SHA-256 by name."""
     found = {name: entry.sha256 for name, entry in files.items()}
-    expected = planned | {PLAN_FILE: measured.get("plan_sha256")}
     if changed := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
         raise BundleError(
             f"{artifact / changed[0]} and {len(changed) - 1} more are not what was quantized and measured: SHA-256 "
             f"{found.get(changed[0])}, expected {expected.get(changed[0])}. Run `dvc repro`."
         )
-
-
-def _reasons(verdict: Verdict) -> list[str]:
-    """The lines that decided, in words: "mean KL 0.74 (90 % interval 0.61 to 0.86), limit 0.52: FAIL"."""
-    return [describe_line(line) for line in verdict.lines if line.verdict == verdict.verdict]

@@ -8,7 +8,7 @@ from pipeline.bundle.keys import announced_key
 from pipeline.bundle.release import SIGNATURE, Document, Release
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.verify import Report, verify, verify_tiers
-from pipeline.config.signing import SigningConfig, load_signing
+from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.files import atomic_directory, read_json, sha256_of
 from pipeline.packs.android import plan_android, write_android
@@ -17,14 +17,13 @@ from pipeline.packs.app_bundle import check_app_bundle, run_bundletool
 from pipeline.packs.delivery import INDEX, Packable, packable
 from pipeline.packs.ios import plan_ios, write_ios
 from pipeline.packs.ios_rules import check_ios, describe_ios
-from pipeline.packs.rules import Problem
 from pipeline.workspace import Workspace, public_key_path
 
 
 def run(model: str) -> None:
     """Write artifacts/packs/<model>/{android,ios} after verifying what goes in, and check them against every rule."""
     workspace = Workspace(model)
-    document, bundles = _verified(workspace, load_signing())
+    document, bundles = _verified(workspace)
     android, ios = plan_android(document, bundles), plan_ios(document, bundles)
     with atomic_directory(workspace.packs) as folder:
         write_android(folder / "android", android, bundles)
@@ -32,13 +31,12 @@ def run(model: str) -> None:
         problems = check_android(folder / "android") + check_ios(folder / "ios")
         if errors := [problem for problem in problems if not problem.note]:
             raise BundleError(f"{model}: the stores would refuse these packs: {'; '.join(map(str, errors))}")
-    _print(problems)
-    print(describe_android(workspace.packs / "android"))
-    print(describe_ios(workspace.packs / "ios"))
+    print(*problems, describe_android(workspace.packs / "android"), describe_ios(workspace.packs / "ios"), sep="\n")
 
 
-def _verified(workspace: Workspace, signing: SigningConfig) -> tuple[TiersDocument, dict[str, Packable]]:
+def _verified(workspace: Workspace) -> tuple[TiersDocument, dict[str, Packable]]:
     """The signed tiers and the bundles that they name, each verified with the key that signs this release."""
+    signing = load_signing()
     key, allow = public_key_path(announced_key(signing).id), signing.channel == "development"
     workspace.require(workspace.tiers / SIGNATURE, "tiers")
     report = verify_tiers(workspace.tiers, key, allow_development=allow, model=workspace.model)
@@ -69,30 +67,6 @@ def check(folder: Path, previous: Path | None, aab: Path | None, bundletool: Pat
     Raises:
         BundleError: the folder is no store folder, an option does not fit it, or a tool cannot be run.
     """
-    platform = _platform(folder)
-    if platform == "ios" and (aab or bundletool):
-        raise BundleError(f"{folder} is for iOS: --aab and --bundletool are for an Android folder.")
-    if platform == "android" and previous:
-        raise BundleError(f"{folder} is for Android, where packs have no ids of their own: --previous is for iOS.")
-    if bundletool and not aab:
-        raise BundleError(
-            "bundletool reads app bundles: build one with these modules (./gradlew :app:bundleRelease) and name it "
-            "with --aab."
-        )
-    problems = check_android(folder) if platform == "android" else check_ios(folder, previous)
-    if aab:
-        problems += check_app_bundle(aab, folder)
-    _print(problems)
-    print(describe_android(folder) if platform == "android" else describe_ios(folder))
-    if bundletool and aab:
-        print(run_bundletool(bundletool, aab))
-    errors = [problem for problem in problems if not problem.note]
-    print(f"{folder}: {len(errors)} errors" if errors else f"{folder}: OK")
-    return 1 if errors else 0
-
-
-def _platform(folder: Path) -> str:
-    """android or ios, as the index says. Raises BundleError for a folder without a readable one."""
     try:
         platform = read_json(folder / INDEX)["platform"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -102,9 +76,24 @@ def _platform(folder: Path) -> str:
             f"{folder}: no {INDEX} that says for which store it is. Name the android or ios folder of "
             f"artifacts/packs/<model>."
         )
-    return str(platform)
-
-
-def _print(problems: list[Problem]) -> None:
-    for problem in problems:
-        print(problem)
+    if platform == "ios" and (aab or bundletool):
+        raise BundleError(f"{folder} is for iOS: --aab and --bundletool are for an Android folder.")
+    if platform == "android" and previous:
+        raise BundleError(f"{folder} is for Android, where packs have no ids of their own: --previous is for iOS.")
+    if bundletool and not aab:
+        raise BundleError(
+            "bundletool reads app bundles: build one with these modules (./gradlew :app:bundleRelease) and name it "
+            "with --aab."
+        )
+    if platform == "android":
+        problems, totals = check_android(folder), describe_android(folder)
+    else:
+        problems, totals = check_ios(folder, previous), describe_ios(folder)
+    if aab:
+        problems += check_app_bundle(aab, folder)
+    print(*problems, totals, sep="\n")
+    if bundletool and aab:
+        print(run_bundletool(bundletool, aab))
+    errors = sum(not problem.note for problem in problems)
+    print(f"{folder}: {errors} errors" if errors else f"{folder}: OK")
+    return min(errors, 1)

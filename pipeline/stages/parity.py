@@ -17,8 +17,7 @@ DECODE_STEPS = 8
 
 def run(model: str) -> None:
     """Write artifacts/<model>/parity.json. A disagreement is recorded, not raised: the verdict stage refuses it."""
-    wanted = load_parity()
-    workspace = Workspace(model)
+    wanted, workspace = load_parity(), Workspace(model)
     reference = workspace.reference(Store())
     architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)
     part = cut(architecture, checkpoint, wanted.memory_bytes)

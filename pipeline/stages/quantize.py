@@ -164,14 +164,7 @@ def describe(planned: Planned, parameters: int) -> str:
 def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str]) -> dict[str, Any]:
     """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file."""
     drafted, solution = planned.draft, planned.solution
-    solved: dict[str, Any] = {}
-    if solution:  # rules do not depend on the context, so an edited one must not change their plan
-        solved = {
-            "predicted_nats": solution.cost,
-            "least_possible_nats": solution.bound,
-            "memory": planned.memory.record() | {"context": planned.context},
-        }
-    return {
+    record: dict[str, Any] = {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
         "key": key,
         "sha256": digests,
@@ -181,9 +174,12 @@ def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, dig
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
         "kv_cache": {"type": drafted.plan.cache.type, "bytes_per_token": drafted.plan.cache.bytes},
-        **solved,
         "tensors": {
             item.matrix.name: {"role": item.matrix.role, "format": item.formats, "bytes": item.bytes}
             for item in drafted.plan.tables
         },
     }
+    if solution:  # rules do not depend on the context, so an edited one must not change their plan
+        record |= {"predicted_nats": solution.cost, "least_possible_nats": solution.bound}
+        record["memory"] = planned.memory.record() | {"context": planned.context}
+    return record

@@ -39,20 +39,16 @@ def _collect() -> Report:
 
 
 def _about(suite: str) -> dict[str, str]:
-    """Facts about the run: the commit, what was asked, and what a release of it would be."""
+    """Facts about the run: the commit and whether what decides results differs from it, what was asked, and what a
+    release of it would be."""
     signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).by_task()]
+    head = _git("log", "-1", "--format=%H of %cI") or "unknown: not a git repository"
+    changed = _git("status", "--porcelain", "--", "configs", "pipeline")
     return {
-        "commit": _commit(),
+        "commit": head + ", with uncommitted changes" * bool(changed),
         "suite": f"{suite}: {', '.join(filter(None, asked))}",
         "release": f"number {signing.release}, channel {signing.channel}, signing key {signing.key_id}",
     }
-
-
-def _commit() -> str:
-    """The commit in use, and whether what decides results differs from it."""
-    head = _git("log", "-1", "--format=%H of %cI")
-    changed = _git("status", "--porcelain", "--", "configs", "pipeline")
-    return (head or "unknown: not a git repository") + (", with uncommitted changes" if changed else "")
 
 
 def _git(*arguments: str) -> str:
@@ -61,18 +57,11 @@ def _git(*arguments: str) -> str:
 
 def _row(model: str, variant: str) -> Row | None:
     workspace = Workspace(model)
-    metrics = workspace.metrics(variant)
-    if not metrics.exists():
+    if not workspace.metrics(variant).exists():
         return None
+    metrics, bundle = read_json(workspace.metrics(variant)), workspace.bundle(variant)
     if variant == REFERENCE:
-        return Row(model, variant, read_json(metrics))
-    bundle, refusal = workspace.bundle(variant), workspace.bundle(variant) / CONTENT / "refusal.json"
+        return Row(model, variant, metrics)
+    refusal = bundle / CONTENT / "refusal.json"
     refused = "; ".join(read_json(refusal)["reasons"]) if refusal.exists() else None
-    return Row(
-        model,
-        variant,
-        read_json(metrics),
-        read_verdict(workspace, variant),
-        bundle=None if refused else str(bundle),
-        refusal=refused,
-    )
+    return Row(model, variant, metrics, read_verdict(workspace, variant), None if refused else str(bundle), refused)

@@ -52,22 +52,17 @@ def run(model: str) -> None:
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
     with open_partial(workspace.partial("sensitivity"), key) as partial:
-        damage = _damage(moments, wanted)
-        nats = sensitivities(slices, folder, checkpoint, ids, damage, partial, model)
+        nats = sensitivities(slices, folder, checkpoint, ids, _damage(moments, wanted.damage), partial, model)
         errors = measure_errors(architecture, checkpoint, moments, wanted)
         for leftover in partial.folder.iterdir():
             leftover.unlink()
         write_bytes(partial.folder / ERRORS, save(errors))
-        formats = {
-            matrix.name: str(TensorFormat.parse(wanted.damage).fitted(matrix.columns))
-            for matrix in _matrices(architecture)
-        }
+        formats = {matrix.name: str(_format(wanted.damage, matrix)) for matrix in _matrices(architecture)}
         rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
         write_json(partial.folder / workspace.nats.name, {"key": key, "tokens": ids.size, "tensors": rows})
         partial.finish(workspace.sensitivity)
-    worst = sorted(nats, key=nats.__getitem__, reverse=True)[:3]
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
-    for name in worst:
+    for name in sorted(nats, key=nats.__getitem__, reverse=True)[:3]:
         print(f"  {name:<44} {nats[name]:.5f} nats")
 
 
@@ -89,10 +84,10 @@ def measure_errors(
         weights = _sample(checkpoint, matrix, wanted.rows)
         importance = _importance(matrix, moments)
         for name in (*wanted.formats, wanted.damage):
-            fmt = TensorFormat.parse(name).fitted(matrix.columns)
-            if f"{matrix.name}/{fmt}" not in found:
+            fmt = _format(name, matrix)
+            if (place := f"{matrix.name}/{fmt}") not in found:
                 gap = weights - weighted(weights, importance, fmt).dequantize()
-                found[f"{matrix.name}/{fmt}"] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
+                found[place] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
         norms = np.zeros(matrix.columns)
         squared_norms(weights, norms)
         return norms * (matrix.rows / len(weights))
@@ -117,22 +112,24 @@ def _sample(checkpoint: Checkpoint, matrix: Matrix, rows: int) -> np.ndarray:
 
 
 def _matrices(architecture: Architecture) -> list[Matrix]:
-    body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
-    return [*architecture.tables, *body]
+    return [*architecture.tables[:-1], *architecture.matrices]  # the embedding, unless it is the head's table
 
 
 def _importance(matrix: Matrix, moments: dict[str, np.ndarray]) -> np.ndarray:
     return np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else moments[matrix.input]
 
 
-def _damage(moments: dict[str, np.ndarray], wanted: SensitivityConfig) -> Damage:
+def _format(name: str, matrix: Matrix) -> TensorFormat:
+    return TensorFormat.parse(name).fitted(matrix.columns)
+
+
+def _damage(moments: dict[str, np.ndarray], name: str) -> Damage:
     def quantized(matrix: Matrix, rows: np.ndarray) -> np.ndarray:
-        fmt = TensorFormat.parse(wanted.damage).fitted(matrix.columns)
-        found = np.empty_like(rows)
+        found, importance, fmt = np.empty_like(rows), _importance(matrix, moments), _format(name, matrix)
 
         def some(start: int) -> None:  # few at a time: unpacking takes three times their bytes
-            part = rows[start : start + _DAMAGED_ROWS]
-            found[start : start + _DAMAGED_ROWS] = weighted(part, _importance(matrix, moments), fmt).dequantize()
+            part = slice(start, start + _DAMAGED_ROWS)
+            found[part] = weighted(rows[part], importance, fmt).dequantize()
 
         with ThreadPoolExecutor(machine.cores()) as pool:
             list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.bundle.keys import SigningKey, export_public_key, load_signer
-from pipeline.bundle.release import CONTENT, SIGNATURE
+from pipeline.bundle.keys import export_public_key, load_signer
+from pipeline.bundle.release import CONTENT, SIGNATURE, KeyIdentity
 from pipeline.bundle.signing import sign
 from pipeline.bundle.verify import Report, verify
 from pipeline.config.signing import SigningConfig, load_signing
@@ -15,35 +16,20 @@ from pipeline.workspace import Workspace, public_key_path
 
 def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/model.sig and verify the bundle as a phone would."""
-    workspace, signing = Workspace(model), load_signing()
-    bundle = workspace.bundle(variant)
-    workspace.require(bundle / CONTENT, "bundle", variant)
-    key = sign_folder(bundle, signing)
-    report = verify(
-        bundle,
-        public_key_path(key.identity.id),
-        allow_development=is_development(signing),
-        model=model,
-        variant=variant,
-    )
-    require_intact(report)
-    print(f"{model} {variant}: signed by {key.identity.kind} key {key.identity.id}, verified from the bundle alone")
+    workspace = Workspace(model)
+    workspace.require(workspace.bundle(variant) / CONTENT, "bundle", variant)
+    key = sign_folder(workspace.bundle(variant), load_signing(), verify, model=model, variant=variant)
+    print(f"{model} {variant}: signed by {key.kind} key {key.id}, verified from the bundle alone")
 
 
-def sign_folder(folder: Path, signing: SigningConfig) -> SigningKey:
-    """Sign the content of a bundle or of tiers.json; keep the public half of the key for `verify`."""
+def sign_folder(folder: Path, signing: SigningConfig, check: Callable[..., Report], **wanted: str) -> KeyIdentity:
+    """Sign the content of a bundle or of tiers.json, keep the public half of the key for `verify`, and check it as
+    `wanted`. Raises BundleError for what does not verify."""
     key = load_signer(signing)
-    export_public_key(key, public_key_path(key.identity.id))
+    public = public_key_path(key.identity.id)
+    export_public_key(key, public)
     sign(folder / CONTENT, folder / SIGNATURE, key)
-    return key
-
-
-def is_development(signing: SigningConfig) -> bool:
-    """Whether a development key may sign here."""
-    return signing.channel == "development"
-
-
-def require_intact(report: Report) -> None:
-    """Raise BundleError for what does not verify right after signing."""
+    report = check(folder, public, allow_development=signing.channel == "development", **wanted)
     if not report.intact:
         raise BundleError(f"the bundle does not verify right after signing: {report.describe()}")
+    return key.identity

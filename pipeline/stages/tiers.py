@@ -11,19 +11,15 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.files import sha256_of
 from pipeline.judge.measured import judged
-from pipeline.stages.sign import is_development, require_intact, sign_folder
-from pipeline.workspace import Workspace, public_key_path
+from pipeline.stages.sign import sign_folder
+from pipeline.workspace import Workspace
 
 
 def run(model: str) -> None:
     """Write and sign artifacts/tiers/<model>/content/tiers.json: each tier's bundle, or its refusal with figures."""
     workspace, signing, wanted = Workspace(model), load_signing(), load_tiers()
-    variants = load_pipeline().variants
-    decisions = assign(wanted, [judged(workspace, variant) for variant in variants])
-    signatures = {
-        variant: sha256_of(workspace.require(workspace.bundle(variant) / SIGNATURE, "sign", variant))
-        for variant in variants
-    }
+    signed = {variant: workspace.bundle(variant) / SIGNATURE for variant in load_pipeline().variants}
+    decisions = assign(wanted, [judged(workspace, variant) for variant in signed])
     document = build_tiers(
         model=model,
         signing=signing,
@@ -31,13 +27,9 @@ def run(model: str) -> None:
         created=build_time(),
         context=wanted.context,
         decisions=decisions,
-        signatures=signatures,
+        signatures={variant: sha256_of(workspace.require(file, "sign", variant)) for variant, file in signed.items()},
     )
     assemble(workspace.tiers / CONTENT, {}, document)
-    key = sign_folder(workspace.tiers, signing)
-    report = verify_tiers(
-        workspace.tiers, public_key_path(key.identity.id), allow_development=is_development(signing), model=model
-    )
-    require_intact(report)
+    sign_folder(workspace.tiers, signing, verify_tiers, model=model)
     for name, decision in decisions.items():
         print(f"{model} {name}: {decision.variant if decision.decision == 'bundle' else 'nothing'}")

@@ -39,7 +39,7 @@ def run(model: str, variant: str) -> None:
         task.machine(part)  # what cannot be measured here is refused before an hour of measuring, not after it
     subject = _subject(model, variant, suite)
     files = measured_files(subject)
-    metrics: dict[str, Any] = {"identity": _identity(subject), "size": _size(subject)}
+    metrics = _facts(subject)
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
         for task, part in suite.by_task():
@@ -85,17 +85,16 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
     if variant == REFERENCE:
         folder = workspace.reference(store)
         graph = folder / MODEL_FILE
-        architecture = read_architecture(folder / "config.json")
-        weight_bytes, memory = Checkpoint(folder).weight_bytes, machine.available_memory()
-        layered = runs_layered(suite.reference, weight_bytes, architecture.parameters, memory)
     else:
         folder = workspace.require(workspace.artifact(variant), "quantize", variant)
         graph = folder / f"{workspace.file_stem(variant)}.onnx"
-        architecture = read_architecture(folder / "config.json")
         for task, _ in suite.by_task():
             if task.runs_graph and not task.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / task.name, "validate", REFERENCE)
-        layered = False
+    architecture = read_architecture(folder / "config.json")
+    layered = variant == REFERENCE and runs_layered(
+        suite.reference, Checkpoint(folder).weight_bytes, architecture.parameters, machine.available_memory()
+    )
     return Subject(model, variant, folder, graph, architecture, entry, store, layered, _open)
 
 
@@ -105,18 +104,17 @@ def _open(subject: Subject) -> OnnxDecoder | LayeredDecoder:
     return OnnxDecoder(subject.graph)
 
 
-def _size(subject: Subject) -> dict[str, Any]:
-    if subject.variant != REFERENCE:
-        plan = Workspace(subject.model).read(subject.folder / PLAN_FILE, "quantize", subject.variant)
-        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
-        return {"bytes_on_disk": plan["bytes"], **copied}
-    parameters = subject.architecture.parameters
-    total = subject.graph.stat().st_size + Checkpoint(subject.folder).weight_bytes
-    return {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
-
-
-def _identity(subject: Subject) -> dict[str, str]:
-    """What exactly was measured, and what ran it."""
-    plan = {} if subject.variant == REFERENCE else {"plan_sha256": sha256_of(subject.folder / PLAN_FILE)}
+def _facts(subject: Subject) -> dict[str, Any]:
+    """What exactly was measured and what ran it, and its size."""
+    workspace, parameters = Workspace(subject.model), subject.architecture.parameters
     system = f"{platform.system()} {platform.machine()}"
-    return {"revision": Workspace(subject.model).read_lock().revision, **plan, **runtimes(), "system": system}
+    identity = {"revision": workspace.read_lock().revision, **runtimes(), "system": system}
+    if subject.variant == REFERENCE:
+        total = subject.graph.stat().st_size + Checkpoint(subject.folder).weight_bytes
+        size = {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
+    else:
+        plan = workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
+        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
+        size = {"bytes_on_disk": plan["bytes"], **copied}
+        identity["plan_sha256"] = sha256_of(subject.folder / PLAN_FILE)
+    return {"identity": identity, "size": size}

@@ -25,7 +25,10 @@ def run(model: str, variant: str) -> None:
     metrics = workspace.read(workspace.metrics(variant), "validate", variant)
     reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
     _check_class(model, metrics)
-    verdict = decide(metrics, reference, _policy(model, variant), workspace.read(workspace.parity, "parity"))
+    row, limits = gate_row(model, variant)
+    permitted = None if limits.opt_in is None else model in limits.opt_in
+    policy = Policy(row, limits, permitted, load_gates().ratchet, _last_release(model, variant))
+    verdict = decide(metrics, reference, policy, workspace.read(workspace.parity, "parity"))
     plan = workspace.require(workspace.artifact(variant) / PLAN_FILE, "quantize", variant)
     if problem := evidence.problem_of(metrics, reference, sha256_of(plan), runtimes()):
         verdict = evidence.refused(verdict, problem)
@@ -41,21 +44,14 @@ def _check_class(model: str, metrics: Any) -> None:
         raise EvaluationError(
             f"the metrics of {model} do not say how many parameters it has. Validate again."
         ) from None
-    ranges = {other: row.parameters for other, row in classes.items()}
-    fitting = [other for other, (least, most) in ranges.items() if least <= parameters <= most]
+    fitting = [other for other, row in classes.items() if row.parameters[0] <= parameters <= row.parameters[1]]
     if name not in fitting:
-        least, most = ranges[name]
+        least, most = classes[name].parameters
         way_out = f"Use {' or '.join(fitting)}." if fitting else "Add a class to configs/gates.yaml."
         raise ConfigError(
             f"configs/models/{model}.yaml: gate_class {name!r} judges models of {least:,} to {most:,} parameters, and "
             f"this one has {parameters:,}. {way_out}"
         )
-
-
-def _policy(model: str, variant: str) -> Policy:
-    row, limits = gate_row(model, variant)
-    permitted = None if limits.opt_in is None else model in limits.opt_in
-    return Policy(row, limits, permitted, load_gates().ratchet, _last_release(model, variant))
 
 
 def _last_release(model: str, variant: str) -> ReleasedBuild | None:

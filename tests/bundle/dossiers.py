@@ -12,7 +12,7 @@ from pipeline.checkpoint.blobs import LockedFile
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
-from pipeline.judge.gates import PASS, REPORTED, GateLine, Verdict
+from pipeline.judge.verdicts import PASS, REPORTED, GateLine, Verdict
 
 REVISION = "c" * 40
 NOTE = "gates nothing: the reference has 25.0 %, no more than chance"

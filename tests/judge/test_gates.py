@@ -13,8 +13,9 @@ import pytest
 from pipeline.config.gates import ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.judge import sequential
-from pipeline.judge.gates import GateLine, Policy, Verdict, decide, exit_code, overall, worst
+from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import GateLimits, load_gates
+from pipeline.judge.verdicts import GateLine, Verdict, exit_code, overall, worst
 
 PARITY = {"passed": True, "max_relative_error": 3e-6, "limit": 1e-4}
 LIMITS = GateLimits(

@@ -13,7 +13,7 @@ import pytest
 from pipeline import cli, machine
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import ResourceError
-from pipeline.preflight import guard, needs
+from pipeline.preflight import footprints, guard, needs
 from pipeline.preflight import machine as preflight
 from pipeline.preflight.machine import Room
 from pipeline.preflight.needs import Needs
@@ -139,26 +139,20 @@ def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suit
 ) -> None:
     monkeypatch.setattr(session, "_HEADROOM", 1e6)
     tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
-    source = preflight.find_source(tiny.MODEL, Store())
-    assert source is not None
-    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
+    rows = preflight.stage_needs(tiny.MODEL, tiny.VARIANTS, 24 * GB)
     (row,) = [wanted for wanted in rows if wanted.stage == "reference"]
     assert ("without HumanEval" in row.why) == layered
     assert (preflight.problem(tiny.MODEL, row, ROOM) is None) == layered
 
 
 def test_a_reference_that_fits_is_held_in_memory(project: Path) -> None:
-    source = preflight.find_source(tiny.MODEL, Store())
-    assert source is not None
-    rows = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
+    rows = preflight.stage_needs(tiny.MODEL, tiny.VARIANTS, 24 * GB)
     assert [wanted.why.startswith("weights in float32") for wanted in rows if wanted.stage == "reference"] == [True]
 
 
 def test_the_plan_is_the_artifacts_exact_size(project: Path) -> None:
     def planned() -> list[int]:
-        source = preflight.find_source(tiny.MODEL, Store())
-        assert source is not None
-        found = preflight.stage_needs(tiny.MODEL, source, tiny.VARIANTS, 24 * GB, needs.UNMEASURED)
+        found = preflight.stage_needs(tiny.MODEL, tiny.VARIANTS, 24 * GB)
         return [wanted.disk for wanted in found if wanted.stage == "quantize"]
 
     before = planned()
@@ -202,9 +196,9 @@ def test_a_recipe_that_cannot_be_planned_is_a_refusal(project: Path, table: Call
 def test_a_lock_without_its_blobs_does_not_stop_the_download_that_mends_it(project: Path) -> None:
     download.run(tiny.MODEL)
     shutil.rmtree(project / "store" / "sha256")
-    assert preflight.find_source(tiny.MODEL, Store()) is not None  # from the local folder
+    assert footprints.find_source(tiny.MODEL, Store()) is not None  # from the local folder
     download.run(tiny.MODEL)
-    found = preflight.find_source(tiny.MODEL, Store())
+    found = footprints.find_source(tiny.MODEL, Store())
     assert found is not None
     assert found.missing == 0
 
@@ -235,7 +229,7 @@ def test_every_heavy_stage_refuses_first_and_writes_nothing(
         quantize.run(model, "q4")
         for section in ("mmlu", "divergence"):
             (workspace.evaluation("reference") / section).mkdir(parents=True)
-    variant = {"reference": "reference", "validate": "q4"}.get(stage)
+    variant = {"reference": "reference", "validate": "q4"}.get(stage, "")
     squeeze(monkeypatch, disk=1)
     with pytest.raises(ResourceError, match=rf"^{stage} tiny( q4)?: not enough disk"):
         guard.before("validate" if variant else stage, model, variant)

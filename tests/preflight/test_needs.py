@@ -82,7 +82,7 @@ def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:
     assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
     calibration = CalibrationConfig(texts={"text-c4": 1024}, window=512)
     assert 2.334e9 <= needs.calibrate(architecture, calibration).memory <= 1.1 * 2.334e9
-    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", calibration).memory <= 1.2 * 3.895e9
+    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", calibration, RATES).memory <= 1.2 * 3.895e9
 
 
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.checkpoint.lock import SourceLock, write_lock
 from pipeline.config.models import load_model
 from pipeline.errors import BundleError
 from pipeline.files import read_json, sha256_of, write_json
-from pipeline.judge.gates import FAIL, PASS, GateLine, Verdict
+from pipeline.judge.verdicts import FAIL, PASS, GateLine, Verdict
 from pipeline.stages import bundle
 from pipeline.workspace import Workspace
 from tests.bundle.dossiers import METRICS, PLAN

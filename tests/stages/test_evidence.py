@@ -109,7 +109,7 @@ def test_a_lock_of_an_earlier_version_is_refused_until_the_next_download(prepare
 def test_an_export_for_another_context_is_refused_until_it_is_made_again(prepared: Store) -> None:
     quantize.run(tiny.MODEL, "q4")
     tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), context=tiny.CONTEXT // 2)
-    for stage, variant in (("calibrate", None), ("quantize", "q4"), ("validate", "reference"), ("validate", "q4")):
+    for stage, variant in (("calibrate", ""), ("quantize", "q4"), ("validate", "reference"), ("validate", "q4")):
         with pytest.raises(PipelineError, match=r"context of 8,192 tokens.* is 4,096. Run `python -m pipeline export"):
             guard.before(stage, tiny.MODEL, variant)
     export.run(tiny.MODEL)

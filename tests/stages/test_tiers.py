@@ -13,7 +13,7 @@ from pipeline.config.phones import load_devices, load_shapes, load_tiers
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.judge import measured
-from pipeline.judge.gates import PASS, GateLine, Verdict
+from pipeline.judge.verdicts import PASS, GateLine, Verdict
 from pipeline.planning.devices import Figure, fitting_tiers, need, plain
 from pipeline.preflight import footprints
 from pipeline.report import plan

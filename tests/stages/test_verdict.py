@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from pipeline.errors import ConfigError, EvaluationError
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.stages import verdict
-from pipeline.workspace import REFERENCE, Workspace
+from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -24,7 +24,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     tiny.edit(Path("configs/gates.yaml"), classes=own | shipped)
     workspace = Workspace(tiny.MODEL)
     workspace.metrics(REFERENCE).parent.mkdir(parents=True)
-    for path in (workspace.metrics(REFERENCE), workspace.parity):
+    for path in (workspace.metrics(REFERENCE), workspace.parity, workspace.artifact("q4") / PLAN_FILE):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {})
     return workspace
@@ -50,4 +50,4 @@ def test_a_size_that_nobody_measured_judges_nothing(workspace: Workspace) -> Non
 
 def test_without_measurements_the_verdict_is_an_error(workspace: Workspace) -> None:
     judge(workspace, {"size": {"parameters": 500_000}})
-    assert verdict.read_verdict(workspace, "q4").verdict == "ERROR"
+    assert read_json(workspace.verdict("q4"))["verdict"] == "ERROR"
