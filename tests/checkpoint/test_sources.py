@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 
 from pipeline.checkpoint import gguf
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.lock import SourceLock, read_lock, write_lock
+from pipeline.checkpoint.lock import read_lock, write_lock
 from pipeline.checkpoint.sources import fetch_dataset, fetch_model
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import WheelSource
@@ -171,7 +172,7 @@ def test_pointer_in_place_of_a_small_file(folder: Path, store: Store, name: str)
 def test_lock_round_trip(folder: Path, store: Store, tmp_path: Path) -> None:
     lock = fetch_model("tiny", local(folder), store)
     write_lock(tmp_path / "lock.json", lock)
-    assert read_lock(tmp_path / "lock.json") == lock == SourceLock.from_json(lock.to_json())
+    assert read_lock(tmp_path / "lock.json") == lock
     with pytest.raises(SourceError, match="no file 'absent'"):
         lock.file("absent")
 
@@ -181,7 +182,7 @@ def test_lock_round_trip(folder: Path, store: Store, tmp_path: Path) -> None:
     [("files", []), ("files", None), ("files", [{"name": "a"}]), ("revision", None), ("source", "x"), ("extra", 1)],
 )
 def test_damaged_lock(folder: Path, store: Store, tmp_path: Path, key: str, value: object) -> None:
-    data = fetch_model("tiny", local(folder), store).to_json() | {key: value}
+    data = asdict(fetch_model("tiny", local(folder), store)) | {key: value}
     path = tmp_path / "lock.json"
     path.write_text(json.dumps(data))
     with pytest.raises(SourceError, match=r"lock.json: not readable as a source lock"):
@@ -192,7 +193,7 @@ def test_damaged_lock(folder: Path, store: Store, tmp_path: Path, key: str, valu
     ("key", "value"), [("name", "../x"), ("size", -1), ("size", True), ("sha256", "ab"), ("name", 1)]
 )
 def test_damaged_file_in_a_lock(folder: Path, store: Store, tmp_path: Path, key: str, value: object) -> None:
-    data = fetch_model("tiny", local(folder), store).to_json()
+    data = asdict(fetch_model("tiny", local(folder), store))
     data["files"][0][key] = value
     path = tmp_path / "lock.json"
     path.write_text(json.dumps(data))
