@@ -131,7 +131,7 @@ class Passing:
 
     def divergences(self, copies: Copies) -> dict[str, float]:
         """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
-        head, run = self._arch.head, self._run(self._slices.up_to("head"))
+        head, run = self._arch.head, self._run(self._slices.layer(self._arch.layers))
         states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
         states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
         if not self._arch.tied:  # the last copy: clean states, damaged head

@@ -130,9 +130,7 @@ class LayeredDecoder:
 
     def _pass(self, number: int) -> None:
         """All questions through the embedding (0), a layer, or the last norm."""
-        layers = self._architecture.layers
-        part = self._slices.embedding() if number == 0 else None
-        part = part or (self._slices.layer(number - 1) if number <= layers else self._slices.up_to("head"))
+        part = self._slices.layer(number - 1) if number else self._slices.embedding()
         session = open_slice(part.model, self._weights)
         with atomic_file(self._file(number)) as file:
             for hidden in self._outputs(session, part, number):

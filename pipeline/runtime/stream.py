@@ -82,8 +82,7 @@ class LayerStream:
         for old in range(self.layer):
             (self._states / self.states_file(old)).unlink(missing_ok=True)
         slices = self._slices
-        is_head = self.layer == slices.architecture.layers
-        part = slices.up_to("head") if is_head else slices.layer(self.layer)
+        part = slices.layer(self.layer)
         sums = {name: _empty_sum(slices.columns[name], full) for name in part.taps}
         ranges = {name: np.zeros(slices.architecture.cache_channels, np.float32) for name in part.cached}
         for values in self._run(part, self.layer + 1):
