@@ -197,7 +197,7 @@ class _Decoder(GraphWriter):
 
     def cache(self, prefix: str, tokens: str) -> list[onnx.ValueInfoProto]:
         """Keys and values of every layer, inputs or outputs."""
-        shape = ["batch", self.arch.kv_heads, tokens, self.arch.head_dim]
+        shape: list[int | str] = ["batch", self.arch.kv_heads, tokens, self.arch.head_dim]
         names = (f"{prefix}.{layer}.{part}" for layer in range(self.arch.layers) for part in ("key", "value"))
         return [value_info(name, TensorProto.FLOAT, shape) for name in names]
 
