@@ -136,7 +136,7 @@ class LayeredDecoder:
         lengths: list[int] = []
         for index, (past, ids) in enumerate(self._numbers):
             lengths.append(len(ids) + (0 if past is None else lengths[past]))
-            arrays: dict[str | None, np.ndarray] = {**kept.get(past, {}), "input_ids": np.array([ids], np.int64)}
+            arrays = {**kept.get(past, {}), "input_ids": np.array([ids], np.int64)}
             arrays["attention_mask"] = np.ones((1, lengths[index]), np.int64)
             if part.source:
                 arrays[part.source] = self._hidden(number - 1, index)[None]

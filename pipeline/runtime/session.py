@@ -59,7 +59,7 @@ def open_session(path: Path) -> ort.InferenceSession:
     return _open(path, path, ort.SessionOptions())
 
 
-SliceRun = Callable[[Sequence[str], Mapping[str | None, np.ndarray]], list[np.ndarray]]
+SliceRun = Callable[[Sequence[str], Mapping[Any, np.ndarray]], list[np.ndarray]]
 """Names of outputs, and arrays by name, of which a slice takes what it needs → these outputs."""
 
 
@@ -74,7 +74,7 @@ def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
     session = _open(model.SerializeToString(), folder, options)
     inputs = session.get_inputs()
 
-    def run(outputs: Sequence[str], arrays: Mapping[str | None, np.ndarray]) -> list[np.ndarray]:
+    def run(outputs: Sequence[str], arrays: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
         feeds = {value.name: arrays[value.name] for value in inputs if value.name in arrays}
         for value in inputs:
             if value.name.startswith("past_key_values.") and value.name not in feeds:
