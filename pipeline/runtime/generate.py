@@ -75,7 +75,7 @@ def load(folder: Path) -> genai.Model:
     Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
     """
     for graph in folder.glob("*.onnx"):
-        check_weights(graph)
+        check_weights(graph, folder)
     try:
         settings = genai.Config(str(folder))
         # Left to itself the runtime uses half of the cores.

@@ -55,7 +55,11 @@ def traffic(model: onnx.ModelProto) -> Traffic:
     # The others are read by rows, LongRoPE's tables among them, which no node of the outer graph reads: a branch picks.
     tables = every - whole
     weight_bytes = sum(place.length for place in whole) + sum(place.length // place.rows for place in tables)
-    return Traffic(weight_bytes, sum(place.length for place in tables), _cache_bytes(model))
+    # Keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim].
+    kinds = [value.type.tensor_type for value in model.graph.input if value.name.startswith("past_key_values.")]
+    sizes = ((kind.shape.dim[1].dim_value, kind.shape.dim[3].dim_value, kind.elem_type) for kind in kinds)
+    cache_bytes = sum(heads * channels * _item_bytes(elem_type) for heads, channels, elem_type in sizes)
+    return Traffic(weight_bytes, sum(place.length for place in tables), cache_bytes)
 
 
 class _Stored(NamedTuple):
@@ -76,13 +80,6 @@ def _stored(tensor: onnx.TensorProto) -> _Stored:
     length = int(place.get("length", math.prod(tensor.dims) * _item_bytes(tensor.data_type)))
     rows = tensor.dims[0] if tensor.dims else 1
     return _Stored(place.get("location", tensor.name), int(place.get("offset", 0)), length, rows)
-
-
-def _cache_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim]."""
-    kinds = [value.type.tensor_type for value in model.graph.input if value.name.startswith("past_key_values.")]
-    sizes = ((kind.shape.dim[1].dim_value, kind.shape.dim[3].dim_value, kind.elem_type) for kind in kinds)
-    return sum(heads * channels * _item_bytes(elem_type) for heads, channels, elem_type in sizes)
 
 
 def require_possible(rate: float, ceiling: float, what: str) -> None:

@@ -55,7 +55,7 @@ def open_session(path: Path) -> ort.InferenceSession:
 
     Raises EvaluationError when ONNX Runtime refuses the file, and CheckpointError as `check_weights`.
     """
-    check_weights(path)
+    check_weights(path, path.parent)
     return _open(path, path, ort.SessionOptions())
 
 
@@ -69,7 +69,7 @@ def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
     Where a past is not among the arrays, [batch, …] all of them, there is none.
     """
     options = ort.SessionOptions()
-    _check_weights(model, folder)
+    check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     session = _open(model.SerializeToString(), folder, options)
     inputs = session.get_inputs()
@@ -85,32 +85,29 @@ def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
     return run
 
 
-def check_weights(path: Path) -> None:
+def check_weights(model: Path | onnx.ModelProto, folder: Path) -> None:
     """Compare the weights that a graph refers to with the digests of what was downloaded, before a runtime maps them.
 
     A graph beside which there are no such digests, a quantized one, refers to no downloaded file.
 
     Raises CheckpointError naming blob and tensor.
     """
-    if any(path.parent.glob("*.blake3")):
-        import onnx
+    if not any(folder.glob("*.blake3")):
+        return
+    import onnx
 
-        _check_weights(onnx.load(path, load_external_data=False), path.parent)
+    from pipeline.checkpoint.tensors import Checkpoint
 
+    graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
+    checkpoint = Checkpoint(folder)
 
-def _check_weights(model: onnx.ModelProto, folder: Path) -> None:
-    if any(folder.glob("*.blake3")):
-        from pipeline.checkpoint.tensors import Checkpoint
+    def check(tensor: onnx.TensorProto) -> None:
+        place = {item.key: item.value for item in tensor.external_data}
+        if place.get("location", "").endswith(".safetensors"):
+            checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
 
-        checkpoint = Checkpoint(folder)
-
-        def check(tensor: onnx.TensorProto) -> None:
-            place = {item.key: item.value for item in tensor.external_data}
-            if place.get("location", "").endswith(".safetensors"):
-                checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
-
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(check, model.graph.initializer))
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(check, graph.graph.initializer))
 
 
 def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:

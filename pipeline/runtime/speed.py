@@ -132,33 +132,29 @@ def _run(folder: Path, **task: Any) -> tuple[Observed, list[Look]]:
 
 def _decoding(folder: Path, observed: Observed, reads: Traffic, new_tokens: int) -> dict[str, Any]:
     """Figures of each prompt length, and those of the longest at the top."""
-    lengths = sorted({item.prompt_tokens for item in observed.generations})
-    prompts = {str(length): _prompt_figures(observed, length, reads, new_tokens) for length in lengths}
-    for length, figures in prompts.items():
+    prompts: dict[str, dict[str, float]] = {}
+    for length in sorted({item.prompt_tokens for item in observed.generations}):
+        own = [item for item in observed.generations if item.prompt_tokens == length]
+        per_token = reads.per_token(length + new_tokens / 2)
+        prompts[str(length)] = figures = {
+            **_spread("time_to_first_token_seconds", [item.first_seconds for item in own]),
+            **_spread("tokens_per_second", [item.rate for item in own]),
+            "bytes_per_token": per_token,
+            "roofline_tokens_per_second": observed.bandwidth / per_token,
+        }
         what = f"{folder}, after a prompt of {length} tokens"
         require_possible(figures["tokens_per_second"], figures["roofline_tokens_per_second"], what)
     spreads = [value for figures in prompts.values() for key, value in figures.items() if key.endswith("_spread")]
     return {
-        **prompts[str(lengths[-1])],
-        "prompt_tokens": lengths[-1],
+        **figures,
+        "prompt_tokens": length,
         "prompts": prompts,
         "noisy": max(spreads) > NOISY,
         "memory_bandwidth_bytes_per_second": observed.bandwidth,
     }
 
 
-def _prompt_figures(observed: Observed, length: int, reads: Traffic, new_tokens: int) -> dict[str, float]:
-    own = [item for item in observed.generations if item.prompt_tokens == length]
-    per_token = reads.per_token(length + new_tokens / 2)
-    return {
-        **spread("time_to_first_token_seconds", [item.first_seconds for item in own]),
-        **spread("tokens_per_second", [item.rate for item in own]),
-        "bytes_per_token": per_token,
-        "roofline_tokens_per_second": observed.bandwidth / per_token,
-    }
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """The median of repeats as `name`, the extremes as `_low` and `_high`, and their distance ÷ median as `_spread`."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return {name: middle, f"{name}_low": low, f"{name}_high": high, f"{name}_spread": (high - low) / middle}

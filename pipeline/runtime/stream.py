@@ -56,11 +56,18 @@ class LayerStream:
         """
         self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
         self.layer, self.digest = layer or 0, ""
-        if layer is not None:
-            self._check_states()
-        else:
+        if layer is None:
             for _ in self._run(slices.embedding(), 0):
                 pass
+            return
+        path = states / self.states_file(layer)
+        size = path.stat().st_size if path.is_file() else 0
+        needed = 4 * slices.architecture.hidden * sum(map(len, windows))
+        if size != needed:
+            raise EvaluationError(
+                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(windows)} windows. Remove "
+                f"{states} and run the stage again."
+            )
 
     @staticmethod
     def states_file(layer: int) -> str:
@@ -116,16 +123,6 @@ class LayerStream:
                 yield values
         if part.target:
             self.digest = digest.hexdigest()
-
-    def _check_states(self) -> None:
-        path = self._states / self.states_file(self.layer)
-        size = path.stat().st_size if path.is_file() else 0
-        needed = 4 * self._slices.architecture.hidden * sum(map(len, self._windows))
-        if size != needed:
-            raise EvaluationError(
-                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(self._windows)} windows. "
-                f"Remove {self._states} and run the stage again."
-            )
 
     def _hidden(self) -> Iterator[np.ndarray]:
         """The hidden states before the current layer, float32 [tokens, hidden] of each window."""
