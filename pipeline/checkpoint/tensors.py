@@ -114,7 +114,7 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
     if end - begin != needed or end > data_size:
         raise CheckpointError(
             f"{path}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header "
-            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed; download it again."
+            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed. {_AGAIN}"
         )
     return TensorRef(name, dtype, shape, path.name, data_start + begin, needed)
 
@@ -127,13 +127,12 @@ def _check_layout(refs: Iterable[TensorRef], path: Path, start: int, size: int) 
         if offset < position:
             raise CheckpointError(
                 f"{path}: tensors {previous} and {name} share bytes: the first ends at byte {position:,}, the second "
-                f"starts at {offset:,}. The file is malformed; download it again."
+                f"starts at {offset:,}. {_AGAIN}"
             )
         if offset > position:
             raise CheckpointError(
                 f"{path}: bytes {position:,} to {offset:,} {f'before tensor {name}' if name else 'at the end'} belong "
-                f"to no tensor of its header. The format allows no gaps: the file is malformed, or was changed; "
-                f"download it again."
+                f"to no tensor of its header, and the format allows no gaps. {_AGAIN}"
             )
         previous, position = name, offset + length
 
@@ -232,23 +231,18 @@ class Checkpoint(dict[str, TensorRef]):
         return values
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        ref = self[name]
-        raw = np.empty((stop - start, *ref.shape[1:]), _STORED[ref.dtype])
-        data = left = raw.reshape(-1).view(np.uint8).data
-        offset = ref.offset + start * (ref.length // ref.shape[0])
+        ref, chunks = self[name], self._chunks[self[name].file]
+        shape, offset = (stop - start, *ref.shape[1:]), ref.offset + start * (ref.length // ref.shape[0])
         with self._open(name) as file:
-            file.seek(offset)
-            while left:
-                if not (count := file.readinto(left)):
-                    raise CheckpointError(
-                        f"tensor {name!r}: {self.folder / ref.file} ends {len(left):,} bytes before row {stop:,} does. "
-                        f"The file changed after it was opened: run the download stage again."
-                    )
-                left = left[count:]
-            chunks = self._chunks[ref.file]
-            if data and chunks and (place := chunks.damage(file.fileno(), offset, data)):
+            raw = np.fromfile(file, _STORED[ref.dtype], math.prod(shape), offset=offset)
+            if raw.size != math.prod(shape):
+                raise CheckpointError(
+                    f"tensor {name!r}: {self.folder / ref.file} ends before row {stop:,} does. The file changed after "
+                    f"it was opened: run the download stage again."
+                )
+            if raw.size and chunks and (place := chunks.damage(file.fileno(), offset, raw.view(np.uint8).data)):
                 raise self._damaged(name, chunks, place)
-        return raw
+        return raw.reshape(shape)
 
     def check(self, name: str, offset: int, length: int) -> None:
         """Compare bytes that a runtime will map: those of a tensor, which a graph places at `offset` of its file.
