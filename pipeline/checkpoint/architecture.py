@@ -237,11 +237,12 @@ def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
 
 
 class _Values(dict[str, Any]):
-    """A JSON object of an untrusted config.json, whose values are read with the type and range that they must have."""
+    """A JSON object of an untrusted config.json, whose values are read with the type and range that they must have: for
+    a float, one in which float32 arithmetic with it stays finite."""
 
     _NEEDED: ClassVar = {
         int: "an integer from {:,} to {:,}",
-        float: "a number from {:g} to {:g}",  # between which float32 arithmetic with it stays finite
+        float: "a number from {:g} to {:g}",
         bool: "true or false",
     }
 

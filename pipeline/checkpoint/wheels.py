@@ -22,7 +22,7 @@ from pipeline.config.sources import WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space
 
-_NO_CONNECTION = re.compile(
+_OFFLINE = re.compile(
     r"Retrying \(|Could not fetch URL|ConnectionError|NameResolutionError|ProxyError|SSLError|timed out"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
@@ -82,9 +82,8 @@ def _explain_pip(stderr: str) -> str:
             f"the index serves other bytes than the pinned ones (got sha256 {got[1] if got else 'unknown'}). Nothing "
             f"was kept. Do not change the pin before you know why the file changed."
         )
-    offline = _NO_CONNECTION.search(stderr)
     versions = re.search(r"\(from versions: ([^)]*)\)", stderr)
-    if offline and (versions is None or versions[1] == "none"):
+    if _OFFLINE.search(stderr) and (versions is None or versions[1] == "none"):
         return (
             "the package index cannot be reached. Check the network and pip's settings "
             "(`python -m pip config list`: index, proxy, certificates), then run the same command again."

@@ -138,9 +138,7 @@ class _Decoder(GraphWriter):
         arch, prefix = self.arch, f"layers.{layer}"
         *projections, output = (matrix for matrix in arch.body(layer) if matrix.input.endswith(("attention", "output")))
         qkv = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
-        past, present = (
-            [f"{time}.{layer}.{part}" for part in ("key", "value")] for time in ("past_key_values", "present")
-        )
+        past, present = ([f"{at}.{layer}.{part}" for part in ("key", "value")] for at in ("past_key_values", "present"))
         inputs = [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin]
         heads = {"num_heads": arch.heads, "kv_num_heads": arch.kv_heads, "scale": arch.head_dim**-0.5}
         rotary = {"do_rotary": 1, "rotary_interleaved": 0}

@@ -99,15 +99,12 @@ class DecoderSlices:
             outputs[target] = self.architecture.hidden
         nodes, read = self._reach([*outputs, *cached.values()], source)
         graph = self._model.graph
-        given = [_activations(name, columns) for name, columns in outputs.items()]
         taken = [_activations(source, self.architecture.hidden)] if source else []
-        cut = helper.make_graph(
-            nodes,
-            f"{graph.name} slice",
-            taken + [value for value in graph.input if value.name in read],
-            given + [self._cache[name] for name in cached.values()],
-            [tensor for tensor in graph.initializer if tensor.name in read],
-        )
+        taken += [value for value in graph.input if value.name in read]
+        given = [_activations(name, columns) for name, columns in outputs.items()]
+        given += [self._cache[name] for name in cached.values()]
+        stored = [tensor for tensor in graph.initializer if tensor.name in read]
+        cut = helper.make_graph(nodes, f"{graph.name} slice", taken, given, stored)
         opsets, version = self._model.opset_import, self._model.ir_version
         model = helper.make_model(cut, opset_imports=opsets, producer_name="pipeline", ir_version=version)
         return Slice(model, source, target, taps, cached)

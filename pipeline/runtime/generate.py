@@ -104,9 +104,8 @@ class Writer:
         Raises EvaluationError when the model has none, or it cannot be rendered.
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                json.dumps([{"role": "user", "content": request}]), add_generation_prompt=True
-            )
+            messages = json.dumps([{"role": "user", "content": request}])
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # as in `load`
             raise EvaluationError(
                 f"{self.folder}: onnxruntime-genai cannot render the chat template: {error}. A model without one is "

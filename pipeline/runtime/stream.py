@@ -25,6 +25,8 @@ from pipeline.machine import cores
 from pipeline.quantize.cache import magnitudes
 from pipeline.runtime.session import open_slice
 
+Windows = Sequence[np.ndarray]
+"""Token ids, int64 [tokens] each."""
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
 
 
@@ -36,19 +38,11 @@ class LayerStream:
         digest: SHA-256 of the file of hidden states before `layer`, 64 hex digits; "" if an earlier stream wrote it.
     """
 
-    def __init__(
-        self,
-        slices: DecoderSlices,
-        weights: Path,
-        windows: Sequence[np.ndarray],
-        states: Path,
-        layer: int | None = None,
-    ):
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Windows, states: Path, layer: int | None = None):
         """Start at the embedding, or go on at `layer` with the file that an earlier stream over `windows` left.
 
         Args:
             weights: the folder where the whole graph runs.
-            windows: token ids, int64 [tokens] each.
             states: an existing folder for the hidden states, this stream's own.
 
         Raises:
@@ -138,7 +132,7 @@ class Hessians:
     Asked for once each and in the order of execution, every layer passes once; anything else starts the stream again.
     """
 
-    def __init__(self, slices: DecoderSlices, weights: Path, windows: Sequence[np.ndarray], states: Path):
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Windows, states: Path):
         """As `LayerStream`. No weight is read before the first call."""
         self._start = partial(LayerStream, slices, weights, windows, states)
         self._layers = {name: layer for layer in range(slices.architecture.layers) for name in slices.inputs(layer)}
