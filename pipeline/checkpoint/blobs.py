@@ -229,12 +229,12 @@ class Store:
                 )
         with disk_errors(f"link {len(blobs)} files into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
-            inside = directory.resolve()
-            for name in blobs:
-                if not (directory / name).parent.resolve().is_relative_to(inside):
-                    raise SourceError(f"{directory / name} lies behind a symlink that leaves {directory}; remove it.")
-            for name, blob in blobs.items():
-                link_or_copy(blob, directory / name)
+            places = {directory / name: blob for name, blob in blobs.items()}
+            for place in places:
+                if not place.parent.resolve().is_relative_to(directory.resolve()):
+                    raise SourceError(f"{place} lies behind a symlink that leaves {directory}; remove it.")
+            for place, blob in places.items():
+                link_or_copy(blob, place)
 
     def record(self, key: str) -> Path:
         """Path of the small JSON file that says what the source `key` was found to contain."""

@@ -15,11 +15,10 @@ import re
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.checkpoint import complete
 from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
@@ -34,8 +33,7 @@ _PAUSE_SECONDS = 1.0
 _INFO_TIMEOUT_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class _Declared:
+class _Declared(NamedTuple):
     """What the Hub says about one file: its size in bytes and either a SHA-256 (LFS) or git's blob SHA-1."""
 
     name: str
@@ -58,8 +56,9 @@ class _Repository:
         self.hub = huggingface_hub
         self.endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         self.shown = re.sub(r"(?<=://)[^/@]+@", "", self.endpoint)  # a mirror's address may carry a password
-        self.source, self.store, self.key = source, store, key
+        self.store, self.key = store, key
         self.kind = "dataset" if isinstance(source, HubFile) else "model"
+        self.place: dict[str, Any] = {"repo_id": source.repo, "revision": source.revision, "repo_type": self.kind}
         self.page = f"{self.shown}/{'datasets/' * (self.kind == 'dataset')}{source.repo}"
         self.where = f"hub {source.repo}@{source.revision[:12]}"
         self.licence_page = licence_page or self.page
@@ -69,11 +68,8 @@ class _Repository:
         """Ask what the Hub declares about each file; return the licence it states."""
         api = self.hub.HfApi(endpoint=self.endpoint, library_name="phone-model-pipeline")
         try:
-            repo, revision = self.source.repo, self.source.revision
-            info = api.repo_info(
-                repo, revision=revision, repo_type=self.kind, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS
-            )
-            if info.sha != revision:
+            info = api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
+            if info.sha != self.place["revision"]:
                 raise SourceError(
                     f"{self.where}: the Hub answered with revision {_line(info.sha)}. Pin that, or another."
                 )
@@ -114,9 +110,9 @@ class _Repository:
         """Download one file into `folder`, resuming what an earlier attempt or run left there."""
         from requests.exceptions import ChunkedEncodingError
 
-        where: dict[str, Any] = {"revision": self.source.revision, "repo_type": self.kind, "endpoint": self.endpoint}
         try:
-            return Path(self.hub.hf_hub_download(self.source.repo, name, local_dir=folder, **where))
+            transfer = self.hub.hf_hub_download
+            return Path(transfer(**self.place, filename=name, endpoint=self.endpoint, local_dir=folder))
         except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
             if attempt == _ATTEMPTS:
                 raise self._explain(error, name) from error
