@@ -20,16 +20,17 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import cli
 from pipeline.config.gates import ReleasedBuild, load_released
-from pipeline.files import write_json
+from pipeline.files import sha256_of, write_json
 from pipeline.judge.verdicts import GateLine, Verdict
-from pipeline.stages import calibrate, download, export, quantize
+from pipeline.runtime.session import runtimes
+from pipeline.stages import calibrate, download, export, quantize, sensitivity
 from pipeline.stages.verdict import _last_release
 from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
     "preflight", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
-    "bundle", "sign", "tiers", "packs", "check-packs", "report", "show", "gate", "escalate", "record-release", "verify",
+    "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "gate", "escalate", "record-release", "verify",
     "inspect", "update-size", "push", "fetch", "vectors", "schema", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
@@ -57,7 +58,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         tiny.make_store(folder / "store")
         patch.setenv("PIPELINE_STORE", str(folder / "store"))
         patch.chdir(tiny.copy_configs(folder))
-        for stage in (download, export, calibrate):
+        for stage in (download, export, calibrate, sensitivity):
             stage.run(tiny.MODEL)
         quantize.run(tiny.MODEL, "q4")
         yield folder
@@ -68,6 +69,7 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A copy of `prepared` that a test may damage; the current directory."""
     for name in ("configs", "artifacts"):
         shutil.copytree(prepared / name, tmp_path / name)
+    shutil.copy(prepared / "dvc.yaml", tmp_path)
     monkeypatch.setenv("PIPELINE_STORE", str(prepared / "store"))
     for name in [name for name in os.environ if name.startswith("PIPELINE_SIGNING")]:
         monkeypatch.delenv(name)
@@ -251,6 +253,7 @@ def test_weights_that_are_not_numbers_reach_no_artifact(project: Path, command: 
     for stage in ("download", "export"):
         assert command(stage, "tiny").status == 0
     assert "damaged" in paragraph(command("calibrate", "tiny"))
+    tiny.edit(project / "configs/recipes/q4.yaml", search="weighted")
     shutil.rmtree(project / "artifacts/tiny/variants")
     assert UP in paragraph(command("quantize", "tiny", "q4"))  # with the older, sound calibration
     assert not (project / "artifacts/tiny/variants").exists()
@@ -358,10 +361,12 @@ def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
 def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
     """Metrics as far as a bundle reads them."""
     cache = {"type": "float32", "bytes_per_token": 512}
+    plan = project / "artifacts/tiny/variants" / variant / "plan.json"
     metrics = {
         "size": {"bytes_on_disk": 10**6, "kv_cache": cache},
         "speed": {"peak_memory_bytes": 10**7, "load_peak_private_bytes": 10**6, "load_peak_mapped_bytes": 10**6},
         "divergence": divergence,
+        "identity": runtimes() | {"plan_sha256": sha256_of(plan) if plan.exists() else ""},
     }
     write_json(project / f"artifacts/metrics/tiny/{variant}.json", metrics)
 
@@ -647,7 +652,7 @@ def small_disk(project: Path) -> Iterator[Path]:
     """What is being written, artifacts/tiny/partial, on a disk of 512 KiB."""
     shutil.rmtree(project / "artifacts/tiny/variants")
     folder = project / "artifacts/tiny/partial"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("needs the right to mount a file system")

@@ -133,6 +133,7 @@ def configure(configs: Path, checkpoint: Path) -> None:
 def copy_configs(folder: Path) -> Path:
     """configs/ and a checkpoint in `folder`: enough to run stages in this process with `folder` as directory."""
     shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copy(ROOT / "dvc.yaml", folder)
     configure(folder / "configs", make_model(folder / "checkpoint"))
     return folder
 

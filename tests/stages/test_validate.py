@@ -15,6 +15,9 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.sources import fetch_dataset
+from pipeline.config.sources import load_datasets
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.journal import Journal
@@ -307,7 +310,8 @@ def test_five_shot_with_the_development_split_of_a_hub(
     tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), mmlu_mode="five-shot")
     with serve(Hub({member: dev_split()}, dataset=True)) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        validate.run(tiny.MODEL, REFERENCE)
+        fetch_dataset("mmlu-dev", load_datasets().datasets["mmlu-dev"], Store())
+    validate.run(tiny.MODEL, REFERENCE)
     found = metrics(REFERENCE)["mmlu"]
     assert (found["mode"], found["exemplars"], found["n"]) == ("five-shot", "dev", QUESTIONS)
     assert len(scored) == QUESTIONS
