@@ -37,7 +37,7 @@ def dataset(name: str) -> Path:
     from pipeline.checkpoint.sources import fetch_dataset
     from pipeline.config.sources import load_datasets
 
-    return fetch_dataset(name, load_datasets().datasets[name], Store())
+    return fetch_dataset(load_datasets().datasets[name], Store())
 
 
 @pytest.fixture(scope="session")

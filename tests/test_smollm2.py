@@ -106,7 +106,7 @@ def negative_log_likelihoods(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def test_perplexity_on_held_out_text_equals_transformers(smollm2_export: Path, reference: Any) -> None:
     import torch
 
-    text = fetch_dataset("text-wiki", load_datasets().datasets["text-wiki"], Store()).read_text(encoding="utf-8")
+    text = fetch_dataset(load_datasets().datasets["text-wiki"], Store()).read_text(encoding="utf-8")
     windows = scored_windows(text, encoder(smollm2_export), SCORED, WINDOW)
     decoder = OnnxDecoder(smollm2_export / "model.onnx")
     ours, theirs = [], []

@@ -110,28 +110,20 @@ class Passing:
     def _run(self, part: Slice) -> Callable[..., np.ndarray]:
         """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
         output, of the same shape."""
-        session, arch = open_slice(part.model, self._folder), self._arch
-        inputs = [value.name for value in session.get_inputs()]
+        run_slice = open_slice(part.model, self._folder)
         output = part.target or next(iter(part.taps.values()))
 
         def run(states: np.ndarray, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
-            copies, windows, tokens, hidden = states.shape
-            batch = copies * windows
-            past = np.zeros((batch, arch.kv_heads, 0, arch.head_dim), np.float32)
-            feeds = {
-                "attention_mask": np.ones((batch, tokens), np.int64),
-                part.source: states.reshape(batch, tokens, hidden),
-                **{name: past for name in inputs if name.startswith("past_key_values.")},
-                **weights,
-            }
-            (result,) = session.run([output], {name: feeds[name] for name in inputs})
+            batch = states.reshape(-1, *states.shape[2:])
+            mask = np.ones(batch.shape[:2], np.int64)
+            (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
             return result.reshape(states.shape)
 
         return run
 
     def divergences(self, copies: Copies) -> dict[str, float]:
         """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
-        head, run = self._arch.head, self._run(self._slices.up_to("head"))
+        head, run = self._arch.head, self._run(self._slices.layer(self._arch.layers))
         states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
         states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
         if not self._arch.tied:  # the last copy: clean states, damaged head

@@ -16,7 +16,7 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
+_AGAIN = "Run the download stage again."
+T = TypeVar("T", int, float, bool)
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
@@ -176,11 +178,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = read_json(path, follow=True)
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         reason = f"({error.strerror})" if isinstance(error, OSError) else f"as JSON ({error})"
-        raise CheckpointError(f"{path}: cannot be read {reason}. Run the download stage again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object. Run the download stage again.")
+        raise CheckpointError(f"{path}: cannot be read {reason}. {_AGAIN}") from None
     return config
 
 
@@ -194,131 +196,126 @@ def read_architecture(path: Path) -> Architecture:
     return parse_architecture(read_config(path), path)
 
 
-def parse_architecture(config: dict[str, Any], path: Path) -> Architecture:
+def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
     """As `read_architecture`, for the values of the file at `path`."""
+    config = _Values(values, path)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         near = difflib.get_close_matches(shown(family), _FAMILIES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise CheckpointError(
-            f"{path}: model_type {shown(family)} (architectures {shown(config.get('architectures'))}) is not "
-            f"supported.{hint} Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares "
-            f"this decoder."
+        raise config.wrong(
+            f"model_type {shown(family)} (architectures {shown(config.get('architectures'))}) is not supported.{hint} "
+            f"Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares this decoder."
         )
-    _refuse_variations(config, path)
-    heads = _positive(config, "num_attention_heads", path)
-    hidden = _positive(config, "hidden_size", path)
-    kv_heads = _positive(config, "num_key_value_heads", path, heads)
-    head_dim = _positive(config, "head_dim", path, hidden // heads, MAX_HEAD_DIM)
+    _refuse_variations(config, family)
+    heads = config.read(int, "num_attention_heads", 1, MAX_SIZE)
+    hidden = config.read(int, "hidden_size", 1, MAX_SIZE)
+    kv_heads = config.read(int, "num_key_value_heads", 1, MAX_SIZE, heads)
+    head_dim = config.read(int, "head_dim", 1, MAX_HEAD_DIM, hidden // heads)
     if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
-        raise CheckpointError(
-            f"{path}: {heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}. The file is "
-            f"damaged, or its model is of another kind."
+        raise config.wrong(
+            f"{heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}. The file is damaged, or "
+            f"its model is of another kind."
         )
+    ignored = family in {"qwen2", "mimo"} and not config.read(bool, "use_sliding_window", False, True, default=False)
+    windowed = not ignored and config.get("sliding_window") is not None
     return Architecture(
         family=family,
-        layers=_positive(config, "num_hidden_layers", path, most=MAX_LAYERS),
+        layers=config.read(int, "num_hidden_layers", 1, MAX_LAYERS),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=_positive(config, "intermediate_size", path),
-        vocab=_positive(config, "vocab_size", path),
-        rms_eps=_number(config, "rms_norm_eps", path, 1e-6, 1e-30, 1.0),
-        max_position=_positive(config, "max_position_embeddings", path, most=MAX_POSITION),
-        sliding_window=_sliding_window(config, path),
-        rope=_read_rope(config, head_dim, path),
-        tied=_flag(config, "tie_word_embeddings", path),
+        intermediate=config.read(int, "intermediate_size", 1, MAX_SIZE),
+        vocab=config.read(int, "vocab_size", 1, MAX_SIZE),
+        rms_eps=config.read(float, "rms_norm_eps", 1e-30, 1.0, 1e-6),
+        max_position=config.read(int, "max_position_embeddings", 1, MAX_POSITION),
+        sliding_window=config.read(int, "sliding_window", 1, MAX_POSITION) if windowed else None,
+        rope=_read_rope(config, head_dim),
+        tied=config.read(bool, "tie_word_embeddings", False, True, default=False),
     )
 
 
-def _wrong(path: Path, key: str, value: Any, needed: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {key} is {shown(value)}; {needed} is needed. Run the download stage again.")
+class _Values(dict[str, Any]):
+    """A JSON object of an untrusted config.json, whose values are read with the type and range that they must have: for
+    a float, one in which float32 arithmetic with it stays finite."""
+
+    _NEEDED: ClassVar = {
+        int: "an integer from {:,} to {:,}",
+        float: "a number from {:g} to {:g}",
+        bool: "true or false",
+    }
+
+    def __init__(self, values: dict[str, Any], path: Path):
+        super().__init__(values)
+        self.path = path
+
+    def wrong(self, what: str) -> CheckpointError:
+        """The error that the file is `what`."""
+        return CheckpointError(f"{self.path}: {what}")
+
+    def read(self, kind: type[T], key: str, least: T, most: T, default: T | None = None) -> T:
+        """The value of `key` from `least` to `most`; null counts as absent. A number may be written as an integer."""
+        value: Any = default if self.get(key) is None else self[key]
+        if type(value) not in {kind, int if kind is float else kind} or not least <= value <= most:
+            needed = self._NEEDED[kind].format(least, most)
+            raise self.wrong(f"{key} is {shown(value)}; {needed} is needed. {_AGAIN}")
+        return kind(value)
 
 
-def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None, most: int = MAX_SIZE) -> int:
-    value = default if config.get(key) is None else config[key]
-    if type(value) is not int or not 0 < value <= most:
-        raise _wrong(path, key, value, f"an integer from 1 to {most:,}")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, path: Path, default: float, least: float, most: float) -> float:
-    """A number from `least` to `most`, between which float32 arithmetic with it stays finite."""
-    value = default if config.get(key) is None else config[key]
-    if type(value) not in {int, float} or not least <= value <= most:
-        raise _wrong(path, key, value, f"a number from {least:g} to {most:g}")
-    return float(value)
-
-
-def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
-    value = config.get(key)
-    if not isinstance(value, bool | None):
-        raise _wrong(path, key, value, "true or false")
-    return bool(value)
-
-
-def _refuse_variations(config: dict[str, Any], path: Path) -> None:
-    family = _FAMILIES[config["model_type"]]
+def _refuse_variations(config: _Values, family: str) -> None:
     wrong = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "mlp_bias": bool(config.get("mlp_bias")),
-        "attention_bias": bool(config.get("attention_bias")) and not family.qkv_bias,
+        "attention_bias": bool(config.get("attention_bias")) and not _FAMILIES[family].qkv_bias,
         "quantization_config": config.get("quantization_config") is not None,
     }
-    for key, bad in wrong.items():
-        if bad:
-            raise CheckpointError(
-                f"{path}: {key} = {shown(config[key])} is not supported for {config['model_type']}: the graph "
-                f"would compute something else. Use the original checkpoint of a plain {config['model_type']} model."
-            )
+    for key in (key for key, bad in wrong.items() if bad):
+        raise config.wrong(
+            f"{key} = {shown(config[key])} is not supported for {family}: the graph would compute something else. Use "
+            f"the original checkpoint of a plain {family} model."
+        )
 
 
-def _sliding_window(config: dict[str, Any], path: Path) -> int | None:
-    unused = config["model_type"] in {"qwen2", "mimo"} and not _flag(config, "use_sliding_window", path)
-    if unused or config.get("sliding_window") is None:
-        return None
-    return _positive(config, "sliding_window", path, most=MAX_POSITION)
-
-
-def _read_rope(config: dict[str, Any], head_dim: int, path: Path) -> Rope:
+def _read_rope(config: _Values, head_dim: int) -> Rope:
     # transformers 5 moved rope_theta, partial_rotary_factor and rope_scaling into rope_parameters.
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
-        raise CheckpointError(f"{path}: rope_scaling is {shown(scaling)}; a JSON object is needed.")
-    values = scaling | {key: value for key, value in config.items() if value is not None}
-    theta = _number(values, "rope_theta", path, 10000.0, 1.0, 1e15)
-    dims = int(head_dim * _number(values, "partial_rotary_factor", path, 1.0, 1e-3, 1.0))
+        raise config.wrong(f"rope_scaling is {shown(scaling)}; a JSON object is needed.")
+    scaling = _Values(scaling, config.path)
+    values = _Values(scaling | {key: value for key, value in config.items() if value is not None}, config.path)
+    theta = values.read(float, "rope_theta", 1.0, 1e15, 10000.0)
+    dims = int(head_dim * values.read(float, "partial_rotary_factor", 1e-3, 1.0, 1.0))
     if dims < 2 or dims % 2:
-        raise CheckpointError(
-            f"{path}: {dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs "
-            f"pairs. Run the download stage again."
+        raise config.wrong(
+            f"{dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs pairs. "
+            f"{_AGAIN}"
         )
-    max_position = _positive(config, "max_position_embeddings", path, most=MAX_POSITION)
+    max_position = config.read(int, "max_position_embeddings", 1, MAX_POSITION)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return Rope(theta, dims, max_position)
     if kind not in ("longrope", "su"):
-        raise CheckpointError(
-            f"{path}: rope_scaling type {shown(kind)} is not supported; supported: default, longrope. Another kind "
-            f"needs its tables in pipeline/graph/rope.py."
+        raise config.wrong(
+            f"rope_scaling type {shown(kind)} is not supported; supported: default, longrope. Another kind needs its "
+            f"tables in pipeline/graph/rope.py."
         )
-    original = _positive(values, "original_max_position_embeddings", path, max_position, MAX_POSITION)
+    original = values.read(int, "original_max_position_embeddings", 1, MAX_POSITION, max_position)
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
-    attention_factor = _number(scaling, "attention_factor", path, computed, 1e-3, 1e3)
-    short, long = (_factors(scaling, key, dims // 2, path) for key in ("short_factor", "long_factor"))
+    attention_factor = scaling.read(float, "attention_factor", 1e-3, 1e3, computed)
+    short, long = (_factors(scaling, key, dims // 2) for key in ("short_factor", "long_factor"))
     return Rope(theta, dims, original, attention_factor, short, long)
 
 
-def _factors(scaling: dict[str, Any], key: str, count: int, path: Path) -> tuple[float, ...]:
-    values = scaling.get(key)
-    if not isinstance(values, list) or len(values) != count:
-        raise CheckpointError(
-            f"{path}: rope_scaling.{key} must list {count} numbers, one per pair of rotated channels, and is "
-            f"{shown(values)}. Run the download stage again."
+def _factors(scaling: _Values, key: str, count: int) -> tuple[float, ...]:
+    listed = scaling.get(key)
+    if not isinstance(listed, list) or len(listed) != count:
+        raise scaling.wrong(
+            f"rope_scaling.{key} must list {count} numbers, one per pair of rotated channels, and is {shown(listed)}. "
+            f"{_AGAIN}"
         )
-    return tuple(_number({key: value}, key, path, math.nan, 1e-3, 1e6) for value in values)
+    return tuple(_Values({key: value}, scaling.path).read(float, key, 1e-3, 1e6, math.nan) for value in listed)
 
 
 def shapes_of(architecture: Architecture) -> Shapes:
@@ -404,13 +401,13 @@ def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[st
 def _check_tied(embedding: Matrix, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the head equals the embedding. Both are read once, some rows at a time."""
     step = max(1, _COMPARED // (4 * embedding.columns))
-    equal = checkpoint[_HEAD].shape == (embedding.rows, embedding.columns) and all(
-        np.array_equal(
-            *(checkpoint.rows(name, start, min(start + step, embedding.rows)) for name in (_HEAD, embedding.name))
-        )
-        for start in range(0, embedding.rows, step)
-    )
-    if not equal:
+
+    def rows(name: str, start: int) -> np.ndarray:
+        return checkpoint.rows(name, start, min(start + step, embedding.rows))
+
+    if checkpoint[_HEAD].shape != (embedding.rows, embedding.columns) or not all(
+        np.array_equal(rows(_HEAD, start), rows(embedding.name, start)) for start in range(0, embedding.rows, step)
+    ):
         raise CheckpointError(
             f"{checkpoint.folder / checkpoint[_HEAD].file}: {_HEAD} differs from {embedding.name}, and "
             f"{checkpoint.folder / 'config.json'} has tie_word_embeddings true: which of the two is the head cannot be "

@@ -16,19 +16,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Annotated, BinaryIO, Literal
+from typing import IO, Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
 from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import ResourceError, SourceError
-from pipeline.files import fsync_directory, link_or_copy, require_free_space, sha256_of
+from pipeline.files import fsync_directory, link_or_copy, sha256_of
 
+Check = Callable[[Path], None]
 _PIECE = 1 << 22  # bytes that are copied at a time
 STORE = Path("store")
 """Default root, relative to the project; the environment variable PIPELINE_STORE names another (a larger disk)."""
@@ -88,7 +89,7 @@ def disk_errors(purpose: str) -> Iterator[None]:
         ) from error
 
 
-def _copied(source: BinaryIO, target: BinaryIO | None = None) -> Digest:
+def _copied(source: IO[bytes], target: IO[bytes] | None = None) -> Digest:
     """What `source` holds up to its end, copied to `target`."""
     digest = Digest()
     while piece := source.read(_PIECE):
@@ -127,8 +128,9 @@ class Store:
         listing = self._blob(file.chunks)
         with disk_errors(f"read {file.name} in the store {self.root}"):
             chunks = Chunks.beside(self._blob(file.sha256), listing)
-            listed = chunks is not None and sha256_of(listing) == file.chunks and self.has(file.sha256, file.size)
-            return listed and not chunks.damage_in(0, file.size)
+            if chunks is None or sha256_of(listing) != file.chunks or not self.has(file.sha256, file.size):
+                return False
+            return not chunks.damage_in(0, file.size)
 
     def discard(self, sha256: str) -> None:
         """Remove a blob. Hard links to it keep its bytes."""
@@ -147,7 +149,7 @@ class Store:
             )
         return self._blob(sha256)
 
-    def add(self, source: Path | BinaryIO, name: str, sha256: str | None = None) -> LockedFile:
+    def add(self, source: IO[bytes], name: str, sha256: str | None = None) -> LockedFile:
         """Copy `source`'s bytes in, hashing exactly the bytes that are stored, and report them under `name`.
 
         Raises:
@@ -155,22 +157,14 @@ class Store:
             ResourceError: the disk is full.
         """
         with disk_errors(f"add {name} to the store {self.root}"):
-            partial = self.root / "partial"
-            partial.mkdir(parents=True, exist_ok=True)
-            if isinstance(source, Path):
-                require_free_space(partial, source.stat().st_size, f"add {name} to the store")
-            descriptor, temporary = tempfile.mkstemp(dir=partial, prefix="add.")
-            try:
-                stream = open(source, "rb") if isinstance(source, Path) else nullcontext(source)  # noqa: SIM115
-                with os.fdopen(descriptor, "wb") as target, stream as opened:
-                    digest = _copied(opened, target)
-                return self._install(Path(temporary), name, digest, sha256)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            (self.root / "partial").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.root / "partial", prefix="add.") as folder:
+                path = Path(folder) / "blob"
+                with open(path, "wb") as target:
+                    digest = _copied(source, target)
+                return self._install(path, name, digest, sha256)
 
-    def adopt(
-        self, path: Path, name: str, sha256: str | None = None, check: Callable[[Path], None] | None = None
-    ) -> LockedFile:
+    def adopt(self, path: Path, name: str, sha256: str | None = None, check: Check | None = None) -> LockedFile:
         """Move the file at `path` (inside this store's `workspace`) in, without a second copy of its bytes.
 
         `check(path)` may refuse the content; it is called after the hash was found right and before the blob exists.
@@ -183,12 +177,7 @@ class Store:
             return self._install(path, name, digest, sha256, check)
 
     def _install(
-        self,
-        path: Path,
-        name: str,
-        found: Digest,
-        expected: str | None,
-        check: Callable[[Path], None] | None = None,
+        self, path: Path, name: str, found: Digest, expected: str | None, check: Check | None = None
     ) -> LockedFile:
         if expected not in (None, found.sha256):
             raise SourceError(
@@ -200,13 +189,13 @@ class Store:
         blob = self._blob(found.sha256)
         if self.has(found.sha256, found.size) and sha256_of(blob) == found.sha256:
             path.unlink()  # keep the first inode: graphs hold hard links to it
-            return self._described(name, found)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o444)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, blob)
-        fsync_directory(blob.parent)
+        else:
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o444)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, blob)
+            fsync_directory(blob.parent)
         return self._described(name, found)
 
     def _described(self, name: str, digest: Digest) -> LockedFile:
@@ -240,12 +229,12 @@ class Store:
                 )
         with disk_errors(f"link {len(blobs)} files into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
-            inside = directory.resolve()
-            for name in blobs:
-                if not (directory / name).parent.resolve().is_relative_to(inside):
-                    raise SourceError(f"{directory / name} lies behind a symlink that leaves {directory}; remove it.")
-            for name, blob in blobs.items():
-                link_or_copy(blob, directory / name)
+            places = {directory / name: blob for name, blob in blobs.items()}
+            for place in places:
+                if not place.parent.resolve().is_relative_to(directory.resolve()):
+                    raise SourceError(f"{place} lies behind a symlink that leaves {directory}; remove it.")
+            for place, blob in places.items():
+                link_or_copy(blob, place)
 
     def record(self, key: str) -> Path:
         """Path of the small JSON file that says what the source `key` was found to contain."""

@@ -64,6 +64,11 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
     return named
 
 
+def licence(names: Collection[str]) -> str:
+    """Where the files of a source state their licence; "unknown" without such a file."""
+    return next((f"see {name}" for name in sorted(names) if name.upper().startswith(("LICENSE", "LICENCE"))), "unknown")
+
+
 def check_file(path: Path, name: str, where: str) -> None:
     """Refuse a file that is not what its name says: a git-LFS pointer, or no whole safetensors file.
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
-from gguf.constants import TokenType
-from gguf.quants import dequantize
+from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_map
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -47,28 +44,12 @@ VOCABULARY = "gpt2"  # byte-level BPE, in GGUF's vocabulary
 # They are written as splits because that is the one form transformers and onnxruntime-genai read alike:
 # genai runs Digits + ByteLevel as a single pattern and encodes "\n 3" differently.
 PRE_TOKENIZERS = {
-    "smollm": (
-        r"\p{N}",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    ),
+    "smollm": (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
 }
 _MAX_READS = 300_000  # values of metadata: SmolLM2, whose vocabulary is the one supported, has 247,312
 _MAX_DIMENSIONS = 4  # of a tensor; GGML's own limit
 _FALSE_ONLY = ("add_bos_token", "add_eos_token", "add_space_prefix")
-
-
-# GGUF's tensors of a layer → Hugging Face's, in the order written.
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_INSTEAD = "Use the model's safetensors release instead."
 
 
 def unpack(gguf: Path, out: Path) -> None:
@@ -83,24 +64,22 @@ def unpack(gguf: Path, out: Path) -> None:
             tensor is missing, unexpected, misshapen, of an unknown type, or not finite. `out` may then hold some
             files: callers give a temporary folder.
     """
-    reader = _open(gguf)
-    meta = _Metadata(gguf, reader)
-    meta.expect("general.architecture", ARCHITECTURE, "architecture")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(meta, tied="output.weight" not in tensors)
+    file = _File(gguf)
+    file.expect("general.architecture", ARCHITECTURE, "architecture")
+    config = _config(file)
     architecture = parse_architecture(config, gguf)
     names = _tensor_names(architecture)
-    _check_tensors(gguf, tensors, names, architecture.expected_tensors())
-    _check_places(gguf, reader)
+    _check_tensors(file, names, architecture.expected_tensors())
+    _check_places(file)
 
-    tokenizer = _tokenizer(meta)
-    ids, special = _special_tokens(meta)
+    tokenizer = _tokenizer(file)
+    ids, special = _special_tokens(file)
     write_json(out / "config.json", config | ids)
     write_json(out / "generation_config.json", ids)
     write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write_json(out / "tokenizer_config.json", _tokenizer_config(meta, architecture, tokenizer) | special)
+    write_json(out / "tokenizer_config.json", _tokenizer_config(file, architecture, tokenizer) | special)
     write_json(out / "special_tokens_map.json", special)
-    _write_safetensors(gguf, out / "model.safetensors", tensors, names, architecture)
+    _write_safetensors(file, out / "model.safetensors", names, architecture)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -117,7 +96,8 @@ class _BoundedReader(GGUFReader):
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         if isinstance(self.data, np.memmap):
-            self.data = self.data.view(np.ndarray)  # the same mapping; slices of it are three times cheaper
+            # The same mapping; slices of it are three times cheaper. The library's annotation is narrower than its use.
+            self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
         self._reads += 1
         if self._reads > _MAX_READS:
             raise ValueError(f"its metadata holds more than {_MAX_READS:,} values")
@@ -129,110 +109,101 @@ class _BoundedReader(GGUFReader):
         return super()._get(int(offset), dtype, count, override_order)
 
 
-def _open(path: Path) -> GGUFReader:
-    try:
-        with open_regular(path), np.errstate(over="ignore"):  # offsets that wrap around are found by _check_places
-            reader = _BoundedReader(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{path.name} is not a readable GGUF file: {reason}. It is probably truncated or damaged: fetch it again."
-        ) from error
-    if reader.byte_order == "S":
-        raise CheckpointError(f"{path.name} is a GGUF file of the other byte order; convert it to little-endian first.")
-    return reader
+class _File:
+    """A GGUF file: its tensors by name, and its key-value pairs, each read with the type it must have."""
 
-
-class _Metadata:
-    """A GGUF file's key-value pairs, each read with the type it must have."""
-
-    def __init__(self, path: Path, reader: GGUFReader) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._fields = reader.fields
+        try:
+            with open_regular(path), np.errstate(over="ignore"):  # offsets that wrap around: `_check_places` finds them
+                self.reader = _BoundedReader(path)
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise self.wrong(
+                f" is not a readable GGUF file: {reason}. It is probably truncated or damaged: fetch it again."
+            ) from error
+        if self.reader.byte_order == "S":
+            raise self.wrong(" is a GGUF file of the other byte order; convert it to little-endian first.")
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def wrong(self, what: str) -> CheckpointError:
+        """The error that this file, named first, is `what`."""
+        return CheckpointError(f"{self.path.name}{what}")
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The value of `key`; `default` when it is absent. A missing key without default, or another type, raises."""
-        if key not in self._fields:
+        if not self.has(key):
             if default is None:
-                raise CheckpointError(
-                    f"{self.path.name} has no metadata key {key!r}, which a {ARCHITECTURE} model needs."
-                )
+                raise self.wrong(f" has no metadata key {key!r}, which a {ARCHITECTURE} model needs.")
             return default
         try:
-            value = self._fields[key].contents()
+            value = self.reader.fields[key].contents()
         except (UnicodeDecodeError, IndexError) as error:
-            raise CheckpointError(f"{self.path.name}: metadata key {key!r} cannot be decoded: {error}.") from error
+            raise self.wrong(f": metadata key {key!r} cannot be decoded: {error}.") from error
         if type(value) is not kind:
-            raise CheckpointError(
-                f"{self.path.name}: metadata key {key!r} holds a {type(value).__name__}, not a {kind.__name__}."
-            )
+            raise self.wrong(f": metadata key {key!r} holds a {type(value).__name__}, not a {kind.__name__}.")
         return value
 
     def has(self, key: str) -> bool:
-        return key in self._fields
+        return key in self.reader.fields
 
     def positive(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
         """An integer above zero, as large as a real model's at most."""
         value = self.get(key, int, default)
         if not 0 < value <= most:
-            raise CheckpointError(
-                f"{self.path.name}: metadata key {key!r} is {value}; it must be positive, and {most:,} at most."
-            )
+            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive, and {most:,} at most.")
         return value
 
     def decimal(self, key: str, default: float | None = None) -> float:
         """A positive float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
         value = float(str(np.float32(self.get(key, float, default))))
         if not 0 < value < float("inf"):
-            raise CheckpointError(f"{self.path.name}: metadata key {key!r} is {value}; it must be positive and finite.")
+            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive and finite.")
         return value
 
     def expect(self, key: str, supported: str, what: str) -> None:
         """Raise unless the string at `key` is the one supported."""
         value = self.get(key, str)
         if value != supported:
-            raise CheckpointError(
-                f"{self.path.name} has {what} {shown(value)}; only {supported!r} can be unpacked. "
-                "Use the model's safetensors release instead."
-            )
+            raise self.wrong(f" has {what} {shown(value)}; only {supported!r} can be unpacked. {_INSTEAD}")
 
 
-def _config(meta: _Metadata, tied: bool) -> dict[str, Any]:
+def _config(file: _File) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM, without the ids of special tokens; every value is checked."""
-    heads = meta.positive("llama.attention.head_count")
-    kv_heads = meta.positive("llama.attention.head_count_kv", heads)
-    hidden = meta.positive("llama.embedding_length")
-    head_dim = meta.positive("llama.attention.key_length", max(hidden // heads, 1), MAX_HEAD_DIM)
-    vocab = len(meta.get("tokenizer.ggml.tokens", list))
-    rotary = meta.positive("llama.rope.dimension_count", head_dim)
-    value_dim = meta.positive("llama.attention.value_length", head_dim)
-    scaling = meta.get("llama.rope.scaling.type", str, "none")
+    heads = file.positive("llama.attention.head_count")
+    kv_heads = file.positive("llama.attention.head_count_kv", heads)
+    hidden = file.positive("llama.embedding_length")
+    head_dim = file.positive("llama.attention.key_length", max(hidden // heads, 1), MAX_HEAD_DIM)
+    vocab = len(file.get("tokenizer.ggml.tokens", list))
+    rotary = file.positive("llama.rope.dimension_count", head_dim)
+    value_dim = file.positive("llama.attention.value_length", head_dim)
+    scaling = file.get("llama.rope.scaling.type", str, "none")
     problems = [
         (heads % kv_heads != 0, f"{heads} heads cannot share {kv_heads} key-value heads"),
         (head_dim % 2 != 0, f"head size {head_dim} is odd"),
         (rotary != head_dim, f"rotary size {rotary} is not the head size {head_dim} (partial rotary)"),
         (value_dim != head_dim, f"value size {value_dim} is not the key size {head_dim}"),
         (scaling != "none", f"rope scaling {shown(scaling)} is not supported"),
-        (meta.positive("llama.vocab_size", vocab) != vocab, f"llama.vocab_size is not the {vocab} tokens it lists"),
+        (file.positive("llama.vocab_size", vocab) != vocab, f"llama.vocab_size is not the {vocab} tokens it lists"),
     ]
     for wrong, text in problems:
         if wrong:
-            raise CheckpointError(f"{meta.path.name}: {text}. Use the model's safetensors release instead.")
+            raise file.wrong(f": {text}. {_INSTEAD}")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": meta.positive("llama.feed_forward_length"),
-        "num_hidden_layers": meta.positive("llama.block_count", most=MAX_LAYERS),
+        "intermediate_size": file.positive("llama.feed_forward_length"),
+        "num_hidden_layers": file.positive("llama.block_count", most=MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": meta.decimal("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": meta.decimal("llama.rope.freq_base", 10000.0),
+        "rms_norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "max_position_embeddings": meta.positive("llama.context_length", most=MAX_POSITION),
-        "tie_word_embeddings": tied,
+        "max_position_embeddings": file.positive("llama.context_length", most=MAX_POSITION),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -244,60 +215,43 @@ def _config(meta: _Metadata, tied: bool) -> dict[str, Any]:
 
 
 def _tensor_names(architecture: Architecture) -> dict[str, str]:
-    """GGUF name → Hugging Face name, in the order written: exactly the tensors a Llama has."""
-    blocks = {
-        f"blk.{layer}.{short}.weight": f"model.layers.{layer}.{name}.weight"
-        for layer in range(architecture.layers)
-        for short, name in _BLOCK.items()
-    }
-    head = {} if architecture.tied else {"output.weight": architecture.head.name}
-    table = {"token_embd.weight": architecture.embedding.name}
-    return table | blocks | {"output_norm.weight": "model.norm.weight"} | head
+    """GGUF name → Hugging Face name, in the order written, which is that of execution: exactly the tensors a Llama
+    has."""
+    order = [architecture.embedding.name]
+    for layer in range(architecture.layers):
+        matrices = [matrix.name for matrix in architecture.body(layer)]
+        before, between = (f"model.layers.{layer}.{name}_layernorm.weight" for name in ("input", "post_attention"))
+        order += [before, *matrices[:4], between, *matrices[4:]]
+    order += ["model.norm.weight"] if architecture.tied else ["model.norm.weight", architecture.head.name]
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, architecture.layers)
+    return {str(table.get_name(name, (".weight",))): name for name in order}
 
 
-def _check_tensors(
-    path: Path, tensors: dict[str, ReaderTensor], names: dict[str, str], shapes: dict[str, Shape]
-) -> None:
+def _check_tensors(file: _File, names: dict[str, str], shapes: dict[str, Shape]) -> None:
+    tensors = file.tensors
     for problem, wrong in (("lacks", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
         if wrong:
             listed = ", ".join(map(shown, sorted(wrong)[:5])) + (", …" if len(wrong) > 5 else "")
-            raise CheckpointError(
-                f"{path.name} {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
-                "Biases, experts and rope factors are not supported; use the model's safetensors release instead."
+            raise file.wrong(
+                f" {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
+                f"Biases, experts and rope factors are not supported. {_INSTEAD}"
             )
     for name, target in names.items():
         shape = tuple(int(d) for d in reversed(tensors[name].shape))  # GGUF lists the fastest dimension first
         if shape != shapes[target]:
-            raise CheckpointError(
-                f"{path.name}: tensor {name!r} has shape {shape}; its metadata promises {shapes[target]}."
-            )
+            raise file.wrong(f": tensor {name!r} has shape {shape}; its metadata promises {shapes[target]}.")
 
 
-def _check_places(path: Path, reader: GGUFReader) -> None:
+def _check_places(file: _File) -> None:
     """Refuse tensors whose bytes lie in the metadata or are another's too."""
-    previous, position = "the metadata", reader.data_offset
-    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+    previous, position = "the metadata", file.reader.data_offset
+    for tensor in sorted(file.reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < position:
-            raise CheckpointError(
-                f"{path.name}: tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}, which "
-                f"ends at {position:,}. The file is damaged: fetch it again."
+            raise file.wrong(
+                f": tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}, which ends at "
+                f"{position:,}. The file is damaged: fetch it again."
             )
         previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
-
-
-def _dequantized(path: Path, tensor: ReaderTensor, heads: int | None) -> np.ndarray:
-    """One tensor as little-endian float32, its rows in Hugging Face's order (`heads`: of a q or k projection)."""
-    try:
-        values = dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path.name}: tensor {tensor.name!r} has type {tensor.tensor_type.name}, which cannot be dequantized."
-        ) from error
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{path.name}: tensor {tensor.name!r} holds values that are not finite. It is damaged.")
-    if heads is not None:
-        values = unpermute(values, heads)
-    return np.ascontiguousarray(values, dtype="<f4")
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -310,10 +264,11 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write_safetensors(
-    gguf: Path, path: Path, tensors: dict[str, ReaderTensor], names: dict[str, str], architecture: Architecture
-) -> None:
-    """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order."""
+def _write_safetensors(file: _File, path: Path, names: dict[str, str], architecture: Architecture) -> None:
+    """The safetensors layout: u64 header length, JSON header padded to 8 bytes, then the data in header order.
+
+    The tensors are little-endian float32, rows of q and k in Hugging Face's order.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, shapes = 0, architecture.expected_tensors()
     for name in names.values():
@@ -323,99 +278,92 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     heads = {"attn_q": architecture.heads, "attn_k": architecture.kv_heads}
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            array = _dequantized(gguf, tensors[name], heads.get(name.split(".")[-2]))
-            file.write(memoryview(array).cast("B"))
+            tensor, what = file.tensors[name], f": tensor {name!r}"
+            try:
+                values = dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise file.wrong(f"{what} has type {tensor.tensor_type.name}, which cannot be dequantized.") from error
+            if not np.isfinite(values).all():
+                raise file.wrong(f"{what} holds values that are not finite. It is damaged.")
+            if (projection := name.split(".")[-2]) in heads:
+                values = unpermute(values, heads[projection])
+            out.write(np.ascontiguousarray(values, dtype="<f4").data)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(meta: _Metadata) -> Tokenizer:
-    meta.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
-    pre = meta.get("tokenizer.ggml.pre", str)
+def _tokenizer(file: _File) -> Tokenizer:
+    file.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
+    pre = file.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"{meta.path.name} wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
-            "A wrong guess would encode text differently from training; use the model's safetensors release instead."
+        raise file.wrong(
+            f" wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            f"A wrong guess would encode text differently from training. {_INSTEAD}"
         )
     for flag in _FALSE_ONLY:
-        if meta.get(f"tokenizer.ggml.{flag}", bool, False):
-            raise CheckpointError(f"{meta.path.name}: tokenizer.ggml.{flag} is true, which is not supported.")
-    tokens = meta.get("tokenizer.ggml.tokens", list)
-    tokenizer = Tokenizer(_bpe(meta, tokens))
+        if file.get(f"tokenizer.ggml.{flag}", bool, False):
+            raise file.wrong(f": tokenizer.ggml.{flag} is true, which is not supported.")
+    tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise file.wrong(f": {len(types)} token types for {len(tokens)} tokens.")
+    tokenizer = Tokenizer(_bpe(file, tokens))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(meta, tokenizer, tokens)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):  # these are found in text before it is split
+            tokenizer.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)])
     if tokenizer.get_vocab_size() != len(tokens):
-        raise CheckpointError(
-            f"{meta.path.name}: its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries."
-        )
+        raise file.wrong(f": its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries.")
     return tokenizer
 
 
-def _bpe(meta: _Metadata, tokens: list[Any]) -> BPE:
+def _bpe(file: _File, tokens: list[Any]) -> BPE:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or not all(isinstance(token, str) for token in tokens):
-        raise CheckpointError(
-            f"{meta.path.name}: tokenizer.ggml.tokens lists a token twice, or something not a string."
-        )
-    merges = [tuple(str(merge).split(" ")) for merge in meta.get("tokenizer.ggml.merges", list)]
+        raise file.wrong(": tokenizer.ggml.tokens lists a token twice, or something not a string.")
+    merges = [tuple(str(merge).split(" ")) for merge in file.get("tokenizer.ggml.merges", list)]
     for number, merge in enumerate(merges):
         if len(merge) != 2 or "".join(merge) not in vocab or not all(part in vocab for part in merge):
-            raise CheckpointError(
-                f"{meta.path.name}: tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; "
-                "it must name two tokens of the vocabulary whose concatenation is one too."
+            raise file.wrong(
+                f": tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; it must name two tokens of the "
+                f"vocabulary whose concatenation is one too."
             )
     return BPE(vocab=vocab, merges=merges)
 
 
-def _add_tokens(meta: _Metadata, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """Declare control and user-defined tokens, which are found in text before it is split."""
-    types = meta.get("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens):
-        raise CheckpointError(f"{meta.path.name}: {len(types)} token types for {len(tokens)} tokens.")
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            special = kind == TokenType.CONTROL
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-
-
-def _special_tokens(meta: _Metadata) -> tuple[dict[str, int], dict[str, str]]:
+def _special_tokens(file: _File) -> tuple[dict[str, int], dict[str, str]]:
     """Ids as config.json names them (bos_token_id, …), tokens as tokenizer_config.json does (bos_token, …)."""
-    ids, named, tokens = {}, {}, meta.get("tokenizer.ggml.tokens", list)
+    ids, named, tokens = {}, {}, file.get("tokenizer.ggml.tokens", list)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         key = f"tokenizer.ggml.{theirs}_token_id"
-        if ours in ("unk", "pad") and not meta.has(key):
+        if ours in ("unk", "pad") and not file.has(key):
             continue
-        index = meta.get(key, int)
+        index = file.get(key, int)
         if not 0 <= index < len(tokens):
-            raise CheckpointError(f"{meta.path.name}: {key} is {index}, outside the {len(tokens)} tokens.")
+            raise file.wrong(f": {key} is {index}, outside the {len(tokens)} tokens.")
         named[f"{ours}_token"] = tokens[index]
         if ours != "unk":
             ids[f"{ours}_token_id"] = index
     return ids, named
 
 
-def _tokenizer_config(meta: _Metadata, architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(file: _File, architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:
+    flags = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
     config = {
         # GPT2Tokenizer would rebuild the pre-tokenizer and lose the digit splitting of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],  # the class's default adds token_type_ids
-        "added_tokens_decoder": dict(_added_tokens(tokenizer)),
+        "added_tokens_decoder": {str(index): {flag: getattr(token, flag) for flag in flags} for index, token in added},
         "model_max_length": architecture.max_position,
         "clean_up_tokenization_spaces": False,
     }
-    if meta.has("tokenizer.chat_template"):
-        config["chat_template"] = meta.get("tokenizer.chat_template", str)
+    if file.has("tokenizer.chat_template"):
+        config["chat_template"] = file.get("tokenizer.chat_template", str)
     return config
-
-
-def _added_tokens(tokenizer: Tokenizer) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
-        yield str(index), {"content": token.content, **flags}

@@ -15,10 +15,10 @@ import re
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.checkpoint import complete
 from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
@@ -33,8 +33,7 @@ _PAUSE_SECONDS = 1.0
 _INFO_TIMEOUT_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class _Declared:
+class _Declared(NamedTuple):
     """What the Hub says about one file: its size in bytes and either a SHA-256 (LFS) or git's blob SHA-1."""
 
     name: str
@@ -46,7 +45,7 @@ class _Declared:
 class _Repository:
     """One repository at one revision: the only place that talks to huggingface_hub."""
 
-    def __init__(self, source: HubSource, licence_page: str | None) -> None:
+    def __init__(self, source: HubSource, licence_page: str | None, store: Store, key: str) -> None:
         # Read by huggingface_hub when it is first imported. Plain HTTP, because a Xet transfer starts again from zero
         # after an interruption; HF_HUB_DISABLE_XET=0 in the environment brings Xet back.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -57,29 +56,25 @@ class _Repository:
         self.hub = huggingface_hub
         self.endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         self.shown = re.sub(r"(?<=://)[^/@]+@", "", self.endpoint)  # a mirror's address may carry a password
-        self.source = source
+        self.store, self.key = store, key
         self.kind = "dataset" if isinstance(source, HubFile) else "model"
+        self.place: dict[str, Any] = {"repo_id": source.repo, "revision": source.revision, "repo_type": self.kind}
         self.page = f"{self.shown}/{'datasets/' * (self.kind == 'dataset')}{source.repo}"
         self.where = f"hub {source.repo}@{source.revision[:12]}"
         self.licence_page = licence_page or self.page
+        self.declared: dict[str, _Declared] = {}
 
-    def describe(self) -> tuple[dict[str, _Declared], str]:
-        """What the Hub declares about each file, by name, and the licence it states."""
+    def describe(self) -> str:
+        """Ask what the Hub declares about each file; return the licence it states."""
         api = self.hub.HfApi(endpoint=self.endpoint, library_name="phone-model-pipeline")
         try:
-            info = api.repo_info(
-                self.source.repo,
-                revision=self.source.revision,
-                repo_type=self.kind,
-                files_metadata=True,
-                timeout=_INFO_TIMEOUT_SECONDS,
-            )
-            if info.sha != self.source.revision:
+            info = api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
+            if info.sha != self.place["revision"]:
                 raise SourceError(
                     f"{self.where}: the Hub answered with revision {_line(info.sha)}. Pin that, or another."
                 )
-            declared = _declared(info, self.where)
-            return declared, _licence(info, declared)
+            self.declared = {sibling.rfilename: self._declared(sibling) for sibling in info.siblings or []}
+            return _licence(info, self.declared)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
             raise SourceError(
                 f"{self.where}: {self.shown} does not answer like a Hub ({type(error).__name__}). "
@@ -88,25 +83,72 @@ class _Repository:
         except OSError as error:  # every other failure of requests and huggingface_hub
             raise self._explain(error) from error
 
-    def download(self, name: str, folder: Path) -> Path:
+    def fetch(self, names: list[str]) -> list[LockedFile]:
+        """The declared files, in the store. Refuses before the first byte if what is still to come does not fit."""
+        store, wanted = self.store, [self.declared[name] for name in names]
+        missing = sum(file.size for file in wanted if not (file.sha256 and store.has(file.sha256, file.size)))
+        with disk_errors(f"use the store {store.root}"):
+            folder = store.workspace(self.key)
+            waiting = sum(path.stat().st_size for path in folder.rglob("*.incomplete"))  # interrupted: as good as there
+        require_free_space(store.root, max(missing - waiting, 0), f"download {self.where}")
+        return [self._fetch_file(file, folder) for file in wanted]
+
+    def _fetch_file(self, file: _Declared, folder: Path) -> LockedFile:
+        """An interrupted transfer stays in the workspace; wrong bytes do not."""
+        if file.sha256 and (present := self.store.find(file.name, file.sha256)):
+            return present
+        path = self._download(file.name, folder)
+        try:
+            self._check_declared(path, file)
+            check = partial(complete.check_file, name=file.name, where=self.where)
+            return self.store.adopt(path, file.name, file.sha256, check)
+        except SourceError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def _download(self, name: str, folder: Path, attempt: int = 1) -> Path:
         """Download one file into `folder`, resuming what an earlier attempt or run left there."""
         from requests.exceptions import ChunkedEncodingError
 
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                transfer = self.hub.hf_hub_download
-                settings = {"revision": self.source.revision, "repo_type": self.kind, "endpoint": self.endpoint}
-                return Path(transfer(self.source.repo, name, local_dir=folder, **settings))
-            except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
-                if attempt == _ATTEMPTS:
-                    raise self._explain(error, name) from error
-                log.warning("%s: the transfer of %s was interrupted; resuming", self.where, name)
-                time.sleep(_PAUSE_SECONDS * attempt)
-            except OSError as error:
-                raise self._refused(error, name, folder) from error
-            except (ValueError, RuntimeError) as error:  # a refused name; a failure inside Xet, if it was asked for
-                raise SourceError(f"{self.where}: {name} cannot be transferred: {_line(error)}") from error
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        try:
+            transfer = self.hub.hf_hub_download
+            return Path(transfer(**self.place, filename=name, endpoint=self.endpoint, local_dir=folder))
+        except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
+            if attempt == _ATTEMPTS:
+                raise self._explain(error, name) from error
+        except OSError as error:
+            raise self._refused(error, name, folder) from error
+        except (ValueError, RuntimeError) as error:  # a refused name; a failure inside Xet, if it was asked for
+            raise SourceError(f"{self.where}: {name} cannot be transferred: {_line(error)}") from error
+        log.warning("%s: the transfer of %s was interrupted; resuming", self.where, name)
+        time.sleep(_PAUSE_SECONDS * attempt)
+        return self._download(name, folder, attempt + 1)
+
+    def _declared(self, sibling: Any) -> _Declared:
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        size = sibling.lfs.size if sibling.lfs else sibling.size
+        hashed = re.fullmatch(r"[0-9a-f]{64}", sha256) if sha256 else sibling.blob_id
+        if type(size) is not int or not hashed:
+            raise SourceError(
+                f"{self.where}: the Hub declares no usable size or hash for {sibling.rfilename}: it cannot be checked. "
+                f"Check HF_ENDPOINT: a mirror may leave this out."
+            )
+        return _Declared(sibling.rfilename, size, sha256, sibling.blob_id)
+
+    def _check_declared(self, path: Path, file: _Declared) -> None:
+        """Causes that a SHA-256 mismatch could not name, and git's hash of a small file: SHA-1 of "blob <size>\\0" and
+        its bytes."""
+        complete.refuse_pointer(path, file.name, self.where)
+        size, what = path.stat().st_size, f"{self.where}: {file.name}"
+        if size != file.size:
+            raise SourceError(f"{what} has {size:,} bytes, the Hub declares {file.size:,}. Fetch it again.")
+        if file.sha256 is None:
+            digest = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+            if digest != file.git_sha1:
+                raise SourceError(
+                    f"{what}: wrong bytes. Expected git blob {file.git_sha1}, got {digest}. Nothing was kept; fetch it "
+                    f"again. If it happens twice, a proxy or mirror changes the file."
+                )
 
     def _refused(self, error: OSError, name: str, folder: Path) -> PipelineError:
         """Explain a failed transfer; remove what it left if resuming from that could never succeed."""
@@ -172,97 +214,29 @@ class _Repository:
         return next((told for kind, told in meanings.items() if isinstance(error, kind)), other)
 
 
-def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[list[LockedFile], str]:
-    """Bring the needed files of a Hub repository into the store; return them and the licence that its card states.
+def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[str, str, list[LockedFile]]:
+    """Bring the needed files of a Hub repository into the store; return its revision, the licence that its card states,
+    and the files. Of a `HubFile`, a dataset repository, that is one file.
 
     Files that the store already holds are not transferred again, and an interrupted one is resumed; `key` names the
     workspace where it waits.
 
     Raises:
-        SourceError: offline, gated, no such repository or revision, an incomplete or pickle-only checkpoint, or bytes
-            that are not those the Hub declares (then they are deleted).
+        SourceError: offline, gated, no such repository, revision or file (naming the nearest), an incomplete or
+            pickle-only checkpoint, or bytes that are not those the Hub declares (then they are deleted).
         ResourceError: the disk is too small, known before any weights move.
     """
-    repository = _Repository(source, licence_page)
-    declared, licence = repository.describe()
-    small = complete.small_files(declared.keys(), repository.where)
-    _require_space(small, declared, store, key, repository.where)
-    files = [_fetch_file(repository, declared[name], store, key) for name in small]
+    member = checked_name(source.member) if isinstance(source, HubFile) else None
+    repository = _Repository(source, licence_page, store, key)
+    licence, where, names = repository.describe(), repository.where, repository.declared.keys()
+    if member is not None:
+        if member not in names:
+            near = get_close_matches(member, names, n=3, cutoff=0.3)
+            raise SourceError(f"{where}: no file {member!r}. Nearest: {', '.join(near) or 'none'}.")
+        return source.revision, licence, repository.fetch([member])
+    files = repository.fetch(complete.small_files(names, where))
     index = next((store.path(file.sha256).read_bytes() for file in files if file.name == complete.INDEX), None)
-    shards = complete.shard_names(declared.keys(), index, repository.where)
-    _require_space(shards, declared, store, key, repository.where)
-    files += [_fetch_file(repository, declared[name], store, key) for name in shards]
-    return files, licence
-
-
-def fetch_hub_file(source: HubFile, store: Store, key: str) -> tuple[LockedFile, str]:
-    """Bring one file of a dataset repository into the store; return it and the licence that the card states.
-
-    Raises: as `fetch_hub`, and SourceError when the repository has no such file, naming the nearest.
-    """
-    repository = _Repository(source, None)
-    checked_name(source.member)
-    declared, licence = repository.describe()
-    if source.member not in declared:
-        near = get_close_matches(source.member, declared, n=3, cutoff=0.3)
-        raise SourceError(f"{repository.where}: no file {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
-    _require_space([source.member], declared, store, key, repository.where)
-    return _fetch_file(repository, declared[source.member], store, key), licence
-
-
-def _declared(info: Any, where: str) -> dict[str, _Declared]:
-    files = {}
-    for sibling in info.siblings or []:
-        sha256 = sibling.lfs.sha256 if sibling.lfs else None
-        size = sibling.lfs.size if sibling.lfs else sibling.size
-        hashed = re.fullmatch(r"[0-9a-f]{64}", sha256) if sha256 else sibling.blob_id
-        if type(size) is not int or not hashed:
-            raise SourceError(
-                f"{where}: the Hub declares no usable size or hash for {sibling.rfilename}: it cannot be checked. "
-                f"Check HF_ENDPOINT: a mirror may leave this out."
-            )
-        files[sibling.rfilename] = _Declared(sibling.rfilename, size, sha256, sibling.blob_id)
-    return files
-
-
-def _require_space(names: list[str], declared: dict[str, _Declared], store: Store, key: str, where: str) -> None:
-    """Refuse before the first byte if what is still to come does not fit; interrupted transfers count as there."""
-    files = [declared[name] for name in names]
-    missing = sum(file.size for file in files if not (file.sha256 and store.has(file.sha256, file.size)))
-    with disk_errors(f"use the store {store.root}"):
-        waiting = sum(path.stat().st_size for path in store.workspace(key).rglob("*.incomplete"))
-    require_free_space(store.root, max(missing - waiting, 0), f"download {where}")
-
-
-def _fetch_file(repository: _Repository, file: _Declared, store: Store, key: str) -> LockedFile:
-    """The file in the store. An interrupted transfer stays in the workspace; wrong bytes do not."""
-    if file.sha256 and (present := store.find(file.name, file.sha256)):
-        return present
-    with disk_errors(f"use the store {store.root}"):
-        folder = store.workspace(key)
-    path = repository.download(file.name, folder)
-    where = repository.where
-    try:
-        _check_declared(path, file, where)
-        return store.adopt(path, file.name, file.sha256, lambda content: complete.check_file(content, file.name, where))
-    except SourceError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _check_declared(path: Path, file: _Declared, where: str) -> None:
-    """Causes that a SHA-256 mismatch could not name, and git's hash of a small file: sha1("blob <size>\\0" + bytes)."""
-    complete.refuse_pointer(path, file.name, where)
-    size = path.stat().st_size
-    if size != file.size:
-        raise SourceError(f"{where}: {file.name} has {size:,} bytes, the Hub declares {file.size:,}. Fetch it again.")
-    if file.sha256 is None:
-        digest = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
-        if digest != file.git_sha1:
-            raise SourceError(
-                f"{where}: {file.name}: wrong bytes. Expected git blob {file.git_sha1}, got {digest}. Nothing was "
-                f"kept; fetch it again. If it happens twice, a proxy or mirror changes the file."
-            )
+    return source.revision, licence, files + repository.fetch(complete.shard_names(names, index, where))
 
 
 def _licence(info: Any, names: Collection[str]) -> str:
@@ -273,8 +247,7 @@ def _licence(info: Any, names: Collection[str]) -> str:
         detail = " ".join(str(card.get(key)) for key in ("license_name", "license_link") if card.get(key))
         stated = f"other ({detail})" if detail else stated
     tags = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
-    texts = [f"see {name}" for name in sorted(names) if name.upper().startswith(("LICENSE", "LICENCE"))]
-    return _line(next(iter([stated] * bool(stated) + tags + texts), "unknown"))
+    return _line(stated or next(iter(tags), complete.licence(names)))
 
 
 def _status(error: BaseException) -> int | None:

@@ -13,14 +13,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
 from pipeline.config.sources import HubFile, WheelSource
 from pipeline.errors import SourceError
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
 
 
 @dataclass(frozen=True)
 class SourceLock:
     """What a source was found to contain: the small file that git tracks in place of the weights.
 
-    Law: `SourceLock.from_json(lock.to_json()) == lock`.
+    Law: after `write_lock(path, lock)`, `read_lock(path) == lock`.
     """
 
     model: str
@@ -37,33 +37,24 @@ class SourceLock:
                 return file
         raise SourceError(f"{self.model}: no file {name!r}; there are {', '.join(file.name for file in self.files)}.")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for `files.write_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> SourceLock:
-        """Read plain data back. Raises `SourceError` for anything that `to_json` cannot have written."""
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
-        except (TypeError, ValueError) as error:
-            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            raise SourceError(f"not a source lock: {'.'.join(map(str, told['loc']))}: {told['msg']}") from None
-
 
 def write_lock(path: Path, lock: SourceLock) -> None:
     """Write a lock file atomically; equal locks are equal bytes."""
     with disk_errors(f"write {path}"):
-        write_json(path, lock.to_json())
+        write_json(path, asdict(lock))
 
 
 def read_lock(path: Path) -> SourceLock:
-    """Read a lock file. Raises `SourceError` naming the file if it is missing or damaged."""
+    """Read a lock file. Raises `SourceError` naming the file if it is missing, or nothing that `write_lock` wrote."""
     try:
-        return SourceLock.from_json(read_json(path))
-    except (OSError, ValueError, RecursionError, SourceError) as error:
+        return TypeAdapter(SourceLock).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError, SourceError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise SourceError(
-            f"{path}: not readable as a source lock ({error}). Make it again: `python -m pipeline download MODEL`."
+            f"{path}: not readable as a source lock ({reason}). Make it again: `python -m pipeline download MODEL`."
         ) from error
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -26,9 +26,12 @@ from pipeline.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+ITEM_BYTES = {dtype: np.dtype(stored).itemsize for dtype, stored in _STORED.items()}
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 255  # bytes; what file systems allow
+_AGAIN = "Delete the file and download it again."
+_OTHERS = "Index and shards belong to different checkpoints: download all of them again."
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,6 @@ class TensorRef:
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-
-def _check_name(name: Any, where: Path) -> str:
-    plain = isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & {"/", "\\"}
-    if not plain or not name.isprintable() or len(name.encode()) > _MAX_NAME:
-        raise CheckpointError(
-            f"{where}: names the file {shown(name)}, which is not a plain file name inside the folder. "
-            f"The checkpoint is malformed or hostile; download it again from its publisher."
-        )
-    return name
 
 
 def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = False) -> dict[str, TensorRef]:
@@ -76,7 +69,7 @@ def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = Fals
             if len(prefix) < 8 or length > min(size - 8, MAX_JSON):
                 raise CheckpointError(
                     f"{path}: not a safetensors file, or truncated: {size:,} bytes, header of {length:,} bytes "
-                    f"announced (at most {MAX_JSON:,} are read). Delete it and download again."
+                    f"announced (at most {MAX_JSON:,} are read). {_AGAIN}"
                 )
             header = file.read(length)
             if chunks and (place := chunks.damage(file.fileno(), 0, memoryview(prefix + header))):
@@ -85,13 +78,9 @@ def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = Fals
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: the safetensors header is not valid JSON ({error}). Delete the file and download it again."
-        ) from None
+        raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error}). {_AGAIN}") from None
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{path}: the safetensors header is not a JSON object. Delete the file, download it again."
-        )
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object. {_AGAIN}")
     entries.pop("__metadata__", None)
     data_start, data_size = 8 + length, size - 8 - length
     refs = {name: _parse_entry(name, entry, path, data_start, data_size) for name, entry in entries.items()}
@@ -114,8 +103,7 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path}: tensor {shown(name)} has a malformed header entry: {shown(entry)}. It needs dtype, shape (at "
-            f"most {_MAX_DIMENSIONS} positive sizes) and data_offsets [begin, end]. Delete the file and download it "
-            f"again."
+            f"most {_MAX_DIMENSIONS} positive sizes) and data_offsets [begin, end]. {_AGAIN}"
         ) from None
     if not known:
         raise CheckpointError(
@@ -126,32 +114,27 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
     if end - begin != needed or end > data_size:
         raise CheckpointError(
             f"{path}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header "
-            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed; download it again."
+            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed. {_AGAIN}"
         )
     return TensorRef(name, dtype, shape, path.name, data_start + begin, needed)
 
 
 def _check_layout(refs: Iterable[TensorRef], path: Path, start: int, size: int) -> None:
     """Refuse tensors that share bytes, and bytes between `start` and `size` that belong to no tensor."""
-    previous, position = None, start
-    for ref in sorted(refs, key=lambda ref: ref.offset):
-        if previous and ref.offset < position:
+    places = sorted((ref.offset, ref.length, shown(ref.name)) for ref in refs)
+    previous, position = "", start
+    for offset, length, name in [*places, (size, 0, "")]:
+        if offset < position:
             raise CheckpointError(
-                f"{path}: tensors {shown(previous.name)} and {shown(ref.name)} share bytes: the first ends at byte "
-                f"{position:,}, the second starts at {ref.offset:,}. The file is malformed; download it again."
+                f"{path}: tensors {previous} and {name} share bytes: the first ends at byte {position:,}, the second "
+                f"starts at {offset:,}. {_AGAIN}"
             )
-        if ref.offset > position:
-            raise _unclaimed(path, position, ref.offset, f"before tensor {shown(ref.name)}")
-        previous, position = ref, ref.offset + ref.length
-    if position != size:
-        raise _unclaimed(path, position, size, "at the end")
-
-
-def _unclaimed(path: Path, begin: int, end: int, where: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: bytes {begin:,} to {end:,} {where} belong to no tensor of its header. The format allows no gaps: "
-        f"the file is malformed, or was changed; download it again."
-    )
+        if offset > position:
+            raise CheckpointError(
+                f"{path}: bytes {position:,} to {offset:,} {f'before tensor {name}' if name else 'at the end'} belong "
+                f"to no tensor of its header, and the format allows no gaps. {_AGAIN}"
+            )
+        previous, position = name, offset + length
 
 
 def _damaged(chunks: Chunks, place: range, what: str) -> CheckpointError:
@@ -161,7 +144,7 @@ def _damaged(chunks: Chunks, place: range, what: str) -> CheckpointError:
     )
 
 
-class Checkpoint(Mapping[str, TensorRef]):
+class Checkpoint(dict[str, TensorRef]):
     """All tensors of a checkpoint folder by name; values are read on demand.
 
     `Checkpoint(folder)` reads headers only. What is read is compared with the digests that were recorded at download
@@ -171,68 +154,35 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._refs: dict[str, TensorRef] = {}
         self._sizes: dict[str, int] = {}
         self._chunks: dict[str, Chunks | None] = {}
-        index = self._read_index()
-        for name in sorted(set(index.values())) if index else [SINGLE]:
-            self._add_shard(name, index)
-        if index and (missing := [key for key in index if key not in self._refs]):
+        index = _read_index(folder / INDEX)
+        for name in sorted(set(index.values())) or [SINGLE]:
+            self._chunks[name] = chunks = Chunks.beside(folder / name)
+            refs = read_header(folder / name, chunks)
+            for key in refs:
+                if key in self:
+                    raise CheckpointError(
+                        f"{folder}: tensor {shown(key)} is in {self[key].file} and again in {name}; which one is meant "
+                        f"cannot be known. Remove the shard that does not belong to this checkpoint."
+                    )
+                if index and index.get(key) != name:
+                    raise CheckpointError(
+                        f"{folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
+                        f"{index.get(key, 'no shard')}. {_OTHERS}"
+                    )
+            self.update(refs)
+            self._sizes[name] = max((ref.offset + ref.length for ref in refs.values()), default=0)
+        if missing := [key for key in index if key not in self]:
             raise CheckpointError(
                 f"{folder / INDEX}: places {len(missing)} of {len(index)} tensors in shards that do not hold them, the "
-                f"first is {shown(missing[0])} in {index[missing[0]]}. Index and shards belong to different "
-                f"checkpoints: download all of them again."
+                f"first is {shown(missing[0])} in {index[missing[0]]}. {_OTHERS}"
             )
-
-    def _add_shard(self, name: str, index: dict[str, str] | None) -> None:
-        self._chunks[name] = chunks = Chunks.beside(self.folder / name)
-        refs = read_header(self.folder / name, chunks)
-        for key, ref in refs.items():
-            if key in self._refs:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {shown(key)} is in {self._refs[key].file} and again in {name}; which one "
-                    f"is meant cannot be known. Remove the shard that does not belong to this checkpoint."
-                )
-            if index and index.get(key) != name:
-                raise CheckpointError(
-                    f"{self.folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
-                    f"{index.get(key, 'no shard')}. Index and shards belong to different checkpoints: download all of "
-                    f"them again."
-                )
-            self._refs[key] = ref
-        self._sizes[name] = max((ref.offset + ref.length for ref in refs.values()), default=0)
-
-    def _read_index(self) -> dict[str, str] | None:
-        """Tensor → shard; None when there is no index."""
-        path = self.folder / INDEX
-        try:
-            weight_map = read_json(path)["weight_map"]
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise TypeError("weight_map is not a filled JSON object")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not a safetensors index (no usable weight_map: {error}). Delete it and download "
-                f"the checkpoint again."
-            ) from None
-        return {key: _check_name(name, path) for key, name in weight_map.items()}
-
-    def __getitem__(self, name: str) -> TensorRef:
-        return self._refs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
 
     @contextmanager
     def _open(self, name: str) -> Iterator[FileIO]:
         """The file that holds a tensor, which must be as long as when its header was read; its failures named."""
-        path = self.folder / self._refs[name].file
+        path = self.folder / self[name].file
         try:
             with open_regular(path) as file:
                 size, expected = os.fstat(file.fileno()).st_size, self._sizes[path.name]
@@ -248,7 +198,8 @@ class Checkpoint(Mapping[str, TensorRef]):
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """Ask the system to read rows [start, stop) ahead, where it takes such advice."""
         if hasattr(os, "posix_fadvise"):
-            ref, row = self._refs[name], self._row_bytes(name)
+            ref = self[name]
+            row = ref.length // ref.shape[0]
             with self._open(name) as file:
                 advice = os.POSIX_FADV_WILLNEED
                 os.posix_fadvise(file.fileno(), ref.offset + start * row, (stop - start) * row, advice)
@@ -260,7 +211,7 @@ class Checkpoint(Mapping[str, TensorRef]):
             CheckpointError: a value is NaN or infinite (tensor, place and count are named), the file became shorter, or
                 its bytes are not those that were downloaded.
         """
-        ref = self._refs[name]
+        ref = self[name]
         raw = self._read(name, start, ref.shape[0] if stop is None else stop)
         if ref.dtype == "BF16":
             from pipeline.checkpoint.widen import widen_bfloat16
@@ -271,31 +222,27 @@ class Checkpoint(Mapping[str, TensorRef]):
             values = raw.astype(np.float32, copy=False)
             bad = not np.isfinite(values).all()
         if bad:
-            self._refuse(name, values, start)
+            places = np.argwhere(~np.isfinite(values))
+            first = [int(places[0][0]) + start, *map(int, places[0][1:])]
+            raise CheckpointError(
+                f"tensor {name!r} in {self.folder / ref.file}: {len(places):,} of {values.size:,} values are NaN or "
+                f"infinite, the first at {first}. Quantizing it would ship garbage: use an intact checkpoint."
+            )
         return values
 
-    def _row_bytes(self, name: str) -> int:
-        ref = self._refs[name]
-        return math.prod(ref.shape[1:]) * ITEM_BYTES[ref.dtype]
-
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        ref, row = self._refs[name], self._row_bytes(name)
-        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[ref.dtype]
-        raw = np.empty((stop - start, *ref.shape[1:]), dtype)
-        data = left = memoryview(raw.reshape(-1)).cast("B") if raw.size else memoryview(b"")
+        ref, chunks = self[name], self._chunks[self[name].file]
+        shape, offset = (stop - start, *ref.shape[1:]), ref.offset + start * (ref.length // ref.shape[0])
         with self._open(name) as file:
-            file.seek(ref.offset + start * row)
-            while left:
-                if not (count := file.readinto(left)):
-                    raise CheckpointError(
-                        f"tensor {name!r}: {self.folder / ref.file} ends {len(left):,} bytes before row {stop:,} does. "
-                        f"The file changed after it was opened: run the download stage again."
-                    )
-                left = left[count:]
-            chunks = self._chunks[ref.file]
-            if data and chunks and (place := chunks.damage(file.fileno(), ref.offset + start * row, data)):
+            raw = np.fromfile(file, _STORED[ref.dtype], math.prod(shape), offset=offset)
+            if raw.size != math.prod(shape):
+                raise CheckpointError(
+                    f"tensor {name!r}: {self.folder / ref.file} ends before row {stop:,} does. The file changed after "
+                    f"it was opened: run the download stage again."
+                )
+            if raw.size and chunks and (place := chunks.damage(file.fileno(), offset, raw.view(np.uint8).data)):
                 raise self._damaged(name, chunks, place)
-        return raw
+        return raw.reshape(shape)
 
     def check(self, name: str, offset: int, length: int) -> None:
         """Compare bytes that a runtime will map: those of a tensor, which a graph places at `offset` of its file.
@@ -303,7 +250,7 @@ class Checkpoint(Mapping[str, TensorRef]):
         Raises:
             CheckpointError: the tensor lies elsewhere, or its bytes are not those that were downloaded.
         """
-        ref = self._refs.get(name)
+        ref = self.get(name)
         if ref is None or ref.offset != offset or ref.length < length:
             raise CheckpointError(
                 f"{self.folder}: the graph places tensor {name!r} in bytes {offset:,} to {offset + length:,}, where "
@@ -315,25 +262,41 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     def _damaged(self, name: str, chunks: Chunks, place: range) -> CheckpointError:
         """Which of the tensors that share a chunk is the wrong one cannot be known: all are named."""
-        shared = [
-            ref.name
-            for ref in self._refs.values()
+        others = [
+            shown(ref.name)
+            for ref in self.values()
             if ref.file == chunks.path.name and ref.offset < place.stop and ref.offset + ref.length > place.start
+            if ref.name != name
         ]
-        others = [shown(other) for other in shared if other != name]
         listed = f" (or {', '.join(others[:_MAX_DIMENSIONS])} there)" if others else ""
         return _damaged(chunks, place, f"tensor {name!r}{listed}")
-
-    def _refuse(self, name: str, values: np.ndarray, start: int) -> None:
-        bad = ~np.isfinite(values)
-        first = [int(index[0]) for index in np.nonzero(bad)]
-        first[0] += start
-        raise CheckpointError(
-            f"tensor {name!r} in {self.folder / self._refs[name].file}: {int(bad.sum()):,} of {values.size:,} values "
-            f"are NaN or infinite, the first at {first}. Quantizing it would ship garbage: use an intact checkpoint."
-        )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(ref.length for ref in self._refs.values())
+        return sum(ref.length for ref in self.values())
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor → shard; nothing when there is no index."""
+    try:
+        weight_map = read_json(path)["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError("weight_map is not a filled JSON object")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors index (no usable weight_map: {error}). Delete it and download the checkpoint "
+            f"again."
+        ) from None
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & {"/", "\\"}
+        if not plain or not name.isprintable() or len(name.encode()) > _MAX_NAME:
+            raise CheckpointError(
+                f"{path}: names the file {shown(name)}, which is not a plain file name inside the folder. "
+                f"The checkpoint is malformed or hostile; download it again from its publisher."
+            )
+    return weight_map

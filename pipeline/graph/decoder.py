@@ -19,7 +19,7 @@ from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import TensorRef
 from pipeline.errors import GraphError
 from pipeline.files import write_bytes
-from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, stored_type, value_info
+from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor, value_info
 from pipeline.graph.rope import rope_tables
 
 ROPE_FILE = "rope.data"
@@ -68,7 +68,11 @@ class _Decoder(GraphWriter):
 
     def write(self) -> onnx.ModelProto:
         arch = self.arch
-        self.declare_inputs()
+        self.inputs += [
+            value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *self.cache("past_key_values", "past"),
+        ]
         self.attention_lengths()
         self.cos, self.sin = self.rope()
         # The first norm has nothing to add; from then on each norm adds the block before it to the residual.
@@ -82,7 +86,8 @@ class _Decoder(GraphWriter):
             pending = self.mlp(normed, layer)
         normed, _ = self.norm(residual, pending, "model.norm")
         self.linear(normed, arch.head, "logits")
-        self.declare_outputs()
+        logits = value_info("logits", TensorProto.FLOAT, ["batch", "sequence", arch.vocab])
+        self.outputs += [logits, *self.cache("present", "total")]
         return self.model(arch.family)
 
     # --- weights ---
@@ -90,9 +95,7 @@ class _Decoder(GraphWriter):
     def stored(self, name: str) -> str:
         """The checkpoint's tensor in its own dtype, as a reference."""
         ref = self.checkpoint[name]
-        self.initializers[name] = external_tensor(
-            name, stored_type(ref.dtype), ref.shape, ref.file, ref.offset, ref.length
-        )
+        self.initializers[name] = external_tensor(name, STORED[ref.dtype], ref.shape, ref.file, ref.offset, ref.length)
         return name
 
     def weight(self, name: str) -> str:
@@ -123,39 +126,23 @@ class _Decoder(GraphWriter):
 
     def norm(self, residual: str, pending: str | None, name: str) -> tuple[str, str]:
         """RMSNorm of residual + pending: (normed, the sum)."""
-        gamma = self.weight(f"{name}.weight")
+        gamma, epsilon = self.weight(f"{name}.weight"), self.arch.rms_eps
         if pending is None:
-            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=self.arch.rms_eps)
+            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=epsilon)
             return name, residual
-        total = f"{name}/sum"
-        self.node(
-            "SkipSimplifiedLayerNormalization",
-            [residual, pending, gamma],
-            name,
-            MICROSOFT,
-            more=("", "", total),
-            epsilon=self.arch.rms_eps,
-        )
+        added, total = [residual, pending, gamma], f"{name}/sum"
+        self.node("SkipSimplifiedLayerNormalization", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
         return name, total
 
     def attention(self, x: str, layer: int) -> str:
         arch, prefix = self.arch, f"layers.{layer}"
         *projections, output = (matrix for matrix in arch.body(layer) if matrix.input.endswith(("attention", "output")))
         qkv = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        present = tuple(f"present.{layer}.{part}" for part in ("key", "value"))
-        mixed = self.node(
-            "GroupQueryAttention",
-            [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin],
-            f"{prefix}.attention",
-            MICROSOFT,
-            more=present,
-            num_heads=arch.heads,
-            kv_num_heads=arch.kv_heads,
-            scale=arch.head_dim**-0.5,
-            do_rotary=1,
-            rotary_interleaved=0,
-        )
+        past, present = ([f"{at}.{layer}.{part}" for part in ("key", "value")] for at in ("past_key_values", "present"))
+        inputs = [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin]
+        heads = {"num_heads": arch.heads, "kv_num_heads": arch.kv_heads, "scale": arch.head_dim**-0.5}
+        rotary = {"do_rotary": 1, "rotary_interleaved": 0}
+        mixed = self.node("GroupQueryAttention", inputs, f"{prefix}.attention", MICROSOFT, present, **heads, **rotary)
         return self.linear(mixed, output, f"{prefix}.{output.role}")
 
     def mlp(self, x: str, layer: int) -> str:
@@ -201,28 +188,14 @@ class _Decoder(GraphWriter):
         names = f"{prefix}cos_cache", f"{prefix}sin_cache"
         for name, table in zip(names, rope_tables(self.arch.rope, positions, factor), strict=True):
             data = table.tobytes()
-            self.initializers[name] = external_tensor(
-                name, TensorProto.FLOAT, table.shape, ROPE_FILE, len(self.rope_data), len(data)
-            )
+            place = ROPE_FILE, len(self.rope_data), len(data)
+            self.initializers[name] = external_tensor(name, TensorProto.FLOAT, table.shape, *place)
             self.rope_data += data
         return names
 
-    # --- inputs and outputs ---
-
-    def declare_inputs(self) -> None:
-        self.inputs += [
-            value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
-            value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
-            *self.cache("past_key_values", "past"),
-        ]
-
-    def declare_outputs(self) -> None:
-        logits = value_info("logits", TensorProto.FLOAT, ["batch", "sequence", self.arch.vocab])
-        self.outputs += [logits, *self.cache("present", "total")]
-
     def cache(self, prefix: str, tokens: str) -> list[onnx.ValueInfoProto]:
-        """Keys and values of every layer."""
-        shape = ["batch", self.arch.kv_heads, tokens, self.arch.head_dim]
+        """Keys and values of every layer, inputs or outputs."""
+        shape: list[int | str] = ["batch", self.arch.kv_heads, tokens, self.arch.head_dim]
         names = (f"{prefix}.{layer}.{part}" for layer in range(self.arch.layers) for part in ("key", "value"))
         return [value_info(name, TensorProto.FLOAT, shape) for name in names]
 

@@ -13,19 +13,18 @@ from pipeline.checkpoint.untrusted import shown
 from pipeline.config.models import ModelConfig
 from pipeline.errors import CheckpointError
 
-# A prompt is run in chunks, so that its logits (chunk × vocabulary × 4 bytes) stay small on a phone.
 PREFILL_CHUNK = 256
+"""Tokens of a prompt that are run at a time, so that their logits (chunk × vocabulary × 4 bytes) stay small on a
+phone."""
 
 
-def stop_ids(folder: Path, extra: tuple[int, ...]) -> list[int]:
-    """End-of-text ids from generation_config.json and config.json (their union), then the model entry's extras."""
+def _stop_ids(configs: dict[Path, dict[str, Any]], extra: tuple[int, ...]) -> list[int]:
+    """End-of-text ids from the files that name them (their union), then the model entry's extras."""
     found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if not (folder / name).exists():
-            continue
-        value = read_config(folder / name).get("eos_token_id")
+    for path, config in configs.items():
+        value = config.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        found += [_token_id(token, "eos_token_id", folder / name) for token in ids]
+        found += [_token_id(token, "eos_token_id", path) for token in ids]
     return list(dict.fromkeys([*found, *extra]))
 
 
@@ -51,17 +50,14 @@ def genai_config(
 
     Raises CheckpointError when nothing says where the model stops.
     """
-    config = read_config(folder / "config.json")
-    defaults = {}
-    if (folder / "generation_config.json").exists():
-        defaults = read_config(folder / "generation_config.json")
-    stops = stop_ids(folder, entry.extra_stop_ids)
+    where = folder / "generation_config.json"
+    config, defaults = read_config(folder / "config.json"), read_config(where) if where.exists() else {}
+    stops = _stop_ids({where: defaults, folder / "config.json": config}, entry.extra_stop_ids)
     if not stops:
         raise CheckpointError(
             f"{folder}: neither generation_config.json nor config.json has an eos_token_id: generation would never "
             f"stop. Set `extra_stop_ids` in the model's entry."
         )
-    where = folder / "generation_config.json"
     bos, pad = (
         stops[0] if found is None else _token_id(found, key, where)
         for key in ("bos_token_id", "pad_token_id")

@@ -6,6 +6,7 @@ Initializers hold no bytes of their own: they name a file beside the model, an o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from onnx import TensorProto, helper
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
-_DTYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+"""The ONNX data type of a safetensors dtype."""
 
 
 def external_tensor(
@@ -27,11 +29,6 @@ def external_tensor(
     return tensor
 
 
-def stored_type(dtype: str) -> int:
-    """The ONNX data type of a safetensors dtype."""
-    return _DTYPES[dtype]
-
-
 class GraphWriter:
     """Collects nodes and initializers in order of execution and makes a model of them."""
 
@@ -42,11 +39,10 @@ class GraphWriter:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def node(
-        self, op: str, inputs: list[str], output: str, domain: str = "", more: tuple[str, ...] = (), **attrs: Any
+        self, op: str, inputs: list[str], output: str, domain: str = "", more: Sequence[str] = (), **attrs: Any
     ) -> str:
         """Append one node; `output` is its name and first output, `more` its further outputs."""
-        node = helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attrs)
-        self.nodes.append(node)
+        self.nodes.append(helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attrs))
         return output
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -59,10 +55,9 @@ class GraphWriter:
         """The finished model."""
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, producer_name="pipeline", ir_version=10)
-        return model
+        return helper.make_model(graph, opset_imports=opsets, producer_name="pipeline", ir_version=10)
 
 
-def value_info(name: str, data_type: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+def value_info(name: str, data_type: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     """Type and shape of a graph input or output; strings are symbolic dimensions."""
     return helper.make_tensor_value_info(name, data_type, shape)

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import value_info
-from pipeline.graph.taps import product_inputs
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class DecoderSlices:
                 f"be cut into {architecture.layers} layers. Run the export stage again."
             )
         opened = {name: _open_norm(nodes[name]) for name in norms}
-        self._hidden = [opened[name][-1].input[0] for name in norms]
+        self._hidden = [*(opened[name][-1].input[0] for name in norms), None]  # before each layer and the head
         split = (part for node in model.graph.node for part in opened.get(node.name, [node]))
         self._producers = {output: node for node in split for output in node.output if output}
 
@@ -74,50 +73,38 @@ class DecoderSlices:
 
     def embedding(self) -> Slice:
         """input_ids → the hidden states before the first layer."""
-        return self._slice(None, self._hidden[0], [])
+        return self._slice(None, self._hidden[0], [], {})
 
     def layer(self, layer: int) -> Slice:
-        """The hidden states before `layer` → those after it, and every product's input."""
-        parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value") if self._cache}
-        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer), parts)
+        """The hidden states before `layer` → those after it, and every product's input.
+
+        The number of layers stands for what remains after the last one: up to the head's input, without its product, a
+        model's largest.
+        """
+        parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value")}
+        cached = {name: value for name, value in parts.items() if value in self._cache}
+        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer), cached)
 
     def open_layer(self, layer: int) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
         columns] by their names: what runs may change from one run to the next."""
-        part = self._slice(self._hidden[layer], self._hidden[layer + 1], [])
+        part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], {})
         _open_products(part.model.graph, self.architecture.body(layer))
         return part
 
-    def up_to(self, name: str) -> Slice:
-        """The hidden states before a layer → one of its products' inputs, and nothing that comes later.
-
-        `up_to("head")` is what remains after the last layer: the head's product itself, a model's largest, is left out.
-        """
-        layers = range(self.architecture.layers + 1)
-        layer = next(layer for layer in layers if name in self.inputs(layer))
-        return self._slice(self._hidden[layer], None, [name])
-
-    def _slice(
-        self, source: str | None, target: str | None, names: list[str], cached: Mapping[str, str] | None = None
-    ) -> Slice:
-        cached = cached or {}
+    def _slice(self, source: str | None, target: str | None, names: Iterable[str], cached: Mapping[str, str]) -> Slice:
         taps = {name: self._taps[name] for name in names}
         outputs = {value: self.columns[name] for name, value in taps.items()}
         if target:
             outputs[target] = self.architecture.hidden
         nodes, read = self._reach([*outputs, *cached.values()], source)
         graph = self._model.graph
-        inputs = [value for value in graph.input if value.name in read]
-        if source:
-            inputs.insert(0, _activations(source, self.architecture.hidden))
-        cut = helper.make_graph(
-            nodes,
-            f"{graph.name} slice",
-            inputs,
-            [_activations(name, columns) for name, columns in outputs.items()]
-            + [self._cache[name] for name in cached.values()],
-            [tensor for tensor in graph.initializer if tensor.name in read],
-        )
+        taken = [_activations(source, self.architecture.hidden)] if source else []
+        taken += [value for value in graph.input if value.name in read]
+        given = [_activations(name, columns) for name, columns in outputs.items()]
+        given += [self._cache[name] for name in cached.values()]
+        stored = [tensor for tensor in graph.initializer if tensor.name in read]
+        cut = helper.make_graph(nodes, f"{graph.name} slice", taken, given, stored)
         opsets, version = self._model.opset_import, self._model.ir_version
         model = helper.make_model(cut, opset_imports=opsets, producer_name="pipeline", ir_version=version)
         return Slice(model, source, target, taps, cached)
@@ -137,6 +124,24 @@ class DecoderSlices:
         return [node for key, node in order.items() if key in found], read
 
 
+def product_inputs(model: onnx.ModelProto, architecture: Architecture) -> dict[str, str]:
+    """Input of the matrices (`layers.0.attention`, …, `head`) → the value of a full-precision graph that holds it.
+
+    In the order of execution. Matrices that share an input share the value.
+    """
+    inputs = {matrix.name: matrix.input for matrix in architecture.matrices}
+    stored = _cast_from(model.graph)
+    values: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "FusedMatMul":
+            values.setdefault(inputs[stored.get(node.input[1], node.input[1])], node.input[0])
+    return values
+
+
+def _cast_from(graph: onnx.GraphProto) -> dict[str, str]:
+    return {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+
+
 def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
     return value_info(name, TensorProto.FLOAT, ["batch", "sequence", channels])
 
@@ -144,7 +149,7 @@ def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
 def _open_products(graph: onnx.GraphProto, matrices: Iterable[Matrix]) -> None:
     """Make the matrices of a graph's products its inputs, in place of references to the checkpoint."""
     shapes = {matrix.name: [matrix.rows, matrix.columns] for matrix in matrices}
-    stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    stored = _cast_from(graph)
     for node in graph.node:
         if node.op_type == "FusedMatMul":
             node.input[1] = stored.get(node.input[1], node.input[1])
@@ -163,12 +168,9 @@ def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     residual, block, gamma = node.input
     normed, total = node.output[0], node.output[-1]
     epsilon = helper.get_node_attr_value(node, "epsilon")
-    return [
-        helper.make_node("Add", [residual, block], [total], name=total),
-        helper.make_node(
-            "SimplifiedLayerNormalization", [total, gamma], [normed], name=node.name, axis=-1, epsilon=epsilon
-        ),
-    ]
+    added = helper.make_node("Add", [residual, block], [total], name=total)
+    settings = {"name": node.name, "axis": -1, "epsilon": epsilon}
+    return [added, helper.make_node("SimplifiedLayerNormalization", [total, gamma], [normed], **settings)]
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -8,7 +8,7 @@ of the family. Our side of the cut refers to the same bytes of the same files, o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,9 @@ _EXPORTER_BYTES = 16  # peak bytes of an Optimum export for each float32 paramet
 _MIN_VOCAB = 1024  # fewer token ids would say little about embedding and head
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The first `layers` layers and the first `vocab` rows of embedding and head."""
-
-    layers: int
-    vocab: int
-
-
-def cut(architecture: Architecture, checkpoint: Mapping[str, TensorRef], memory_bytes: int) -> Cut:
-    """The largest part that Optimum exports within `memory_bytes`.
+def cut(architecture: Architecture, memory_bytes: int) -> Architecture:
+    """The largest part of a model that Optimum exports within `memory_bytes`: its first layers, and the first rows of
+    embedding and head.
 
     All of it; else fewer layers with the whole vocabulary; else two layers, or one, with as many token ids as fit.
 
@@ -44,20 +37,22 @@ def cut(architecture: Architecture, checkpoint: Mapping[str, TensorRef], memory_
         ResourceError: one layer with 1,024 token ids is too large.
     """
 
+    def part(layers: int, vocab: int) -> Architecture:
+        return replace(architecture, layers=layers, vocab=vocab)
+
     def peak(layers: int, vocab: int) -> int:
-        _, refs = cut_model(architecture, checkpoint, Cut(layers, vocab))
-        return _EXPORTER_BYTES * sum(ref.elements for ref in refs.values())
+        return _EXPORTER_BYTES * part(layers, vocab).parameters
 
     one = peak(1, 1)
-    layer, row = peak(2, 1) - one if architecture.layers > 1 else 0, peak(1, 2) - one
-    layers = 1 + (memory_bytes - peak(1, architecture.vocab)) // max(layer, 1)
+    layer, row = peak(2, 1) - one, peak(1, 2) - one
+    layers = 1 + (memory_bytes - peak(1, architecture.vocab)) // layer
     if layers >= 1:
-        return Cut(min(layers, architecture.layers), architecture.vocab)
+        return part(min(layers, architecture.layers), architecture.vocab)
     least = min(_MIN_VOCAB, architecture.vocab)
     for layers in range(min(2, architecture.layers), 0, -1):
         vocab = 1 + (memory_bytes - peak(layers, 1)) // row
         if vocab >= least:
-            return Cut(layers, vocab)
+            return part(layers, vocab)
     raise ResourceError(
         f"parity: Optimum's export of one {architecture.family} layer of width {architecture.hidden:,} with {least:,} "
         f"token ids peaks at {peak(1, least):,} bytes; memory_bytes in configs/parity.yaml allows {memory_bytes:,}. "
@@ -65,22 +60,14 @@ def cut(architecture: Architecture, checkpoint: Mapping[str, TensorRef], memory_
     )
 
 
-def is_whole(architecture: Architecture, part: Cut) -> bool:
-    """Whether nothing is cut off."""
-    return part == Cut(architecture.layers, architecture.vocab)
-
-
-def cut_model(
-    architecture: Architecture, checkpoint: Mapping[str, TensorRef], part: Cut
-) -> tuple[Architecture, Mapping[str, TensorRef]]:
-    """The cut architecture and references to its tensors: what `build_decoder` takes. No byte is read or moved."""
-    smaller = replace(architecture, layers=part.layers, vocab=part.vocab)
+def cut_references(smaller: Architecture, checkpoint: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """References to a cut model's tensors: what `build_decoder` takes. No byte is read or moved."""
     refs = {}
     for name, shape in smaller.expected_tensors().items():
         ref = checkpoint[name]
         # Rows lie one after another, so the first rows are a prefix of the tensor's bytes.
         refs[name] = replace(ref, shape=shape, length=ref.length // ref.shape[0] * shape[0])
-    return smaller, refs
+    return refs
 
 
 def compare(

@@ -83,14 +83,8 @@ def main(weights: Path, layers: int, vocab: int, output: Path) -> None:
     from optimum.exporters.onnx import onnx_export_from_model
 
     warnings.filterwarnings("ignore")
-    onnx_export_from_model(
-        load_reference(weights, layers, vocab),
-        output,
-        task="text-generation-with-past",
-        do_validation=False,
-        no_post_process=True,
-        device="cpu",
-    )
+    model, task = load_reference(weights, layers, vocab), "text-generation-with-past"
+    onnx_export_from_model(model, output, task=task, do_validation=False, no_post_process=True, device="cpu")
 
 
 if __name__ == "__main__":

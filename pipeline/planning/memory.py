@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.recipes import KvCache
+from pipeline.graph.genai import PREFILL_CHUNK
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 
-# Tokens that onnxruntime-genai is configured to read at a time.
-PREFILL_CHUNK = 256
 # Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120.
 ACTIVATION_COPIES = 4.5
 

@@ -74,8 +74,8 @@ def before(stage: str, model: str, variant: str = "") -> None:
         check_all()
         wanted = download_needs(find_source(model, store), room())
         require(model, replace(wanted, store_disk=0))  # fetching checks the store's share: it knows what is there
-    for name, source in needed_datasets().items():  # what is in the store is not fetched again
-        fetch_dataset(name, source, store)
+    for source in needed_datasets().values():  # what is in the store is not fetched again
+        fetch_dataset(source, store)
     if stage == "download":
         return
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")

@@ -25,7 +25,7 @@ from pipeline.config.parity import load_parity
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import has_budget, load_recipe
 from pipeline.errors import PipelineError, ResourceError
-from pipeline.parity.compare import cut, cut_model
+from pipeline.parity.compare import cut, cut_references
 from pipeline.preflight import needs
 from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
@@ -146,8 +146,7 @@ def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates
     yield needs.calibrate(architecture, calibration, rates)
     if has_budget(variants):
         yield needs.sensitivity(architecture, load_sensitivity(), rates)
-    part = cut(architecture, found.references, load_parity().memory_bytes)
-    compared = cut_model(architecture, found.references, part)[1].values()
+    compared = cut_references(cut(architecture, load_parity().memory_bytes), found.references).values()
     yield needs.parity(sum(ref.elements for ref in compared), sum(ref.length for ref in compared))
     context = load_tiers().context
     artifacts = [computed(found, variant, context) for variant in variants]

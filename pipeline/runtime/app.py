@@ -13,30 +13,14 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.machine import cores, resident_memory
 
 _TEXT = "The history of the town goes back to the time when the river was the only road through the forest. "
 _ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one process does. Without `prompt_tokens` it only loads.
-
-    Attributes:
-        prompt_tokens: prompt lengths, shortest first; each is generated from `repeats` times.
-        new_tokens: decoded after each prompt, at least two.
-        bytes_per_token: what decoding a token must read: the working set that the memory's bandwidth is measured on.
-    """
-
-    folder: str
-    prompt_tokens: tuple[int, ...] = ()
-    new_tokens: int = 2
-    repeats: int = 1
-    bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,41 +48,48 @@ class Generation:
 
 @dataclass(frozen=True)
 class Observed:
-    """What the process saw. `bandwidth`: bytes per second that all cores read together, measured after use."""
+    """What the process saw.
+
+    Attributes:
+        used: after the last generation; as `loaded` where nothing was generated.
+        bandwidth: bytes per second that all cores read together, measured after use; 0 where nothing was generated.
+    """
 
     load_seconds: float
     loaded: Look
-    used: Look | None = None
-    generations: list[Generation] = field(default_factory=list)
-    bandwidth: float | None = None
+    used: Look
+    generations: list[Generation]
+    bandwidth: float
 
 
-def observe(task: Task) -> Observed:
-    """Load, generate, and measure the machine's bandwidth once the model's memory is free again."""
+def observe(
+    folder: str, prompt_tokens: Sequence[int] = (), new_tokens: int = 2, repeats: int = 1, bytes_per_token: int = 0
+) -> Observed:
+    """Load, generate, and measure the machine's bandwidth once the model's memory is free again.
+
+    Args:
+        prompt_tokens: prompt lengths, shortest first; each is generated from `repeats` times. Without any, the model is
+            only loaded.
+        new_tokens: decoded after each prompt, at least two.
+        bytes_per_token: what decoding a token must read: the working set that the memory's bandwidth is measured on.
+    """
     import onnxruntime_genai as genai
 
     start = time.monotonic()
-    model = genai.Model(task.folder)
+    model = genai.Model(folder)
     load_seconds = time.monotonic() - start
     loaded = Look.at()
-    if not task.prompt_tokens:
-        return Observed(load_seconds, loaded)
-    ids = _prompt(genai.Tokenizer(model), max(task.prompt_tokens))
-    _generate(model, ids[: task.prompt_tokens[0]], task.new_tokens)  # warms up, and is not counted
+    if not prompt_tokens:
+        return Observed(load_seconds, loaded, loaded, [], 0.0)
+    sentence = [int(token) for token in genai.Tokenizer(model).encode(_TEXT)]
+    ids = sentence * -(-max(prompt_tokens) // len(sentence))
+    _generate(model, ids[: prompt_tokens[0]], new_tokens)  # warms up, and is not counted
     # In turns, so that a disturbance of some seconds does not fall on one length alone.
-    generations = [
-        _generate(model, ids[:length], task.new_tokens) for _ in range(task.repeats) for length in task.prompt_tokens
-    ]
+    generations = [_generate(model, ids[:length], new_tokens) for _ in range(repeats) for length in prompt_tokens]
     used = Look.at()
     del model
-    bandwidth = _bandwidth(task.bytes_per_token, [item.rate for item in generations])
+    bandwidth = _bandwidth(bytes_per_token, [item.rate for item in generations])
     return Observed(load_seconds, loaded, used, generations, bandwidth)
-
-
-def _prompt(tokenizer: Any, length: int) -> list[int]:
-    """`length` token ids of a text."""
-    sentence = [int(token) for token in tokenizer.encode(_TEXT)]
-    return (sentence * -(-length // len(sentence)))[:length]
 
 
 def _generate(model: Any, ids: list[int], new_tokens: int) -> Generation:
@@ -131,4 +122,4 @@ def _bandwidth(bytes_per_token: int, rates: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(observe(Task(**json.loads(sys.argv[1]))))))
+    print(json.dumps(asdict(observe(**json.loads(sys.argv[1])))))

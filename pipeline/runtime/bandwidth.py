@@ -16,7 +16,7 @@ LARGEST_WORKING_SET = 1 << 30
 
 
 @compiled(nogil=True)
-def _sum(words: np.ndarray, rounds: int) -> int:
+def _sum(words: np.ndarray, rounds: int) -> np.uint64:
     """Sum of uint64 words, `rounds` times: the least work that still reads every byte; vectorised by the compiler."""
     total = np.uint64(0)
     for _ in range(rounds):

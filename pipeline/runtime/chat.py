@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from pipeline.errors import EvaluationError
 
@@ -51,7 +51,7 @@ def transcript(folder: Path, path: Path) -> str:
     """
     try:
         found = Conversations.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).conversations
-    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise EvaluationError(f"{path} is not a YAML file of conversations: {error}") from None
     template, roles = _template(folder), ("user", "assistant")
     texts = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def load(folder: Path) -> genai.Model:
     Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
     """
     for graph in folder.glob("*.onnx"):
-        check_weights(graph)
+        check_weights(graph, folder)
     try:
         settings = genai.Config(str(folder))
         # Left to itself the runtime uses half of the cores.
@@ -103,9 +104,8 @@ class Writer:
         Raises EvaluationError when the model has none, or it cannot be rendered.
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                json.dumps([{"role": "user", "content": request}]), add_generation_prompt=True
-            )
+            messages = json.dumps([{"role": "user", "content": request}])
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # as in `load`
             raise EvaluationError(
                 f"{self.folder}: onnxruntime-genai cannot render the chat template: {error}. A model without one is "
@@ -132,9 +132,14 @@ class Writer:
             )
         # Some models' thinking markers are special tokens, which decoding would leave out.
         self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")
+        search: dict[str, float | int | bool] = {"do_sample": False}
+        if sampling is not None:
+            # Without `top_k` the model's own would limit the draw; with 0 the runtime does not honour `top_p`.
+            search = {"do_sample": True, "top_k": self.vocab, "top_p": sampling.top_p}
+            search |= {"temperature": sampling.temperature, "random_seed": sampling.seed}
         params = genai.GeneratorParams(self.model)
         # The KV cache is allocated for max_length: what this text needs, not the model's context.
-        params.set_search_options(max_length=len(prefix) + limits.total, **self._search(sampling))
+        params.set_search_options(max_length=len(prefix) + limits.total, **search)
         generator = genai.Generator(self.model, params)
         generator.append_tokens(prefix)
         text = _Text(self, limits, complete, opens_thinking(prompt))
@@ -146,30 +151,24 @@ class Writer:
             if (last or len(text.ids) % _CHECK_EVERY == 0) and (written := text.look()):
                 return written
 
-    def _search(self, sampling: Sampling | None) -> dict[str, float | int | bool]:
-        """Without `top_k` the model's own default would limit the draw; with 0 the runtime does not honour `top_p`."""
-        if sampling is None:
-            return {"do_sample": False}
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "random_seed": sampling.seed}
-        return {"do_sample": True, "top_k": self.vocab, **drawn}
-
 
 class _Text:
     """One text while its `ids` grow."""
 
     def __init__(self, writer: Writer, limits: Limits, complete: Complete, opened: bool) -> None:
-        self._writer, self._limits, self._complete, self._opened = writer, limits, complete, opened
+        self._limits, self._complete, self._opened = limits, complete, opened
+        self._decode, self._stops = writer.tokenizer.decode, writer.stop_ids
         self._answer_from: int | None = None if limits.thinking else 0
         self.ids: list[int] = []
 
     def look(self) -> Written | None:
         """The text, if it has ended."""
-        ids, stopped = self.ids, self.ids[-1] in self._writer.stop_ids
+        ids, stopped = self.ids, self.ids[-1] in self._stops
         told = ids[:-1] if stopped else ids
         if self._answer_from is None:
             self._answer_from = self._end_of_thinking(told)
-        begun = self._answer_from is not None
-        most = self._answer_from + self._limits.answer if begun else self._limits.thinking
+        start, limits = self._answer_from, self._limits
+        begun, most = (False, limits.thinking) if start is None else (True, start + limits.answer)
         text = self._decode(told[:most])
         if begun and self._complete(text):
             return Written(tuple(told[:most]), text, "")
@@ -185,15 +184,9 @@ class _Text:
             return None
         if END_OF_THINKING not in text:
             return 0
-        # A marker once closed stays closed, so its last token can be found by bisection.
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if is_thinking(self._decode(ids[:middle]), self._opened):
-                low = middle + 1
-            else:
-                high = middle
-        return low
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._writer.tokenizer.decode(ids)
+        def ended(count: int) -> bool:
+            return not is_thinking(self._decode(ids[:count]), self._opened)
+
+        # A marker once closed stays closed, so its last token can be found by bisection.
+        return bisect_left(range(len(ids)), True, key=ended)

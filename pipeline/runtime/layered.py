@@ -16,11 +16,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnxruntime import InferenceSession
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -28,7 +27,7 @@ from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file, read_json, write_json
 from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.progress import Progress
-from pipeline.runtime.session import open_slice
+from pipeline.runtime.session import SliceRun, open_slice
 
 _QUESTIONS = "questions.json"
 
@@ -40,26 +39,17 @@ class Question(NamedTuple):
     ids: tuple[int, ...]
 
 
-class Asked(Protocol):
-    """What is asked: `OnnxDecoder.run`, with a state that stays the asker's own business."""
-
-    def run(self, ids: Sequence[int], past: int | None = None) -> tuple[np.ndarray, int]:
-        """Logits, float32 [len(ids), vocab], of `ids` after the state `past`, and the state after them."""
-        ...
-
-
-class _Listener:
-    """Hears questions, in an order in which each comes after the one that it continues. All logits are zero."""
+class Listener:
+    """A stand-in for `OnnxDecoder` that hears questions, each after the one that it continues. All logits are zero."""
 
     def __init__(self, vocab: int):
         self.numbers: dict[Question, int] = {}
         self._vocab = vocab
 
     def run(self, ids: Sequence[int], past: int | None = None) -> tuple[np.ndarray, int]:
-        question = Question(past, tuple(map(int, ids)))
-        return np.broadcast_to(np.float32(0), (len(ids), self._vocab)), self.numbers.setdefault(
-            question, len(self.numbers)
-        )
+        """float32 zeros [len(ids), vocab], and the question's number."""
+        number = self.numbers.setdefault(Question(past, tuple(map(int, ids))), len(self.numbers))
+        return np.broadcast_to(np.float32(0), (len(ids), self._vocab)), number
 
 
 class LayeredDecoder:
@@ -78,14 +68,14 @@ class LayeredDecoder:
         self._starts: list[int] = []
         self._head = np.empty((0, architecture.hidden), np.float32)
 
-    def prepare(self, ask: Callable[[Asked], object]) -> None:
+    def prepare(self, ask: Callable[[Listener], object]) -> None:
         """Announce all that `ask` asks. It must ask the same whatever the logits are.
 
         Raises:
             EvaluationError: ONNX Runtime refuses a layer.
             OSError: the disk is full (wrap the work in `files.disk_full`).
         """
-        listener = _Listener(self._architecture.vocab)
+        listener = Listener(self._architecture.vocab)
         ask(listener)
         if not listener.numbers:
             return
@@ -130,38 +120,29 @@ class LayeredDecoder:
 
     def _pass(self, number: int) -> None:
         """All questions through the embedding (0), a layer, or the last norm."""
-        layers = self._architecture.layers
-        part = self._slices.embedding() if number == 0 else None
-        part = part or (self._slices.layer(number - 1) if number <= layers else self._slices.up_to("head"))
-        session = open_slice(part.model, self._weights)
+        part = self._slices.layer(number - 1) if number else self._slices.embedding()
+        run = open_slice(part.model, self._weights)
         with atomic_file(self._file(number)) as file:
-            for hidden in self._outputs(session, part, number):
-                file.write(np.ascontiguousarray(hidden))
+            for hidden in self._outputs(run, part, number):
+                file.write(np.ascontiguousarray(hidden).data)
         self._file(number - 1).unlink(missing_ok=True)
 
-    def _outputs(self, session: InferenceSession, part: Slice, number: int) -> Iterator[np.ndarray]:
+    def _outputs(self, run: SliceRun, part: Slice, number: int) -> Iterator[np.ndarray]:
         """Hidden states of each question after a slice, float32 [tokens, hidden]."""
-        arch = self._architecture
-        inputs = [value.name for value in session.get_inputs()]
-        past_names = [name for name in inputs if name.startswith("past_key_values.")]
         output, present = part.target or part.taps["head"], list(part.cached.values())
-        empty = [np.zeros((1, arch.kv_heads, 0, arch.head_dim), np.float32)] * 2
-        kept: dict[int, list[np.ndarray]] = {}  # keys and values of questions that others continue
+        names = [name.replace("present.", "past_key_values.") for name in present]
+        kept: dict[int | None, dict[str, np.ndarray]] = {}  # keys and values of questions that others continue
         following = Counter(question.past for question in self._numbers)
         lengths: list[int] = []
         for index, (past, ids) in enumerate(self._numbers):
             lengths.append(len(ids) + (0 if past is None else lengths[past]))
-            feeds = {
-                "input_ids": np.array([ids], np.int64),
-                "attention_mask": np.ones((1, lengths[index]), np.int64),
-                **dict(zip(past_names, empty if past is None else kept[past], strict=False)),
-            }
+            arrays = {**kept.get(past, {}), "input_ids": np.array([ids], np.int64)}
+            arrays["attention_mask"] = np.ones((1, lengths[index]), np.int64)
             if part.source:
-                feeds[part.source] = self._hidden(number - 1, index)[None]
-            wanted = [output, *(present if following[index] else [])]
-            hidden, *cache = session.run(wanted, {name: feeds[name] for name in inputs})
+                arrays[part.source] = self._hidden(number - 1, index)[None]
+            hidden, *cache = run([output, *(present if following[index] else [])], arrays)
             if following[index]:
-                kept[index] = cache
+                kept[index] = dict(zip(names, cache, strict=True))
             if past is not None:
                 following[past] -= 1
                 if not following[past]:

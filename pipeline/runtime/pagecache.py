@@ -24,9 +24,8 @@ def resident(path: Path) -> int:
     flags = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped:
         view = np.frombuffer(mapped, np.uint8)
-        status = libc.mincore(
-            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(flags.ctypes.data)
-        )
+        start, found = (ctypes.c_void_p(array.ctypes.data) for array in (view, flags))
+        status = libc.mincore(start, ctypes.c_size_t(size), found)
         del view  # or the mapping cannot be closed
     if status:
         raise EvaluationError(f"{path}: mincore failed: {os.strerror(ctypes.get_errno())}")

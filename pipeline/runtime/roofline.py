@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx
 
@@ -43,29 +44,29 @@ class Traffic:
 
 def traffic(model: onnx.ModelProto) -> Traffic:
     """What a token reads, from the graph alone. Tensors stored once under two names count once."""
-    stored = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
-    origin = {name: name for name in stored}
-    whole, rows = set(), set()
+    origin = {tensor.name: _stored(tensor) for tensor in model.graph.initializer}
+    every, whole = set(origin.values()), set[_Stored]()
     for node in model.graph.node:
         for index, name in enumerate(node.input):
-            if name not in origin:
-                continue
-            if node.op_type in _ALIASES and index == 0:
+            if name in origin and node.op_type in _ALIASES and index == 0:
                 origin[node.output[0]] = origin[name]
-            else:
-                (rows if index in _ROW_INPUTS.get(node.op_type, ()) else whole).add(stored[origin[name]])
-    # Read by no node of the outer graph: LongRoPE's tables, which a branch picks.
-    rows |= set(stored.values()) - whole
-    tables = rows - whole
+            elif name in origin and index not in _ROW_INPUTS.get(node.op_type, ()):
+                whole.add(origin[name])
+    # The others are read by rows, LongRoPE's tables among them, which no node of the outer graph reads: a branch picks.
+    tables = every - whole
     weight_bytes = sum(place.length for place in whole) + sum(place.length // place.rows for place in tables)
-    return Traffic(weight_bytes, sum(place.length for place in tables), _cache_bytes(model))
+    # Keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim].
+    kinds = [value.type.tensor_type for value in model.graph.input if value.name.startswith("past_key_values.")]
+    sizes = ((kind.shape.dim[1].dim_value, kind.shape.dim[3].dim_value, kind.elem_type) for kind in kinds)
+    cache_bytes = sum(heads * channels * _item_bytes(elem_type) for heads, channels, elem_type in sizes)
+    return Traffic(weight_bytes, sum(place.length for place in tables), cache_bytes)
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """Where a tensor lies; equal for two names of the same bytes."""
 
-    key: tuple[str, int]
+    location: str
+    offset: int
     length: int
     rows: int
 
@@ -74,23 +75,11 @@ def _item_bytes(data_type: int) -> int:
     return onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
 
 
-def _size(tensor: onnx.TensorProto) -> _Stored:
-    length = math.prod(tensor.dims) * _item_bytes(tensor.data_type)
+def _stored(tensor: onnx.TensorProto) -> _Stored:
+    place = {item.key: item.value for item in tensor.external_data}
+    length = int(place.get("length", math.prod(tensor.dims) * _item_bytes(tensor.data_type)))
     rows = tensor.dims[0] if tensor.dims else 1
-    if not tensor.external_data:
-        return _Stored((tensor.name, 0), length, rows)
-    entry = {item.key: item.value for item in tensor.external_data}
-    return _Stored((entry["location"], int(entry.get("offset", 0))), int(entry.get("length", length)), rows)
-
-
-def _cache_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of keys and values of one token: inputs past_key_values.* are [batch, heads, past, head_dim]."""
-    total = 0
-    for value in model.graph.input:
-        if value.name.startswith("past_key_values."):
-            kind = value.type.tensor_type
-            total += kind.shape.dim[1].dim_value * kind.shape.dim[3].dim_value * _item_bytes(kind.elem_type)
-    return total
+    return _Stored(place.get("location", tensor.name), int(place.get("offset", 0)), length, rows)
 
 
 def require_possible(rate: float, ceiling: float, what: str) -> None:

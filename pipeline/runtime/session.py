@@ -5,7 +5,7 @@ This is the runtime that ships; nothing here simulates quantization.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,44 +55,59 @@ def open_session(path: Path) -> ort.InferenceSession:
 
     Raises EvaluationError when ONNX Runtime refuses the file, and CheckpointError as `check_weights`.
     """
-    check_weights(path)
+    check_weights(path, path.parent)
     return _open(path, path, ort.SessionOptions())
 
 
-def open_slice(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
-    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
+SliceRun = Callable[[Sequence[str], Mapping[Any, np.ndarray]], list[np.ndarray]]
+"""Names of outputs, and arrays by name, of which a slice takes what it needs → these outputs."""
+
+
+def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
+    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`.
+
+    Where a past is not among the arrays, [batch, …] all of them, there is none.
+    """
     options = ort.SessionOptions()
-    _check_weights(model, folder)
+    check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return _open(model.SerializeToString(), folder, options)
+    session = _open(model.SerializeToString(), folder, options)
+    inputs = session.get_inputs()
+
+    def run(outputs: Sequence[str], arrays: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
+        feeds = {value.name: arrays[value.name] for value in inputs if value.name in arrays}
+        for value in inputs:
+            if value.name.startswith("past_key_values.") and value.name not in feeds:
+                empty = (len(arrays["attention_mask"]), value.shape[1], 0, value.shape[3])
+                feeds[value.name] = np.zeros(empty, np.float32)
+        return session.run(outputs, feeds)
+
+    return run
 
 
-def check_weights(path: Path) -> None:
+def check_weights(model: Path | onnx.ModelProto, folder: Path) -> None:
     """Compare the weights that a graph refers to with the digests of what was downloaded, before a runtime maps them.
 
     A graph beside which there are no such digests, a quantized one, refers to no downloaded file.
 
     Raises CheckpointError naming blob and tensor.
     """
-    if any(path.parent.glob("*.blake3")):
-        import onnx
+    if not any(folder.glob("*.blake3")):
+        return
+    import onnx
 
-        _check_weights(onnx.load(path, load_external_data=False), path.parent)
+    from pipeline.checkpoint.tensors import Checkpoint
 
+    graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
+    checkpoint = Checkpoint(folder)
 
-def _check_weights(model: onnx.ModelProto, folder: Path) -> None:
-    if any(folder.glob("*.blake3")):
-        from pipeline.checkpoint.tensors import Checkpoint
+    def check(tensor: onnx.TensorProto) -> None:
+        place = {item.key: item.value for item in tensor.external_data}
+        if place.get("location", "").endswith(".safetensors"):
+            checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
 
-        checkpoint = Checkpoint(folder)
-
-        def check(tensor: onnx.TensorProto) -> None:
-            place = {item.key: item.value for item in tensor.external_data}
-            if place.get("location", "").endswith(".safetensors"):
-                checkpoint.check(tensor.name, int(place["offset"]), int(place["length"]))
-
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(check, model.graph.initializer))
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(check, graph.graph.initializer))
 
 
 def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -131,12 +146,10 @@ class OnnxDecoder:
         """Logits, float32 [len(ids), vocab], of `ids` after the tokens in `past`; and the state after them."""
         past = past or self._empty
         length = past.length + len(ids)
-        feeds = {
-            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.asarray([ids], np.int64)),
-            "attention_mask": ort.OrtValue.ortvalue_from_numpy(np.ones((1, length), np.int64)),
-            **dict(zip(self._names, past.values, strict=True)),
-        }
+        feeds = {"input_ids": np.asarray([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
         if self._places:
-            feeds["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.arange(past.length, length)[None])
-        logits, *present = self.session.run_with_ort_values(self._outputs, feeds)
+            feeds["position_ids"] = np.arange(past.length, length)[None]
+        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
+        values |= zip(self._names, past.values, strict=True)
+        logits, *present = self.session.run_with_ort_values(self._outputs, values)
         return logits.numpy()[0], State(length, tuple(present))

@@ -33,8 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import EvaluationError
 from pipeline.files import read_json
-from pipeline.runtime.app import Look, Observed, Task
+from pipeline.runtime.app import Look, Observed
 from pipeline.runtime.pagecache import evict
 from pipeline.runtime.roofline import Traffic, require_possible, traffic
 
@@ -64,16 +63,15 @@ def measure(folder: Path, prompt_tokens: Sequence[int], new_tokens: int, repeats
     context, reads = _describe(folder)
     lengths = prompt_lengths(prompt_tokens, new_tokens, context)
     cached = evict(folder)
-    cold = _run(Task(str(folder.resolve())))
+    cold, _ = _run(folder)
     least = round(reads.per_token(lengths[0]))
-    warm = _run(Task(str(folder.resolve()), lengths, new_tokens, repeats, least))
-    decoding = _decoding(folder, warm.observed, reads, new_tokens)
+    warm, looks = _run(folder, prompt_tokens=lengths, new_tokens=new_tokens, repeats=repeats, bytes_per_token=least)
     return {
-        "load_seconds": warm.observed.load_seconds,
-        "cold_load_seconds": None if cached else cold.observed.load_seconds,
+        "load_seconds": warm.load_seconds,
+        "cold_load_seconds": None if cached else cold.load_seconds,
         "cold_load_cached_bytes": cached,
-        **decoding,
-        **memory_peaks(warm),
+        **_decoding(folder, warm, reads, new_tokens),
+        **_memory_peaks(warm, looks),
     }
 
 
@@ -104,17 +102,10 @@ def _describe(folder: Path) -> tuple[int, Traffic]:
         ) from None
 
 
-@dataclass(frozen=True)
-class Watched:
-    """What a process saw of itself, and looks at its memory while it ran."""
-
-    observed: Observed
-    looks: list[Look]
-
-
-def _run(task: Task) -> Watched:
-    """Run `task` in a fresh process."""
-    command = [sys.executable, "-m", "pipeline.runtime.app", json.dumps(asdict(task))]
+def _run(folder: Path, **task: Any) -> tuple[Observed, list[Look]]:
+    """What a fresh process that runs `app.observe` saw of itself, and looks at its memory while it ran."""
+    task["folder"] = str(folder.resolve())
+    command = [sys.executable, "-m", "pipeline.runtime.app", json.dumps(task)]
     looks: list[Look] = []
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=errors) as process:
@@ -130,10 +121,10 @@ def _run(task: Task) -> Watched:
         if process.returncode:
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             raise EvaluationError(
-                f"{task.folder}: measuring speed failed with status {process.returncode} (negative: the signal; 9 is "
+                f"{folder}: measuring speed failed with status {process.returncode} (negative: the signal; 9 is "
                 f"what the kernel sends when memory is out): {last}"
             )
-        return Watched(TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks)
+        return TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks
 
 
 # --- figures ---
@@ -141,43 +132,39 @@ def _run(task: Task) -> Watched:
 
 def _decoding(folder: Path, observed: Observed, reads: Traffic, new_tokens: int) -> dict[str, Any]:
     """Figures of each prompt length, and those of the longest at the top."""
-    lengths = sorted({item.prompt_tokens for item in observed.generations})
-    prompts = {str(length): _prompt_figures(observed, length, reads, new_tokens) for length in lengths}
-    for length, figures in prompts.items():
+    prompts: dict[str, dict[str, float]] = {}
+    for length in sorted({item.prompt_tokens for item in observed.generations}):
+        own = [item for item in observed.generations if item.prompt_tokens == length]
+        per_token = reads.per_token(length + new_tokens / 2)
+        prompts[str(length)] = figures = {
+            **_spread("time_to_first_token_seconds", [item.first_seconds for item in own]),
+            **_spread("tokens_per_second", [item.rate for item in own]),
+            "bytes_per_token": per_token,
+            "roofline_tokens_per_second": observed.bandwidth / per_token,
+        }
         what = f"{folder}, after a prompt of {length} tokens"
         require_possible(figures["tokens_per_second"], figures["roofline_tokens_per_second"], what)
     spreads = [value for figures in prompts.values() for key, value in figures.items() if key.endswith("_spread")]
     return {
-        **prompts[str(lengths[-1])],
-        "prompt_tokens": lengths[-1],
+        **figures,
+        "prompt_tokens": length,
         "prompts": prompts,
         "noisy": max(spreads) > NOISY,
         "memory_bandwidth_bytes_per_second": observed.bandwidth,
     }
 
 
-def _prompt_figures(observed: Observed, length: int, reads: Traffic, new_tokens: int) -> dict[str, float]:
-    own = [item for item in observed.generations if item.prompt_tokens == length]
-    per_token = reads.per_token(length + new_tokens / 2)
-    return {
-        **spread("time_to_first_token_seconds", [item.first_seconds for item in own]),
-        **spread("tokens_per_second", [item.rate for item in own]),
-        "bytes_per_token": per_token,
-        "roofline_tokens_per_second": (observed.bandwidth or 0.0) / per_token,
-    }
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """The median of repeats as `name`, the extremes as `_low` and `_high`, and their distance ÷ median as `_spread`."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return {name: middle, f"{name}_low": low, f"{name}_high": high, f"{name}_spread": (high - low) / middle}
 
 
-def memory_peaks(watched: Watched) -> dict[str, int]:
+def _memory_peaks(observed: Observed, looks: Sequence[Look]) -> dict[str, int]:
     """Peaks of loading, of use, and of both. What comes after use (the bandwidth's working set) is left out."""
-    loaded, used = watched.observed.loaded, watched.observed.used
-    loading = [look for look in watched.looks if look.seconds <= loaded.seconds] + [loaded]
-    using = [look for look in watched.looks if loaded.seconds < look.seconds <= used.seconds] + [loaded, used]
+    loaded, used = observed.loaded, observed.used
+    loading = [look for look in looks if look.seconds <= loaded.seconds] + [loaded]
+    using = [look for look in looks if loaded.seconds < look.seconds <= used.seconds] + [loaded, used]
     return {
         **_peaks("load_peak", loading),
         **_peaks("use_peak", using),
@@ -186,7 +173,5 @@ def memory_peaks(watched: Watched) -> dict[str, int]:
     }
 
 
-def _peaks(name: str, looks: Iterable[Look]) -> dict[str, int]:
-    pairs = [(look.private, look.mapped) for look in looks]
-    private, mapped = (max(values) for values in zip(*pairs, strict=True))
-    return {f"{name}_private_bytes": private, f"{name}_mapped_bytes": mapped}
+def _peaks(name: str, looks: Sequence[Look]) -> dict[str, int]:
+    return {f"{name}_{kind}_bytes": max(getattr(look, kind) for look in looks) for kind in ("private", "mapped")}

@@ -17,7 +17,6 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from onnxruntime import InferenceSession
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import EvaluationError
@@ -26,6 +25,8 @@ from pipeline.machine import cores
 from pipeline.quantize.cache import magnitudes
 from pipeline.runtime.session import open_slice
 
+Windows = Sequence[np.ndarray]
+"""Token ids, int64 [tokens] each."""
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
 
 
@@ -37,19 +38,11 @@ class LayerStream:
         digest: SHA-256 of the file of hidden states before `layer`, 64 hex digits; "" if an earlier stream wrote it.
     """
 
-    def __init__(
-        self,
-        slices: DecoderSlices,
-        weights: Path,
-        windows: Sequence[np.ndarray],
-        states: Path,
-        layer: int | None = None,
-    ):
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Windows, states: Path, layer: int | None = None):
         """Start at the embedding, or go on at `layer` with the file that an earlier stream over `windows` left.
 
         Args:
             weights: the folder where the whole graph runs.
-            windows: token ids, int64 [tokens] each.
             states: an existing folder for the hidden states, this stream's own.
 
         Raises:
@@ -57,11 +50,18 @@ class LayerStream:
         """
         self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
         self.layer, self.digest = layer or 0, ""
-        if layer is not None:
-            self._check_states()
-        else:
+        if layer is None:
             for _ in self._run(slices.embedding(), 0):
                 pass
+            return
+        path = states / self.states_file(layer)
+        size = path.stat().st_size if path.is_file() else 0
+        needed = 4 * slices.architecture.hidden * sum(map(len, windows))
+        if size != needed:
+            raise EvaluationError(
+                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(windows)} windows. Remove "
+                f"{states} and run the stage again."
+            )
 
     @staticmethod
     def states_file(layer: int) -> str:
@@ -81,71 +81,49 @@ class LayerStream:
         """
         for old in range(self.layer):
             (self._states / self.states_file(old)).unlink(missing_ok=True)
-        slices = self._slices
-        is_head = self.layer == slices.architecture.layers
-        part = slices.up_to("head") if is_head else slices.layer(self.layer)
-        sums = {name: _empty_sum(slices.columns[name], full) for name in part.taps}
-        ranges = {name: np.zeros(slices.architecture.cache_channels, np.float32) for name in part.cached}
+        arch, part = self._slices.architecture, self._slices.layer(self.layer)
+        channels = {name: self._slices.columns[name] for name in part.taps}
+        sums = {name: np.zeros((n, n), np.float32) if full else np.zeros(n) for name, n in channels.items()}
+        ranges = {name: np.zeros(arch.cache_channels, np.float32) for name in part.cached}
         for values in self._run(part, self.layer + 1):
             for name, value in part.taps.items():
                 _add(sums[name], values[value])
             for name, value in part.cached.items():
-                np.maximum(ranges[name], self._magnitudes(name, values[value]), out=ranges[name])
+                found = magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0)
+                np.maximum(ranges[name], found, out=ranges[name])
         self.layer += 1
         tokens = sum(map(len, self._windows))
         return ranges | {
             name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()
         }
 
-    def _magnitudes(self, name: str, values: np.ndarray) -> np.ndarray:
-        return magnitudes(values, self._slices.architecture.rope.dims if name.endswith(".key") else 0)
-
     def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
 
         What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
         """
-        session = open_slice(part.model, self._weights)
-        names = [value.name for value in session.get_outputs()]
-        digest = hashlib.sha256()
+        run = open_slice(part.model, self._weights)
+        names, digest = [value.name for value in part.model.graph.output], hashlib.sha256()
+        states = self._hidden() if part.source else repeat(np.empty(0))
         with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
-            for feeds in self._feeds(session, part):
-                values = dict(zip(names, (value[0] for value in session.run(names, feeds)), strict=True))
+            for ids, hidden in zip(self._windows, states, strict=False):
+                mask = np.ones((1, len(ids)), np.int64)
+                found = run(names, {"input_ids": ids[None], "attention_mask": mask, part.source: hidden[None]})
+                values = dict(zip(names, (value[0] for value in found), strict=True))
                 if file and part.target:
-                    hidden = np.ascontiguousarray(values[part.target])
-                    file.write(hidden)
-                    digest.update(hidden)
+                    data = np.ascontiguousarray(values[part.target]).data
+                    file.write(data)
+                    digest.update(data)
                 yield values
         if part.target:
             self.digest = digest.hexdigest()
 
-    def _check_states(self) -> None:
-        path = self._states / self.states_file(self.layer)
-        size = path.stat().st_size if path.is_file() else 0
-        needed = 4 * self._slices.architecture.hidden * sum(map(len, self._windows))
-        if size != needed:
-            raise EvaluationError(
-                f"{path}: {size:,} bytes of hidden states, {needed:,} belong to these {len(self._windows)} windows. "
-                f"Remove {self._states} and run the stage again."
-            )
-
-    def _feeds(self, session: InferenceSession, part: Slice) -> Iterator[dict[str, np.ndarray]]:
-        """What a slice takes of each window."""
-        arch = self._slices.architecture
-        empty = np.zeros((1, arch.kv_heads, 0, arch.head_dim), np.float32)
-        wanted = [value.name for value in session.get_inputs()]
-        past = {name: empty for name in wanted if name.startswith("past_key_values.")}
-        states = ({part.source: hidden} for hidden in self._hidden()) if part.source else repeat({})
-        for ids, source in zip(self._windows, states, strict=False):
-            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past, **source}
-            yield {name: feeds[name] for name in wanted}
-
     def _hidden(self) -> Iterator[np.ndarray]:
-        """The hidden states before the current layer, float32 [1, tokens, hidden] of each window."""
+        """The hidden states before the current layer, float32 [tokens, hidden] of each window."""
         width = self._slices.architecture.hidden
         with open(self._states / self.states_file(self.layer), "rb") as file:
             for ids in self._windows:
-                yield np.fromfile(file, np.float32, len(ids) * width).reshape(1, len(ids), width)
+                yield np.fromfile(file, np.float32, len(ids) * width).reshape(len(ids), width)
 
 
 class Hessians:
@@ -154,7 +132,7 @@ class Hessians:
     Asked for once each and in the order of execution, every layer passes once; anything else starts the stream again.
     """
 
-    def __init__(self, slices: DecoderSlices, weights: Path, windows: Sequence[np.ndarray], states: Path):
+    def __init__(self, slices: DecoderSlices, weights: Path, windows: Windows, states: Path):
         """As `LayerStream`. No weight is read before the first call."""
         self._start = partial(LayerStream, slices, weights, windows, states)
         self._layers = {name: layer for layer in range(slices.architecture.layers) for name in slices.inputs(layer)}
@@ -172,10 +150,6 @@ class Hessians:
                 self._stream.advance()
             self._ready = self._stream.advance(full=True)
         return self._ready.pop(name)
-
-
-def _empty_sum(channels: int, full: bool) -> np.ndarray:
-    return np.zeros((channels, channels), np.float32) if full else np.zeros(channels)
 
 
 def _add(total: np.ndarray, x: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.parity import load_parity
 from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.parity.compare import compare, cut, cut_model, is_whole
+from pipeline.parity.compare import compare, cut, cut_references
 from pipeline.parity.optimum_export import export_reference
 from pipeline.workspace import MODEL_FILE, Workspace
 
@@ -20,19 +20,18 @@ def run(model: str) -> None:
     wanted, workspace = load_parity(), Workspace(model)
     reference = workspace.reference(Store())
     architecture, checkpoint = read_architecture(reference / "config.json"), Checkpoint(reference)
-    part = cut(architecture, checkpoint, wanted.memory_bytes)
-    smaller, tensors = cut_model(architecture, checkpoint, part)
+    part = cut(architecture, wanted.memory_bytes)
     with scratch_directory(workspace.root / ".parity") as folder:
-        if is_whole(architecture, part):
+        if part == architecture:
             ours = reference / MODEL_FILE  # the very graph that was exported
         else:
             tokens = wanted.prompt_tokens + DECODE_STEPS
-            save_decoder(folder, *build_decoder(smaller, tensors, tokens), MODEL_FILE)
+            save_decoder(folder, *build_decoder(part, cut_references(part, checkpoint), tokens), MODEL_FILE)
             for file in reference.glob("*.safetensors*"):  # with the lists of their chunks
                 link_or_copy(file, folder / file.name)
             ours = folder / MODEL_FILE
         theirs = export_reference(reference, part.layers, part.vocab, folder / "optimum")
-        measured = compare(ours, theirs, smaller, wanted.prompt_tokens, DECODE_STEPS, seed=0)
+        measured = compare(ours, theirs, part, wanted.prompt_tokens, DECODE_STEPS, seed=0)
     error = measured["max_relative_error"]
     result = measured | {
         "passed": bool(error <= wanted.max_relative_error and measured["mismatches"] == 0),

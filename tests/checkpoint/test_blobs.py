@@ -43,7 +43,8 @@ def spoil(blob: Path) -> None:
 def test_add_from_stream_and_file(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(CONTENT)
-    assert store.add(source, "w") == W
+    with open(source, "rb") as stream:
+        assert store.add(stream, "w") == W
     assert store.add(io.BytesIO(CONTENT), "w", DIGEST) == W
     assert store.path(DIGEST).read_bytes() == CONTENT
     assert everything(store) == [store.root / "sha256" / DIGEST[:2] / DIGEST]

@@ -414,7 +414,7 @@ def member(name: str = MEMBER, repo: str = REPO, revision: str = REVISION) -> Hu
 
 
 def test_one_file_of_a_dataset_arrives_and_is_then_kept(dataset_hub: Hub, store: Store) -> None:
-    path = fetch_dataset("mmlu-dev", member(), store)
+    path = fetch_dataset(member(), store)
     assert path.read_bytes() == dataset_hub.files[MEMBER]
     assert {request.path for request in dataset_hub.requests} == {
         f"/api/datasets/{REPO}/revision/{REVISION}",
@@ -422,34 +422,34 @@ def test_one_file_of_a_dataset_arrives_and_is_then_kept(dataset_hub: Hub, store:
         f"/cdn/{MEMBER}",
     }
     dataset_hub.requests.clear()
-    assert fetch_dataset("mmlu-dev", member(), store) == path
+    assert fetch_dataset(member(), store) == path
     assert dataset_hub.requests == []
 
 
 def test_a_dataset_without_the_file_names_the_nearest(dataset_hub: Hub, store: Store) -> None:
     with pytest.raises(SourceError, match=r"no file 'dev.parquet'\. Nearest: all/dev-00000-of-00001\.parquet"):
-        fetch_dataset("mmlu-dev", member("dev.parquet"), store)
+        fetch_dataset(member("dev.parquet"), store)
     assert_nothing_recorded(store)
 
 
 def test_wrong_bytes_of_a_dataset_are_refused(dataset_hub: Hub, store: Store) -> None:
     dataset_hub.served[MEMBER] = b"PAR1 another split by far.."[: len(dataset_hub.files[MEMBER])]
     with pytest.raises(SourceError, match="wrong bytes"):
-        fetch_dataset("mmlu-dev", member(), store)
+        fetch_dataset(member(), store)
     assert_nothing_recorded(store)
     assert not blobs(store)
 
 
 def test_a_dataset_s_errors_speak_of_its_own_page(dataset_hub: Hub, store: Store) -> None:
     with pytest.raises(SourceError, match=rf"no such revision. Take a commit id from .*/datasets/{REPO}"):
-        fetch_dataset("mmlu-dev", member(revision="f" * 40), store)
+        fetch_dataset(member(revision="f" * 40), store)
     dataset_hub.file_fault = (401, "GatedRepo")
     with pytest.raises(SourceError, match=rf"The dataset is gated or private: .*/datasets/{REPO}"):
-        fetch_dataset("mmlu-dev", member(), store)
+        fetch_dataset(member(), store)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", ""])
 def test_a_dataset_file_outside_its_repository_is_never_asked_for(dataset_hub: Hub, store: Store, name: str) -> None:
     with pytest.raises(SourceError, match="leaves its folder"):
-        fetch_dataset("mmlu-dev", member(name), store)
+        fetch_dataset(member(name), store)
     assert dataset_hub.requests == []

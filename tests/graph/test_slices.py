@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import GraphError
-from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.graph.slices import DecoderSlices, Slice, product_inputs
 from tests.activations import make_decoder, run, run_whole
-from tests.families import CASES
+from tests.families import CASES, transformers_model
 
 WEIGHTS = ("model.", "lm_head")
 
@@ -39,7 +39,7 @@ def test_chained_slices_are_the_whole_graph(name: str, dtype: str, tokens: int, 
     model, architecture = make_decoder(tmp_path, name, dtype)
     slices = DecoderSlices(model, architecture)
     ids = np.random.default_rng(1).integers(3, 320, tokens)
-    parts = [*map(slices.layer, range(architecture.layers)), slices.up_to("head")]
+    parts = [*map(slices.layer, range(architecture.layers + 1))]
     taps = {key: value for part in parts for key, value in part.taps.items()}
     want = run_whole(tmp_path, model, dict.fromkeys(["logits", *taps.values()]), ids)
 
@@ -69,7 +69,7 @@ def test_a_slice_holds_its_own_weights_only(name: str, tmp_path: Path) -> None:
 
     expected = set(architecture.expected_tensors())
     assert weights(slices.embedding()) == {"model.embed_tokens.weight"}
-    assert weights(slices.up_to("head")) == {"model.norm.weight"}
+    assert weights(slices.layer(architecture.layers)) == {"model.norm.weight"}
     for layer in range(architecture.layers):
         prefix = f"model.layers.{layer}."
         assert weights(slices.layer(layer)) == {tensor for tensor in expected if tensor.startswith(prefix)}
@@ -101,16 +101,13 @@ def test_an_open_layer_with_its_own_weights_is_the_layer(name: str, dtype: str, 
                 assert np.abs(got - want).max() > 1e-2
 
 
-def test_only_what_an_input_needs_runs(tmp_path: Path) -> None:
-    """A product's input costs the products before it, none after."""
-    slices = DecoderSlices(*make_decoder(tmp_path, "phi3-longrope"))
-    products = {
-        part: sum(node.op_type == "FusedMatMul" for node in slices.up_to(f"layers.1.{part}").model.graph.node)
-        for part in ("attention", "output", "mlp", "down")
-    }
-    assert products == {"attention": 0, "output": 1, "mlp": 2, "down": 3}
-    inputs = [value.name for value in slices.up_to("layers.1.attention").model.graph.input]
-    assert inputs == ["model.layers.1.input_layernorm/sum"]
+def test_after_the_last_layer_nothing_is_multiplied(tmp_path: Path) -> None:
+    """The head's product, a model's largest, is left out; so is everything that another layer needs."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "phi3-longrope"), cache=True)
+    rest = slices.layer(3)
+    assert [node.op_type for node in rest.model.graph.node] == ["SimplifiedLayerNormalization"]
+    assert [value.name for value in rest.model.graph.input] == [rest.source] == ["model.norm/sum"]
+    assert (rest.target, list(rest.taps), rest.cached) == (None, ["head"], {})
 
 
 def test_longrope_chooses_its_tables_in_every_layer(tmp_path: Path) -> None:
@@ -128,3 +125,42 @@ def test_a_graph_of_another_shape_is_refused(tmp_path: Path) -> None:
     norm.name = "renamed"
     with pytest.raises(GraphError, match=r"model\.layers\.1\.input_layernorm.*export stage"):
         DecoderSlices(model, architecture)
+
+
+# --- where products read
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_inputs_of_every_product(name: str, dtype: str, tmp_path: Path) -> None:
+    """transformers' linear layers, hooked, see the same values, family by family."""
+    import torch
+
+    model, architecture = make_decoder(tmp_path, name, dtype)
+    taps = product_inputs(model, architecture)
+    ids = np.random.default_rng(0).integers(3, 320, 24)
+    got = run_whole(tmp_path, model, dict.fromkeys(taps.values()), ids)
+
+    want: dict[str, np.ndarray] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(_: object, inputs: tuple[torch.Tensor], __: object) -> None:
+            want[name] = inputs[0][0].numpy()
+
+        return hook
+
+    reference = transformers_model(tmp_path, CASES[name])
+    modules = dict(reference.named_modules())
+    for matrix in architecture.matrices:
+        module = modules["lm_head" if matrix.role == "head" else matrix.name.removesuffix(".weight")]
+        module.register_forward_hook(remember(matrix.input))
+    with torch.no_grad():
+        reference(torch.tensor(ids[None]))
+    assert taps.keys() == want.keys()
+    for key, value in want.items():
+        np.testing.assert_allclose(got[taps[key]], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
+
+
+def test_in_the_order_of_execution(tmp_path: Path) -> None:
+    parts = ("attention", "output", "mlp", "down")
+    body = [f"layers.{layer}.{part}" for layer in range(3) for part in parts]
+    assert list(product_inputs(*make_decoder(tmp_path, "qwen2"))) == [*body, "head"]

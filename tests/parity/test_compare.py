@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.checkpoint.architecture import Architecture, Rope, read_architecture
-from pipeline.checkpoint.tensors import Checkpoint, TensorRef
+from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError, GraphError, ResourceError
 from pipeline.files import link_or_copy
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.parity import optimum_export
-from pipeline.parity.compare import NEAR_TIE, Cut, compare, cut, cut_model, is_whole, judge
+from pipeline.parity.compare import NEAR_TIE, compare, cut, cut_references, judge
 from tests.families import CASES, make_checkpoint
 
 PROMPT, STEPS = 12, 6
@@ -30,16 +29,8 @@ PHI4 = Architecture(
 SMOLLM2 = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, 1e-5, 8192, None, Rope(1e5, 64, 8192), tied=True)
 
 
-def references(architecture: Architecture) -> dict[str, TensorRef]:
-    """The tensors of a checkpoint that is not there."""
-    return {
-        name: TensorRef(name, "BF16", shape, "model.safetensors", 0, 2 * math.prod(shape))
-        for name, shape in architecture.expected_tensors().items()
-    }
-
-
-def peak(architecture: Architecture, part: Cut) -> int:
-    return 16 * replace(architecture, layers=part.layers, vocab=part.vocab).parameters
+def peak(part: Architecture) -> int:
+    return 16 * part.parameters
 
 
 # --- what part ---
@@ -47,9 +38,8 @@ def peak(architecture: Architecture, part: Cut) -> int:
 
 def test_a_model_that_fits_is_compared_whole() -> None:
     exact = 16 * SMOLLM2.parameters
-    assert cut(SMOLLM2, references(SMOLLM2), exact) == Cut(30, 49152)
-    assert cut(SMOLLM2, references(SMOLLM2), exact - 1) == Cut(29, 49152)
-    assert is_whole(SMOLLM2, Cut(30, 49152)) and not is_whole(SMOLLM2, Cut(29, 49152))
+    assert cut(SMOLLM2, exact) == SMOLLM2
+    assert cut(SMOLLM2, exact - 1) == replace(SMOLLM2, layers=29)
 
 
 @pytest.mark.parametrize(
@@ -65,18 +55,18 @@ def test_a_model_that_fits_is_compared_whole() -> None:
 def test_the_largest_part_that_fits(
     architecture: Architecture, memory: int, layers: int, whole_vocabulary: bool
 ) -> None:
-    part = cut(architecture, references(architecture), memory)
+    part = cut(architecture, memory)
     assert part.layers == layers
     assert (part.vocab == architecture.vocab) == whole_vocabulary
     assert part.vocab >= 1024
-    assert peak(architecture, part) <= memory
+    assert peak(part) <= memory
     larger = replace(part, layers=layers + 1) if whole_vocabulary else replace(part, vocab=part.vocab + 1)
-    assert peak(architecture, larger) > memory
+    assert peak(larger) > memory
 
 
 def test_too_little_memory_is_an_error_with_the_numbers() -> None:
     with pytest.raises(ResourceError, match=r"phi3 layer of width 5,120 .* peaks at 5,620,613,120 bytes"):
-        cut(PHI4, references(PHI4), 5_000_000_000)
+        cut(PHI4, 5_000_000_000)
 
 
 # --- the cut model ---
@@ -86,8 +76,8 @@ def test_too_little_memory_is_an_error_with_the_numbers() -> None:
 def test_a_cut_refers_to_the_first_rows(name: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, CASES[name])
     architecture, whole = read_architecture(folder / "config.json"), Checkpoint(folder)
-    smaller, refs = cut_model(architecture, whole, Cut(2, 100))
-    assert (smaller.layers, smaller.vocab) == (2, 100)
+    smaller = replace(architecture, layers=2, vocab=100)
+    refs = cut_references(smaller, whole)
     assert set(refs) == set(smaller.expected_tensors())
     for key, shape in smaller.expected_tensors().items():
         ref = refs[key]
@@ -119,10 +109,10 @@ def test_judge_counts_equal_ids_near_ties_and_mismatches() -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Architecture]]:
     """Our graph and Optimum's of the same cut of one checkpoint, and the cut architecture."""
     folder = make_checkpoint(tmp_path_factory.mktemp("parity"), CASES["mimo"])
-    part = Cut(2, 100)
-    smaller, refs = cut_model(read_architecture(folder / "config.json"), Checkpoint(folder), part)
+    smaller = replace(read_architecture(folder / "config.json"), layers=2, vocab=100)
+    refs = cut_references(smaller, Checkpoint(folder))
     save_decoder(folder, *build_decoder(smaller, refs, PROMPT + STEPS), "model.onnx")
-    optimum_export.main(folder, part.layers, part.vocab, folder / "optimum")
+    optimum_export.main(folder, 2, 100, folder / "optimum")
     yield folder / "model.onnx", folder / "optimum" / "model.onnx", smaller
 
 
@@ -142,7 +132,7 @@ def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Archit
         "theta": replace(architecture, rope=replace(architecture.rope, theta=500000.0)),
     }[change]
     link_or_copy(ours.parent / "model.safetensors", tmp_path / "model.safetensors")
-    _, refs = cut_model(wrong, Checkpoint(tmp_path), Cut(2, 100))
+    refs = cut_references(wrong, Checkpoint(tmp_path))
     save_decoder(tmp_path, *build_decoder(wrong, refs, PROMPT + STEPS), "model.onnx")
     assert compare(tmp_path / "model.onnx", theirs, architecture, PROMPT, STEPS, seed=0)["max_relative_error"] > 1e-3
 

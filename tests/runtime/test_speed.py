@@ -12,8 +12,7 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import EvaluationError
 from pipeline.runtime import app, speed
-from pipeline.runtime.app import Generation, Look, Observed, Task
-from pipeline.runtime.speed import Watched
+from pipeline.runtime.app import Generation, Look, Observed
 from tests.artifact.exported import export
 from tests.families import CASES, make_checkpoint
 
@@ -39,15 +38,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Watched = tuple[Observed, list[Look]]
+
+
 def watched(rates: dict[int, list[float]], bandwidth: float = 1e12) -> Watched:
     """A process that was loaded after 2 and used until 5 seconds, then measured the bandwidth."""
     looks = [Look(1.0, 700, 90), Look(1.9, 600, 100), Look(3.0, 800, 40), Look(4.0, 500, 60), Look(6.0, 10**9, 10**9)]
     generations = [Generation(length, 0.5, rate) for length, values in rates.items() for rate in values]
-    return Watched(Observed(1.5, Look(2.0, 300, 50), Look(5.0, 400, 50), generations, bandwidth), looks)
+    return Observed(1.5, Look(2.0, 300, 50), Look(5.0, 400, 50), generations, bandwidth), looks
 
 
 def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, run: Watched) -> dict[str, object]:
-    monkeypatch.setattr(speed, "_run", lambda _: run)
+    monkeypatch.setattr(speed, "_run", lambda *_, **__: run)
     return speed.measure(folder, *SUITE)
 
 
@@ -137,7 +139,7 @@ def test_the_bandwidth_is_measured_again_before_a_rate_seems_impossible(monkeypa
 
 
 def test_the_process_speaks_json() -> None:
-    for run in (watched({4: [1.0, 2.0]}).observed, Observed(1.0, Look(2.0, 3, 4))):
+    for run in (watched({4: [1.0, 2.0]})[0], Observed(1.0, Look(2.0, 3, 4), Look(2.0, 3, 4), [], 0.0)):
         assert TypeAdapter(Observed).validate_json(json.dumps(asdict(run))) == run
 
 
@@ -145,4 +147,4 @@ def test_what_cannot_be_measured_is_an_evaluation_error(folder: Path, tmp_path: 
     with pytest.raises(EvaluationError, match=r"needs genai_config\.json and the graph that it names"):
         speed.measure(tmp_path, *SUITE)
     with pytest.raises(EvaluationError, match=r"measuring speed failed with status 1.*: \w+"):
-        speed._run(Task(str(folder)))  # the runtime refuses what has no tokenizer and no full configuration
+        speed._run(folder)  # the runtime refuses what has no tokenizer and no full configuration

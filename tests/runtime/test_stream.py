@@ -9,8 +9,7 @@ import pytest
 
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
-from pipeline.graph.slices import DecoderSlices
-from pipeline.graph.taps import product_inputs
+from pipeline.graph.slices import DecoderSlices, product_inputs
 from pipeline.runtime import stream as module
 from pipeline.runtime.stream import Hessians, LayerStream
 from tests.activations import make_decoder, run_whole
