@@ -66,7 +66,7 @@ def run(models: Sequence[str], tier: str | None, device: str | None, context: in
 def answer(
     models: Sequence[str] = (), tier: str | None = None, device: str | None = None, context: int | None = None
 ) -> dict[str, Any]:
-    """What `run` prints, as this module's head describes it. Reads configurations, graphs and metrics, never a weight."""
+    """The document that this module's head describes. Reads configurations, graphs and metrics, never a weight."""
     tiers, devices = _selected(tier, device)
     tokens, efficiency = context or tiers.context, load_devices().efficiency
     caps = {name: load_model(name).context for name in model_names()}
