@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +36,7 @@ class Prompt:
 
     shared: str
     own: str
-    answers: tuple[str, str, str, str]
+    answers: tuple[str, ...]
     per_token: bool = False
 
     @property
@@ -47,48 +48,33 @@ class Prompt:
 Asker = Callable[[Question], Prompt]
 
 
-def asker(mode: Mode, examples: Examples | None = None, render: Render | None = None) -> Asker:
-    """How `mode` asks: `five-shot` after `examples`, `chat` through `render`."""
-    if mode == "five-shot" and examples is not None:
-        return lambda question: _five_shot(question, examples)
-    if mode == "chat" and render is not None:
-        return lambda question: _chat(question, render)
-    return _letter if mode == "letter" else _cloze
+def asker(mode: Mode, examples: Examples | None = None, render: Render = operator.add) -> Asker:
+    """How `mode` asks: `five-shot` after `examples`, `chat` through `render`.
 
+    In chat the description is the system's message, and the reply begins with the letter, without a space.
+    """
 
-def _letter(question: Question) -> Prompt:
-    return Prompt("", _header(question.subject) + _block(question), _letters(" "))
+    def ask(question: Question) -> Prompt:
+        if mode == "cloze":
+            header = f"The following are questions (with answers) about {question.subject}.\n\n"
+            stem = f"{header}Question: {question.question.strip()}\nAnswer:"
+            return Prompt("", stem, tuple(f" {choice}" for choice in question.choices), per_token=True)
+        header = f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
+        letters = tuple(LETTERS if mode == "chat" else (f" {letter}" for letter in LETTERS))
+        if mode != "five-shot":
+            return Prompt("", render(header, _block(question)), letters)
+        shown = (examples or {}).get(question.subject, ())
+        if len(shown) != SHOTS:
+            raise EvaluationError(
+                f"there are {len(shown)} examples of {question.subject!r}; five-shot MMLU needs {SHOTS}."
+            )
+        blocks = "\n\n".join(f"{_block(example)} {LETTERS[example.answer]}" for example in shown)
+        # The newlines after the examples are the question's own: GPT-2's tokenizer splits them by what follows.
+        return Prompt(header + blocks, f"\n\n{_block(question)}", letters)
 
-
-def _five_shot(question: Question, examples: Examples) -> Prompt:
-    """The newlines after the examples are the question's own: GPT-2's tokenizer splits them by what follows."""
-    shown = examples.get(question.subject, ())
-    if len(shown) != SHOTS:
-        raise EvaluationError(f"there are {len(shown)} examples of {question.subject!r}; five-shot MMLU needs {SHOTS}.")
-    blocks = "\n\n".join(f"{_block(example)} {LETTERS[example.answer]}" for example in shown)
-    return Prompt(_header(question.subject) + blocks, f"\n\n{_block(question)}", _letters(" "))
-
-
-def _chat(question: Question, render: Render) -> Prompt:
-    """The description is the system's message; the reply begins with the letter, without a space."""
-    return Prompt("", render(_header(question.subject), _block(question)), _letters(""))
-
-
-def _cloze(question: Question) -> Prompt:
-    header = f"The following are questions (with answers) about {question.subject}.\n\n"
-    first, second, third, fourth = (f" {choice}" for choice in question.choices)
-    stem = f"{header}Question: {question.question.strip()}\nAnswer:"
-    return Prompt("", stem, (first, second, third, fourth), per_token=True)
-
-
-def _header(subject: str) -> str:
-    return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    return ask
 
 
 def _block(question: Question) -> str:
     choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question.choices, strict=True))
     return f"{question.question.strip()}\n{choices}Answer:"
-
-
-def _letters(before: str) -> tuple[str, str, str, str]:
-    return (f"{before}A", f"{before}B", f"{before}C", f"{before}D")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,13 @@ class Question:
 
     subject: str
     question: str
-    choices: tuple[str, str, str, str]
+    choices: tuple[str, ...]
     answer: int
+
+    @property
+    def text(self) -> str:
+        """The question with its choices."""
+        return " ".join((self.question, *self.choices))
 
 
 def load_questions(path: Path, split: Split = "test") -> list[Question]:
@@ -45,8 +50,21 @@ def load_questions(path: Path, split: Split = "test") -> list[Question]:
     Raises:
         EvaluationError: a row is malformed, or the split is not complete (14,042 or 285 questions, 57 subjects).
     """
-    rows = (_parse(path, number, row) for number, row in enumerate(_rows(path), 1))
-    questions = [question for question in rows if question is not None]
+    questions = []
+    for number, row in enumerate(_rows(path), 1):
+        try:
+            subject, question, choices, answer = _published(json.loads(row) if isinstance(row, str) else row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(f"{path} row {number} is not an MMLU question: {error!r}. Fetch it again.") from error
+        if question == "question" and answer == "answer":
+            continue  # a header row
+        filled = [isinstance(text, str) and text.strip() for text in (subject, question, *choices)]
+        if len(filled) != 6 or not all(filled) or answer not in range(4):
+            raise EvaluationError(
+                f"{path} row {number}: an MMLU question needs a subject, a question, four choices that are not empty "
+                f"and an answer A to D (it has {answer!r}). Fetch it again."
+            )
+        questions.append(Question(subject.replace("_", " "), question, tuple(choices), answer))
     subjects = {question.subject for question in questions}
     if (len(questions), len(subjects)) != (QUESTIONS[split], SUBJECTS):
         raise EvaluationError(
@@ -73,23 +91,6 @@ def _rows(path: Path) -> list[Any]:
         raise EvaluationError(f"{path} cannot be read as {kind}: {error}. Fetch it again.") from error
 
 
-def _parse(path: Path, number: int, row: Any) -> Question | None:
-    """One row, or None for a header row."""
-    try:
-        subject, question, choices, answer = _published(json.loads(row) if isinstance(row, str) else row)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"{path} row {number} is not an MMLU question: {error!r}. Fetch it again.") from error
-    if question == "question" and answer == "answer":
-        return None
-    text = [subject, question, *choices]
-    if len(text) != 6 or not all(isinstance(value, str) and value.strip() for value in text) or answer not in range(4):
-        raise EvaluationError(
-            f"{path} row {number}: an MMLU question needs a subject, a question, four choices that are not empty and "
-            f"an answer A to D (it has {answer!r}). Fetch it again."
-        )
-    return Question(subject.replace("_", " "), question, tuple(choices), answer)
-
-
 def _published(row: Any) -> tuple[Any, Any, list[Any], Any]:
     """Subject, question, choices and answer (0 … 3 where it is right) of a row in either spelling."""
     if "choices" in row:
@@ -110,18 +111,19 @@ def subset(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
     """
     if not 0 < n <= len(questions):
         raise EvaluationError(f"an MMLU subset of {n} questions was asked for; there are {len(questions)}.")
-    by_subject: dict[str, list[tuple[str, Question]]] = defaultdict(list)
-    seen: dict[Question, int] = defaultdict(int)
+    seen: Counter[Question] = Counter()
+    keyed = []
     for question in questions:
         # A few questions occur twice; counting the occurrence makes one of them a defined first.
         key = _hash(seed, question.subject, question.question, *question.choices, question.answer, seen[question])
         seen[question] += 1
-        by_subject[question.subject].append((key, question))
-    turns = []
-    for subject, items in by_subject.items():
-        for turn, (_, question) in enumerate(sorted(items, key=lambda item: item[0])):
-            turns.append((turn, _hash(seed, turn, subject), question))
-    turns.sort(key=lambda item: item[:2])
+        keyed.append((key, question))
+    shuffled = by_subject(question for _, question in sorted(keyed, key=lambda item: item[0]))
+    turns = sorted(  # no two begin alike
+        (turn, _hash(seed, turn, subject), question)
+        for subject, own in shuffled.items()
+        for turn, question in enumerate(own)
+    )
     return [question for _, _, question in turns[:n]]
 
 
@@ -132,12 +134,12 @@ def _hash(*parts: object) -> str:
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
-def development_examples(questions: Sequence[Question]) -> Examples:
-    """The development split by subject, in its own order: the examples of the published five-shot scores."""
-    by_subject: dict[str, list[Question]] = defaultdict(list)
+def by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    """Questions by subject, in their order: of the development split the examples of the published five-shot scores."""
+    found: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        by_subject[question.subject].append(question)
-    return by_subject
+        found[question.subject].append(question)
+    return found
 
 
 def held_out_examples(questions: Sequence[Question], n: int, seed: int) -> Examples:
@@ -151,15 +153,13 @@ def held_out_examples(questions: Sequence[Question], n: int, seed: int) -> Examp
     """
     order = subset(questions, len(questions), seed)
     occurrences = Counter(question.question for question in order)
+    once = by_subject(question for question in reversed(order) if occurrences[question.question] == 1)
+    examples = {subject: last[:SHOTS] for subject, last in once.items()}
     place = {question: index for index, question in enumerate(order)}
-    by_subject: dict[str, list[Question]] = defaultdict(list)
-    for question in reversed(order):
-        if occurrences[question.question] == 1 and len(by_subject[question.subject]) < SHOTS:
-            by_subject[question.subject].append(question)
-    largest = min(place[question] for examples in by_subject.values() for question in examples)
+    largest = min(place[question] for shown in examples.values() for question in shown)
     if n > largest:
         raise EvaluationError(
             f"{n:,} MMLU questions leave no {SHOTS} of every subject to show as examples; up to {largest:,} do. Ask "
             f"fewer, or set `exemplars: dev` in configs/evaluation/ for the official development split, from the Hub."
         )
-    return by_subject
+    return examples

@@ -16,7 +16,7 @@ from pipeline.tasks.mmlu_questions import (
     SHOTS,
     SUBJECTS,
     Question,
-    development_examples,
+    by_subject,
     held_out_examples,
     load_questions,
     subset,
@@ -105,7 +105,7 @@ def test_both_spellings_of_a_split_are_the_same_questions(tmp_path: Path) -> Non
 def test_the_development_split_has_five_examples_a_subject(tmp_path: Path) -> None:
     rows = [item(s, i) for s in range(SUBJECTS) for i in range(SHOTS)]
     path = write_parquet(tmp_path / "dev", hub_rows(rows))
-    examples = development_examples(load_questions(path, "dev"))
+    examples = by_subject(load_questions(path, "dev"))
     assert [question.question for question in examples["subject 3"]] == [f"question {i} of subject 3" for i in range(5)]
     assert {len(shown) for shown in examples.values()} == {SHOTS}
     with pytest.raises(EvaluationError, match=r"285 questions in 57 subjects; the MMLU test split has 14,042"):
