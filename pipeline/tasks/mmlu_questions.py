@@ -142,7 +142,7 @@ def by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return found
 
 
-def held_out_examples(questions: Sequence[Question], n: int, seed: int) -> Examples:
+def held_out_examples(questions: Sequence[Question], n: int, seed: int) -> dict[str, list[Question]]:
     """Five questions of every subject that no subset up to `subset(questions, n, seed)` asks, nor their like.
 
     They are each subject's last in the order of subsets, whatever `n`: a larger subset is asked after the same ones.

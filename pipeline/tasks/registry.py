@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, create_model
 
 import pipeline.tasks as package
 from pipeline.config.typed_yaml import CONFIGS, Frozen, load
-from pipeline.tasks.task import Figure, Gate, Metrics, Task
+from pipeline.tasks.task import Figure, Gate, Task
 
 
 @cache
@@ -49,7 +50,7 @@ class Suite(Frozen):
 @cache
 def suite_type() -> type[Suite]:
     """`Suite` with a field for every task that has a part of its own."""
-    fields = {task.name: (task.config | None, None) for task in tasks() if task.config}
+    fields: dict[str, Any] = {task.name: (task.config | None, None) for task in tasks() if task.config}
     return create_model("EvaluationConfig", __base__=Suite, **fields)
 
 
@@ -60,19 +61,17 @@ def load_suite(suite: str) -> Suite:
 
 def figures(metrics: Mapping[str, Any], texts: Sequence[str]) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out. `texts`: names of the held-out text."""
-    return [figure for task in tasks() for figure in _figures(task, metrics.get(task.name) or {}, texts)]
-
-
-def _figures(task: Task, section: Metrics, texts: Sequence[str]) -> list[Figure]:
-    """A task's rows of the model card, as far as they were measured."""
-    detail, n = task.detail(section, texts), section.get("tokens", section.get("n"))
-    name, known = task.dataset
-    return [
-        Figure(
-            *(row.key, row.title, row.unit, section[row.key]),
-            *(section.get(f"{row.key}_{end}") for end in ("low", "high")),
-            *(n, name or ", ".join(texts), detail, known, row.hub),
+    found = []
+    for task in tasks():
+        section, (name, hub) = metrics.get(task.name) or {}, task.dataset
+        n, dataset, detail = (
+            section.get("tokens", section.get("n")),
+            name or ", ".join(texts),
+            task.detail(section, texts),
         )
-        for row in task.measures
-        if section.get(row.key) is not None
-    ]
+        for row in task.measures:
+            if (value := section.get(row.key)) is not None:
+                low, high = (section.get(f"{row.key}_{end}") for end in ("low", "high"))
+                figures = {"value": value, "low": low, "high": high, "n": n}
+                found.append(Figure(**asdict(row), **figures, dataset=dataset, detail=detail, hub_dataset=hub))
+    return found
