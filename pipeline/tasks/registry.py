@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -64,14 +63,9 @@ def figures(metrics: Mapping[str, Any], texts: Sequence[str]) -> list[Figure]:
     found = []
     for task in tasks():
         section, (name, hub) = metrics.get(task.name) or {}, task.dataset
-        n, dataset, detail = (
-            section.get("tokens", section.get("n")),
-            name or ", ".join(texts),
-            task.detail(section, texts),
-        )
+        shared = (section.get("tokens", section.get("n")), name or ", ".join(texts), task.detail(section, texts), hub)
         for row in task.measures:
             if (value := section.get(row.key)) is not None:
                 low, high = (section.get(f"{row.key}_{end}") for end in ("low", "high"))
-                figures = {"value": value, "low": low, "high": high, "n": n}
-                found.append(Figure(**asdict(row), **figures, dataset=dataset, detail=detail, hub_dataset=hub))
+                found.append(Figure(row.key, row.title, row.unit, value, low, high, *shared, row.hub))
     return found
