@@ -31,9 +31,7 @@ from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
 from pipeline.tasks.statistics import paired_interval
-from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Task
-
-Metrics = Mapping[str, Any]
+from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Metrics, Task
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def rows() -> dict[str, Gate]:
     return {gate.name: gate for gate in (PERMISSION, PARITY, *gates().values())}
 
 
-def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping[str, Any]) -> Verdict:
+def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Metrics) -> Verdict:
     """Judge one variant.
 
     Args:
@@ -80,8 +78,11 @@ def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping
     A missing, NaN or impossible measurement is an ERROR line, never an exception and never a pass. A gate without a
     limit has no line where neither model was measured: the suite does not ask for its task.
     """
-    lines = [] if policy.permitted is None else [_permission_line(policy)]
-    lines.append(_guarded(PARITY, _parity_line, parity))
+    lines = [_guarded(PARITY, _parity_line, parity)]
+    if policy.permitted is not None:
+        note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
+        allowed = GateLine(PERMISSION.name, PASS)
+        lines.insert(0, allowed if policy.permitted else replace(allowed, verdict=FAIL, note=note))
     for task in tasks():
         known = any(isinstance(found, Mapping) and task.name in found for found in (metrics, reference))
         for gate in task.gates:
@@ -158,19 +159,12 @@ def _pair(task: Task, metrics: Metrics, reference: Metrics) -> _Pair:
     return _Pair(section, own, task.unit)
 
 
-def _parity_line(parity: Mapping[str, Any]) -> GateLine:
+def _parity_line(parity: Metrics) -> GateLine:
     error, limit = _number(parity, "max_relative_error"), _number(parity, "limit")
     if parity.get("passed") is True and error <= limit:
         return GateLine(PARITY.name, PASS, estimate=error, limit=limit)
     note = "the exported graph does not compute what the reference export computes, so nothing below can be trusted"
     return GateLine(PARITY.name, ERROR, estimate=error, limit=limit, note=note)
-
-
-def _permission_line(policy: Policy) -> GateLine:
-    if policy.permitted:
-        return GateLine(PERMISSION.name, PASS)
-    note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
-    return GateLine(PERMISSION.name, FAIL, note=note)
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

@@ -88,8 +88,9 @@ def worst(verdicts: Iterable[str]) -> str:
 
 def overall(lines: Iterable[GateLine]) -> str:
     """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
-    deciding = {line.name: line.verdict for line in lines if line.verdict != REPORTED}
-    return worst(deciding.values()) if deciding.keys() - _NOT_QUALITY else ERROR
+    deciding = [line for line in lines if line.verdict != REPORTED]
+    quality = {line.name for line in deciding} - _NOT_QUALITY
+    return worst(line.verdict for line in deciding) if quality else ERROR
 
 
 def exit_code(verdict: str) -> int:
