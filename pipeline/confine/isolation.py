@@ -144,14 +144,11 @@ def macos_profile() -> str:
     readable = ["/usr/lib", "/System/Library", sys.base_prefix, str(_ROOT / "pipeline")]
     ancestors = sorted({str(parent) for path in readable for parent in Path(path).parents})
     trees = " ".join(f"(subpath {_quoted(path)})" for path in readable)
-    return "\n".join(
-        (
-            "(version 1)",
-            "(deny default)",
-            f"(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))",
-            f"(allow file-read* file-map-executable {trees})",
-            f"(allow file-read-metadata {' '.join(f'(literal {_quoted(path)})' for path in ancestors)})",
-            f'(allow file-read* file-write-data (literal "{os.devnull}"))',
-            "(allow sysctl-read)",
-        )
-    )
+    return f"""\
+(version 1)
+(deny default)
+(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))
+(allow file-read* file-map-executable {trees})
+(allow file-read-metadata {" ".join(f"(literal {_quoted(path)})" for path in ancestors)})
+(allow file-read* file-write-data (literal "{os.devnull}"))
+(allow sysctl-read)"""

@@ -74,37 +74,19 @@ def decode(data: Any) -> Plain:
     """
     if data is None or data is True or data is False or isinstance(data, str):
         return data
-    match data:
-        case ["int", str(digits)] if len(digits) <= _MAX_INTEGER_DIGITS:
-            return int(digits, 16)
-        case ["float", str(digits)]:
-            return _float(digits)
-        case [("list" | "tuple" | "set" | "frozenset") as kind, list(items)]:
-            return _container(_SEQUENCES[kind], [decode(item) for item in items])
-        case ["dict", list(items)]:
-            return _container(dict, [_pair(item) for item in items])
+    try:
+        match data:
+            case ["int", str(digits)] if len(digits) <= _MAX_INTEGER_DIGITS:
+                return int(digits, 16)
+            case ["float", str(digits)]:
+                return float.fromhex(digits)
+            case [("list" | "tuple" | "set" | "frozenset") as kind, list(items)]:
+                return _SEQUENCES[kind](decode(item) for item in items)
+            case ["dict", list(items)] if all(isinstance(item, list) and len(item) == 2 for item in items):
+                return {decode(key): decode(item) for key, item in items}
+    except (OverflowError, TypeError) as error:
+        raise ValueError(str(error)) from error
     raise ValueError("not plain data")
-
-
-def _pair(item: Any) -> tuple[Plain, Plain]:
-    match item:
-        case [key, value]:
-            return decode(key), decode(value)
-    raise ValueError("not a pair of key and value")
-
-
-def _float(digits: str) -> float:
-    try:
-        return float.fromhex(digits)
-    except OverflowError as error:
-        raise ValueError(str(error)) from error
-
-
-def _container(kind: Callable[[list[Any]], Plain], items: list[Any]) -> Plain:
-    try:
-        return kind(items)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def main() -> None:

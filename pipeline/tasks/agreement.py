@@ -112,10 +112,6 @@ def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> tuple
     return np.concatenate(top), np.concatenate(logprob)
 
 
-def _cost(part: Any, entry: Any) -> Cost:
-    return Cost(read=part.problems * (PROMPT_TOKENS + part.most_tokens(entry)), window=CHUNK)
-
-
 def _heading(own: Metrics) -> str:
     tokens = number(own, "tokens") or 0
     return f"Agreement with the reference on the {tokens:,.0f} tokens of its own HumanEval solutions"
@@ -131,6 +127,6 @@ TASK = Task(
     against_reference=True,
     reads="humaneval",
     datasets=lambda part: ("humaneval",),
-    cost=_cost,
+    cost=lambda part, entry: Cost(read=part.problems * (PROMPT_TOKENS + part.most_tokens(entry)), window=CHUNK),
     notes=(Note(_heading, lambda section: estimate(section, "top1")),),
 )
