@@ -128,7 +128,7 @@ def gigabytes(count: int) -> str:
 def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = [str.ljust if column in left else str.rjust for column in range(len(widths))]
-    cells = [[pad(*cell) for pad, *cell in zip(align, row, widths, strict=True)] for row in rows]
+    cells = [[pad(text, width) for pad, text, width in zip(align, row, widths, strict=True)] for row in rows]
     return [f"  {'  '.join(row)}".rstrip() for row in cells]
 
 
