@@ -30,8 +30,7 @@ def record(model: str, variant: str) -> None:
     build, path = _released_build(model, variant), CONFIGS / "released.yaml"
     released = load_released().model_dump(mode="json")["models"]
     builds = {entry["release"]: entry for entry in released.setdefault(model, {}).get(variant, ())}
-    entry = build.model_dump(mode="json")
-    if builds.setdefault(build.release, entry) != entry:
+    if builds.setdefault(build.release, entry := build.model_dump(mode="json")) != entry:
         known = f"release {build.release} of {model} {variant} with a mean KL of {builds[build.release]['kl_mean']:.4g}"
         remedy = "A release number is given once: raise `release` in configs/signing.yaml and run `dvc repro`."
         raise BundleError(f"{path} has {known} nats, this bundle has {build.kl_mean:.4g}. {remedy}")

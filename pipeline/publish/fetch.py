@@ -206,19 +206,15 @@ def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str
     if (decision := document.tiers.get(tier)) is None:
         raise BundleError(f"{model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
     if isinstance(decision, TierRefusal):
-        raise BundleError(_refused(document, tier, decision))
+        need, share = "no variant passed its gates", f"{decision.budget_bytes:,} of its {decision.ram_bytes:,} bytes"
+        if (smallest := decision.smallest_need_bytes) is not None:
+            need = f"the smallest need is {smallest:,} bytes, {decision.shortfall_bytes:,} more than that"
+        given = f"{tier} gets no bundle of {model} release {document.release}: an app may use {share} of memory"
+        raise BundleError(f"{given}; {need}. {'; '.join(decision.reasons)}.")
     if (reference := document.bundles.get(decision.variant)) is None:
         raise BundleError(f"tiers.json of {model} gives {tier} {decision.variant}, and pins no bundle of it.")
     path = layout.signature(layout.folder(model, decision.variant), reference.release)
     return decision.variant, path, reference.signature_sha256
-
-
-def _refused(document: TiersDocument, tier: str, refusal: TierRefusal) -> str:
-    need, share = "no variant passed its gates", f"{refusal.budget_bytes:,} of its {refusal.ram_bytes:,} bytes"
-    if refusal.smallest_need_bytes is not None:
-        need = f"the smallest need is {refusal.smallest_need_bytes:,} bytes, {refusal.shortfall_bytes:,} more than that"
-    given = f"{tier} gets no bundle of {document.model} release {document.release}: an app may use {share} of memory"
-    return f"{given}; {need}. {'; '.join(refusal.reasons)}."
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -311,7 +307,7 @@ def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Pr
     return digest.hexdigest()
 
 
-# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived -----------------------
+# --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived ----------------------
 
 
 def _patience() -> Retry:
