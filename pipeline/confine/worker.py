@@ -27,19 +27,14 @@ from pipeline.confine.sandbox import lock_down
 _MAX_INTEGER_DIGITS = 20_000  # hexadecimal; the referee's tests compute with what they are given
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
+_MODULES = """
+abc array ast base64 binascii bisect calendar cmath codecs collections contextlib copy csv dataclasses datetime decimal
+difflib enum fractions functools hashlib heapq html inspect io itertools json keyword locale logging math numbers
+operator os pprint queue random re secrets statistics string struct textwrap threading time timeit tokenize traceback
+types typing unicodedata uuid warnings weakref zlib
+"""
 # Inside the sandbox no file can be opened, so what a program may import is imported before: word in it → module.
-_IMPORTABLE = {"strptime": "_strptime"} | {
-    name: name
-    for name in re.findall(
-        r"\w+",
-        """
-        abc array ast base64 binascii bisect calendar cmath codecs collections contextlib copy csv dataclasses datetime
-        decimal difflib enum fractions functools hashlib heapq html inspect io itertools json keyword locale logging
-        math numbers operator os pprint queue random re secrets statistics string struct textwrap threading time timeit
-        tokenize traceback types typing unicodedata uuid warnings weakref zlib
-        """,
-    )
-}
+_IMPORTABLE = {"strptime": "_strptime"} | {name: name for name in _MODULES.split()}
 
 Plain = Any  # None, bool, int, float, str, and lists, tuples, sets, frozensets and dicts of them
 

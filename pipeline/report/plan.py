@@ -34,21 +34,12 @@ from pipeline.config.phones import Device, TiersConfig, load_devices, load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row
-from pipeline.planning.devices import (
-    Candidate,
-    Decision,
-    Need,
-    Suggestion,
-    budget_bytes,
-    decide,
-    decode_speed,
-    resident_bytes,
-)
+from pipeline.planning import devices as planning
 from pipeline.preflight.footprints import Known, candidates, known
 from pipeline.report.phones import lines
 
 SCHEMA = 2
-Built = Mapping[str, tuple[Known, list[Candidate]]]
+Built = Mapping[str, tuple[Known, list[planning.Candidate]]]
 """Models, each with its variants."""
 
 
@@ -96,8 +87,8 @@ def answer(
             name: {
                 "platform": item.platform,
                 "ram_bytes": item.ram_bytes,
-                "budget_bytes": budget_bytes(item),
-                "resident_bytes": resident_bytes(item, tiers),
+                "budget_bytes": planning.budget_bytes(item),
+                "resident_bytes": planning.resident_bytes(item, tiers),
             }
             for name, item in tiers.tiers.items()
         },
@@ -124,7 +115,7 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
     sizes = {name: one.architecture.parameters for name, (one, _) in built.items() if one.context_cap >= tokens}
     smaller = sorted((name for name in sizes if sizes[name] < found.architecture.parameters), key=lambda n: -sizes[n])
     fallbacks = {name: built[name][1] for name in smaller}
-    decisions = {name: decide(variants, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
+    decisions = {name: planning.decide(variants, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
     return {
         "title": load_model(model).title,
         "parameters": found.architecture.parameters,
@@ -135,7 +126,7 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
     }
 
 
-def _variant(found: Candidate, model: str) -> dict[str, Any]:
+def _variant(found: planning.Candidate, model: str) -> dict[str, Any]:
     footprint = found.footprint
     figures = ("download", "weights", "activations", "loading", "packed", "read")
     return {
@@ -156,7 +147,7 @@ def _permitted(model: str, variant: str) -> bool:
     return allowed is None or model in allowed
 
 
-def _tier(found: Decision, model: str) -> dict[str, Any]:
+def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
     return {
         "decision": "bundle" if found.chosen else "refuse",
         "variant": found.chosen and found.chosen.variant,
@@ -166,11 +157,11 @@ def _tier(found: Decision, model: str) -> dict[str, Any]:
     }
 
 
-def _device(device: Device, runs: Suggestion | None, model: str) -> dict[str, Any]:
+def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dict[str, Any]:
     speed = None
     if runs:
         efficiency = load_devices().efficiency
-        speed = decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
+        speed = planning.decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
     return {
         "title": device.title,
         "tier": device.tier,
@@ -180,12 +171,12 @@ def _device(device: Device, runs: Suggestion | None, model: str) -> dict[str, An
     }
 
 
-def _need(found: Need) -> dict[str, Any]:
+def _need(found: planning.Need) -> dict[str, Any]:
     parts = {name: asdict(figure) for name, figure in found.parts.items()}
     return {"private_bytes": found.private, "mapped_bytes": found.mapped, "basis": found.basis, "parts": parts}
 
 
-def _suggestion(found: Suggestion, model: str) -> dict[str, Any]:
+def _suggestion(found: planning.Suggestion, model: str) -> dict[str, Any]:
     return {
         "model": found.model or model,
         "variant": found.candidate.variant,
