@@ -25,6 +25,7 @@ from pipeline.errors import EvaluationError
 
 _STARTUP_SECONDS = 60.0  # a bare interpreter takes 0.05; this only tells a slow machine from a broken one
 _MAX_ANSWER = 1 << 18  # bytes of one answer; the longest that a right solution gives HumanEval has 717
+Test = Callable[[Callable[..., Plain]], None]
 _BOOTSTRAP = "import pipeline.confine.worker as worker; worker.main()"
 
 
@@ -40,9 +41,7 @@ class _Failure(BaseException):
     """The program did not answer. Not an `Exception`, so that no test can swallow it."""
 
 
-def judge_program(
-    program: str, entry_point: str, test: Callable[[Callable[..., Plain]], None], timeout_seconds: float, level: str
-) -> Outcome:
+def judge_program(program: str, entry_point: str, test: Test, timeout_seconds: float, level: str) -> Outcome:
     """Run `test(candidate)`, where `candidate` calls `entry_point` of `program` in a fresh sandboxed worker.
 
     Args:
@@ -79,7 +78,7 @@ def _spawn(arguments: list[str], descriptor: int) -> Popen[bytes]:
         ) from error
 
 
-def _outcome(worker: _Worker, test: Callable[[Callable[..., Plain]], None], timeout_seconds: float) -> Outcome:
+def _outcome(worker: _Worker, test: Test, timeout_seconds: float) -> Outcome:
     try:
         worker.load(timeout_seconds)
         test(worker.call)

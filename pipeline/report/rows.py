@@ -12,6 +12,8 @@ from pipeline.judge.verdicts import Verdict, worst
 from pipeline.tasks.task import number
 
 REFERENCE = "reference"
+Facts = Mapping[str, str]
+_NONE: Facts = MappingProxyType({})
 _FIGURES = {"kl_mean": "kl_mean", "kl_low": "kl_mean_low", "kl_high": "kl_mean_high"}
 
 
@@ -56,7 +58,7 @@ class Report:
     """A complete run, and facts about it by name, to print at its head."""
 
     models: tuple[ModelReport, ...]
-    about: Mapping[str, str]
+    about: Facts
 
     @property
     def verdict(self) -> str:
@@ -65,11 +67,7 @@ class Report:
 
 
 def build(
-    rows: Sequence[Row],
-    models: Sequence[str],
-    variants: Sequence[str],
-    notes: Mapping[str, str] = MappingProxyType({}),
-    about: Mapping[str, str] = MappingProxyType({}),
+    rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Facts = _NONE, about: Facts = _NONE
 ) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 

@@ -200,20 +200,19 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     prompts, journal = _prompts_of(subject), Journal(folder / written.ITEMS)
     write(subject, "IFBench", {prompt.key: prompt.text for prompt in prompts}, journal)
     names = written.names_of([prompt.key for prompt in prompts], subject.wanted)
+    rows = list(zip(prompts, names, strict=True))
     theirs = Journal(subject.reference / written.ITEMS) if subject.reference else None
-    reference = _followed(subject, prompts, names, theirs) if theirs else None
-    own = _followed(subject, prompts, names, journal)
+    reference = _followed(subject, rows, theirs) if theirs else None
+    own = _followed(subject, rows, journal)
     found = summarise_samples("IFBench", "prompts", "followed", own, reference)
     return found | written.described(subject, journal, names)
 
 
-def _followed(
-    subject: Subject, prompts: Sequence[Prompt], names: Sequence[Sequence[str]], journal: Journal
-) -> np.ndarray:
+def _followed(subject: Subject, rows: Sequence[tuple[Prompt, Sequence[str]]], journal: Journal) -> np.ndarray:
     """bool [prompts, samples], of the prompts that were answered"""
-    rows = [(prompt, row) for prompt, row in zip(prompts, names, strict=True) if {*row} <= journal.items.keys()]
-    answers = [[(prompt, written.answer(journal.items[name], subject.entry)) for name in row] for prompt, row in rows]
-    return np.array([[prompt.follows(answer) for prompt, answer in row] for row in answers], np.bool_)
+    answered = [(prompt, row) for prompt, row in rows if {*row} <= journal.items.keys()]
+    texts = [[(prompt, written.answer(journal.items[name], subject.entry)) for name in row] for prompt, row in answered]
+    return np.array([[prompt.follows(text) for prompt, text in row] for row in texts], np.bool_)
 
 
 TASK = task.Task(

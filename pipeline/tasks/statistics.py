@@ -44,6 +44,7 @@ _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal d
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,7 @@ def _check_tokens(what: str, unit: str, groups: Ints, **arrays: NDArray[Any]) ->
         _require(bad == 0, f"{what}: {bad} of {tokens} values of {name} are NaN or infinite")
 
 
-def summarise_reference_divergence(
-    logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints
-) -> dict[str, Any]:
+def summarise_reference_divergence(logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints) -> Metrics:
     """The reference's own `divergence` metrics: tokens, windows, perplexity, and what its kept log-probabilities lose.
 
     Args:
@@ -262,7 +261,7 @@ def summarise_reference_divergence(
 
 def summarise_divergence(
     kl: Floats, top1_equal: Bools, logprob: Floats, logprob_reference: Floats, window_id: Ints
-) -> dict[str, Any]:
+) -> Metrics:
     """The `divergence` metrics of a variant, paired with the reference by token.
 
     `probability_change` is the mean change in the true token's probability: unlike KL it says which way.
@@ -313,7 +312,7 @@ def _check_items(task: str, shape: tuple[str, ...], outcomes: Bools, reference: 
         )
 
 
-def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> dict[str, Any]:
+def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> Metrics:
     """Accuracy under the key `name` and, for a variant, the paired drop from the reference in percentage points."""
     own = {"n": len(correct), **_share(name, correct)}
     if reference is None:
@@ -353,7 +352,7 @@ def answer_probability(scores: Floats, answers: Ints) -> Floats:
     return softmax(scores, axis=1)[np.arange(len(answers)), answers]
 
 
-def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> dict[str, Any]:
+def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> Metrics:
     """The `mmlu` metrics: accuracy, and what was lost unless `reference` is None (the reference's own row).
 
     Args:
@@ -384,7 +383,7 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
     return {**found, "mode": mode, "chance": MMLU_CHANCE}
 
 
-def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> dict[str, Any]:
+def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> Metrics:
     """The scores of the `humaneval` metrics: pass@k, and pass@1's paired drop unless `reference` is None.
 
     - `n` problems with `samples` solutions each; `pass_at_1`, `pass_at_<k>`, each with `_low` and `_high`;
@@ -409,7 +408,7 @@ def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int
     return scores
 
 
-def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: Bools | None) -> dict[str, Any]:
+def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: Bools | None) -> Metrics:
     """The mean share of right samples under the name `key`, and its paired drop unless `reference` is None.
 
     Args:
@@ -427,7 +426,7 @@ def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: 
 
 def summarise_agreement(
     logprob: Floats, problem: Ints, logprob_reference: Floats | None = None, top1_equal: Bools | None = None
-) -> dict[str, Any]:
+) -> Metrics:
     """The `agreement` metrics: how a model reads the reference's own solutions, token by token.
 
     - `solutions`, `tokens`; `logprob`, the mean log-probability of these tokens, nats;

@@ -77,14 +77,16 @@ class Subject:
             self.decoder.prepare(ask)
 
 
-def fill(
-    journal: Journal, names: Sequence[str], title: str, unit: str, items: Callable[[list[str]], Iterable[Any]]
-) -> None:
+Make = Callable[[list[str]], Iterable[Any]]
+"""Names → their items, plain JSON data, in that order."""
+
+
+def fill(journal: Journal, names: Sequence[str], title: str, unit: str, items: Make) -> None:
     """Record an item for each of `names` that the journal lacks, as soon as `items` of those has made it.
 
     Args:
         title, unit: of the progress: what is measured of whom, and what its items are.
-        items: names → their items, plain JSON data, in that order. Not called when none is left.
+        items: not called when none is left.
     """
     left = [name for name in names if name not in journal.items]
     with Progress(title, len(names), unit) as progress:

@@ -10,13 +10,17 @@ from pipeline.runtime.generate import Limits, Sampling, Writer, derived_seed
 from pipeline.tasks.subject import Subject, fill
 from pipeline.tasks.written import name_of
 
+Complete = Callable[[str], bool]
+
+
+def _never(text: str) -> bool:
+    """Of an answer that ends where the model ends it."""
+    del text
+    return False
+
 
 def write(
-    subject: Subject,
-    title: str,
-    requests: Mapping[str, str],
-    journal: Journal,
-    complete: Callable[[str], bool] = lambda text: False,
+    subject: Subject, title: str, requests: Mapping[str, str], journal: Journal, complete: Complete = _never
 ) -> None:
     """Every answer that is not in `journal` yet (prompt, ids, text, cut), recorded as it is written.
 
@@ -35,7 +39,7 @@ def write(
             prompt, sampling = writer.chat(named[name]) if chats else named[name], None
             if wanted.temperature:
                 sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
-            one = writer.continuation(prompt, limits, (lambda text: False) if chats else complete, sampling)
+            one = writer.continuation(prompt, limits, _never if chats else complete, sampling)
             yield {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut}
 
     fill(journal, list(named), f"{title} {subject.name}", "answers", items)
