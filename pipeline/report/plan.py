@@ -85,8 +85,7 @@ def answer(
         "efficiency": {"low": efficiency.low, "high": efficiency.high},
         "tiers": {
             name: {
-                "platform": item.platform,
-                "ram_bytes": item.ram_bytes,
+                **item.model_dump(include={"platform", "ram_bytes"}),
                 "budget_bytes": planning.budget_bytes(item),
                 "resident_bytes": planning.resident_bytes(item, tiers),
             }
@@ -163,9 +162,7 @@ def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dic
         efficiency = load_devices().efficiency
         speed = planning.decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
     return {
-        "title": device.title,
-        "tier": device.tier,
-        "memory_bandwidth": device.memory_bandwidth,
+        **device.model_dump(include={"title", "tier", "memory_bandwidth"}),
         "runs": runs and _suggestion(runs, model),
         "tokens_per_second": speed and asdict(speed),
     }

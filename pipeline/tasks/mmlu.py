@@ -17,7 +17,6 @@ from pipeline.journal import Journal
 from pipeline.runtime.chat import has_thought, read_template, without_thought
 from pipeline.tasks import mmlu_questions as mmlu
 from pipeline.tasks import task
-from pipeline.tasks.mmlu_prompts import Asker, asker
 from pipeline.tasks.mmlu_scoring import Scorer, item_names
 from pipeline.tasks.statistics import MmluAnswers, answer_probability, summarise_mmlu
 from pipeline.tasks.subject import CHUNK, Decoder, Subject, fill
@@ -73,7 +72,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     return summarise_mmlu(_answers(journal, names), reference, subject.entry.mmlu_mode) | conditions
 
 
-def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[Asker, dict[str, str]]:
+def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu.Asker, dict[str, str]]:
     """How the model's mode asks, and what the metrics say about it besides the mode."""
     mode, wanted = subject.entry.mmlu_mode, subject.wanted
     if mode == "five-shot":
@@ -81,12 +80,12 @@ def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[Asker, dic
             examples = mmlu.by_subject(mmlu.load_questions(dataset("mmlu-dev", subject.store), "dev"))
         else:
             examples = mmlu.held_out_examples(split, wanted.questions, wanted.seed)
-        return asker(mode, examples), {"exemplars": wanted.exemplars}
+        return mmlu.asker(mode, examples), {"exemplars": wanted.exemplars}
     if mode == "chat":
         template, thinks = read_template(subject.folder), subject.entry.mmlu_close_think
-        ask = asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
+        ask = mmlu.asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
         return ask, {"think": "closed" if has_thought(ask(split[0]).text) else "none"}
-    return asker(mode), {}
+    return mmlu.asker(mode), {}
 
 
 def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:

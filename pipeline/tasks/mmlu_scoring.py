@@ -21,8 +21,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from pipeline.errors import EvaluationError
-from pipeline.tasks.mmlu_prompts import Prompt
-from pipeline.tasks.mmlu_questions import Question
+from pipeline.tasks.mmlu_questions import Prompt, Question
 from pipeline.tasks.subject import CHUNK, Decoder, State
 
 _BLOCK = 128  # rows of one block of ONNX Runtime's matrix products
