@@ -20,8 +20,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SLOW = (
+    "artifact/test_cache", "artifact/test_memory", "artifact/test_resume", "artifact/test_write", "benchmarks/",
+    "bundle/test_signing", "bundle/test_trust", "calibrate/", "checkpoint/test_hostile", "confine/", "graph/test_genai",
+    "graph/test_optimum", "graph/test_parity", "parity/", "planning/test_shipped", "preflight/", "publish/",
+    "quantize/test_descent", "quantize/test_gptq", "runtime/", "stages/", "tasks/test_humaneval_judging", "test_cli",
+    "test_dvc", "test_keys", "test_smollm2", "verifiers/",
+)  # fmt: skip
+"""What `make check` leaves to `make test`: whole models, DVC, sandboxes, other languages, loops to be compiled."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The one long chain first: the other workers then have something to do beside it to the end."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name != "test_dvc.py")
 
 
