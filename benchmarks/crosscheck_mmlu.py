@@ -44,7 +44,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json, write_json
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.tasks import mmlu_questions as mmlu
-from pipeline.tasks.mmlu_prompts import Mode, Prompt, asker
+from pipeline.tasks.mmlu_questions import Mode, Prompt, asker
 from pipeline.tasks.mmlu_scoring import Encode, Scorer
 from pipeline.workspace import GENAI_CONFIG
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 
 
-def compiled(**options: bool) -> Callable[[Callable], Callable]:
+def compiled(**options: Any) -> Callable[[Callable], Callable]:
     """numba.njit with its on-disk cache, and without where no cache folder is writable (numba refuses to import)."""
 
     def wrap(function: Callable) -> Callable:

@@ -40,7 +40,7 @@ class Progress:
         """Count `items` more, worth `read` bytes; `kept` if an earlier run had done them: no sign of speed."""
         self.done += items
         count = self._bars.reset if kept else self._bars.update
-        count(self._id, completed=self._task.completed + (read if self.total_bytes else items))
+        count(self._id, completed=int(self._task.completed) + (read if self.total_bytes else items))
         if not self._bars.disable:
             self._bars.update(self._id, figures=self.figures())
         elif self._bars.get_time() - self._told > _QUIET_SECONDS:

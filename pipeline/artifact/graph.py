@@ -177,7 +177,7 @@ class QuantizedGraph(GraphWriter):
             name = self._once("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
         if item.unit == 1:
             return name
-        unit = self.constant(f"unit.{item.unit}", np.float32(item.unit))
+        unit = self.constant(f"unit.{item.unit}", np.array(item.unit, np.float32))
         return self._once("Mul", [name, unit], f"{name}/{item.unit}")
 
     def _declare(self, stored: Stored, shape: tuple[int, ...] | None = None, name: str | None = None) -> str:

@@ -52,6 +52,9 @@ class Search:
             piece(np.take(weights, part, axis=1)) for piece, part in zip(pieces, parts, strict=True)
         ]
 
+    def _piece(self, planned: PlannedMatrix, fmt: TensorFormat, part: Part) -> Callable[[np.ndarray], Quantized]:
+        raise NotImplementedError
+
 
 class Nearest(Search):
     """Round to nearest: the control."""
@@ -62,6 +65,8 @@ class Nearest(Search):
 
 class Weighted(Search):
     """Scales and zero points searched under the second moments of the inputs."""
+
+    moments: Moments
 
     def __init__(self, moments: Moments):
         self.moments = moments

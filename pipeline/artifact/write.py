@@ -41,7 +41,8 @@ _FLUSH_BYTES = 256 << 20
 # Units waiting for a thread: their weights are on the way from the disk already.
 _AHEAD = 16
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class PartWriter:
 
     def put(self, name: str, offset: int, array: np.ndarray) -> memoryview:
         """Write an array at byte `offset` of tensor `name`, and return its bytes; safe from several threads."""
-        data = left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         fd, start = self._place(name, offset, len(data))
         while left:
             written = os.pwrite(fd, left, start)

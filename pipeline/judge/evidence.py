@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.judge.gates import Metrics
 from pipeline.judge.verdicts import ERROR, GateLine, Verdict, overall
+from pipeline.tasks.task import Metrics
 
 
 def problem_of(metrics: Metrics, reference: Metrics, plan_sha256: str, installed: Mapping[str, str]) -> str | None:

@@ -20,10 +20,9 @@ Which gates there are, the rows of the tasks say; here is a function for each ki
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config.gates import ReleasedBuild
@@ -32,9 +31,7 @@ from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
 from pipeline.tasks.statistics import paired_interval
-from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Task
-
-Metrics = Mapping[str, Any]
+from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Metrics, Task
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def rows() -> dict[str, Gate]:
     return {gate.name: gate for gate in (PERMISSION, PARITY, *gates().values())}
 
 
-def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping[str, Any]) -> Verdict:
+def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Metrics) -> Verdict:
     """Judge one variant.
 
     Args:
@@ -81,8 +78,11 @@ def decide(metrics: Metrics, reference: Metrics, policy: Policy, parity: Mapping
     A missing, NaN or impossible measurement is an ERROR line, never an exception and never a pass. A gate without a
     limit has no line where neither model was measured: the suite does not ask for its task.
     """
-    lines = [] if policy.permitted is None else [_permission_line(policy)]
-    lines.append(_guarded(PARITY, _parity_line, parity))
+    lines = [_guarded(PARITY, _parity_line, parity)]
+    if policy.permitted is not None:
+        note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
+        allowed = GateLine(PERMISSION.name, PASS)
+        lines.insert(0, allowed if policy.permitted else replace(allowed, verdict=FAIL, note=note))
     for task in tasks():
         known = any(isinstance(found, Mapping) and task.name in found for found in (metrics, reference))
         for gate in task.gates:
@@ -145,6 +145,7 @@ def _pair(task: Task, metrics: Metrics, reference: Metrics) -> _Pair:
     """A measurement counts only when variant and reference met the same items, and are not the same model."""
     section, own = _section(metrics, task.name, "variant"), _section(reference, task.name, "reference")
     pairing = task.pairing
+    assert pairing, "a task with gates has one"
     for field in pairing.same:
         if section.get(field) != own.get(field):
             raise _Unusable(
@@ -158,19 +159,12 @@ def _pair(task: Task, metrics: Metrics, reference: Metrics) -> _Pair:
     return _Pair(section, own, task.unit)
 
 
-def _parity_line(parity: Mapping[str, Any]) -> GateLine:
+def _parity_line(parity: Metrics) -> GateLine:
     error, limit = _number(parity, "max_relative_error"), _number(parity, "limit")
     if parity.get("passed") is True and error <= limit:
         return GateLine(PARITY.name, PASS, estimate=error, limit=limit)
     note = "the exported graph does not compute what the reference export computes, so nothing below can be trusted"
     return GateLine(PARITY.name, ERROR, estimate=error, limit=limit, note=note)
-
-
-def _permission_line(policy: Policy) -> GateLine:
-    if policy.permitted:
-        return GateLine(PERMISSION.name, PASS)
-    note = f"{policy.row} is released only for models that its opt_in in configs/gates.yaml names"
-    return GateLine(PERMISSION.name, FAIL, note=note)
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -228,73 +222,53 @@ def _reported_line(gate: Gate, pair: _Pair, limit: None) -> GateLine:
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Drop:
-    """A paired drop in percentage points, and what the reference has to lose."""
-
-    gate: Gate
-    margin: float | None
-    n: int
-    estimate: float
-    low: float
-    high: float
-    detectable: float
-    ability: float  # points that are surely above chance
-    standing: str  # the reference's ability in words
-
-    def line(self, verdict: str, note: str = "") -> GateLine:
-        figures = (self.estimate, self.low, self.high, self.margin, self.detectable)
-        return GateLine(self.gate.name, verdict, self.n, *figures, note)
-
-    @property
-    def verdict(self) -> str:
-        """Of its interval against the margin; for one without a margin, that it is only shown."""
-        return REPORTED if self.margin is None else _against(self.low, self.high, self.margin)
-
-    @property
-    def blindness(self) -> str:
-        """What this sample cannot see, in words with numbers."""
-        return f"{self.standing}; {self.n:,} items detect a drop of {self.detectable:.1f} points or more"
-
-
-def _drop(gate: Gate, pair: _Pair, margin: float | None) -> _Drop:
-    """The drop over all items that were asked."""
-    section, own, key = pair.section, pair.own, gate.key
+def _drop(gate: Gate, pair: _Pair, margin: float | None) -> tuple[GateLine, float, str]:
+    """The drop over all items that were asked: its line, the points of the reference that are surely above chance, and
+    what it has in words."""
+    section, own = pair.section, pair.own
     n, detectable = int(_number(section, "n")), _number(section, "detectable_drop_points")
     low, estimate, high = pair.interval("drop_points", -100.0, 100.0)
     chance = _number(own, "chance") if "chance" in own else 0.0  # what is written cannot be guessed
-    accuracy, least = 100 * _number(own, key), _number(own, f"{key}_low")
+    accuracy, least = 100 * _number(own, gate.key), _number(own, f"{gate.key}_low")
     ability = 100 * (least - chance)
     if ability <= 0:
         standing = f"{accuracy:.1f} % (lower bound {100 * least:.1f} %), no more than chance ({100 * chance:.0f} %)"
     else:
         above = f" above chance ({100 * chance:.0f} %)" if chance else ""
         standing = f"{accuracy:.1f} %, of which {ability:.1f} points{above} are sure"
-    return _Drop(gate, margin, n, estimate, low, high, detectable, ability, f"the reference has {standing}")
+    verdict = REPORTED if margin is None else _against(low, high, margin)
+    line = GateLine(gate.name, verdict, n, estimate, low, high, margin, detectable)
+    return line, ability, f"the reference has {standing}"
+
+
+def _blind(line: GateLine, standing: str) -> str:
+    """What a sample cannot see, in words with numbers."""
+    return f"{standing}; {line.n:,} items detect a drop of {line.detectable:.1f} points or more"
 
 
 def _looks_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
-    whole = _drop(gate, pair, margin)
+    whole, ability, standing = _drop(gate, pair, margin)
     if margin is None:
-        return whole.line(REPORTED, f"gates nothing: {whole.blindness}")
-    look = sequential.reached(whole.n)
+        return replace(whole, note=f"gates nothing: {_blind(whole, standing)}")
+    asked = whole.n or 0
+    look = sequential.reached(asked)
     if look is None:
-        note = f"{whole.n:,} {pair.unit} decide nothing: the first look is at {sequential.LOOKS[0]:,}"
-        return whole.line(INCONCLUSIVE, note)
-    drop = _at_look(whole, look, pair)
-    if drop.verdict == PASS and drop.ability <= margin:
-        return drop.line(INCONCLUSIVE, f"cannot pass: {drop.blindness}")
-    note = look.describe() + (f" ({whole.n:,} were asked)" if whole.n > look.n else "")
+        note = f"{asked:,} {pair.unit} decide nothing: the first look is at {sequential.LOOKS[0]:,}"
+        return replace(whole, verdict=INCONCLUSIVE, note=note)
+    drop = _at_look(whole, look, margin, pair)
+    if drop.verdict == PASS and ability <= margin:
+        return replace(drop, verdict=INCONCLUSIVE, note=f"cannot pass: {_blind(drop, standing)}")
+    note = look.describe() + (f" ({asked:,} were asked)" if asked > look.n else "")
     if drop.verdict == FAIL:
         note = f"the whole interval lies beyond the margin; {note}"
     elif drop.verdict == INCONCLUSIVE:
         following = f"next look {look.next:,}" if look.next else f"no {pair.unit} are left to ask"
-        sees = f"{drop.n:,} {pair.unit} detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}"
+        sees = f"{look.n:,} {pair.unit} detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}"
         note = f"{sees}; {note}, {following}"
-    return drop.line(drop.verdict, note)
+    return replace(drop, note=note)
 
 
-def _at_look(whole: _Drop, look: sequential.Look, pair: _Pair) -> _Drop:
+def _at_look(whole: GateLine, look: sequential.Look, margin: float, pair: _Pair) -> GateLine:
     """The drop among the items of a look, with that look's critical value."""
     looks, unit = pair.section.get("looks"), pair.unit
     known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
@@ -305,19 +279,19 @@ def _at_look(whole: _Drop, look: sequential.Look, pair: _Pair) -> _Drop:
     if min(lost, won) < 0 or lost + won > look.n:
         raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} {unit}")
     found = paired_interval(look.n, lost, won, look.critical)
-    if look.n == whole.n and not math.isclose(100 * found.estimate, whole.estimate, abs_tol=1e-6):
+    if look.n == whole.n and not math.isclose(100 * found.estimate, whole.estimate or 0.0, abs_tol=1e-6):
         raise _Unusable(f"{lost} lost and {won} won of {look.n:,} are not a drop of {whole.estimate:.4g} points")
-    figures = {name: 100 * getattr(found, name) for name in ("estimate", "low", "high", "detectable")}
-    return dataclasses.replace(whole, n=look.n, **figures)
+    figures = {name: 100 * value for name, value in asdict(found).items()}
+    return replace(whole, verdict=_against(figures["low"], figures["high"], margin), n=look.n, **figures)
 
 
 def _floor_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
-    drop = _drop(gate, pair, margin)
-    if margin is None or (drop.ability <= margin and drop.verdict != FAIL):
-        return drop.line(REPORTED, f"gates nothing: {drop.blindness}")
+    drop, ability, standing = _drop(gate, pair, margin)
+    if margin is None or (ability <= margin and drop.verdict != FAIL):
+        return replace(drop, verdict=REPORTED, note=f"gates nothing: {_blind(drop, standing)}")
     sees = f"{drop.n:,} items detect a drop of {drop.detectable:.1f} points, the margin is {margin:g}; ask more"
     notes = {PASS: "", FAIL: "the whole interval lies beyond the margin", INCONCLUSIVE: sees}
-    return drop.line(drop.verdict, notes[drop.verdict])
+    return replace(drop, note=notes[drop.verdict])
 
 
 _KINDS: dict[str, Callable[[Gate, _Pair, Any], GateLine]] = {

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.errors import PipelineError
 from pipeline.judge.verdicts import read_verdict
 from pipeline.planning.devices import Candidate, Figure, Footprint
+from pipeline.tasks.task import Metrics
 from pipeline.workspace import Workspace
 
 
@@ -17,9 +15,7 @@ def judged(workspace: Workspace, variant: str) -> Candidate:
     return measured_candidate(variant, metrics, read_verdict(workspace, variant).verdict)
 
 
-def measured_candidate(
-    variant: str, metrics: Mapping[str, Any], verdict: str | None, read: Figure | None = None
-) -> Candidate:
+def measured_candidate(variant: str, metrics: Metrics, verdict: str | None, read: Figure | None = None) -> Candidate:
     """From a variant's metrics and its verdict. Raises PipelineError when the metrics lack a figure."""
     try:
         return Candidate(measured(variant, metrics, read), verdict, metrics["divergence"]["kl_mean"])
@@ -29,7 +25,7 @@ def measured_candidate(
         ) from None
 
 
-def measured(variant: str, metrics: Mapping[str, Any], read: Figure | None = None) -> Footprint:
+def measured(variant: str, metrics: Metrics, read: Figure | None = None) -> Footprint:
     """From a variant's metrics. Weights are the process's private bytes at the peak of loading, the interpreter's share
     included; use is what its peak of private and mapped memory adds, with the short cache that it had then: both err
     on the safe side."""

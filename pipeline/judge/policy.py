@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 
@@ -23,15 +23,12 @@ class Row(Frozen):
 
 
 # A limit for each gate that has one. A margin of None means: reported, gates nothing.
-GateLimits = create_model(
-    "GateLimits",
-    __base__=Row,
-    **{
-        gate.limit: (float if gate.allowed.is_required() else float | None, gate.allowed)
-        for gate in gates().values()
-        if gate.allowed
-    },
-)
+_fields: dict[str, Any] = {
+    gate.limit: (float if gate.allowed.is_required() else float | None, gate.allowed)
+    for gate in gates().values()
+    if gate.allowed
+}
+GateLimits = create_model("GateLimits", __base__=Row, **_fields)
 
 
 class GateClass(Frozen):
@@ -39,7 +36,9 @@ class GateClass(Frozen):
 
     reason: str
     parameters: tuple[int, int] = Field(description="least and most that a model judged by it may have")
-    variants: dict[Name, GateLimits] = Field(description="rows by the variant they judge, or the `gate` of its recipe")
+    variants: dict[Name, GateLimits] = Field(  # type: ignore[valid-type]  # a class all the same: made of the tasks' gates
+        description="rows by the variant they judge, or the `gate` of its recipe"
+    )
 
 
 class GatesConfig(Frozen):

@@ -86,12 +86,9 @@ def spending(n: int) -> float:
 @cache
 def plan() -> tuple[Look, ...]:
     """The looks, in order."""
-    information = [n / LOOKS[-1] for n in LOOKS]
-    spent = [spending(n) for n in LOOKS]
-    critical = boundaries(information, spent)
-    following = (*LOOKS[1:], None)
-    numbers = range(1, len(LOOKS) + 1)
-    return tuple(Look(*fields) for fields in zip(numbers, LOOKS, spent, critical, following, strict=True))
+    information, spent = [n / LOOKS[-1] for n in LOOKS], [spending(n) for n in LOOKS]
+    columns = (range(1, len(LOOKS) + 1), LOOKS, spent, boundaries(information, spent), (*LOOKS[1:], None))
+    return tuple(Look(*fields) for fields in zip(*columns, strict=True))
 
 
 def reached(n: int) -> Look | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
 REPORTED = "REPORTED"  # of a line only: shown, decides nothing
 _EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 2, ERROR: 3}
 _SEVERITY = (PASS, INCONCLUSIVE, FAIL, ERROR)
-_NOT_QUALITY = ("parity", "permission")  # lines that say nothing about it
+_NOT_QUALITY = {"parity", "permission"}  # lines that say nothing about it
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,21 @@ class Verdict:
         if not isinstance(verdict.row, str):
             raise EvaluationError(f"a verdict file names its limits as {verdict.row!r}. Validate again.")
         for line in verdict.lines:
-            _check_types(line)
+            numbers = (line.n, line.estimate, line.low, line.high, line.limit, line.detectable)
+            texts = isinstance(line.name, str) and isinstance(line.note, str)
+            if not texts or not all(value is None or isinstance(value, int | float) for value in numbers):
+                wrong = "holds a value of the wrong type"
+            elif line.verdict not in (*_EXIT_CODES, REPORTED):
+                wrong = f"says {line.verdict!r}"
+            else:
+                continue
+            raise EvaluationError(f"a verdict file's line {line.name!r} {wrong}. Validate again.")
         if verdict.verdict != overall(verdict.lines):
             raise EvaluationError(
                 f"a verdict file says {verdict.verdict}, but its own lines give {overall(verdict.lines)}: it was "
                 f"edited or damaged. Validate again."
             )
         return verdict
-
-
-def _check_types(line: GateLine) -> None:
-    numbers = (line.n, line.estimate, line.low, line.high, line.limit, line.detectable)
-    texts = isinstance(line.name, str) and isinstance(line.note, str)
-    if not texts or not all(value is None or isinstance(value, int | float) for value in numbers):
-        raise EvaluationError(f"a verdict file's line {line.name!r} holds a value of the wrong type. Validate again.")
-    if line.verdict not in (*_EXIT_CODES, REPORTED):
-        raise EvaluationError(f"a verdict file's line {line.name!r} says {line.verdict!r}. Validate again.")
 
 
 def worst(verdicts: Iterable[str]) -> str:
@@ -89,9 +89,8 @@ def worst(verdicts: Iterable[str]) -> str:
 def overall(lines: Iterable[GateLine]) -> str:
     """The worst deciding line. ERROR when no measurement decides: parity and permission say nothing about quality."""
     deciding = [line for line in lines if line.verdict != REPORTED]
-    if not any(line.name not in _NOT_QUALITY for line in deciding):
-        return ERROR
-    return worst(line.verdict for line in deciding)
+    quality = {line.name for line in deciding} - _NOT_QUALITY
+    return worst(line.verdict for line in deciding) if quality else ERROR
 
 
 def exit_code(verdict: str) -> int:
@@ -127,12 +126,11 @@ def describe_line(line: GateLine) -> str:
 def gate(models: list[str], variants: list[str]) -> int:
     """Print each verdict and what decided it; return the worst one's exit code (see `exit_code`)."""
     found = []
-    for model in models:
-        for variant in variants:
-            verdict = read_verdict(Workspace(model), variant)
-            found.append(verdict.verdict)
-            print(f"{model} {variant}: {verdict.verdict}")
-            for line in verdict.lines:
-                if line.verdict == verdict.verdict != "PASS":
-                    print(f"  {describe_line(line)}")
+    for model, variant in itertools.product(models, variants):
+        verdict = read_verdict(Workspace(model), variant)
+        found.append(verdict.verdict)
+        print(f"{model} {variant}: {verdict.verdict}")
+        for line in verdict.lines:
+            if line.verdict == verdict.verdict != PASS:
+                print(f"  {describe_line(line)}")
     return exit_code(worst(found))

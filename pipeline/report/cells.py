@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.judge.gates import rows
 from pipeline.judge.verdicts import REPORTED, GateLine
 from pipeline.report.rows import REFERENCE, ModelReport, Row
 from pipeline.tasks.registry import tasks
-from pipeline.tasks.task import AT_LEAST, AT_MOST, DASH, FLOOR, LOOKS, Column, Gate, Task, maybe, number
+from pipeline.tasks.task import AT_LEAST, AT_MOST, DASH, FLOOR, LOOKS, Gate, Task, maybe, number
 
-_FIRST = (
-    Column(("variant", ""), lambda row: (row.variant, "")),
-    Column(
-        ("bytes on disk", "bits/weight"),
-        lambda row: (
-            maybe(number(row.section("size"), "bytes_on_disk"), lambda value: f"{value:,.0f}"),
-            maybe(number(row.section("size"), "bits_per_weight"), lambda value: f"{value:.2f}"),
-        ),
-    ),
-)
-_LAST = Column(("verdict", ""), lambda row: (row.verdict.verdict if row.verdict else DASH, ""))
 GATE_COLUMNS = ("gate", "n", "estimate", "90 % interval", "limit", "detectable", "verdict")
 POWER_LEGEND = (
     "Detectable: the excess over the limit (for accuracy: the drop) that this sample reveals with 80 % power in a "
@@ -37,16 +28,14 @@ def table(model: ModelReport) -> list[list[tuple[str, str]]]:
     """Both lines of every cell: the heading's, then each row's. Tasks that no row was measured in have no columns."""
     measured = [task for task in tasks() if any(row.section(task.name) for row in model.rows)]
     shown = [(task.name, column) for task in measured for column in task.columns]
-    heading = [*(column.heading for column in (*_FIRST, *(column for _, column in shown), _LAST))]
-    cells = [
-        [
-            *(column.cells(row) for column in _FIRST),
-            *(column.cells(row.section(name)) for name, column in shown),
-            _LAST.cells(row),
-        ]
-        for row in model.rows
-    ]
-    return [heading, *cells]
+    grid = [[("variant", ""), ("bytes on disk", "bits/weight"), *(one.heading for _, one in shown), ("verdict", "")]]
+    for row in model.rows:
+        size, verdict = row.section("size"), row.verdict.verdict if row.verdict else DASH
+        total = maybe(number(size, "bytes_on_disk"), "{:,.0f}".format)
+        bits = maybe(number(size, "bits_per_weight"), "{:.2f}".format)
+        cells = [column.cells(row.section(name)) for name, column in shown]
+        grid.append([(row.variant, ""), (total, bits), *cells, (verdict, "")])
+    return grid
 
 
 def delivery(row: Row) -> str:
@@ -129,36 +118,36 @@ def notes(model: ModelReport) -> list[str]:
 
 def power_sentences(model: ModelReport) -> list[str]:
     """What this run's sample sizes can and cannot detect, a sentence for each task that has gates."""
-    sentences = [describe(model, task) for task in tasks() for describe in (_interval_power, _drop_power)]
+    lines = [line for row in model.variants if row.verdict for line in row.verdict.lines]
+    sentences = [describe(task, lines) for task in tasks() for describe in (_interval_power, _drop_power)]
     return [sentence for sentence in sentences if sentence]
 
 
-def _least_known(model: ModelReport, task: Task, *kinds: str) -> list[tuple[Gate, GateLine]]:
-    """A task's gates of these kinds, each with its line in the variant where the detectable effect is largest."""
-    lines = [line for row in model.variants if row.verdict for line in row.verdict.lines if line.detectable is not None]
-    gates = [gate for gate in task.gates if gate.kind in kinds and gate.effect]
-    own = {gate: [line for line in lines if line.name == gate.name] for gate in gates}
-    return [(gate, max(found, key=lambda line: line.detectable)) for gate, found in own.items() if found]
+def _least_known(task: Task, lines: Sequence[GateLine], *kinds: str) -> list[tuple[Gate, GateLine, str]]:
+    """A task's gates of these kinds, each with the line whose detectable effect is largest, and that in words."""
+    found = []
+    for gate in task.gates:
+        known = [(line.detectable, line) for line in lines if line.name == gate.name and line.detectable is not None]
+        if gate.kind in kinds and gate.effect and known:
+            effect, line = max(known, key=lambda pair: pair[0])
+            found.append((gate, line, gate.effect(effect)))
+    return found
 
 
-def _interval_power(model: ModelReport, task: Task) -> str:
-    known = _least_known(model, task, AT_MOST, AT_LEAST)
-    effects = [
-        f"{gate.title} {gate.effect(line.detectable)} {'below' if gate.kind == AT_LEAST else 'above'} its limit"
-        for gate, line in known
-    ]
+def _interval_power(task: Task, lines: Sequence[GateLine]) -> str:
+    known = _least_known(task, lines, AT_MOST, AT_LEAST)
     if not known:
         return ""
-    return f"{known[0][1].n:,} {task.unit} can detect: {', '.join(effects)}; a smaller excess can go unseen."
+    side = {AT_MOST: "above", AT_LEAST: "below"}
+    effects = ", ".join(f"{gate.title} {effect} {side[gate.kind]} its limit" for gate, _, effect in known)
+    return f"{known[0][1].n:,} {task.unit} can detect: {effects}; a smaller excess can go unseen."
 
 
-def _drop_power(model: ModelReport, task: Task) -> str:
-    for gate, line in _least_known(model, task, LOOKS, FLOOR):
-        effect = gate.effect(line.detectable)
+def _drop_power(task: Task, lines: Sequence[GateLine]) -> str:
+    for gate, line, effect in _least_known(task, lines, LOOKS, FLOOR):
         text = f"{line.n:,} {task.title} {task.unit} can detect a drop of {effect} and nothing smaller"
         if line.verdict == REPORTED:
             return f"{text}: {task.title} gates nothing here."
-        lines = [line for row in model.variants if row.verdict for line in row.verdict.lines if line.name == gate.name]
-        margins = sorted({line.limit for line in lines if line.limit is not None})
+        margins = sorted({one.limit for one in lines if one.name == gate.name and one.limit is not None})
         return f"{text}; its margins: {', '.join(f'{margin:g}' for margin in margins)} points."
     return ""

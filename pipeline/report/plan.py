@@ -25,7 +25,7 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,22 +34,13 @@ from pipeline.config.phones import Device, TiersConfig, load_devices, load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row
-from pipeline.planning.devices import (
-    Candidate,
-    Decision,
-    Need,
-    Suggestion,
-    budget_bytes,
-    decide,
-    decode_speed,
-    resident_bytes,
-)
+from pipeline.planning import devices as planning
 from pipeline.preflight.footprints import Known, candidates, known
-from pipeline.report.phones import Answer, DeviceAnswer, ModelAnswer, lines
+from pipeline.report.phones import lines
 
 SCHEMA = 2
-_Built = tuple[Known, list[Candidate]]
-"""A model and its variants."""
+Built = Mapping[str, tuple[Known, list[planning.Candidate]]]
+"""Models, each with its variants."""
 
 
 def run(models: Sequence[str], tier: str | None, device: str | None, context: int | None, as_json: bool) -> None:
@@ -60,39 +51,48 @@ def run(models: Sequence[str], tier: str | None, device: str | None, context: in
         PlanError: a model of unknown shapes, or a recipe that cannot be planned.
     """
     found = answer(models, tier, device, context)
-    print(json.dumps(record(found), indent=2, sort_keys=True) if as_json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=2, sort_keys=True) if as_json else "\n".join(lines(found)))
 
 
 def answer(
     models: Sequence[str] = (), tier: str | None = None, device: str | None = None, context: int | None = None
-) -> Answer:
-    """What `run` prints. Reads configurations, graphs and metrics, never a weight."""
+) -> dict[str, Any]:
+    """The document that this module's head describes. Reads configurations, graphs and metrics, never a weight."""
     tiers, devices = _selected(tier, device)
-    tokens = context or tiers.context
-    all_models = model_names()
+    tokens, efficiency = context or tiers.context, load_devices().efficiency
+    caps = {name: load_model(name).context for name in model_names()}
     for name in models:
-        known_name(name, all_models, "model", "configs/models")
-    caps = {name: load_model(name).context for name in all_models}
-    asked = models or [name for name in all_models if caps[name] >= tokens]
-    _check_context({name: caps[name] for name in asked or all_models}, tokens, given=context is not None)
-    built: dict[str, _Built] = {}
-    for name in all_models:
+        known_name(name, caps, "model", "configs/models")
+    asked = models or [name for name, cap in caps.items() if cap >= tokens]
+    if over := [f"{name} {caps[name]:,}" for name in asked or caps if tokens > caps[name]]:
+        where = "`context` of configs/tiers.yaml" if context is None else "--context"
+        raise ConfigError(
+            f"{where} is {tokens:,} tokens, more than graphs are exported for: {', '.join(over)}. Ask for less, or "
+            f"raise `context` in configs/models."
+        )
+    built = {}
+    for name in caps:
         try:
             found = known(name)
             built[name] = found, candidates(found, load_pipeline().variants, tokens)
         except PipelineError:
             if name in asked:
                 raise
-    answers = [_model(built[name], _decisions(name, built, tiers, tokens), devices) for name in asked]
-    return Answer(tokens, tiers, load_devices().efficiency, answers)
-
-
-def _decisions(model: str, built: dict[str, _Built], tiers: TiersConfig, tokens: int) -> dict[str, Decision]:
-    """Every tier's, with the models that have fewer parameters and hold the context to fall back to."""
-    sizes = {name: found.architecture.parameters for name, (found, _) in built.items()}
-    smaller = [name for name in sizes if sizes[name] < sizes[model] and built[name][0].context_cap >= tokens]
-    fallbacks = {name: built[name][1] for name in sorted(smaller, key=lambda name: -sizes[name])}
-    return {name: decide(built[model][1], tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
+    return {
+        "schema": SCHEMA,
+        "context": tokens,
+        "runtime_bytes": tiers.runtime_bytes,
+        "efficiency": {"low": efficiency.low, "high": efficiency.high},
+        "tiers": {
+            name: {
+                **item.model_dump(include={"platform", "ram_bytes"}),
+                "budget_bytes": planning.budget_bytes(item),
+                "resident_bytes": planning.resident_bytes(item, tiers),
+            }
+            for name, item in tiers.tiers.items()
+        },
+        "models": {name: _model(name, built, tiers, tokens, devices) for name in asked},
+    }
 
 
 def _selected(tier: str | None, device: str | None) -> tuple[TiersConfig, dict[str, Device]]:
@@ -108,25 +108,33 @@ def _selected(tier: str | None, device: str | None) -> tuple[TiersConfig, dict[s
     return tiers, devices
 
 
-def _check_context(caps: dict[str, int], tokens: int, given: bool) -> None:
-    if over := [f"{name} {cap:,}" for name, cap in caps.items() if tokens > cap]:
-        where = "--context" if given else "`context` of configs/tiers.yaml"
-        raise ConfigError(
-            f"{where} is {tokens:,} tokens, more than graphs are exported for: {', '.join(over)}. Ask for less, or "
-            f"raise `context` in configs/models."
-        )
+def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: Mapping[str, Device]) -> dict[str, Any]:
+    """Models that have fewer parameters and hold the context are what a tier falls back to."""
+    found, variants = built[model]
+    sizes = {name: one.architecture.parameters for name, (one, _) in built.items() if one.context_cap >= tokens}
+    smaller = sorted((name for name in sizes if sizes[name] < found.architecture.parameters), key=lambda n: -sizes[n])
+    fallbacks = {name: built[name][1] for name in smaller}
+    decisions = {name: planning.decide(variants, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
+    return {
+        "title": load_model(model).title,
+        "parameters": found.architecture.parameters,
+        "shapes": found.origin,
+        "variants": {one.variant: _variant(one, model) for one in variants},
+        "tiers": {name: _tier(decision, model) for name, decision in decisions.items()},
+        "devices": {name: _device(device, decisions[device.tier].runs, model) for name, device in devices.items()},
+    }
 
 
-def _model(item: _Built, decisions: dict[str, Decision], devices: dict[str, Device]) -> ModelAnswer:
-    (found, variants), efficiency = item, load_devices().efficiency
-    phones = {}
-    for name, device in devices.items():
-        runs = decisions[device.tier].runs
-        speed = runs and decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
-        phones[name] = DeviceAnswer(device, runs, speed)
-    title, parameters = load_model(found.model).title, found.architecture.parameters
-    permitted = frozenset(one.variant for one in variants if _permitted(found.model, one.variant))
-    return ModelAnswer(found.model, title, parameters, found.origin, variants, permitted, decisions, phones)
+def _variant(found: planning.Candidate, model: str) -> dict[str, Any]:
+    footprint = found.footprint
+    figures = ("download", "weights", "activations", "loading", "packed", "read")
+    return {
+        **{name: asdict(getattr(footprint, name)) for name in figures},
+        "kv_cache": {"type": footprint.kv_cache, "bytes_per_token": footprint.cache_bytes},
+        "permitted": _permitted(model, found.variant),
+        "verdict": found.verdict,
+        "kl_mean": found.kl_mean,
+    }
 
 
 def _permitted(model: str, variant: str) -> bool:
@@ -138,84 +146,38 @@ def _permitted(model: str, variant: str) -> bool:
     return allowed is None or model in allowed
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def record(found: Answer) -> dict[str, Any]:
-    """The answer for machines, as this module's head describes it."""
+def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
-        "context": found.context,
-        "runtime_bytes": found.tiers.runtime_bytes,
-        "efficiency": {"low": found.efficiency.low, "high": found.efficiency.high},
-        "tiers": {
-            name: {
-                "platform": tier.platform,
-                "ram_bytes": tier.ram_bytes,
-                "budget_bytes": budget_bytes(tier),
-                "resident_bytes": resident_bytes(tier, found.tiers),
-            }
-            for name, tier in found.tiers.tiers.items()
-        },
-        "models": {item.model: _model_record(item) for item in found.models},
+        "decision": "bundle" if found.chosen else "refuse",
+        "variant": found.chosen and found.chosen.variant,
+        "needs": {variant: _need(need) for variant, need in found.needs.items()},
+        "closest": found.closest and found.closest.variant,
+        "suggestions": [_suggestion(one, model) for one in found.suggestions],
     }
 
 
-def _model_record(item: ModelAnswer) -> dict[str, Any]:
+def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dict[str, Any]:
+    speed = None
+    if runs:
+        efficiency = load_devices().efficiency
+        speed = planning.decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
     return {
-        "title": item.title,
-        "parameters": item.parameters,
-        "shapes": item.origin,
-        "variants": {one.variant: _variant_record(one, one.variant in item.permitted) for one in item.candidates},
-        "tiers": {
-            name: {
-                "decision": "bundle" if decision.chosen else "refuse",
-                "variant": decision.chosen.variant if decision.chosen else None,
-                "needs": {variant: _need_record(need) for variant, need in decision.needs.items()},
-                "closest": decision.closest.variant if decision.closest else None,
-                "suggestions": [_suggestion_record(one, item.model) for one in decision.suggestions],
-            }
-            for name, decision in item.decisions.items()
-        },
-        "devices": {
-            name: {
-                "title": phone.device.title,
-                "tier": phone.device.tier,
-                "memory_bandwidth": phone.device.memory_bandwidth,
-                "runs": phone.runs and _suggestion_record(phone.runs, item.model),
-                "tokens_per_second": phone.speed and asdict(phone.speed),
-            }
-            for name, phone in item.devices.items()
-        },
+        **device.model_dump(include={"title", "tier", "memory_bandwidth"}),
+        "runs": runs and _suggestion(runs, model),
+        "tokens_per_second": speed and asdict(speed),
     }
 
 
-def _variant_record(found: Candidate, permitted: bool) -> dict[str, Any]:
-    footprint = found.footprint
-    figures = ("download", "weights", "activations", "loading", "packed", "read")
-    return {
-        **{name: asdict(getattr(footprint, name)) for name in figures},
-        "kv_cache": {"type": footprint.kv_cache, "bytes_per_token": footprint.cache_bytes},
-        "permitted": permitted,
-        "verdict": found.verdict,
-        "kl_mean": found.kl_mean,
-    }
+def _need(found: planning.Need) -> dict[str, Any]:
+    parts = {name: asdict(figure) for name, figure in found.parts.items()}
+    return {"private_bytes": found.private, "mapped_bytes": found.mapped, "basis": found.basis, "parts": parts}
 
 
-def _need_record(need: Need) -> dict[str, Any]:
-    return {
-        "private_bytes": need.private,
-        "mapped_bytes": need.mapped,
-        "basis": need.basis,
-        "parts": {name: asdict(figure) for name, figure in need.parts.items()},
-    }
-
-
-def _suggestion_record(found: Suggestion, model: str) -> dict[str, Any]:
+def _suggestion(found: planning.Suggestion, model: str) -> dict[str, Any]:
     return {
         "model": found.model or model,
         "variant": found.candidate.variant,
         "changes": list(found.changes),
         **asdict(found.way),
-        "need": _need_record(found.need),
+        "need": _need(found.need),
     }

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
@@ -56,18 +57,16 @@ def render(report: Report, theme: Theme = LIGHT) -> bytes:
     """The plot as PNG bytes; equal reports give equal bytes."""
     points = pareto_points(report)
     height = _INCHES[1] * len(report.models) + 0.3
-    figure = Figure(figsize=(_INCHES[0], height), dpi=_DPI, facecolor=theme.background, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14)  # inches around each panel
+    layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14)  # inches around each panel
+    figure = Figure(figsize=(_INCHES[0], height), dpi=_DPI, facecolor=theme.background, layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(report.models), 2, width_ratios=(7, 1), wspace=0.03)
     panels = []
     for index, model in enumerate(report.models):
         main = figure.add_subplot(grid[index, 0])
-        strip = figure.add_subplot(grid[index, 1], sharey=main)
-        own = [point for point in points if point["model"] == model.model]
-        _panel(main, model, own, theme)
-        _strip(strip, model, theme)
-        panels.append((main, own))
+        panels.append((main, [point for point in points if point["model"] == model.model]))
+        _panel(*panels[-1], model, theme)
+        _strip(figure.add_subplot(grid[index, 1], sharey=main), model, theme)
     _legend(figure, {point["verdict"] for point in points}, theme)
     figure.canvas.draw()  # constrained layout moves the axes: labels are placed when they stand still
     figure.set_layout_engine("none")
@@ -78,7 +77,7 @@ def render(report: Report, theme: Theme = LIGHT) -> bytes:
     return buffer.getvalue()
 
 
-def _panel(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Theme) -> None:
+def _panel(axes: Axes, points: Sequence[Point], model: ModelReport, theme: Theme) -> None:
     _style(axes, theme)
     axes.set_title(f"{model.model}: size and divergence", loc="left", color=theme.ink, fontsize=12, fontweight="bold")
     axes.set_ylabel("mean KL divergence from full precision\n(nats per token, log scale)", color=theme.ink)
@@ -87,13 +86,20 @@ def _panel(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Theme
         axes.text(0.5, 0.5, "no variant was measured", transform=axes.transAxes, ha="center", color=theme.faint)
         axes.set(xticks=[], yticks=[])
         return
-    _scales(axes, model, points, theme)
-    best = [points[index] for index in front([(point["bytes"], point["kl_mean"]) for point in points])]
-    sizes, heights = [point["bytes"] for point in best], [_height(point) for point in best]
-    axes.plot(sizes, heights, "--", color=theme.faint, lw=1.2, zorder=1)
+    limits = [
+        (size, line.limit)
+        for row in model.variants
+        if row.verdict and (size := number(row.section("size"), "bytes_on_disk")) is not None
+        for line in row.verdict.lines
+        if line.name == "kl_mean" and line.limit is not None
+    ]
+    _scales(axes, [limit for _, limit in limits], points, theme)
+    best = front([(point["bytes"], point["kl_mean"]) for point in points])
+    line = [(points[index]["bytes"], _height(points[index])) for index in best]
+    axes.plot(*zip(*line, strict=True), "--", color=theme.faint, lw=1.2, zorder=1)
     for point in points:
         _draw_point(axes, point, theme)
-    for limit, size in _limits(model):
+    for size, limit in limits:
         axes.plot([size], [limit], marker="_", markersize=26, markeredgewidth=1.6, color=theme.faint, zorder=2)
 
 
@@ -102,31 +108,19 @@ def _height(point: Point) -> float:
 
 
 def _draw_point(axes: Axes, point: Point, theme: Theme) -> None:
-    colour, height = theme.of(point["verdict"]), _height(point)
+    colour, mark = theme.of(point["verdict"]), _MARKERS[point["verdict"]]
     low, high = point["kl_low"], point["kl_high"]
     if low is not None and high is not None:
         axes.plot([point["bytes"]] * 2, [max(low, _FLOOR), max(high, _FLOOR)], color=colour, lw=2, alpha=0.6, zorder=3)
-    look = {"color": colour, "markersize": 9, "markeredgecolor": theme.background, "zorder": 4}
-    axes.plot([point["bytes"]], [height], _MARKERS[point["verdict"]], **look)
+    axes.plot([point["bytes"]], [_height(point)], mark, color=colour, ms=9, mec=theme.background, zorder=4)
 
 
-def _limits(model: ModelReport) -> list[tuple[float, float]]:
-    """(limit of the mean KL, bytes) of each variant that has both."""
-    return [
-        (line.limit, size)
-        for row in model.variants
-        if row.verdict and (size := number(row.section("size"), "bytes_on_disk")) is not None
-        for line in row.verdict.lines
-        if line.name == "kl_mean" and line.limit is not None
-    ]
-
-
-def _scales(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Theme) -> None:
+def _scales(axes: Axes, limits: Sequence[float], points: Sequence[Point], theme: Theme) -> None:
     """Log KL, linear bytes, both with room for labels."""
     sizes = [point["bytes"] for point in points]
     room = 0.22 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
     axes.set_xlim(min(sizes) - room, max(sizes) + room)
-    heights = [_height(point) for point in points] + [limit for limit, _ in _limits(model)]
+    heights = [*map(_height, points), *limits]
     heights += [value for point in points for value in (point["kl_low"], point["kl_high"]) if value and value > _FLOOR]
     axes.set_yscale("log")
     axes.set_ylim(min(heights) / 1.5, max(heights) * 1.5)
@@ -134,14 +128,10 @@ def _scales(axes: Axes, model: ModelReport, points: Sequence[Point], theme: Them
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    digits = _digits(max(sizes) - min(sizes) + 2 * room)
+    # Decimals that tell ticks apart, in GB; three fewer in MB.
+    digits = max(0, 1 - math.floor(math.log10((max(sizes) - min(sizes) + 2 * room) / 1e9)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, digits)))
     axes.grid(True, color=theme.line, lw=0.6)
-
-
-def _digits(span: float) -> int:
-    """Decimals that tell ticks apart on an axis of `span` bytes labelled in GB (or MB below a GB)."""
-    return max(0, 1 - math.floor(math.log10(span / 1e9)))
 
 
 def _tick(value: float, digits: int) -> str:
@@ -153,15 +143,13 @@ def _strip(axes: Axes, model: ModelReport, theme: Theme) -> None:
     _style(axes, theme)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", which="both", left=False, labelleft=False)
-    size = number(model.reference.section("size"), "bytes_on_disk")
     axes.set(xlim=(-1, 1), xticks=[])
     marks: dict[str, Any] = {"marker": [(-0.6, -1), (0.6, 1)], "markersize": 9, "ls": "none", "clip_on": False}
     axes.plot([-0.02], [0], transform=axes.transAxes, color=theme.faint, mew=1.2, **marks)
-    if size is None:
-        return
-    axes.axvline(0, color=theme.ink, lw=1.4)
-    label = f"reference, {memory(size)}, KL 0"
-    axes.text(0.42, 0.5, label, transform=axes.transAxes, rotation=90, va="center", ha="right", color=theme.ink)
+    if (size := number(model.reference.section("size"), "bytes_on_disk")) is not None:
+        axes.axvline(0, color=theme.ink, lw=1.4)
+        label = f"reference, {memory(size)}, KL 0"
+        axes.text(0.42, 0.5, label, transform=axes.transAxes, rotation=90, va="center", ha="right", color=theme.ink)
 
 
 def _style(axes: Axes, theme: Theme) -> None:
@@ -212,10 +200,9 @@ def _place_labels(axes: Axes, points: Sequence[Point], theme: Theme) -> None:
 def _line_boxes(line: Line2D) -> list[Bbox]:
     """Small boxes, in pixels, that together cover a line and its markers."""
     pixels = np.asarray(line.get_transform().transform(line.get_xydata()))
-    scale = line.get_figure().dpi / 72
-    drawn = line.get_marker() not in ("None", None, "")
-    width = scale * (line.get_markersize() / 2 if drawn else 2)
-    height = scale * 2 if line.get_marker() == "_" else width
+    marker, pixel = line.get_marker(), _DPI / 72
+    width = pixel * (2 if marker in ("None", None, "") else line.get_markersize() / 2)
+    height = pixel * 2 if marker == "_" else width
     steps = np.linspace(0, 1, 60)[:, None]
     dots = [start + steps * (end - start) for start, end in itertools.pairwise(pixels)] or [pixels]
     return [Bbox([[x - width, y - height], [x + width, y + height]]) for x, y in np.concatenate(dots)]

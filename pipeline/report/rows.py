@@ -12,7 +12,9 @@ from pipeline.judge.verdicts import Verdict, worst
 from pipeline.tasks.task import number
 
 REFERENCE = "reference"
-_ENDS = {"kl_mean": "mean", "kl_low": "mean_low", "kl_high": "mean_high"}
+Facts = Mapping[str, str]
+_NONE: Facts = MappingProxyType({})
+_FIGURES = {"kl_mean": "kl_mean", "kl_low": "kl_mean_low", "kl_high": "kl_mean_high"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Report:
     """A complete run, and facts about it by name, to print at its head."""
 
     models: tuple[ModelReport, ...]
-    about: Mapping[str, str]
+    about: Facts
 
     @property
     def verdict(self) -> str:
@@ -65,11 +67,7 @@ class Report:
 
 
 def build(
-    rows: Sequence[Row],
-    models: Sequence[str],
-    variants: Sequence[str],
-    notes: Mapping[str, str] = MappingProxyType({}),
-    about: Mapping[str, str] = MappingProxyType({}),
+    rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Facts = _NONE, about: Facts = _NONE
 ) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 
@@ -94,35 +92,27 @@ def build(
         raise EvaluationError(f"the report was given rows that are not of this run: {', '.join(extra)}.")
     if len(found) != len(rows):
         raise EvaluationError(f"the report was given {len(rows)} rows for {len(found)} variants: some come twice.")
-    for row in rows:
-        if row.variant != REFERENCE:
-            _check(row)
-    reports = [
-        ModelReport(
-            model, found[model, REFERENCE], tuple(found[model, name] for name in variants), notes.get(model, "")
-        )
-        for model in models
-    ]
+    for row in (row for row in rows if row.variant != REFERENCE):
+        name = f"{row.model}/{row.variant}"
+        if row.verdict is None:
+            raise EvaluationError(f"{name} has no verdict: run its validate stage, then report again.")
+        if (row.bundle is None) == (row.refusal is None):
+            raise EvaluationError(
+                f"{name} needs either a bundle or a refusal, got bundle={row.bundle!r}, refusal={row.refusal!r}: run "
+                f"its bundle stage, then report again."
+            )
+    own = {model: tuple(found[model, name] for name in variants) for model in models}
+    reports = [ModelReport(model, found[model, REFERENCE], own[model], notes.get(model, "")) for model in models]
     return Report(tuple(reports), about)
-
-
-def _check(row: Row) -> None:
-    if row.verdict is None:
-        raise EvaluationError(f"{row.model}/{row.variant} has no verdict: run its validate stage, then report again.")
-    if (row.bundle is None) == (row.refusal is None):
-        raise EvaluationError(
-            f"{row.model}/{row.variant} needs either a bundle or a refusal, got bundle={row.bundle!r}, "
-            f"refusal={row.refusal!r}: run its bundle stage, then report again."
-        )
 
 
 def pareto_points(report: Report) -> list[dict[str, Any]]:
     """Size and divergence of each variant that has both, for `dvc plots`: bytes, nats per token, 90 % interval."""
     points = []
-    for row in (row for model in report.models for row in model.variants if row.verdict):
+    for row in (row for model in report.models for row in model.variants):
         size, divergence = number(row.section("size"), "bytes_on_disk"), row.section("divergence")
-        figures = {name: number(divergence, f"kl_{end}") for name, end in _ENDS.items()}
-        if size is not None and figures["kl_mean"] is not None:
+        figures = {name: number(divergence, key) for name, key in _FIGURES.items()}
+        if row.verdict and size is not None and figures["kl_mean"] is not None:
             named = {"model": row.model, "variant": row.variant, "bytes": size}
             points.append(named | figures | {"verdict": row.verdict.verdict})
     return points

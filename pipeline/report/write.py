@@ -21,28 +21,20 @@ def write(report: Report, directory: Path) -> Path:
     Returns:
         The path of report.html: one file without links to anything outside it.
     """
-    light = plot.render(report)
+    light, text = plot.render(report), io.StringIO()
     page = directory / "report.html"
     write_bytes(directory / "pareto.png", light)
     write_json(directory / "pareto.json", pareto_points(report))
-    write_bytes(directory / "report.txt", _text(report).encode())
+    show(report, Console(file=text, width=WIDTH, no_color=True, force_terminal=False))
+    write_bytes(directory / "report.txt", text.getvalue().encode())
     write_bytes(page, _html(report, light, plot.render(report, plot.DARK)).encode())
     return page
 
 
-def _text(report: Report) -> str:
-    buffer = io.StringIO()
-    show(report, Console(file=buffer, width=WIDTH, no_color=True, force_terminal=False))
-    return buffer.getvalue()
-
-
 def _html(report: Report, light: bytes, dark: bytes) -> str:
+    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.j2").render(
         report=report, cells=cells, light=base64.b64encode(light).decode(), dark=base64.b64encode(dark).decode()

@@ -7,7 +7,7 @@ solutions; every place where it does not is a place where it may leave the path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ import numpy as np
 from pipeline.calibrate.texts import encoder
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
-from pipeline.progress import Progress
 from pipeline.tasks import written
 from pipeline.tasks.divergence_scores import log_normalisers
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, problems_of
 from pipeline.tasks.statistics import summarise_agreement
-from pipeline.tasks.subject import CHUNK, Decoder, Subject
-from pipeline.tasks.task import Cost, Metrics, Note, Task, bounds, maybe, number, percent, share
+from pipeline.tasks.subject import CHUNK, Decoder, Subject, fill
+from pipeline.tasks.task import Cost, Metrics, Note, Task, estimate, number
 
 ITEMS = "agreement.jsonl"
 
@@ -38,14 +37,15 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     known = _solutions(subject, problems)
     left = [name for name in problems if name not in journal.items]
     texts = {name: (encode(known[name]["prompt"]), known[name]["ids"]) for name in left}
-    subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
-    with Progress(f"agreement {subject.name}", len(problems), "solutions") as progress:
-        progress.advance(len(problems) - len(left), kept=True)
+
+    def read(left: Iterable[str]) -> Iterator[dict[str, Any]]:
         for name in left:
             top, logprob = force(subject.decoder, *texts[name])
             own = {"top": top.tolist(), "logprob": logprob.tolist()}
-            journal.record(name, (known[name] if subject.reference is None else {}) | own)
-            progress.advance()
+            yield (known[name] if subject.reference is None else {}) | own
+
+    subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
+    fill(journal, problems, f"agreement {subject.name}", "solutions", read)
     items, theirs = [journal.items[name] for name in problems], [known[name] for name in problems]
     problem = np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])
     if subject.reference is None:
@@ -99,35 +99,22 @@ def force(decoder: Decoder, prompt: Sequence[int], text: Sequence[int]) -> tuple
         logits = rows[max(0, first - start) :]
         end = start + len(rows) + 1
         targets = ids[end - len(logits) : end]
-        _check(logits, targets)
+        vocab = logits.shape[1]
+        if len(targets) and not 0 <= targets.min() <= targets.max() < vocab:
+            raise EvaluationError(
+                f"the reference's solutions hold token id {targets.max():,}, the model has {vocab:,} logits: they are "
+                f"not of the same model. Measure the reference again."
+            )
+        if not np.isfinite(logits).all():
+            raise EvaluationError("logits of the reference's solutions contain NaN or infinity; the file is broken.")
         top.append(logits.argmax(axis=1))
         logprob.append(logits[np.arange(len(targets)), targets] - log_normalisers(logits))
     return np.concatenate(top), np.concatenate(logprob)
 
 
-def _check(logits: np.ndarray, targets: np.ndarray) -> None:
-    vocab = logits.shape[1]
-    if len(targets) and not 0 <= targets.min() <= targets.max() < vocab:
-        raise EvaluationError(
-            f"the reference's solutions hold token id {targets.max():,}, the model has {vocab:,} logits: they are not "
-            f"of the same model. Measure the reference again."
-        )
-    if not np.isfinite(logits).all():
-        raise EvaluationError("logits of the reference's solutions contain NaN or infinity; the file is broken.")
-
-
-def _cost(part: Any, entry: Any) -> Cost:
-    return Cost(read=part.problems * (PROMPT_TOKENS + part.most_tokens(entry)), window=CHUNK)
-
-
 def _heading(own: Metrics) -> str:
     tokens = number(own, "tokens") or 0
     return f"Agreement with the reference on the {tokens:,.0f} tokens of its own HumanEval solutions"
-
-
-def _top1(section: Metrics) -> str:
-    interval = bounds(section, "top1", percent)
-    return maybe(number(section, "top1"), lambda value: f"{share(value)} ({interval})", "")
 
 
 TASK = Task(
@@ -140,6 +127,6 @@ TASK = Task(
     against_reference=True,
     reads="humaneval",
     datasets=lambda part: ("humaneval",),
-    cost=_cost,
-    notes=(Note(_heading, _top1),),
+    cost=lambda part, entry: Cost(read=part.problems * (PROMPT_TOKENS + part.most_tokens(entry)), window=CHUNK),
+    notes=(Note(_heading, lambda section: estimate(section, "top1")),),
 )

@@ -19,7 +19,7 @@ from pipeline.tasks.statistics import summarise_divergence, summarise_reference_
 from pipeline.tasks.subject import Subject
 from pipeline.tasks.task import nats, percent, share, share_points
 
-_RATIO = "perplexity_ratio"
+_RATIO, _three = "perplexity_ratio", "{:.3f}".format
 
 
 class DivergenceConfig(Frozen):
@@ -49,7 +49,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     windows = scored_ids(subject.wanted, subject.folder, subject.store)
     kept = Journal(folder / scores.ITEMS).items
     left = [ids for number, ids in enumerate(windows) if str(number) not in kept]
-    subject.prepare(lambda decoder: [decoder.run(ids[:-1]) for ids in left])
+    subject.prepare(lambda decoder: [decoder.run(ids[:-1].tolist()) for ids in left])
 
     def logits(ids: np.ndarray) -> np.ndarray:
         return subject.decoder.run(ids)[0]
@@ -64,18 +64,9 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     )
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def _asks(part: DivergenceConfig) -> str:
     texts = ", ".join(f"{tokens:,} tokens of {name}" for name, tokens in part.texts.items())
     return f"{texts} in windows of {part.window:,}"
-
-
-def _cost(part: DivergenceConfig, entry: Any) -> task.Cost:
-    del entry
-    return task.Cost(read=part.tokens, window=part.window, kept=part.tokens)
 
 
 TASK = task.Task(
@@ -89,7 +80,7 @@ TASK = task.Task(
     unit="tokens",
     datasets=lambda part: part.texts,
     texts=lambda part, store: ((name, [read_text(name, store)]) for name in part.texts),
-    cost=_cost,
+    cost=lambda part, entry: task.Cost(read=part.tokens, window=part.window, kept=part.tokens),
     asks=_asks,
     pairing=task.Pairing("text", ("tokens",), "perplexity", "perplexity_reference", moved="kl_max"),
     gates=(
@@ -98,7 +89,7 @@ TASK = task.Task(
         task.Gate(
             "top1", task.AT_LEAST, "top1", "top-1 agreement", share, "top1_min", Field(gt=0, lt=1), share_points, 1.0
         ),
-        task.Gate(_RATIO, task.AT_MOST, _RATIO, "perplexity ratio", _ratio, f"{_RATIO}_max", Field(gt=1), _ratio),
+        task.Gate(_RATIO, task.AT_MOST, _RATIO, "perplexity ratio", _three, f"{_RATIO}_max", Field(gt=1), _three),
         task.Gate("kl_ratchet", task.RATCHET, "kl_mean", "mean KL, ratchet", nats),
     ),
     columns=(

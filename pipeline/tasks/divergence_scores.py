@@ -11,7 +11,7 @@ Every window is an item of a journal, recorded when its codes are on the disk: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.compiled import compiled
 from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file
 from pipeline.journal import Journal
-from pipeline.progress import Progress
+from pipeline.tasks.subject import fill
 
 WINDOW_NATS = 24.0
 ITEMS = "windows.jsonl"
@@ -31,6 +31,8 @@ _STEP = WINDOW_NATS / 65535
 _WEIGHTS = np.exp(-_STEP * np.arange(65536))  # probability of each code, before normalisation
 
 Logits = Callable[[np.ndarray], np.ndarray]  # int64 [n] → float32 [n, vocab]
+Item = dict[str, list[Any]]
+Own = Callable[[str, np.ndarray, np.ndarray], Item]
 Scores = dict[str, np.ndarray]
 """Per scored token, [tokens]: `window_id` and `top` (the most likely token) int64; in nats, float64, `logprob` of the
 true token and `kl` from the reference. The reference has in place of `kl` what its codes lose: `codes_kl` (nats), and
@@ -96,14 +98,15 @@ def kl_divergence(codes: np.ndarray, weights: np.ndarray, logits: np.ndarray, no
 
 def record_reference(logits: Logits, windows: Sequence[np.ndarray], folder: Path) -> Scores:
     """Score the reference and keep its log-probabilities in `folder`, window by window."""
-    journal = Journal(folder / ITEMS)
-    for number, values, normalisers, item in _left(logits, windows, journal, "reference"):
+
+    def kept(window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
         codes = np.empty(values.shape, np.uint16)
         lost, clipped = encode(values, normalisers, _WEIGHTS, codes)
-        with atomic_file(folder / _codes_file(number)) as file:
+        with atomic_file(folder / _codes_file(window)) as file:
             np.save(file, codes)
-        journal.record(str(number), item | {"codes_kl": lost.tolist(), "clipped": clipped.tolist()})
-    return _scores(journal, len(windows))
+        return {"codes_kl": lost.tolist(), "clipped": clipped.tolist()}
+
+    return _score(logits, windows, folder, "reference", kept)
 
 
 def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, folder: Path, model: str) -> Scores:
@@ -111,53 +114,52 @@ def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, fold
 
     Raises EvaluationError when the windows or the vocabulary are not those of the recorded reference.
     """
-    journal, own = Journal(folder / ITEMS), read_scores(reference)
-    tokens = sum(len(ids) - 1 for ids in windows)
-    if tokens != len(own["top"]):
-        raise EvaluationError(f"{model}: {tokens} tokens to score, the reference has {len(own['top'])}. {_AGAIN}")
-    for number, values, normalisers, item in _left(logits, windows, journal, model):
-        codes = np.load(reference / _codes_file(number), mmap_mode="r", allow_pickle=False)
+    tokens, known = sum(len(ids) - 1 for ids in windows), len(read_scores(reference)["top"])
+    if tokens != known:
+        raise EvaluationError(f"{model}: {tokens} tokens to score, the reference has {known}. {_AGAIN}")
+
+    def compared(window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
+        codes = np.load(reference / _codes_file(window), mmap_mode="r", allow_pickle=False)
         if codes.shape != values.shape:
             raise EvaluationError(
-                f"{model}: {values.shape[1]} logits of each of {len(values)} tokens in window {number}, the reference "
+                f"{model}: {values.shape[1]} logits of each of {len(values)} tokens in window {window}, the reference "
                 f"has {codes.shape[1]} of {len(codes)}. {_AGAIN}"
             )
-        journal.record(str(number), item | {"kl": kl_divergence(codes, _WEIGHTS, values, normalisers).tolist()})
-    return _scores(journal, len(windows))
+        return {"kl": kl_divergence(codes, _WEIGHTS, values, normalisers).tolist()}
+
+    return _score(logits, windows, folder, model, compared)
 
 
 def read_scores(folder: Path) -> Scores:
     """What `record_reference` or `compare` kept."""
     journal = Journal(folder / ITEMS)
-    return _scores(journal, len(journal.items))
+    items = [journal.items[str(number)] for number in range(len(journal.items))]
+    columns = {name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]}
+    return columns | {"window_id": np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])}
 
 
-def _codes_file(window: int) -> str:
+def _codes_file(window: str) -> str:
     """uint16 [tokens, vocab] of a window."""
     return f"codes.{window}.npy"
 
 
-def _left(
-    logits: Logits, windows: Sequence[np.ndarray], journal: Journal, model: str
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, dict[str, Any]]]:
-    """(number, logits float32 [n, vocab], their normalisers, what is recorded of any model) of every window that is not
-    in the journal. Raises EvaluationError for NaN and infinity."""
-    with Progress(f"divergence {model}", len(windows), "windows") as progress:
-        for number, ids in enumerate(windows):
-            kept = str(number) in journal.items
-            if not kept:
-                values = logits(ids[:-1])
-                if not np.isfinite(values).all():
-                    raise EvaluationError(
-                        f"{model}: logits of the held-out text contain NaN or infinity; the file is broken."
-                    )
-                normalisers = log_normalisers(values)
-                logprob = values[np.arange(len(values)), ids[1:]] - normalisers
-                yield number, values, normalisers, {"top": values.argmax(axis=1).tolist(), "logprob": logprob.tolist()}
-            progress.advance(kept=kept)
+def _score(logits: Logits, windows: Sequence[np.ndarray], folder: Path, model: str, own: Own) -> Scores:
+    """Record what is known of any model, and what `own` makes of (window, logits float32 [n, vocab], normalisers).
+    Raises EvaluationError for NaN and infinity."""
 
+    def items(left: Iterable[str]) -> Iterator[Item]:
+        for window in left:
+            ids = windows[int(window)]
+            values = logits(ids[:-1])
+            if not np.isfinite(values).all():
+                raise EvaluationError(
+                    f"{model}: logits of the held-out text contain NaN or infinity; the file is broken."
+                )
+            normalisers = log_normalisers(values)
+            logprob = values[np.arange(len(values)), ids[1:]] - normalisers
+            known = {"top": values.argmax(axis=1).tolist(), "logprob": logprob.tolist()}
+            yield known | own(window, values, normalisers)
 
-def _scores(journal: Journal, windows: int) -> Scores:
-    items = [journal.items[str(number)] for number in range(windows)]
-    columns = {name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]}
-    return columns | {"window_id": np.repeat(np.arange(windows), [len(item["top"]) for item in items])}
+    names = [str(number) for number in range(len(windows))]
+    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items)
+    return read_scores(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +18,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.calibrate.texts import dataset
-from pipeline.checkpoint.blobs import Store
 from pipeline.confine.isolation import SAFE_LEVELS, require_isolation
 from pipeline.confine.referee import Outcome, judge_program
 from pipeline.journal import Journal
-from pipeline.progress import Progress
 from pipeline.tasks import humaneval_answers as answers
 from pipeline.tasks import task, written
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS, Problem, load_problems, problems_of
 from pipeline.tasks.statistics import summarise_humaneval
-from pipeline.tasks.subject import Subject
+from pipeline.tasks.subject import Subject, fill
 from pipeline.tasks.task import percent, share
 from pipeline.tasks.writing import write
 
@@ -63,8 +61,16 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     ask = answers.completion_prompt if _completes(subject) else answers.chat_request
     requests = {name: ask(problem) for name, problem in problems.items()}
     write(subject, "HumanEval", requests, solutions, answers.should_stop)
-    _judge(subject, level, list(zip(problems.values(), names, strict=True)), solutions, verdicts)
-    reference = subject.reference and _passed(Journal(subject.reference / VERDICTS), names)
+    named = {name: problem for problem, row in zip(problems.values(), names, strict=True) for name in row}
+
+    def judged(left: Iterable[str]) -> Iterator[dict[str, Any]]:
+        pairs = [(named[name], _completion(subject, named[name], solutions.items[name])) for name in left]
+        outcomes = judge_all(pairs, wanted.timeout_seconds, level)
+        for (_, completion), outcome in zip(pairs, outcomes, strict=True):
+            yield {"completion": completion, "correct": outcome.passed, "reason": outcome.reason}
+
+    fill(verdicts, list(named), f"judging {subject.name}", "solutions", judged)
+    reference = _passed(Journal(subject.reference / VERDICTS), names) if subject.reference else None
     return {
         **summarise_humaneval(_passed(verdicts, names), reference, wanted.k),
         **written.described(subject, solutions, names),
@@ -79,26 +85,8 @@ def _completes(subject: Subject) -> bool:
 
 def _passed(verdicts: Journal, names: Sequence[Sequence[str]]) -> np.ndarray:
     """bool [problems, samples], of the problems that were judged"""
-    found = [[verdicts.items.get(name) for name in row] for row in names]
-    return np.array([[item["correct"] for item in row] for row in found if all(row)], np.bool_)
-
-
-def _judge(
-    subject: Subject, level: str, rows: Sequence[tuple[Problem, Sequence[str]]], solutions: Journal, verdicts: Journal
-) -> None:
-    """A verdict for every solution that has none yet, recorded as it falls."""
-    named = {name: problem for problem, names in rows for name in names}
-    left = {
-        name: (problem, _completion(subject, problem, solutions.items[name]))
-        for name, problem in named.items()
-        if name not in verdicts.items
-    }
-    with Progress(f"judging {subject.name}", len(named), "solutions") as progress:
-        progress.advance(len(named) - len(left), kept=True)
-        outcomes = judge_all(list(left.values()), subject.wanted.timeout_seconds, level)
-        for (name, (_, completion)), outcome in zip(left.items(), outcomes, strict=True):
-            verdicts.record(name, {"completion": completion, "correct": outcome.passed, "reason": outcome.reason})
-            progress.advance()
+    rows = [row for row in names if {*row} <= verdicts.items.keys()]
+    return np.array([[verdicts.items[name]["correct"] for name in row] for row in rows], np.bool_)
 
 
 def _completion(subject: Subject, problem: Problem, item: Mapping[str, Any]) -> str:
@@ -134,7 +122,7 @@ def judge_all(
     """`judge` for each (problem, completion), `workers` at a time, in the order given, as they fall; same errors."""
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield from pool.map(lambda pair: judge(*pair, timeout_seconds, level), pairs)
+            yield from pool.map(lambda pair: judge(pair[0], pair[1], timeout_seconds, level), pairs)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -162,18 +150,12 @@ def _seeded_import(seed: str) -> Callable[..., Any]:
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-def _texts(part: HumanEvalConfig, store: Store) -> list[tuple[str, list[str]]]:
-    """Every problem with its solution, whatever the number asked."""
-    del part
-    problems = load_problems(dataset("humaneval", store))
-    return [("humaneval", [item.prompt + item.canonical_solution for item in problems])]
-
-
 def _conditions(section: task.Metrics) -> str:
+    drawn = written.how_drawn(section) + ("" if section.get("temperature") else " solution")
     unsafe = "" if section.get("contained", True) else ", which does not contain hostile code"
     return (
-        f"HumanEval: pass@1 of {written.how_drawn(section)}{'' if section.get('temperature') else ' solution'} each, "
-        f"prompt {section.get('prompt', 'unknown')}, run under {section.get('isolation', 'unknown isolation')}{unsafe}"
+        f"HumanEval: pass@1 of {drawn} each, prompt {section.get('prompt', 'unknown')}, run under "
+        f"{section.get('isolation', 'unknown isolation')}{unsafe}"
     )
 
 
@@ -193,7 +175,7 @@ TASK = task.Task(
     unit="problems",
     machine=lambda part: require_isolation(part.allow_unsafe),
     datasets=lambda part: ("humaneval",),
-    texts=_texts,
+    texts=lambda part, store: [("humaneval", [item.text for item in load_problems(dataset("humaneval", store))])],
     cost=lambda part, entry: part.cost(entry, part.problems, PROMPT_TOKENS),
     asks=lambda part: f"{part.problems} HumanEval problems",
     pairing=task.items_of("pass_at_1"),

@@ -101,7 +101,7 @@ def extract_answer(problem: Problem, text: str) -> str:
     helpers, imports and constants are kept, while what only runs (examples, assertions) goes. An answer without any of
     it is given back as it is, and fails.
     """
-    blocks = list(_blocks(text))
+    blocks = [re.sub(f"^{at['indent']}", "", at["code"], flags=re.MULTILINE) for at in _FENCED.finditer(text)]
     for code in reversed(blocks) if blocks else _unfenced(text):
         if definitions := _definitions(code, problem.entry_point):
             return f"\n\n{definitions}"
@@ -110,12 +110,6 @@ def extract_answer(problem: Problem, text: str) -> str:
         if body.strip() and _parse(problem.prompt + body):
             return body
     return text
-
-
-def _blocks(text: str) -> Iterator[str]:
-    """The code of each fenced block, its fence's own indentation removed."""
-    for found in _FENCED.finditer(text):
-        yield re.sub(f"^{found['indent']}", "", found["code"], flags=re.MULTILINE)
 
 
 def _unfenced(text: str) -> Iterator[str]:

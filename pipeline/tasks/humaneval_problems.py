@@ -7,11 +7,11 @@ Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (ar
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipeline.calibrate.texts import dataset
 from pipeline.errors import EvaluationError
@@ -32,6 +32,14 @@ class Problem:
     canonical_solution: str
     test: str
 
+    @property
+    def text(self) -> str:
+        """The prompt with its solution."""
+        return self.prompt + self.canonical_solution
+
+
+_PROBLEM = TypeAdapter(Problem)
+
 
 def load_problems(path: Path) -> list[Problem]:
     """Read `HumanEval.jsonl.gz`, in the file's order.
@@ -41,7 +49,7 @@ def load_problems(path: Path) -> list[Problem]:
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            problems = [_problem(json.loads(line)) for line in file if line.strip()]
+            problems = [_PROBLEM.validate_json(line) for line in file if line.strip()]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise EvaluationError(
             f"{path} is not HumanEval's gzipped JSON lines: {error}. Remove the file and run the download stage again."
@@ -49,14 +57,6 @@ def load_problems(path: Path) -> list[Problem]:
     if not problems or len({problem.task_id for problem in problems}) != len(problems):
         raise EvaluationError(f"{path} holds {len(problems)} problems, none at all or with repeated task ids.")
     return problems
-
-
-def _problem(record: Any) -> Problem:
-    names = [field.name for field in fields(Problem)]
-    missing = [name for name in names if not isinstance(record, dict) or not isinstance(record.get(name), str)]
-    if missing:
-        raise ValueError(f"a line lacks the text field(s) {', '.join(missing)}")
-    return Problem(**{name: record[name] for name in names})
 
 
 def problems_of(subject: Subject) -> list[Problem]:

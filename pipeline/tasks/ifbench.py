@@ -8,12 +8,12 @@ figures compare a variant with its reference, not with published scores.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.calibrate.texts import dataset
-from pipeline.checkpoint.blobs import Store
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
 from pipeline.tasks import task, written
 from pipeline.tasks.statistics import summarise_samples
 from pipeline.tasks.subject import Subject
-from pipeline.tasks.task import bounds, maybe, number, percent, share
 from pipeline.tasks.writing import write
 
 LONGEST = 2000
@@ -65,18 +63,16 @@ def load_prompts(path: Path) -> list[Prompt]:
     Raises:
         EvaluationError: the file is absent, or a line is not a prompt.
     """
+    prompts = []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts = [_prompt(line) for line in lines]
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            kinds = line["instruction_id_list"]
+            prompt = Prompt(str(line["key"]), line["prompt"], tuple(zip(kinds, line["kwargs"], strict=True)))
+            if len(prompt.text) <= LONGEST and CHECKS.keys() >= {*kinds}:
+                prompts.append(prompt)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} is not IFBench's JSON lines: {error!r}. Fetch it again.") from error
-    asked = [prompt for prompt in prompts if len(prompt.text) <= LONGEST]
-    return [prompt for prompt in asked if all(kind in CHECKS for kind, _ in prompt.instructions)]
-
-
-def _prompt(line: Mapping[str, Any]) -> Prompt:
-    kinds, asked = line["instruction_id_list"], line["kwargs"]
-    return Prompt(str(line["key"]), line["prompt"], tuple(zip(kinds, asked, strict=True)))
+    return prompts
 
 
 def _prompts_of(subject: Subject) -> list[Prompt]:
@@ -110,7 +106,7 @@ def _lines(text: str) -> list[str]:
 
 def _stairs(text: str, _asked: Asked) -> bool:
     indents = [len(line) - len(line.lstrip()) for line in _lines(text)]
-    return len(indents) > 1 and all(a < b for a, b in itertools.pairwise(indents))
+    return len(indents) > 1 and all(a < b for a, b in pairwise(indents))
 
 
 def _bullets(text: str, _asked: Asked) -> bool:
@@ -125,15 +121,11 @@ def _sub_bullets(text: str, _asked: Asked) -> bool:
 
 
 def _depth(text: str, _asked: Asked) -> bool:
-    """Brackets of any kind, five levels deep, each closed by its own."""
-    closes, stack, deepest = {")": "(", "]": "[", "}": "{"}, [], 0
-    for mark in text:
-        if mark in closes.values():
-            stack.append(mark)
-            deepest = max(deepest, len(stack))
-        elif mark in closes and (not stack or stack.pop() != closes[mark]):
-            return False
-    return deepest >= 5 and not stack
+    """Brackets of any kind, five levels deep, each closed by its own: pairs that hold no other go, level by level."""
+    left, levels = re.sub(r"[^()\[\]{}]", "", text), 0
+    while left != (outer := re.sub(r"\(\)|\[\]|\{\}", "", left)):
+        left, levels = outer, levels + 1
+    return levels >= 5 and not left
 
 
 def _changed(text: str, asked: Asked) -> bool:
@@ -144,20 +136,12 @@ def _changed(text: str, asked: Asked) -> bool:
 
 def _alphabet(text: str, _asked: Asked) -> bool:
     numbers = [ord(word[0]) - ord("a") for word in words(text)]
-    return all((a + 1) % 26 == b for a, b in itertools.pairwise(numbers))
+    return all((a + 1) % 26 == b for a, b in pairwise(numbers))
 
 
 def _placed(text: str, asked: Asked) -> bool:
     found = sentences(text)[int(asked["n"]) - 1 : int(asked["n"])]
     return any(sentence[int(asked["m"]) - 1 : int(asked["m"])] == [asked["keyword"].lower()] for sentence in found)
-
-
-def _ends_as_it_begins(text: str, _asked: Asked) -> bool:
-    return all(found[0] == found[-1] for line in _lines(text) if (found := words(line)))
-
-
-def _steps(found: Sequence[Sequence[str]]) -> list[int]:
-    return [len(b) - len(a) for a, b in itertools.pairwise(found)]
 
 
 CHECKS: Mapping[str, Callable[[str, Asked], bool]] = {
@@ -183,17 +167,19 @@ CHECKS: Mapping[str, Callable[[str, Asked], bool]] = {
     "repeat:repeat_span": lambda text, asked: (
         text.split() == asked["prompt_to_repeat"].split()[int(asked["n_start"]) : int(asked["n_end"]) + 1]
     ),
-    "sentence:increment": lambda text, asked: {*_steps(sentences(text))} == {asked["small_n"]},
+    "sentence:increment": lambda text, asked: (
+        {len(b) - len(a) for a, b in pairwise(sentences(text))} == {asked["small_n"]}
+    ),
     "sentence:keyword": lambda text, asked: any(
         asked["word"].lower() in found for found in sentences(text)[int(asked["N"]) - 1 : int(asked["N"])]
     ),
     "words:alphabet": _alphabet,
     "words:consonants": lambda text, asked: all(_CLUSTER.search(word) for word in words(text)),
     "words:keywords_specific_position": _placed,
-    "words:last_first": lambda text, asked: all(a[-1] == b[0] for a, b in itertools.pairwise(sentences(text))),
-    "words:no_consecutive": lambda text, asked: all(a[0] != b[0] for a, b in itertools.pairwise(words(text))),
+    "words:last_first": lambda text, asked: all(a[-1] == b[0] for a, b in pairwise(sentences(text))),
+    "words:no_consecutive": lambda text, asked: all(a[0] != b[0] for a, b in pairwise(words(text))),
     "words:palindrome": lambda text, asked: len({w for w in words(text) if len(w) >= 5 and w == w[::-1]}) >= 10,
-    "words:paragraph_last_first": _ends_as_it_begins,
+    "words:paragraph_last_first": lambda text, asked: all(w[0] == w[-1] for w in map(words, _lines(text)) if w),
     "words:prime_lengths": lambda text, asked: all(
         len(w) > 1 and all(len(w) % d for d in range(2, len(w))) for w in words(text)
     ),
@@ -214,24 +200,19 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     prompts, journal = _prompts_of(subject), Journal(folder / written.ITEMS)
     write(subject, "IFBench", {prompt.key: prompt.text for prompt in prompts}, journal)
     names = written.names_of([prompt.key for prompt in prompts], subject.wanted)
-    reference = subject.reference and _followed(subject, prompts, names, Journal(subject.reference / written.ITEMS))
-    own = _followed(subject, prompts, names, journal)
+    rows = list(zip(prompts, names, strict=True))
+    theirs = Journal(subject.reference / written.ITEMS) if subject.reference else None
+    reference = _followed(subject, rows, theirs) if theirs else None
+    own = _followed(subject, rows, journal)
     found = summarise_samples("IFBench", "prompts", "followed", own, reference)
     return found | written.described(subject, journal, names)
 
 
-def _followed(
-    subject: Subject, prompts: Sequence[Prompt], names: Sequence[Sequence[str]], journal: Journal
-) -> np.ndarray:
+def _followed(subject: Subject, rows: Sequence[tuple[Prompt, Sequence[str]]], journal: Journal) -> np.ndarray:
     """bool [prompts, samples], of the prompts that were answered"""
-    rows = [(prompt, row) for prompt, row in zip(prompts, names, strict=True) if {*row} <= journal.items.keys()]
-    answers = [[(prompt, written.answer(journal.items[name], subject.entry)) for name in row] for prompt, row in rows]
-    return np.array([[prompt.follows(answer) for prompt, answer in row] for row in answers], np.bool_)
-
-
-def _texts(part: IfbenchConfig, store: Store) -> list[tuple[str, list[str]]]:
-    del part
-    return [("ifbench", [prompt.text for prompt in load_prompts(dataset("ifbench", store))])]
+    answered = [(prompt, row) for prompt, row in rows if {*row} <= journal.items.keys()]
+    texts = [[(prompt, written.answer(journal.items[name], subject.entry)) for name in row] for prompt, row in answered]
+    return np.array([[prompt.follows(text) for prompt, text in row] for row in texts], np.bool_)
 
 
 TASK = task.Task(
@@ -243,7 +224,7 @@ TASK = task.Task(
     counted=("prompts",),
     unit="prompts",
     datasets=lambda part: ("ifbench",),
-    texts=_texts,
+    texts=lambda part, store: [("ifbench", [prompt.text for prompt in load_prompts(dataset("ifbench", store))])],
     cost=lambda part, entry: part.cost(entry, part.prompts, PROMPT_TOKENS),
     asks=lambda part: f"{part.prompts} IFBench prompts",
     pairing=task.items_of("followed"),
@@ -251,9 +232,7 @@ TASK = task.Task(
     notes=(
         task.Note(
             lambda own: f"Of {own.get('n', 0)} IFBench prompts, all instructions followed",
-            lambda found: maybe(
-                number(found, "followed"), lambda value: f"{share(value)} ({bounds(found, 'followed', percent)})", ""
-            ),
+            lambda found: task.estimate(found, "followed"),
         ),
         task.Note(lambda own: "IFBench answers cut short by their limit of tokens", written.cut_short),
     ),

@@ -36,8 +36,10 @@ def adopt(folder: Path, earlier: Path, key: Key) -> str:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if kept:
         record = read_record(folder)
-        return "kept as measured before" if record and _is_whole(record, key) else f"{_count(folder):,} items kept"
-    changed = sorted({name for _, record in records for name in _changed(record["items"], key.items)})
+        items = sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
+        return "kept as measured before" if record and _is_whole(record, key) else f"{items:,} items kept"
+    pairs = [(record["items"], name) for _, record in records for name in {*record["items"], *key.items}]
+    changed = sorted({name for items, name in pairs if items.get(name) != key.items.get(name)})
     return f"measured again: {', '.join(changed)} changed" if records else "measured"
 
 
@@ -77,14 +79,6 @@ def measured(folder: Path, key: Key, measure: Callable[[Path], Metrics]) -> Metr
 
 def _is_whole(record: dict[str, Any], key: Key) -> bool:
     return "metrics" in record and record["items"] == key.items and record.get("summary") == key.metrics
-
-
-def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    return [name for name in {*before, *now} if before.get(name) != now.get(name)]
-
-
-def _count(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
 
 
 def _unshare(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +10,16 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.calibrate.texts import dataset, encoder
-from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
 from pipeline.config.typed_yaml import Frozen
 from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
-from pipeline.progress import Progress
 from pipeline.runtime.chat import has_thought, read_template, without_thought
-from pipeline.tasks import mmlu_prompts, task
 from pipeline.tasks import mmlu_questions as mmlu
+from pipeline.tasks import task
 from pipeline.tasks.mmlu_scoring import Scorer, item_names
 from pipeline.tasks.statistics import MmluAnswers, answer_probability, summarise_mmlu
-from pipeline.tasks.subject import CHUNK, Decoder, Subject
+from pipeline.tasks.subject import CHUNK, Decoder, Subject, fill
 from pipeline.tasks.task import percent, share
 
 ITEMS = "mmlu.jsonl"
@@ -55,52 +53,39 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     ask, conditions = _asker(subject, split)
     prompts = [ask(question) for question in questions]
     names, journal = item_names(questions, prompts), Journal(folder / ITEMS)
-    left = [number for number, name in enumerate(names) if name not in journal.items]
-    left.sort(key=lambda number: questions[number].subject)
+    asked = {name: (number, questions[number], prompts[number]) for number, name in enumerate(names)}
+    order = sorted(names, key=lambda name: asked[name][1].subject)
     encode = encoder(subject.folder)
 
-    def scores(decoder: Decoder) -> Iterator[np.ndarray]:
+    def items(decoder: Decoder, left: Iterable[str]) -> Iterator[dict[str, Any]]:
         scorer = Scorer(encode, decoder, subject.entry.context)
-        return (scorer.scores(prompts[number]) for number in left)
+        for number, question, prompt in (asked[name] for name in left):
+            scores = scorer.scores(prompt)
+            right = bool(scores.argmax() == question.answer)
+            about = {"number": number, "subject": question.subject}
+            yield about | {"scores": scores.tolist(), "answer": question.answer, "correct": right}
 
-    subject.prepare(lambda stand_in: list(scores(stand_in)))
-    with Progress(f"MMLU {subject.name}", len(questions), "questions") as progress:
-        progress.advance(len(questions) - len(left), kept=True)
-        for number, found in zip(left, scores(subject.decoder) if left else (), strict=True):
-            journal.record(names[number], _item(number, questions[number], found))
-            progress.advance()
+    subject.prepare(lambda stand_in: list(items(stand_in, (name for name in order if name not in journal.items))))
+    fill(journal, order, f"MMLU {subject.name}", "questions", lambda left: items(subject.decoder, left))
     journal.arrange(names)
-    reference = subject.reference and _answers(Journal(subject.reference / ITEMS), names)
+    reference = _answers(Journal(subject.reference / ITEMS), names) if subject.reference else None
     return summarise_mmlu(_answers(journal, names), reference, subject.entry.mmlu_mode) | conditions
 
 
-def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu_prompts.Asker, dict[str, str]]:
+def _asker(subject: Subject, split: Sequence[mmlu.Question]) -> tuple[mmlu.Asker, dict[str, str]]:
     """How the model's mode asks, and what the metrics say about it besides the mode."""
-    mode = subject.entry.mmlu_mode
+    mode, wanted = subject.entry.mmlu_mode, subject.wanted
     if mode == "five-shot":
-        return mmlu_prompts.asker(mode, _examples(subject, split)), {"exemplars": subject.wanted.exemplars}
+        if wanted.exemplars == "dev":
+            examples = mmlu.by_subject(mmlu.load_questions(dataset("mmlu-dev", subject.store), "dev"))
+        else:
+            examples = mmlu.held_out_examples(split, wanted.questions, wanted.seed)
+        return mmlu.asker(mode, examples), {"exemplars": wanted.exemplars}
     if mode == "chat":
         template, thinks = read_template(subject.folder), subject.entry.mmlu_close_think
-        ask = mmlu_prompts.asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
+        ask = mmlu.asker(mode, render=lambda *messages: without_thought(template(*messages), thinks))
         return ask, {"think": "closed" if has_thought(ask(split[0]).text) else "none"}
-    return mmlu_prompts.asker(mode), {}
-
-
-def _examples(subject: Subject, split: Sequence[mmlu.Question]) -> mmlu.Examples:
-    wanted = subject.wanted
-    if wanted.exemplars == "dev":
-        return mmlu.development_examples(mmlu.load_questions(dataset("mmlu-dev", subject.store), "dev"))
-    return mmlu.held_out_examples(split, wanted.questions, wanted.seed)
-
-
-def _item(number: int, question: mmlu.Question, scores: np.ndarray) -> dict[str, Any]:
-    return {
-        "number": number,
-        "subject": question.subject,
-        "scores": scores.tolist(),
-        "answer": question.answer,
-        "correct": bool(scores.argmax() == question.answer),
-    }
+    return mmlu.asker(mode), {}
 
 
 def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:
@@ -117,13 +102,6 @@ def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:
     return MmluAnswers(correct, answer_probability(scores, np.array([item["answer"] for item in items], np.int64)))
 
 
-def _texts(part: MmluConfig, store: Store) -> list[tuple[str, list[str]]]:
-    """Every question of the split with its choices, whatever the number asked."""
-    del part
-    questions = mmlu.load_questions(dataset("mmlu", store))
-    return [("mmlu", [" ".join((item.question, *item.choices)) for item in questions])]
-
-
 def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
     """The longest prompt's keys and values are held twice: before a question and after it."""
     mode = entry.mmlu_mode
@@ -132,15 +110,9 @@ def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
 
 
 def _conditions(section: task.Metrics) -> str:
-    asked = [
-        section.get("mode", "unknown"),
-        *(f"{key} {section[key]}" for key in ("exemplars", "think") if key in section),
-    ]
-    return f"MMLU questions asked in mode {', '.join(asked)} (chance {100 * section.get('chance', 0.25):.0f} %)"
-
-
-def _probability(value: float) -> str:
-    return f"{value:.2f} points"
+    said = [f"{key} {section[key]}" for key in ("exemplars", "think") if key in section]
+    asked = ", ".join([section.get("mode", "unknown"), *said])
+    return f"MMLU questions asked in mode {asked} (chance {100 * section.get('chance', 0.25):.0f} %)"
 
 
 _LEGEND = (
@@ -159,13 +131,15 @@ TASK = task.Task(
     runs_graph=True,
     unit="questions",
     datasets=lambda part: ("mmlu", *["mmlu-dev"] * (part.exemplars == "dev")),
-    texts=_texts,
+    texts=lambda part, store: [("mmlu", [item.text for item in mmlu.load_questions(dataset("mmlu", store))])],
     cost=_cost,
     asks=lambda part: f"{part.questions:,} MMLU questions",
     pairing=task.items_of("accuracy"),
     gates=(
         task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU"),
-        task.Gate("mmlu_probability", task.SHOWN, "probability_drop_points", "MMLU probability drop", _probability),
+        task.Gate(
+            "mmlu_probability", task.SHOWN, "probability_drop_points", "MMLU probability drop", "{:.2f} points".format
+        ),
     ),
     columns=(task.interval_column("MMLU", "accuracy", share, percent, n=True),),
     conditions=_conditions,

@@ -16,31 +16,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax
 
 from pipeline.errors import EvaluationError
-from pipeline.tasks.mmlu_prompts import Prompt
-from pipeline.tasks.mmlu_questions import Question
+from pipeline.tasks.mmlu_questions import Prompt, Question
 from pipeline.tasks.subject import CHUNK, Decoder, State
 
 _BLOCK = 128  # rows of one block of ONNX Runtime's matrix products
 
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Tokens that a model has read, and its state after them."""
-
-    text: str
-    ids: list[int]
-    state: State
-
-
-_NOTHING = _Prefix("", [], None)
+_NOTHING: tuple[str, list[int], State] = ("", [], None)  # text, its tokens, and a model's state after them
 
 
 class Scorer:
@@ -52,7 +39,7 @@ class Scorer:
 
     def __init__(self, encode: Encode, model: Decoder, context: int):
         self._encode, self._model, self._context = encode, model, context
-        self._prefix = _NOTHING
+        self._beginning = _NOTHING
 
     def scores(self, prompt: Prompt) -> np.ndarray:
         """float64 [4]: natural log-likelihood of each answer after the prompt; for `per_token`, over its tokens.
@@ -94,14 +81,14 @@ class Scorer:
 
     def _read(self, ids: list[int], beginning: str) -> tuple[np.ndarray, State]:
         """Logits [1, vocabulary] after `ids`, and the state; from the state after `beginning` if its tokens lead."""
-        if beginning and beginning != self._prefix.text:
-            self._prefix = _NOTHING  # gives its memory back before the next takes some
+        if beginning and beginning != self._beginning[0]:
+            self._beginning = _NOTHING  # gives its memory back before the next takes some
             start = self._encode(beginning)
-            self._prefix = _Prefix(beginning, start, self._prefill(start, None)[1])
-        known = self._prefix.ids if beginning else []
+            self._beginning = beginning, start, self._prefill(start, None)[1]
+        _, known, state = self._beginning if beginning else _NOTHING
         if not known or len(known) + 2 > len(ids) or ids[: len(known)] != known:
             return self._prefill(ids, None)  # no beginning, or a tokenizer that merges its end with what follows
-        return self._prefill(ids[len(known) :], self._prefix.state)
+        return self._prefill(ids[len(known) :], state)
 
     def _prefill(self, ids: list[int], state: State | None) -> tuple[np.ndarray, State]:
         """Logits [1, vocabulary] of the last of `ids` after `state`, and the state after it."""

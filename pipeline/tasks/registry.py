@@ -12,7 +12,7 @@ from pydantic import Field, create_model
 
 import pipeline.tasks as package
 from pipeline.config.typed_yaml import CONFIGS, Frozen, load
-from pipeline.tasks.task import Figure, Gate, Metrics, Task
+from pipeline.tasks.task import Figure, Gate, Task
 
 
 @cache
@@ -49,7 +49,7 @@ class Suite(Frozen):
 @cache
 def suite_type() -> type[Suite]:
     """`Suite` with a field for every task that has a part of its own."""
-    fields = {task.name: (task.config | None, None) for task in tasks() if task.config}
+    fields: dict[str, Any] = {task.name: (task.config | None, None) for task in tasks() if task.config}
     return create_model("EvaluationConfig", __base__=Suite, **fields)
 
 
@@ -60,19 +60,12 @@ def load_suite(suite: str) -> Suite:
 
 def figures(metrics: Mapping[str, Any], texts: Sequence[str]) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out. `texts`: names of the held-out text."""
-    return [figure for task in tasks() for figure in _figures(task, metrics.get(task.name) or {}, texts)]
-
-
-def _figures(task: Task, section: Metrics, texts: Sequence[str]) -> list[Figure]:
-    """A task's rows of the model card, as far as they were measured."""
-    detail, n = task.detail(section, texts), section.get("tokens", section.get("n"))
-    name, known = task.dataset
-    return [
-        Figure(
-            *(row.key, row.title, row.unit, section[row.key]),
-            *(section.get(f"{row.key}_{end}") for end in ("low", "high")),
-            *(n, name or ", ".join(texts), detail, known, row.hub),
-        )
-        for row in task.measures
-        if section.get(row.key) is not None
-    ]
+    found = []
+    for task in tasks():
+        section, (name, hub) = metrics.get(task.name) or {}, task.dataset
+        shared = (section.get("tokens", section.get("n")), name or ", ".join(texts), task.detail(section, texts), hub)
+        for row in task.measures:
+            if (value := section.get(row.key)) is not None:
+                low, high = (section.get(f"{row.key}_{end}") for end in ("low", "high"))
+                found.append(Figure(row.key, row.title, row.unit, value, low, high, *shared, row.hub))
+    return found

@@ -20,8 +20,6 @@ from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 
 RECORD = "section.json"
 
-_SUMMARY = "tasks/statistics.py"
-
 
 @dataclass(frozen=True)
 class Key:
@@ -36,7 +34,7 @@ def key_of(task: Task, subject: Subject, files: dict[str, str]) -> Key:
     part, pinned = subject.wanted.model_dump(mode="json"), load_datasets().datasets
     number = [part.pop(name) for name in task.counted]
     closure = Closure.of(*_roots(task, subject))
-    code, summary = closure.hashes() | _measuring(task), f"pipeline/{_SUMMARY}"
+    code, summary = closure.hashes() | _measuring(task), "pipeline/tasks/statistics.py"
     reference = _recorded(subject.reference)
     items = {
         "files": files,
@@ -82,4 +80,4 @@ def measured_files(subject: Subject) -> dict[str, str]:
 
 def _recorded(folder: Path | None) -> dict[str, str] | None:
     """SHA-256 of a finished task's items, as its own validation recorded them; None where there is none."""
-    return folder and read_json(folder / RECORD)["sha256"]
+    return read_json(folder / RECORD)["sha256"] if folder else None

@@ -35,6 +35,8 @@ from pipeline.errors import EvaluationError
 
 ALPHA = 0.05  # one-sided
 POWER = 0.80
+Z = float(ndtri(1 - ALPHA))
+"""Quantile of a one-sided normal bound."""
 MMLU_CHANCE = 0.25  # four answers
 LOOKS = (570, 1_425, 2_850, 14_042)  # questions at which `sequential` may judge; nested, see mmlu.subset
 _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal distributions slightly negative
@@ -42,6 +44,7 @@ _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal d
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,11 @@ class Interval:
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = Z) -> tuple[float, float]:
     """Wilson's score interval for a share; both arguments may be fractional (effective numbers).
 
     `z` is the quantile of the one-sided bound, the normal one unless given.
     """
-    z = _z(z)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -108,19 +110,14 @@ def mean_interval(values: Floats, windows: Ints) -> Interval:
     return Interval(mean, mean - t_alpha * error, mean + t_alpha * error, (t_alpha + t_power) * error)
 
 
-def _effective_tokens(flags: Bools, windows: Ints) -> float:
-    """Number of independent tokens that would know the share as well: n over the design effect, at most n."""
-    share = float(flags.mean())
-    independent = share * (1 - share) / len(flags)  # variance of the share if tokens were independent
-    if independent == 0:
-        return float(len(flags))
-    return len(flags) / max(1.0, _window_standard_error(flags.astype(np.float64), windows) ** 2 / independent)
-
-
 def share_interval(flags: Bools, windows: Ints) -> Interval:
     """Share of true `flags` [tokens] bool, with windows [tokens] as the independent units."""
     t_alpha, t_power = _t_quantiles(windows)
-    share, effective = float(flags.mean()), _effective_tokens(flags, windows)
+    share, effective = float(flags.mean()), float(len(flags))
+    # The number of independent tokens that would know the share as well: n over the design effect, at most n.
+    if independent := share * (1 - share) / len(flags):  # variance of the share if tokens were independent
+        error = _window_standard_error(flags.astype(np.float64), windows)
+        effective = len(flags) / max(1.0, error**2 / independent)
     low, high = wilson(share * effective, effective, t_alpha)
     centre = (share * effective + t_alpha**2 / 2) / (effective + t_alpha**2)  # never 0 or 1, so never a zero error
     error = math.sqrt(centre * (1 - centre) / effective)
@@ -135,19 +132,17 @@ def quantile_interval(values: Floats, windows: Ints, level: float) -> Interval:
     """
     t_alpha, t_power = _t_quantiles(windows)
     estimate = float(np.quantile(values, level))
-    below = values <= estimate
-    share, effective = float(below.mean()), _effective_tokens(below, windows)
-    level_low, level_high = wilson(share * effective, effective, t_alpha)
-    low = float(np.quantile(values, level_low, method="lower"))
-    bounded = level_high < 1 - 1 / len(values)
-    high = float(np.quantile(values, level_high, method="higher")) if bounded else math.inf
+    below = share_interval(values <= estimate, windows)
+    low = float(np.quantile(values, below.low, method="lower"))
+    bounded = below.high < 1 - 1 / len(values)
+    high = float(np.quantile(values, below.high, method="higher")) if bounded else math.inf
     return Interval(estimate, low, high, (estimate - low) * (t_alpha + t_power) / t_alpha)
 
 
 # --- paired accuracy -------------------------------------------------------------------------------------------------
 
 
-def detectable_drop(n: int, d: float, z: float | None = None) -> float:
+def detectable_drop(n: int, d: float, z: float = Z) -> float:
     """Smallest true drop (a share) that `n` paired items reveal with 80 % power.
 
     Args:
@@ -155,11 +150,7 @@ def detectable_drop(n: int, d: float, z: float | None = None) -> float:
         d: discordance, the share of items whose correctness flips.
         z: quantile of the one-sided bound, that of 5 % unless given.
     """
-    return float((_z(z) + ndtri(POWER)) * math.sqrt(d / n))
-
-
-def _z(z: float | None) -> float:
-    return float(ndtri(1 - ALPHA)) if z is None else z
+    return float((z + ndtri(POWER)) * math.sqrt(d / n))
 
 
 def drop_score(drop: float, n: ArrayLike, lost: ArrayLike, won: ArrayLike) -> Floats:
@@ -178,7 +169,7 @@ def drop_score(drop: float, n: ArrayLike, lost: ArrayLike, won: ArrayLike) -> Fl
     return np.divide(distance, np.sqrt(variance), out=np.zeros_like(distance), where=distance != 0)
 
 
-def paired_interval(n: int, lost: float, won: float, z: float | None = None) -> Interval:
+def paired_interval(n: int, lost: float, won: float, z: float = Z) -> Interval:
     """Drop in accuracy from the reference to the variant, as a share; positive is a loss.
 
     Args:
@@ -188,7 +179,7 @@ def paired_interval(n: int, lost: float, won: float, z: float | None = None) -> 
 
     An upper bound lies within a margin just when `drop_score(margin, ...)` is at most -z.
     """
-    estimate, z, edge = (lost - won) / n, _z(z), 1 - 1e-12
+    estimate, edge = (lost - won) / n, 1 - 1e-12
 
     def bound(sign: int) -> float:
         def excess(drop: float) -> float:
@@ -244,9 +235,7 @@ def _check_tokens(what: str, unit: str, groups: Ints, **arrays: NDArray[Any]) ->
         _require(bad == 0, f"{what}: {bad} of {tokens} values of {name} are NaN or infinite")
 
 
-def summarise_reference_divergence(
-    logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints
-) -> dict[str, Any]:
+def summarise_reference_divergence(logprob: Floats, codes_kl: Floats, clipped: Floats, window_id: Ints) -> Metrics:
     """The reference's own `divergence` metrics: tokens, windows, perplexity, and what its kept log-probabilities lose.
 
     Args:
@@ -272,7 +261,7 @@ def summarise_reference_divergence(
 
 def summarise_divergence(
     kl: Floats, top1_equal: Bools, logprob: Floats, logprob_reference: Floats, window_id: Ints
-) -> dict[str, Any]:
+) -> Metrics:
     """The `divergence` metrics of a variant, paired with the reference by token.
 
     `probability_change` is the mean change in the true token's probability: unlike KL it says which way.
@@ -292,13 +281,9 @@ def summarise_divergence(
     _require(top1_equal.dtype == np.bool_, f"divergence: top1_equal is {top1_equal.dtype}, not bool")
     _require(float(kl.min()) >= -_KL_ROUNDING, f"divergence: a KL of {kl.min():.3g} nats is negative: not a KL")
     kl = np.maximum(kl, 0)
-    log_ratio = mean_interval(logprob_reference - logprob, window_id)
-    ratio = Interval(
-        math.exp(log_ratio.estimate),
-        math.exp(log_ratio.low),
-        math.exp(log_ratio.high),
-        math.exp(log_ratio.estimate) * math.expm1(log_ratio.detectable),
-    )
+    change = mean_interval(logprob_reference - logprob, window_id)
+    estimate, low, high = map(math.exp, (change.estimate, change.low, change.high))
+    ratio = Interval(estimate, low, high, estimate * math.expm1(change.detectable))
     return {
         "tokens": len(kl),
         "windows": len(np.unique(window_id)),
@@ -327,7 +312,7 @@ def _check_items(task: str, shape: tuple[str, ...], outcomes: Bools, reference: 
         )
 
 
-def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> dict[str, Any]:
+def _accuracy(name: str, correct: Bools | Floats, reference: Bools | Floats | None) -> Metrics:
     """Accuracy under the key `name` and, for a variant, the paired drop from the reference in percentage points."""
     own = {"n": len(correct), **_share(name, correct)}
     if reference is None:
@@ -367,7 +352,7 @@ def answer_probability(scores: Floats, answers: Ints) -> Floats:
     return softmax(scores, axis=1)[np.arange(len(answers)), answers]
 
 
-def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> dict[str, Any]:
+def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: str) -> Metrics:
     """The `mmlu` metrics: accuracy, and what was lost unless `reference` is None (the reference's own row).
 
     Args:
@@ -382,31 +367,23 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
     Raises:
         EvaluationError: the arrays do not pair, are empty, not bool or not finite.
     """
-    _check_items("MMLU", ("questions",), variant.correct, reference and reference.correct)
-    found = _accuracy("accuracy", variant.correct, reference and reference.correct)
+    pairs = None if reference is None else reference.correct
+    _check_items("MMLU", ("questions",), variant.correct, pairs)
+    found = _accuracy("accuracy", variant.correct, pairs)
     if reference is not None:
-        found |= {"looks": _looks(variant.correct, reference.correct)}
-        found |= _probability_drop(variant, reference).named("probability_drop_points")
+        for p in (variant.probability, reference.probability):
+            _require(
+                p.shape == variant.correct.shape and len(p) > 1 and bool(np.isfinite(p).all()),
+                f"MMLU: probabilities of shape {p.shape} for {len(variant.correct)} questions, or not finite",
+            )
+        counts = [flips(variant.correct[:n], reference.correct[:n]) for n in LOOKS if n <= len(variant.correct)]
+        found["looks"] = [{"n": n, "lost": int(lost), "won": int(won)} for n, lost, won in counts]
+        drop = mean_interval(100 * (reference.probability - variant.probability), np.arange(len(variant.correct)))
+        found |= drop.named("probability_drop_points")
     return {**found, "mode": mode, "chance": MMLU_CHANCE}
 
 
-def _looks(correct: Bools, reference: Bools) -> list[dict[str, int]]:
-    """Flips among the first questions, for each look of the sequential test within reach."""
-    counts = [map(int, flips(correct[:n], reference[:n])) for n in LOOKS if n <= len(correct)]
-    return [dict(zip(("n", "lost", "won"), count, strict=True)) for count in counts]
-
-
-def _probability_drop(variant: MmluAnswers, reference: MmluAnswers) -> Interval:
-    for answers in (variant, reference):
-        p = answers.probability
-        _require(
-            p.shape == variant.correct.shape and len(p) > 1 and bool(np.isfinite(p).all()),
-            f"MMLU: probabilities of shape {p.shape} for {len(variant.correct)} questions, or not finite",
-        )
-    return mean_interval(100 * (reference.probability - variant.probability), np.arange(len(variant.probability)))
-
-
-def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> dict[str, Any]:
+def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int]) -> Metrics:
     """The scores of the `humaneval` metrics: pass@k, and pass@1's paired drop unless `reference` is None.
 
     - `n` problems with `samples` solutions each; `pass_at_1`, `pass_at_<k>`, each with `_low` and `_high`;
@@ -431,7 +408,7 @@ def summarise_humaneval(passed: Bools, reference: Bools | None, ks: Sequence[int
     return scores
 
 
-def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: Bools | None) -> dict[str, Any]:
+def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: Bools | None) -> Metrics:
     """The mean share of right samples under the name `key`, and its paired drop unless `reference` is None.
 
     Args:
@@ -449,7 +426,7 @@ def summarise_samples(task: str, unit: str, key: str, passed: Bools, reference: 
 
 def summarise_agreement(
     logprob: Floats, problem: Ints, logprob_reference: Floats | None = None, top1_equal: Bools | None = None
-) -> dict[str, Any]:
+) -> Metrics:
     """The `agreement` metrics: how a model reads the reference's own solutions, token by token.
 
     - `solutions`, `tokens`; `logprob`, the mean log-probability of these tokens, nats;
@@ -466,8 +443,9 @@ def summarise_agreement(
     Raises:
         EvaluationError: shapes differ, a value is not finite, or there are fewer than two problems.
     """
-    pairs = {} if logprob_reference is None else {"logprob_reference": logprob_reference, "top1_equal": top1_equal}
-    _check_tokens("agreement", "problem", problem, logprob=logprob, **pairs)
+    pairs = {"logprob_reference": logprob_reference, "top1_equal": top1_equal}
+    given = {name: array for name, array in pairs.items() if array is not None}
+    _check_tokens("agreement", "problem", problem, logprob=logprob, **given)
     own = {"solutions": len(np.unique(problem)), "tokens": len(logprob), "logprob": float(logprob.mean())}
     if logprob_reference is None or top1_equal is None:
         return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,8 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
+from pipeline.journal import Journal
+from pipeline.progress import Progress
 
 CHUNK = 256
 """Tokens run at once: logits of a long text would take gigabytes with a large vocabulary."""
@@ -73,3 +75,22 @@ class Subject:
         whose logits mean nothing."""
         if self.layered:
             self.decoder.prepare(ask)
+
+
+Make = Callable[[list[str]], Iterable[Any]]
+"""Names → their items, plain JSON data, in that order."""
+
+
+def fill(journal: Journal, names: Sequence[str], title: str, unit: str, items: Make) -> None:
+    """Record an item for each of `names` that the journal lacks, as soon as `items` of those has made it.
+
+    Args:
+        title, unit: of the progress: what is measured of whom, and what its items are.
+        items: not called when none is left.
+    """
+    left = [name for name in names if name not in journal.items]
+    with Progress(title, len(names), unit) as progress:
+        progress.advance(len(names) - len(left), kept=True)
+        for name, item in zip(left, items(left) if left else (), strict=True):
+            journal.record(name, item)
+            progress.advance()

@@ -83,6 +83,11 @@ def bounds(section: Metrics, key: str, format_: Format) -> str:
     return "" if low is None or high is None else f"{format_(low)}–{format_(high)}"
 
 
+def estimate(section: Metrics, key: str) -> str:
+    """A share and its interval as text, "" where it was not measured."""
+    return maybe(number(section, key), lambda value: f"{share(value)} ({bounds(section, key, percent)})", "")
+
+
 # --- what of a task is judged and shown ------------------------------------------------------------------------------
 
 

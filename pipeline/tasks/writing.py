@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from pipeline.journal import Journal
-from pipeline.progress import Progress
 from pipeline.runtime.generate import Limits, Sampling, Writer, derived_seed
-from pipeline.tasks.subject import Subject
+from pipeline.tasks.subject import Subject, fill
 from pipeline.tasks.written import name_of
+
+Complete = Callable[[str], bool]
+
+
+def _never(text: str) -> bool:
+    """Of an answer that ends where the model ends it."""
+    del text
+    return False
 
 
 def write(
-    subject: Subject,
-    title: str,
-    requests: Mapping[str, str],
-    journal: Journal,
-    complete: Callable[[str], bool] = lambda text: False,
+    subject: Subject, title: str, requests: Mapping[str, str], journal: Journal, complete: Complete = _never
 ) -> None:
     """Every answer that is not in `journal` yet (prompt, ids, text, cut), recorded as it is written.
 
@@ -26,18 +30,16 @@ def write(
             it: what it wrote may be followed by something better.
     """
     wanted, entry = subject.wanted, subject.entry
-    rows = [(name_of(name, sample), request) for name, request in requests.items() for sample in range(wanted.samples)]
-    left = [row for row in rows if row[0] not in journal.items]
-    with Progress(f"{title} {subject.name}", len(rows), "answers") as progress:
-        progress.advance(len(rows) - len(left), kept=True)
-        if not left:
-            return
+    named = {name_of(key, sample): text for key, text in requests.items() for sample in range(wanted.samples)}
+
+    def items(left: Iterable[str]) -> Iterator[dict[str, Any]]:
         writer, chats = Writer(subject.folder), entry.humaneval_prompt != "completion"
         limits = Limits(wanted.answer_tokens(entry), wanted.thinking_tokens(entry))
-        for name, request in left:
-            prompt, sampling = writer.chat(request) if chats else request, None
+        for name in left:
+            prompt, sampling = writer.chat(named[name]) if chats else named[name], None
             if wanted.temperature:
                 sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
-            one = writer.continuation(prompt, limits, (lambda text: False) if chats else complete, sampling)
-            journal.record(name, {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut})
-            progress.advance()
+            one = writer.continuation(prompt, limits, _never if chats else complete, sampling)
+            yield {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut}
+
+    fill(journal, list(named), f"{title} {subject.name}", "answers", items)

@@ -38,13 +38,13 @@ def test_other_systems_are_refused_with_every_reason(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(bool(obstacle(sandbox.SECCOMP)), reason="no seccomp here")
 def test_without_landlock_seccomp_alone_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "landlock_version", lambda: -1)
+    monkeypatch.setattr(sandbox, "landlock_version", lambda: -1)
     assert require_isolation() == sandbox.SECCOMP
 
 
 @pytest.mark.skipif(bool(obstacle(sandbox.BUBBLEWRAP)), reason="no bubblewrap here")
 def test_without_seccomp_bubblewrap_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "system_calls_known", lambda: False)
+    monkeypatch.setattr(sandbox, "system_calls_known", lambda: False)
     assert require_isolation() == sandbox.BUBBLEWRAP
 
 

@@ -25,8 +25,7 @@ from pipeline.runtime.layered import LayeredDecoder
 from pipeline.stages import calibrate, download, export, quantize, validate
 from pipeline.tasks import divergence_scores as divergence
 from pipeline.tasks import mmlu as mmlu_section
-from pipeline.tasks.mmlu_prompts import Prompt
-from pipeline.tasks.mmlu_questions import load_questions
+from pipeline.tasks.mmlu_questions import Prompt, load_questions
 from pipeline.tasks.mmlu_scoring import Scorer
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import REFERENCE, Workspace

@@ -401,13 +401,13 @@ def test_attack_by_a_completion_raises(tmp_path: Path, humaneval_path: Path, att
 @needs_sandbox
 def test_no_worker_survives_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    real = referee.subprocess.Popen
+    real = referee.Popen
 
     def remember(*arguments: Any, **options: Any) -> Any:
         started.append(real(*arguments, **options))
         return started[-1]
 
-    monkeypatch.setattr(referee.subprocess, "Popen", remember)
+    monkeypatch.setattr(referee, "Popen", remember)
     for program in ("def f(): return 1", "def f():\n    while True: pass", "import os; os._exit(3)", "def f(: 1"):
         judge_program(program, "f", lambda call: call(), 0.5, LEVEL)
     assert len(started) == 4

@@ -14,8 +14,7 @@ import pytest
 from pipeline.config.recipes import load_recipe
 from pipeline.errors import EvaluationError
 from pipeline.runtime.session import OnnxDecoder
-from pipeline.tasks.mmlu_prompts import Prompt, asker
-from pipeline.tasks.mmlu_questions import Question
+from pipeline.tasks.mmlu_questions import Prompt, Question, asker
 from pipeline.tasks.mmlu_scoring import CHUNK, Scorer, item_names
 from tests.artifact.exported import export
 from tests.families import CASES, Case, make_checkpoint
