@@ -34,13 +34,13 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate
-feeds = LayerStream._feeds
-def die(self, session, part):
-    for number, values in enumerate(feeds(self, session, part)):
+hidden = LayerStream._hidden
+def die(self):
+    for number, values in enumerate(hidden(self)):
         if self.layer == 2 and number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield values
-LayerStream._feeds = die
+LayerStream._hidden = die
 calibrate.run({model!r})
 """
 
