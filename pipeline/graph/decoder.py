@@ -23,6 +23,9 @@ from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor
 from pipeline.graph.rope import rope_tables
 
 ROPE_FILE = "rope.data"
+PREFILL_CHUNK = 256
+"""Tokens of a prompt that are run at a time, so that their logits (chunk × vocabulary × 4 bytes) stay small on a
+phone."""
 
 
 def build_decoder(

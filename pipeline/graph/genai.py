@@ -12,10 +12,7 @@ from pipeline.checkpoint.architecture import Architecture, read_config
 from pipeline.checkpoint.untrusted import shown
 from pipeline.config.models import ModelConfig
 from pipeline.errors import CheckpointError
-
-PREFILL_CHUNK = 256
-"""Tokens of a prompt that are run at a time, so that their logits (chunk × vocabulary × 4 bytes) stay small on a
-phone."""
+from pipeline.graph.decoder import PREFILL_CHUNK
 
 
 def _stop_ids(configs: dict[Path, dict[str, Any]], extra: tuple[int, ...]) -> list[int]:

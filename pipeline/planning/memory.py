@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.recipes import KvCache
-from pipeline.graph.genai import PREFILL_CHUNK
+from pipeline.graph.decoder import PREFILL_CHUNK
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 
 # Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120.

@@ -28,8 +28,8 @@ from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
 from pipeline.files import write_json
-from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.graph.genai import PREFILL_CHUNK, genai_config
+from pipeline.graph.decoder import PREFILL_CHUNK, build_decoder, save_decoder
+from pipeline.graph.genai import genai_config
 from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model
 
