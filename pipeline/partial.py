@@ -46,16 +46,6 @@ class Partial:
         self._journal.record(_KEY, key)
         del self.digests[_KEY]
 
-    @property
-    def begun(self) -> bool:
-        """Whether a unit is finished."""
-        return bool(self.digests)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of disk that the unfinished files hold already."""
-        return sum(512 * file.stat().st_blocks for file in self.folder.iterdir())
-
     def record(self, unit: str, digest: str) -> None:
         """Note that `unit` is written."""
         self._journal.record(unit, digest)
@@ -81,7 +71,7 @@ def open_partial(folder: Path, key: str) -> Iterator[Partial]:
         try:
             yield partial
         except BaseException:
-            if not partial.begun:
+            if not partial.digests:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifact.graph import channel_names
-from pipeline.artifact.quantizers import Nearest, Weighted
+from pipeline.artifact.quantizers import Search
 from pipeline.artifact.work import Unit, quantize_unit
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.machine import cores
@@ -67,7 +67,7 @@ def _seconds_per_weight(planned: PlannedMatrix, checkpoint: Checkpoint, search: 
     moments = {matrix.input: np.ones(matrix.columns, np.float32)}
     order = np.arange(matrix.columns, dtype=np.int32)  # the time does not depend on which
     channels = dict(zip(channel_names(planned), np.split(order, [planned.widths[0]]), strict=True))
-    quantizer = (Nearest() if search == "nearest" else Weighted(moments)).of(planned, channels)
+    quantizer = Search(None if search == "nearest" else moments).of(planned, channels)
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(4):  # the first one compiles; others may have been interrupted

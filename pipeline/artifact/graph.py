@@ -62,17 +62,15 @@ class QuantizedGraph(GraphWriter):
         self._check_same_model()
         for node in source.graph.node:
             self._rewrite(node)
-        self.inputs, self.outputs = (
-            [self._typed(v) for v in side] for side in (source.graph.input, source.graph.output)
-        )
+        self.inputs = [self._typed(value) for value in source.graph.input]
+        self.outputs = [self._typed(value) for value in source.graph.output]
 
     def place(self, layout: Layout, parts: Sequence[str]) -> onnx.ModelProto:
         """The finished model: every stored tensor bound to its bytes in the files of these names."""
         for name, tensor in self._aliases.items():
             place, kind = layout.places[tensor.name], helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-            self.initializers[name] = external_tensor(
-                name, kind, tensor.shape, parts[place.part], place.offset, place.length
-            )
+            at = parts[place.part], place.offset, place.length
+            self.initializers[name] = external_tensor(name, kind, tensor.shape, *at)
         return self.model(self._source.graph.name)
 
     def _check_same_model(self) -> None:
@@ -95,14 +93,11 @@ class QuantizedGraph(GraphWriter):
             self._embedding(node)
         elif node.op_type == "FusedMatMul":
             self._product(node)
-        elif node.op_type == "GroupQueryAttention" and self._plan.cache.type == "int8":
-            self._attention(node)
         else:
-            self._keep(node)
-
-    def _keep(self, node: onnx.NodeProto) -> None:
-        self._keep_inputs(node)
-        self.nodes.append(node)
+            if node.op_type == "GroupQueryAttention" and self._plan.cache.type == "int8":
+                node = self._attention(node)
+            self._keep_inputs(node)
+            self.nodes.append(node)
 
     def _keep_inputs(self, node: onnx.NodeProto) -> None:
         """Its initializers, and those that the branches of an If take from the outer graph."""
@@ -121,7 +116,7 @@ class QuantizedGraph(GraphWriter):
         cached = self._plan.cache.type == "int8" and value.name.startswith(("past_key_values.", "present."))
         return value_info(value.name, TensorProto.INT8, _shape(value)) if cached else value
 
-    def _attention(self, node: onnx.NodeProto) -> None:
+    def _attention(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Keys and values are cached as int8; new ones are rounded inside, under a scale per channel."""
         quantized = onnx.NodeProto()
         quantized.CopyFrom(node)
@@ -133,7 +128,7 @@ class QuantizedGraph(GraphWriter):
             quantized.input.append(self._declare(Stored(name, "float32", (1, int(heads), 1, int(channels)))))
             quantized.attribute.append(helper.make_attribute(f"{kind}_quant_type", "PER_CHANNEL"))
         quantized.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
-        self._keep(quantized)
+        return quantized
 
     def _embedding(self, node: onnx.NodeProto) -> None:
         planned = self._plan.embedding

@@ -46,23 +46,19 @@ def plan_recipe(
         context = load_tiers().context
         drafted = draft(source, make_plan(architecture, recipe), stem, recipe.part_bytes)
         return Planned(drafted, plan_memory(drafted.plan, architecture, context), context, None)
-    context = recipe.budget.context or load_tiers().context
     drafts = partial(draft, source, stem=stem, part_bytes=recipe.part_bytes)
     try:
-        return _solve(recipe, architecture, context, read_sensitivity(workspace), drafts)
+        return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
     except PlanError as error:
         raise PlanError(f"{model} {variant}: {error}") from None
 
 
 def _solve(
-    recipe: BudgetRecipe,
-    architecture: Architecture,
-    context: int,
-    measured: Sensitivity,
-    drafts: Callable[[Plan], Draft],
+    recipe: BudgetRecipe, architecture: Architecture, measured: Sensitivity, drafts: Callable[[Plan], Draft]
 ) -> Planned:
+    context = recipe.budget.context or load_tiers().context
     choices, limits = groups(architecture, recipe.budget, measured), _limits(recipe, architecture, context)
-    room = dict(limits)
+    room, used = dict(limits), sum(use_memory(architecture, context, recipe.kv_cache))
     if "bytes" in limits:
         least = smallest(architecture, choices, recipe.kv_cache)
         room["bytes"] -= drafts(least).bytes - sum(item.bytes for item in least.tables)
@@ -72,10 +68,7 @@ def _solve(
         first = first or solution
         drafted, memory = drafts(solution.plan), plan_memory(solution.plan, architecture, context)
         # What sums over matrices do not tell: a split adds nodes to the graph, loading holds the largest matrix twice.
-        sizes = {
-            "bytes": drafted.bytes,
-            "memory": memory.peak - sum(use_memory(architecture, context, recipe.kv_cache)),
-        }
+        sizes = {"bytes": drafted.bytes, "memory": memory.peak - used}
         over = {name: size - limits[name] for name, size in sizes.items() if size > limits.get(name, size)}
         if not over:  # later attempts have less room than the budget gives: the bound is the first's
             return Planned(drafted, memory, context, replace(solution, bound=first.bound))

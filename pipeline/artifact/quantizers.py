@@ -16,7 +16,7 @@ from pipeline.artifact.graph import channel_names
 from pipeline.errors import PlanError
 from pipeline.planning.recipes import TABLES, Plan, PlannedMatrix
 from pipeline.quantize.descent import descended
-from pipeline.quantize.formats import Quantized, TensorFormat
+from pipeline.quantize.formats import Quantized
 from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
 from pipeline.quantize.search import nearest, weighted
 
@@ -24,63 +24,45 @@ Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second 
 Ranges = Mapping[str, np.ndarray]  # `layers.0.key`, `layers.0.value` → float32 [kv_heads · head_dim]
 Channels = Mapping[str, np.ndarray]  # name of a piece's channel indices → int32 [columns of the piece]
 Quantizer = Callable[[np.ndarray], list[Quantized]]
-Part = slice | np.ndarray  # of a matrix's columns
 
 
 class Search:
-    """What all have in common.
+    """Scales and zero points of every piece for itself: searched under the second moments of the inputs, or, without
+    them, rounded to nearest: the control.
 
     Attributes:
         tile: rows that are worked on at a time.
         by_layer: a layer must be finished, and its quantizers dropped, before the next one's are asked for: what they
             hold is large.
-        moments: None for a search that needs no calibration.
     """
 
     tile = 1
     by_layer = False
-    moments: Moments | None = None
 
-    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
-        """Every piece for itself."""
-        if not planned.split:
-            whole = self._piece(planned, planned.pieces[0].format, slice(None))
-            return lambda weights: [whole(weights)]
-        parts = [channels[name] for name in channel_names(planned)]
-        pieces = [self._piece(planned, piece.format, part) for piece, part in zip(planned.pieces, parts, strict=True)]
-        return lambda weights: [
-            piece(np.take(weights, part, axis=1)) for piece, part in zip(pieces, parts, strict=True)
-        ]
-
-    def _piece(self, planned: PlannedMatrix, fmt: TensorFormat, part: Part) -> Callable[[np.ndarray], Quantized]:
-        raise NotImplementedError
-
-
-class Nearest(Search):
-    """Round to nearest: the control."""
-
-    def _piece(self, planned: PlannedMatrix, fmt: TensorFormat, part: Part) -> Callable[[np.ndarray], Quantized]:
-        return partial(nearest, fmt=fmt)
-
-
-class Weighted(Search):
-    """Scales and zero points searched under the second moments of the inputs."""
-
-    moments: Moments
-
-    def __init__(self, moments: Moments):
+    def __init__(self, moments: Moments | None = None):
         self.moments = moments
 
-    def _piece(self, planned: PlannedMatrix, fmt: TensorFormat, part: Part) -> Callable[[np.ndarray], Quantized]:
-        # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head's products.
+    def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
+        """The function of a matrix; `channels` are those of its input, if it is split."""
         matrix = planned.matrix
-        moments = np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else self.moments[matrix.input]
-        return partial(weighted, moments=moments[part], fmt=fmt)
+        parts: list[np.ndarray | None] = [None]
+        if planned.split:
+            parts = [channels[name] for name in channel_names(planned)]
+        pieces: list[Callable[[np.ndarray], Quantized]] = []
+        for piece, part in zip(planned.pieces, parts, strict=True):
+            if self.moments is None:
+                pieces.append(partial(nearest, fmt=piece.format))
+            else:
+                # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head.
+                alike = matrix.role == "embedding"
+                moments = np.ones(matrix.columns, np.float32) if alike else self.moments[matrix.input]
+                pieces.append(partial(weighted, moments=_taken(moments, part), fmt=piece.format))
+        return lambda weights: [piece(_taken(weights, part)) for piece, part in zip(pieces, parts, strict=True)]
 
 
-class Compensated(Weighted):
+class Compensated(Search):
     """GPTQ and coordinate descent for the body, whose errors accumulate; the embedding and the head are searched as in
-    `Weighted`.
+    `Search`.
 
     Args:
         hessian: Σ x·xᵀ of an input by its name, float32 [channels, channels]; asked for in the order of execution.
@@ -105,7 +87,7 @@ class Compensated(Weighted):
         formats = [(piece.format, piece.columns) for piece in planned.pieces]
 
         def quantize(weights: np.ndarray) -> list[Quantized]:
-            ordered = weights if order is None else np.take(weights, order, axis=1)
+            ordered = _taken(weights, order)
             return descended(ordered, hessian, found.damping, compensated(ordered, found, formats))
 
         return quantize
@@ -121,6 +103,11 @@ class Compensated(Weighted):
                     hessian = hessian[np.ix_(order, order)]
                 self._kept = name, hessian, factor(hessian, damping_for(len(hessian), self._tokens))
             return self._kept
+
+
+def _taken(values: np.ndarray, part: np.ndarray | None) -> np.ndarray:
+    """Some of the last axis's channels, or all."""
+    return values if part is None else np.take(values, part, axis=-1)
 
 
 def check_moments(plan: Plan, moments: Moments) -> None:

@@ -12,11 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -40,9 +39,6 @@ from pipeline.quantize.split import channel_importance, split_channels, squared_
 _FLUSH_BYTES = 256 << 20
 # Units waiting for a thread: their weights are on the way from the disk already.
 _AHEAD = 16
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,42 +146,53 @@ def write_artifact(
     if drafted.plan.cache.type == "int8":
         check_ranges(drafted.plan, ranges or {})
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
-        writer = PartWriter(partial.folder, drafted, stack)
-        _Run(writer, partial, checkpoint, search, threads or cores(), stack).write(drafted)
+        writer, count = PartWriter(partial.folder, drafted, stack), threads or cores()
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+        _Run(writer, partial, checkpoint, search, pool, count + _AHEAD).write(drafted)
         _write_copies(writer, checkpoint, export, ranges or {})
         writer.finish()
         write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
 
 
+@dataclass
 class _Run:
-    """The units of one artifact, several under way at a time, recorded in order as they finish."""
+    """The units of one artifact, at most `ahead` under way at a time, recorded in order as they finish."""
 
-    def __init__(
-        self, writer: PartWriter, partial: Partial, checkpoint: Checkpoint, search: Search, threads: int,
-        stack: ExitStack,
-    ):  # fmt: skip
-        self.writer, self.partial, self.checkpoint, self.search = writer, partial, checkpoint, search
-        self.channels: dict[str, np.ndarray] = {}
-        self.quantizers: dict[str, Callable[[], Quantizer]] = {}  # of the matrices under way, by name
-        self.ahead = threads + _AHEAD
-        self.pool = stack.enter_context(ThreadPoolExecutor(threads))
-        self.flusher = stack.enter_context(ThreadPoolExecutor(1))
+    writer: PartWriter
+    partial: Partial
+    checkpoint: Checkpoint
+    search: Search
+    pool: ThreadPoolExecutor
+    ahead: int
+    channels: dict[str, np.ndarray] = field(default_factory=dict)
+    quantizers: dict[str, Callable[[], Quantizer]] = field(default_factory=dict)  # of the matrices under way, by name
 
     def write(self, drafted: Draft) -> None:
         """Quantize every matrix of the plan, or find it finished."""
         tables, unflushed, flushes = drafted.plan.tables, 0, list[Future[None]]()
         weight_bytes = sum(self.checkpoint[item.matrix.name].length for item in tables)
-        with Progress(f"quantize {drafted.stem}", len(tables), "tensors", weight_bytes) as progress:
-            for unit, digest in self._in_order(self._units(drafted.plan), self._write_unit):
+        label = f"quantize {drafted.stem}"
+        with ThreadPoolExecutor(1) as flusher, Progress(label, len(tables), "tensors", weight_bytes) as progress:
+            for unit, digest in self._finished(drafted.plan):
                 written = self._account(unit.name, unit.ranges(), digest)
                 unflushed += written
                 if unflushed > _FLUSH_BYTES:
-                    flushes.append(self.flusher.submit(self.writer.flush))
+                    flushes.append(flusher.submit(self.writer.flush))
                     unflushed = 0
                 ref, last = self.checkpoint[unit.planned.matrix.name], unit.stop == unit.planned.matrix.rows
                 progress.advance(int(last), unit.weights * ref.length // ref.elements, kept=not written)
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
+
+    def _finished(self, plan: Plan) -> Iterator[tuple[Unit, str]]:
+        """Units and the SHA-256 of their bytes, in order, whichever thread was faster."""
+        pending: deque[tuple[Unit, Future[str]]] = deque()
+        for unit in chain(self._units(plan), [None]):
+            if unit is not None:
+                pending.append((unit, self.pool.submit(self._write_unit, unit)))
+            while len(pending) > (self.ahead if unit is not None else 0):
+                first, future = pending.popleft()
+                yield first, future.result()
 
     def _units(self, plan: Plan) -> Iterator[Unit | None]:
         """The units of all matrices in order; None where those before must be finished first.
@@ -209,40 +216,25 @@ class _Run:
                     self.quantizers[name]()
                 yield unit
 
-    def _in_order(self, items: Iterable[S | None], work: Callable[[S], T]) -> Iterator[tuple[S, T]]:
-        """(item, result) in the items' order, whichever thread was faster. None waits for all items before it."""
-        pending: deque[tuple[S, Future[T]]] = deque()
-        for item in chain(items, [None]):
-            if item is not None:
-                pending.append((item, self.pool.submit(work, item)))
-            while len(pending) > (self.ahead if item is not None else 0):
-                first, future = pending.popleft()
-                yield first, future.result()
-
     def _write_unit(self, unit: Unit) -> str:
-        """Quantize and write a unit, unless its bytes are there; their SHA-256."""
-        ranges = list(unit.ranges())
-        if known := self._finished(unit.name, ranges):
-            return known
-        chosen = quantize_unit(unit, self.checkpoint, self.quantizers[unit.planned.matrix.name]())
-        return self._put(ranges, [array for item in chosen for array in item.stored()])
+        def compute() -> list[np.ndarray]:
+            chosen = quantize_unit(unit, self.checkpoint, self.quantizers[unit.planned.matrix.name]())
+            return [array for item in chosen for array in item.stored()]
 
-    def _put(self, ranges: list[Range], arrays: list[np.ndarray]) -> str:
+        return self._ensure(unit.name, list(unit.ranges()), compute)
+
+    def _ensure(self, unit: str, ranges: list[Range], compute: Callable[[], Iterable[np.ndarray]]) -> str:
+        """The SHA-256 of a unit's bytes: those that lie in the files if they are the recorded ones, else computed."""
+        if recorded := self.partial.digests.get(unit):
+            found = hashlib.sha256(b"".join(self.writer.get(*item) for item in ranges)).hexdigest()
+            if found == recorded:
+                return found
         digest = hashlib.sha256()
-        for (name, offset, length), array in zip(ranges, arrays, strict=True):
+        for (name, offset, length), array in zip(ranges, compute(), strict=True):
             if array.nbytes != length:
                 raise PlanError(f"tensor {name!r}: {array.nbytes:,} bytes computed, {length:,} planned. This is a bug.")
             digest.update(self.writer.put(name, offset, array))
         return digest.hexdigest()
-
-    def _finished(self, unit: str, ranges: Iterable[Range]) -> str | None:
-        """The recorded digest of `unit`, if what lies in the files has it."""
-        if recorded := self.partial.digests.get(unit):
-            digest = hashlib.sha256()
-            for item in ranges:
-                digest.update(self.writer.get(*item))
-            return recorded if recorded == digest.hexdigest() else None
-        return None
 
     def _account(self, unit: str, ranges: Iterable[Range], digest: str) -> int:
         """Tick off what a unit wrote; record it and return its bytes if it was not finished before."""
@@ -259,20 +251,15 @@ class _Run:
         """Choose and write the channel order of the input that `group` shares."""
         names = channel_names(group[0])
         ranges = [(name, 0, self.writer.layout.places[name].length) for name in names]
-        if digest := self._finished(names[0], ranges):
-            halves = [np.frombuffer(self.writer.get(*item), np.int32) for item in ranges]
-        else:
-            halves = self._split(group)
-            digest = self._put(ranges, halves)
-        self._account(names[0], ranges, digest)
-        self.channels |= zip(names, halves, strict=True)
+        self._account(names[0], ranges, self._ensure(names[0], ranges, lambda: self._split(group)))
+        self.channels |= {item[0]: np.frombuffer(self.writer.get(*item), np.int32) for item in ranges}
 
-    def _split(self, group: list[PlannedMatrix]) -> list[np.ndarray]:
+    def _split(self, group: list[PlannedMatrix]) -> tuple[np.ndarray, np.ndarray]:
         name = group[0].matrix.input
         if self.search.moments is None:
             raise PlanError(f"input {name!r} is split by importance, which needs calibration: use `search: weighted`.")
-        importance = channel_importance(self.search.moments[name], (self._column_norms(item) for item in group))
-        return list(split_channels(importance, group[0].pieces[0].columns))
+        importance = channel_importance(self.search.moments[name], map(self._column_norms, group))
+        return split_channels(importance, group[0].pieces[0].columns)
 
     def _column_norms(self, planned: PlannedMatrix) -> np.ndarray:
         """Squared norm of each column, float64 [columns]. These rows are read again at once, from the page cache."""
@@ -282,7 +269,7 @@ class _Run:
             squared_norms(self.checkpoint.rows(planned.matrix.name, unit.start, unit.stop), norms)
             return norms
 
-        return sum((norms for _, norms in self._in_order(units(planned), of_unit)), np.zeros(planned.matrix.columns))
+        return sum(self.pool.map(of_unit, units(planned)), np.zeros(planned.matrix.columns))
 
 
 def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, ranges: Ranges) -> None:

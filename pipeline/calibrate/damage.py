@@ -139,14 +139,13 @@ class Passing:
                 tables = [hurt if name == head.name else rows for name in names]
                 shares = np.exp(logits - reference[:, None].astype(np.float32))
 
-                def add(item: tuple[np.ndarray, np.ndarray, np.ndarray, _LogSum]) -> None:
-                    hidden, table, total, sums = item
+                def add(hidden: np.ndarray, table: np.ndarray, total: np.ndarray, sums: _LogSum) -> None:
                     other = hidden @ table.T
                     # Differences first: in float32, two sums of thousands of logits would not be told apart.
                     total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
                     sums.add(other)
 
-                list(pool.map(add, zip(states[1:], tables, cross, others, strict=True)))
+                list(pool.map(add, states[1:], tables, cross, others))
         divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
         return dict(zip(names, divergence.tolist(), strict=True))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.calibrate.windows import input_windows
+from pipeline.calibrate.windows import scored_windows
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.lock import dataset_path
 from pipeline.config.calibration import CalibrationConfig
@@ -51,4 +51,4 @@ def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> lis
     encode = encoder(folder)
     sources = [(read_text(name, store), tokens) for name, tokens in calibration.texts.items()]
     sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]
-    return [ids for text, tokens in sources for ids in input_windows(text, encode, tokens, calibration.window)]
+    return [ids for text, tokens in sources for ids in scored_windows(text, encode, tokens, calibration.window, 0)]

@@ -21,41 +21,17 @@ _WORD = re.compile(r"\w+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so no word's contribution is lost modulo 2^64
 
 
-def scored_windows(text: str, encode: Encode, tokens: int, window: int) -> list[np.ndarray]:
-    """Windows with exactly `tokens` scored positions in total.
+def scored_windows(text: str, encode: Encode, tokens: int, window: int, unscored: int = 1) -> list[np.ndarray]:
+    """Windows with exactly `tokens` scored positions in total, at even distances from the first token to the last.
 
-    A window of w tokens scores w − 1 positions: each token but the first, given those before it. All windows hold
-    `window` tokens but the last, which is shortened to what is left.
+    A window of w tokens scores w − 1 positions: each token but the first, given those before it. For calibration, where
+    every position counts, none is `unscored`. All windows hold `window` tokens but the last, which is shortened to what
+    is left.
 
-    Returns: int64 arrays [window], the last [2 … window].
+    Returns: int64 arrays [window], the last [1 + unscored … window].
     Raises:
         EvaluationError: the text is too short.
     """
-    return _spread(text, encode, tokens, window, unscored=1)
-
-
-def input_windows(text: str, encode: Encode, tokens: int, window: int) -> list[np.ndarray]:
-    """Windows with exactly `tokens` tokens in total, for calibration, where every position counts.
-
-    Returns: int64 arrays [window], the last [1 … window].
-    Raises:
-        EvaluationError: the text is too short.
-    """
-    return _spread(text, encode, tokens, window, unscored=0)
-
-
-def overlap(a_texts: Iterable[str], b_texts: Iterable[str], n: int = 13) -> int:
-    """Number of distinct word n-grams that occur in both collections (GPT-3's contamination measure, n = 13).
-
-    Words are runs of letters, digits and underscores, lower-cased; n-grams do not cross texts, and a text of fewer
-    than n words has none. N-grams are compared by 64-bit hash: the chance of a false match is about |a|·|b| / 2^64.
-    """
-    return len(np.intersect1d(_ngrams(a_texts, n), _ngrams(b_texts, n)))
-
-
-def _spread(text: str, encode: Encode, tokens: int, window: int, unscored: int) -> list[np.ndarray]:
-    """Windows that count `tokens` positions, each without its first `unscored`, at even distances from the first token
-    to the last."""
     each = window - unscored
     if tokens < 1 or each < 1:
         raise EvaluationError(
@@ -75,17 +51,23 @@ def _spread(text: str, encode: Encode, tokens: int, window: int, unscored: int) 
     return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
+def overlap(a_texts: Iterable[str], b_texts: Iterable[str], n: int = 13) -> int:
+    """Number of distinct word n-grams that occur in both collections (GPT-3's contamination measure, n = 13).
+
+    Words are runs of letters, digits and underscores, lower-cased; n-grams do not cross texts, and a text of fewer
+    than n words has none. N-grams are compared by 64-bit hash: the chance of a false match is about |a|·|b| / 2^64.
+    """
+    return len(np.intersect1d(_ngrams(a_texts, n), _ngrams(b_texts, n)))
+
+
 def _ngrams(texts: Iterable[str], n: int) -> np.ndarray:
     """uint64 [distinct n-grams], sorted: Σ hash(wordᵢ)·mⁱ modulo 2^64 over n neighbouring words."""
     found, hashes = [np.empty(0, np.uint64)], cache(_word_hash)
+    powers = _MULTIPLIER ** np.arange(n, dtype=np.uint64)
     for text in texts:
         words = np.array([hashes(word) for word in _WORD.findall(text.lower())], dtype=np.uint64)
-        count = len(words) - n + 1
-        if count > 0:
-            total = np.zeros(count, np.uint64)
-            for index in range(n):
-                total = total * _MULTIPLIER + words[index : index + count]
-            found.append(np.unique(total))
+        if len(words) >= n:
+            found.append(np.unique(np.lib.stride_tricks.sliding_window_view(words, n) @ powers))
     return np.unique(np.concatenate(found))
 
 

@@ -46,6 +46,9 @@ class Option:
     cost: float
 
 
+Choices = Sequence[Sequence[Option]]  # by group of matrices that share their input
+
+
 @dataclass(frozen=True)
 class Solution:
     """A plan, what it is predicted to lose (nats per token), and the least that any plan within the limits could."""
@@ -147,7 +150,7 @@ def _front(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def smallest(architecture: Architecture, choices: Sequence[Sequence[Option]], kv_cache: KvCache = "float32") -> Plan:
+def smallest(architecture: Architecture, choices: Choices, kv_cache: KvCache = "float32") -> Plan:
     """The plan of fewest bytes among `groups`."""
     return _plan(architecture, [min(options, key=lambda option: option.bytes) for options in choices], kv_cache)
 
@@ -161,10 +164,7 @@ def _plan(architecture: Architecture, chosen: Sequence[Option], kv_cache: KvCach
 
 
 def solve(
-    architecture: Architecture,
-    choices: Sequence[Sequence[Option]],
-    limits: Mapping[str, int],
-    kv_cache: KvCache = "float32",
+    architecture: Architecture, choices: Choices, limits: Mapping[str, int], kv_cache: KvCache = "float32"
 ) -> Solution:
     """The plan of least cost among `groups` whose options together stay within `limits`: bytes by the name of an
     option's figure, `bytes`, `body` or `memory`.
@@ -193,26 +193,20 @@ def _over(chosen: Sequence[Option], limits: Mapping[str, int]) -> dict[str, int]
     return {name: sums[name] - limit for name, limit in limits.items() if sums[name] > limit}
 
 
-def _knapsack(choices: Sequence[Sequence[Option]], limits: Mapping[str, int]) -> tuple[list[Option], float]:
+def _knapsack(choices: Choices, limits: Mapping[str, int]) -> tuple[list[Option], float]:
     """One option of each group, and the least cost that any choice could have."""
     flat = [option for options in choices for option in options]
     owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     costs = np.array([option.cost for option in flat])
     unit = costs.sum() or 1.0  # nats are small next to the solver's tolerances
-    one_each = LinearConstraint((owner == np.arange(len(choices))[:, None]).astype(float), 1, 1)
-    within = [
-        LinearConstraint(np.array([[getattr(option, name) / limit for option in flat]]), -np.inf, 1)
-        for name, limit in limits.items()
-    ]
+    constraints = [LinearConstraint((owner == np.arange(len(choices))[:, None]).astype(float), 1, 1)]  # one of each
+    for name, limit in limits.items():
+        shares = np.array([[getattr(option, name) / limit for option in flat]])
+        constraints.append(LinearConstraint(shares, -np.inf, 1))
     # HiGHS's presolve prints to the process's stdout when it transforms a solution back, whatever it is told.
     options = {"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SOLVER_SECONDS, "presolve": False}
-    result = milp(
-        costs / unit * len(flat),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[one_each, *within],
-        options=options,
-    )
+    costs, integers = costs / unit * len(flat), np.ones(len(flat))
+    result = milp(costs, integrality=integers, bounds=Bounds(0, 1), constraints=constraints, options=options)
     if result.status == 2:  # infeasible
         raise PlanError(f"no plan fits {' and '.join(limits)} at once, though one fits each alone: raise one of them.")
     if result.x is None:

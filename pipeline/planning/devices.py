@@ -214,18 +214,20 @@ class Suggestion:
     model: str | None = None
 
 
-def suggest(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int) -> list[Suggestion]:
-    """Ways to run this model on a tier, the fewest changes first.
+def suggest(
+    candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int, fewest: int = 1
+) -> list[Suggestion]:
+    """Ways to run this model on a tier with at least `fewest` changes, the fewest first.
 
     A way is left out when a variant at least as good fits with some of its changes alone.
     """
     ordered = sorted((candidate for candidate in candidates if candidate.releasable), key=rank)
     found: list[Suggestion] = []
-    for count in range(1, len(WAYS) + 1):
+    for count in range(fewest, len(WAYS) + 1):
         for candidate in ordered:
             for changes in combinations(WAYS, count):
-                as_good = [other for other in found if rank(other.candidate) <= rank(candidate)]
-                if any(set(other.changes) <= set(changes) for other in as_good):
+                as_good = (set(other.changes) for other in found if rank(other.candidate) <= rank(candidate))
+                if any(some <= set(changes) for some in as_good):
                     continue
                 if fitting := _changed(candidate.footprint, changes, tier, tiers, context):
                     found.append(Suggestion(candidate, changes, *fitting))
@@ -260,19 +262,6 @@ def longest_context(footprint: Footprint, way: Way, tier: Tier, tiers: TiersConf
     return max(0, left) // footprint.token_bytes(way.kv_cache)
 
 
-def suggest_smaller(
-    smaller: Mapping[str, Sequence[Candidate]], tier: Tier, tiers: TiersConfig, context: int
-) -> Suggestion | None:
-    """The first of these models, given from the largest to the smallest, that a tier holds: as it is, or changed."""
-    for model, candidates in smaller.items():
-        if chosen := best(candidates, tier, tiers, context):
-            way, found = plain(chosen.footprint, context), as_made(chosen, context, tiers)
-            return Suggestion(chosen, ("smaller-model",), way, found, model)
-        for suggestion in suggest(candidates, tier, tiers, context):
-            return replace(suggestion, changes=("smaller-model", *suggestion.changes), model=model)
-    return None
-
-
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
@@ -304,15 +293,18 @@ def decide(
     context: int,
     smaller: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> Decision:
-    """One model on one tier at `context` tokens; `smaller`: other models to fall back to, the largest first."""
+    """One model on one tier at `context` tokens; `smaller`: other models, the largest first. What a tier refuses falls
+    back to the first of them that it holds, as it is or changed."""
     needs = {candidate.variant: as_made(candidate, context, tiers) for candidate in candidates}
     if chosen := best(candidates, tier, tiers, context):
         return Decision(chosen, None, needs, ())
     releasable = [candidate for candidate in candidates if candidate.releasable]
     closest = min(releasable, key=lambda candidate: needs[candidate.variant].private, default=None)
     found = suggest(candidates, tier, tiers, context)
-    if fallback := suggest_smaller(smaller or {}, tier, tiers, context):
-        found.append(fallback)
+    for model, others in (smaller or {}).items():
+        if ways := suggest(others, tier, tiers, context, fewest=0):
+            found.append(replace(ways[0], changes=("smaller-model", *ways[0].changes), model=model))
+            break
     return Decision(None, closest, needs, tuple(found))
 
 

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.compiled import compiled
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import Quantized, TensorFormat, stacked
-from pipeline.quantize.search import LANES, round_scales, weighted
+from pipeline.quantize.search import LANES, round_scales, set_grid, weighted
 
 TILE = 512  # rows of a product
 _PANEL = 128  # columns of a product
@@ -130,8 +130,7 @@ def _factor_corner(a, pivots):
             share = a[j, i] / pivots[j]
             for k in range(i + 1):
                 a[i, k] -= share * a[j, k]
-        for i in range(j):
-            a[j, i] /= pivots[j]
+        a[j, :j] /= pivots[j]
         a[j, j] = 1
         a[j, j + 1 :] = 0
     return True
@@ -239,74 +238,67 @@ def _round_block(
     grid = weighted(np.ascontiguousarray(aim.T), factor.moments[block], fmt)
     # Without correlations inside the block the search has had the last word.
     starts = _STARTS[fmt.symmetric][: None if np.tril(moves, -1).any() else 1]
-    lines = np.stack([grid.scales[:, 0].astype(np.float32), grid.zero_points()[:, 0].astype(np.float32)])
-    codes, halves = np.empty(original.shape, np.uint8), np.empty(original.shape[1], np.uint16)
-    top, pivots = np.float32(fmt.top), factor.pivots[block]
-    _round_lanes(original, now, moves, pivots, lines, starts, top, codes, errors, halves, cost)
-    return codes, halves.view(np.float16), lines[1].astype(np.uint8)
+    lines = np.stack([grid.scales[:, 0], grid.zero_points()[:, 0]]).astype(np.float32)
+    codes = np.empty(original.shape, np.uint8)
+    _round_lanes(original, now, moves, factor.pivots[block], lines, starts, np.float32(fmt.top), codes, errors, cost)
+    return codes, lines[0].astype(np.float16), lines[1].astype(np.uint8)
 
 
 @compiled(nogil=True)
-def _round_lanes(original, now, moves, pivots, grid, starts, top, codes, errors, halves, cost):
+def _round_lanes(original, now, moves, pivots, grid, starts, top, codes, errors, cost):
     """Round [block, rows] under the best grid of those tried; `moves`[j, i] of the error in i goes to j.
 
-    `grid` is scale and zero by row, and the zero that was taken; `starts` its variants. Rows are lanes, 32 at a time:
-    vectorised without reordering any sum. Each lane tries the starts, then twice the least-squares scale of its codes.
+    `grid` is scale and zero by row, and becomes those that were taken; `starts` its variants. Rows are lanes, 32 at a
+    time: vectorised without reordering any sum. Each lane tries the starts, then twice the least-squares scale of its
+    codes.
     """
-    levels, gaps = np.zeros((2, len(original), LANES), np.float32), np.zeros((2, len(original), LANES), np.float32)
-    work = np.zeros((len(original), LANES), np.float32)
-    line, best = np.zeros((2, LANES), np.float32), np.zeros((2, LANES), np.float32)
-    scale, half = np.zeros(LANES, np.float32), np.zeros(LANES, np.uint16)
-    loss, least = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    block = len(original)
+    scale, work = np.zeros(LANES, np.float32), np.zeros((block, LANES), np.float32)
+    # What is tried and the best so far: loss, scale, zero point, then the levels of all columns and their gaps.
+    trial, best = np.zeros((2, 3 + 2 * block, LANES), np.float32)
     shares = (pivots / pivots.max()).astype(np.float32)
     for start in range(0, original.shape[1], LANES):
         strip = slice(start, start + LANES)
-        given, stored = grid[:, strip], halves[strip]
+        given = grid[:, strip]
         old, new = np.ascontiguousarray(original[:, strip]), np.ascontiguousarray(now[:, strip])
         for k in range(len(starts) + (_REFITS if len(starts) > 1 else 0)):
             if k < len(starts):
                 for lane in range(LANES):
                     scale[lane] = given[0, lane] * starts[k, 0]
-                    line[1, lane] = min(max(given[1, lane] + starts[k, 1], np.float32(0)), top)
+                    trial[2, lane] = min(max(given[1, lane] + starts[k, 1], np.float32(0)), top)
             else:
-                _refit(levels[1], gaps[1], moves, shares, best, scale)
-                line[1] = best[1]
-            round_scales(scale, half, line[0])
-            _round_columns(old, new, moves, shares, line, top, work, levels[0], gaps[0], loss)
-            _keep(k == 0, loss, least, line, best, half, stored, levels, gaps)
-        for j in range(len(original)):
+                _refit(best, moves, shares, scale)
+                trial[2] = best[2]
+            round_scales(scale, trial[1])
+            _round_columns(old, new, moves, shares, top, work, trial)
+            if k == 0:
+                best[:] = trial
+            else:
+                _keep(trial, best)
+        levels, gaps = best[3 : 3 + block], best[3 + block :]
+        for j in range(block):
             for lane in range(LANES):
-                errors[j, start + lane] = old[j, lane] - levels[1, j, lane] * best[0, lane]
-                codes[j, start + lane] = np.uint8(np.int32(levels[1, j, lane] + best[1, lane]))
-                gap = np.float64(gaps[1, j, lane])
+                errors[j, start + lane] = old[j, lane] - levels[j, lane] * best[1, lane]
+                codes[j, start + lane] = np.uint8(np.int32(levels[j, lane] + best[2, lane]))
+                gap = np.float64(gaps[j, lane])
                 cost[start + lane] += pivots[j] * gap * gap
-        given[1] = best[1]
+        given[:] = best[1:3]
 
 
 @compiled(nogil=True)
-def _keep(first, loss, least, line, best, half, stored, levels, gaps):
-    """Lanes of the trial, [0] of `levels` and `gaps`, that lose less than the best so far, [1], take its place."""
-    better = np.empty(LANES, np.bool_)
-    any_better = False
-    for lane in range(LANES):
-        better[lane] = first or loss[lane] < least[lane]
-        any_better |= better[lane]
-    if not any_better:
-        return
-    for lane in range(LANES):
-        least[lane] = loss[lane] if better[lane] else least[lane]
-        best[0, lane] = line[0, lane] if better[lane] else best[0, lane]
-        best[1, lane] = line[1, lane] if better[lane] else best[1, lane]
-        stored[lane] = half[lane] if better[lane] else stored[lane]
-    for j in range(levels.shape[1]):
-        for lane in range(LANES):
-            levels[1, j, lane] = levels[0, j, lane] if better[lane] else levels[1, j, lane]
-            gaps[1, j, lane] = gaps[0, j, lane] if better[lane] else gaps[1, j, lane]
+def _keep(trial, best):
+    """Lanes of the trial that lose less than the best so far take its place."""
+    better = trial[0] < best[0]
+    if better.any():
+        for row in range(len(best)):
+            for lane in range(LANES):
+                best[row, lane] = trial[row, lane] if better[lane] else best[row, lane]
 
 
 @compiled(nogil=True)
-def _refit(levels, gaps, moves, shares, best, scale):
+def _refit(best, moves, shares, scale):
     """The scale with which the kept codes leave least error in their block: gaps are linear in it."""
+    levels, gaps = best[3 : 3 + len(moves)], best[3 + len(moves) :]
     cross, square = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     slope = np.empty(LANES, np.float32)
     for j in range(len(moves)):
@@ -317,43 +309,38 @@ def _refit(levels, gaps, moves, shares, best, scale):
             cross[lane] += pull * gaps[j, lane]
             square[lane] += pull * slope[lane]
     for lane in range(LANES):
-        step = cross[lane] / square[lane] if square[lane] > 0 else np.float32(0)
-        scale[lane] = best[0, lane] + step
+        scale[lane] = best[1, lane] + (cross[lane] / square[lane] if square[lane] > 0 else np.float32(0))
 
 
 @compiled(nogil=True)
-def _round_columns(original, now, moves, shares, grid, top, errors, levels, gaps, loss):
-    """Round a strip of rows column by column under `grid`: codes less their zero, gaps, and `loss`, Σ shares gap²."""
-    lanes = np.zeros(6 * LANES, np.float32)  # weight, 1/scale, scale, zero, loss, code
-    current = lanes[:LANES]
-    for lane in range(LANES):
-        scale = grid[0, lane]
-        lanes[LANES + lane] = np.float32(1) / scale if scale != 0 else np.float32(0)
-        lanes[2 * LANES + lane] = scale
-        lanes[3 * LANES + lane] = grid[1, lane]
+def _round_columns(original, now, moves, shares, top, errors, trial):
+    """Round a strip of rows column by column under the trial's grid: its levels, gaps, and loss, Σ shares gap²."""
+    lanes = np.zeros(6 * LANES, np.float32)  # scale, 1/scale, zero, weight, loss, level
+    set_grid(trial[1], trial[2], lanes)
+    current = lanes[3 * LANES : 4 * LANES]
     for j in range(len(original)):
         current[:] = now[j]
         move(moves, errors, j, current)
         _round_lane_values(lanes, shares[j], top)
         for lane in range(LANES):
-            levels[j, lane] = lanes[5 * LANES + lane]
-        gaps[j] = current
+            trial[3 + j, lane] = lanes[5 * LANES + lane]
+        trial[3 + len(original) + j] = current
         for lane in range(LANES):
-            errors[j, lane] = original[j, lane] - lanes[5 * LANES + lane] * lanes[2 * LANES + lane]
-    loss[:] = lanes[4 * LANES : 5 * LANES]
+            errors[j, lane] = original[j, lane] - lanes[5 * LANES + lane] * lanes[lane]
+    trial[0] = lanes[4 * LANES : 5 * LANES]
 
 
 @compiled(nogil=True)
 def _round_lane_values(lanes, share, top):
-    """Weights to their gaps, codes and losses; in one array, so that the compiler sees that nothing overlaps."""
+    """Weights to their gaps, levels and losses; in one array, so that the compiler sees that nothing overlaps."""
     for lane in range(LANES):
-        zero = lanes[3 * LANES + lane]
-        c = np.rint(lanes[lane] * lanes[LANES + lane]) + zero
+        zero = lanes[2 * LANES + lane]
+        c = np.rint(lanes[3 * LANES + lane] * lanes[LANES + lane]) + zero
         c = top if c > top else c
         c = c if c > np.float32(0) else np.float32(0)
         c -= zero
-        gap = lanes[lane] - c * lanes[2 * LANES + lane]
-        lanes[lane] = gap
+        gap = lanes[3 * LANES + lane] - c * lanes[lane]
+        lanes[3 * LANES + lane] = gap
         lanes[4 * LANES + lane] += share * gap * gap
         lanes[5 * LANES + lane] = c
 

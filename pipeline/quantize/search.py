@@ -58,27 +58,28 @@ def _quantized(
         raise ValueError(f"{columns} columns are not a multiple of the block, {fmt.block}")
     blocks = rows * columns // fmt.block
     codes = np.empty((blocks, fmt.block * fmt.cell // 8), np.uint8)
-    scales, zeros = np.empty(blocks, np.uint16), np.empty(blocks, np.uint8)
+    scales, zeros = np.empty(blocks, np.float32), np.empty(blocks, np.uint8)
     split = np.ascontiguousarray(weights).reshape(blocks, fmt.block)
     shares = importance.reshape(-1, fmt.block)
     _search(split, shares, fmt.top, fmt.cell, fmt.symmetric, starts, half_step, codes, scales, zeros)
     codes, grid = codes.reshape(rows, -1), (rows, columns // fmt.block)
-    return Quantized.of(fmt, codes, scales.view(np.float16).reshape(grid), zeros.reshape(grid), fmt.cell)
+    return Quantized.of(fmt, codes, scales.astype(np.float16).reshape(grid), zeros.reshape(grid), fmt.cell)
 
 
 @compiled(nogil=True)
 def _search(blocks, shares, top, cell, symmetric, starts, half_step, codes, scales, zeros):
-    """Codes in cells of so many bits, uint8 [blocks, bytes of a block], scales as float16's bits and zero points."""
+    """Codes in cells of so many bits, uint8 [blocks, bytes of a block], scales that float16 holds, and zero points."""
     top = np.float32(top)
     w, m = np.zeros((blocks.shape[1], LANES), np.float32), np.zeros((blocks.shape[1], LANES), np.float32)
     grid, sums = np.zeros(3 * LANES, np.float32), np.zeros(3 * LANES, np.float32)
     trial, kept = np.zeros(3 * LANES, np.float32), np.zeros(4 * LANES, np.float32)
-    unit, middle, plain = np.zeros((3, LANES), np.float32)
-    half = np.zeros((2, LANES), np.uint16)
+    unit, middle = np.zeros((2, LANES), np.float32)
     packed = np.zeros((codes.shape[1], LANES), np.uint8)
     for start in range(0, len(blocks), LANES):
         count = min(LANES, len(blocks) - start)
-        _load(blocks, shares, start, count, w, m)
+        w[:, :count] = blocks[start : start + count].T  # lanes past `count` stay
+        for lane in range(count):
+            m[:, lane] = shares[(start + lane) % len(shares)]
         _full_range(w, symmetric, top, unit, middle)
         kept[:] = np.inf
         for k in range(len(starts)):
@@ -87,24 +88,16 @@ def _search(blocks, shares, top, cell, symmetric, starts, half_step, codes, scal
             _try(w, m, top, len(starts) > 1, trial, kept, grid, sums)
         if len(starts) > 1:
             _refine(w, m, top, half_step, unit, trial, kept, grid, sums)
-        round_scales(kept[:LANES], half[0], trial[:LANES])
-        if len(starts) > 1:
-            _keep_nearest(w, m, top, unit, middle, half, trial, kept, grid, sums, plain)
+        round_scales(kept[:LANES], trial[:LANES])
         trial[LANES : 2 * LANES] = kept[LANES : 2 * LANES]
-        _set_grid(trial, grid)
+        if len(starts) > 1:
+            _keep_nearest(w, m, top, unit, middle, trial, grid, sums)
+        set_grid(trial[:LANES], trial[LANES:], grid)
         _pack_codes(w, grid, top, cell, packed)
         for lane in range(count):
-            scales[start + lane], zeros[start + lane] = half[0, lane], np.uint8(kept[LANES + lane])
+            scales[start + lane], zeros[start + lane] = trial[lane], np.uint8(trial[LANES + lane])
             for byte in range(len(packed)):
                 codes[start + lane, byte] = packed[byte, lane]
-
-
-@compiled(nogil=True)
-def _load(blocks, shares, start, count, w, m):
-    """Blocks from `start` on as columns of w, their importances as columns of m; lanes past `count` stay."""
-    w[:, :count] = blocks[start : start + count].T
-    for lane in range(count):
-        m[:, lane] = shares[(start + lane) % len(shares)]
 
 
 @compiled(nogil=True)
@@ -154,7 +147,7 @@ def _try(w, m, top, fit, trial, kept, grid, sums):
     Σ m r² − (Σ m r c)² / Σ m c². Written with residuals because float32 cannot tell 8-bit candidates apart by what
     they explain.
     """
-    _set_grid(trial, grid)
+    set_grid(trial[:LANES], trial[LANES:], grid)
     _sums(w, m, grid, top, sums)
     for lane in range(LANES):
         cross, square = sums[LANES + lane], sums[2 * LANES + lane]
@@ -169,12 +162,12 @@ def _try(w, m, top, fit, trial, kept, grid, sums):
 
 
 @compiled(nogil=True)
-def _set_grid(trial, grid):
+def set_grid(scales, zeros, grid):
+    """Scale, 1/scale and zero of each lane, one behind the other in `grid`."""
     for lane in range(LANES):
-        scale = trial[lane]
-        grid[lane] = scale
-        grid[LANES + lane] = np.float32(1) / scale if scale != 0 else np.float32(0)
-        grid[2 * LANES + lane] = trial[LANES + lane]
+        grid[lane] = scales[lane]
+        grid[LANES + lane] = np.float32(1) / scales[lane] if scales[lane] != 0 else np.float32(0)
+        grid[2 * LANES + lane] = zeros[lane]
 
 
 @compiled(nogil=True)
@@ -200,43 +193,33 @@ def _sums(w, m, grid, top, sums):
 
 
 @compiled(nogil=True)
-def _keep_nearest(w, m, top, unit, middle, half, trial, kept, grid, sums, plain):
+def _keep_nearest(w, m, top, unit, middle, trial, grid, sums):
     """Take round-to-nearest back where the search, under scales as they are stored, is no better."""
-    trial[LANES : 2 * LANES] = kept[LANES : 2 * LANES]
     searched = trial.copy()
-    _set_grid(searched, grid)
+    set_grid(trial[:LANES], trial[LANES:], grid)
     _sums(w, m, grid, top, sums)
-    plain[:] = sums[:LANES]
-    round_scales(unit, half[1], trial[:LANES])
+    left = sums[:LANES].copy()
+    round_scales(unit, trial[:LANES])
     trial[LANES : 2 * LANES] = middle
-    _set_grid(trial, grid)
+    set_grid(trial[:LANES], trial[LANES:], grid)
     _sums(w, m, grid, top, sums)
     for lane in range(LANES):
-        if plain[lane] < sums[lane]:
-            trial[lane] = searched[lane]
-        else:
-            half[0, lane] = half[1, lane]
-            kept[LANES + lane] = middle[lane]
+        if left[lane] < sums[lane]:
+            trial[lane], trial[LANES + lane] = searched[lane], searched[LANES + lane]
 
 
 @compiled(nogil=True)
-def round_scales(scales, half, rounded):
-    """float32 to the bits of the nearest float16 (ties to even, overflow to infinity), and its value."""
+def round_scales(scales, rounded):
+    """The nearest values that float16 holds, float32 [LANES]: ties to even, overflow and NaN to infinity."""
     bits, values = scales.view(np.uint32), rounded.view(np.uint32)
     for lane in range(LANES):
         sign, size = bits[lane] & np.uint32(0x80000000), bits[lane] & np.uint32(0x7FFFFFFF)
         if size < np.uint32(0x38800000):  # below 2⁻¹⁴: a subnormal, a multiple of 2⁻²⁴
-            steps = np.rint(np.abs(scales[lane]) * np.float32(16777216))
-            h = np.uint32(steps)
-            rounded[lane] = np.copysign(steps / np.float32(16777216), scales[lane])
+            rounded[lane] = np.rint(scales[lane] * np.float32(16777216)) / np.float32(16777216)
         else:
-            h = (
-                size + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1)) - np.uint32(0x38000000)
-            ) >> np.uint32(13)
-            h = min(h, np.uint32(0x7C00))
-            wide = np.uint32(0x7F800000) if h == np.uint32(0x7C00) else (h << np.uint32(13)) + np.uint32(0x38000000)
-            values[lane] = wide | sign
-        half[lane] = np.uint16(h | (sign >> np.uint32(16)))
+            size += np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
+            size = size & np.uint32(0xFFFFE000) if size < np.uint32(0x47800000) else np.uint32(0x7F800000)
+            values[lane] = size | sign
 
 
 @compiled(nogil=True)

@@ -17,10 +17,7 @@ def channel_importance(moments: np.ndarray, column_norms: Iterable[np.ndarray]) 
 
     It is the expected squared output that channel j contributes, and so what a relative error in it costs.
     """
-    total = np.zeros(len(moments), np.float64)
-    for norms in column_norms:
-        total += norms
-    return moments.astype(np.float64) * total
+    return moments.astype(np.float64) * sum(column_norms)
 
 
 def split_channels(importance: np.ndarray, high: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from pipeline import keys, machine
 from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND, estimate
 from pipeline.artifact.plans import Planned, plan_recipe
-from pipeline.artifact.quantizers import Compensated, Nearest, Search, Weighted
+from pipeline.artifact.quantizers import Compensated, Search
 from pipeline.artifact.write import write_artifact
 from pipeline.calibrate.results import read_moments, read_ranges
 from pipeline.calibrate.texts import input_ids
@@ -76,10 +76,10 @@ def _search(
 ) -> Search:
     """What `search` of a recipe names. Error compensation streams the calibration text through the model again."""
     if recipe.search == "nearest":
-        return Nearest()
+        return Search()
     moments = read_moments(workspace)
     if recipe.search == "weighted":
-        return Weighted(moments)
+        return Search(moments)
     store = Store()
     folder = workspace.reference(store)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False)

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from pipeline.artifact import work, write
-from pipeline.artifact.quantizers import Nearest, Ranges, Weighted
+from pipeline.artifact.quantizers import Ranges, Search
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -59,7 +59,7 @@ class Exported:
     ) -> Draft:  # fmt: skip
         """The artifact in `folder`, grown in `folder`.parent/partial."""
         drafted = self.draft(recipe, part_bytes)
-        search = Weighted(self.moments) if recipe.search == "weighted" else Nearest()
+        search = Search(self.moments if recipe.search == "weighted" else None)
         with open_partial(folder.parent / "partial" / folder.name, repr(recipe)) as growing:
             write_artifact(growing, drafted, self.checkpoint, self.folder, search, threads, ranges)
             growing.finish(folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import work, write
-from pipeline.artifact.quantizers import Channels, Nearest, Quantizer
+from pipeline.artifact.quantizers import Channels, Quantizer, Search
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
 from pipeline.quantize.formats import Quantized
@@ -56,10 +56,11 @@ def test_memory_does_not_grow_with_layers_and_sizes_are_as_planned(tmp_path: Pat
     assert peaks[2] > 30e6, "nothing was measured"
 
 
-class LargeQuantizers(Nearest):
+class LargeQuantizers(Search):
     """Rounding to nearest, with an eye on the quantizers of other layers that are alive when one is asked for."""
 
     def __init__(self, by_layer: bool) -> None:
+        super().__init__()
         self.by_layer = by_layer
         self.made: list[tuple[int, weakref.ref[Quantizer]]] = []
         self.kept: list[int] = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifact.graph import channel_names
-from pipeline.artifact.quantizers import Weighted
+from pipeline.artifact.quantizers import Search
 from pipeline.artifact.work import Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.architecture import Matrix
 from pipeline.planning.recipes import Piece, PlannedMatrix
@@ -73,7 +73,7 @@ def test_any_cut_gives_the_same_rows(variant: str, exported: Exported) -> None:
         halves = np.split(columns, [planned.pieces[0].columns])
         channels = dict(zip(channel_names(planned), halves, strict=False)) if planned.split else {}
         (whole,) = units(planned)
-        quantizer = Weighted(exported.moments).of(planned, channels)
+        quantizer = Search(exported.moments).of(planned, channels)
         expected = quantize_unit(whole, exported.checkpoint, quantizer)
         assert len(expected) == len(planned.pieces)
         for start, stop in ((0, 1), (5, 42), (planned.matrix.rows - 3, planned.matrix.rows)):

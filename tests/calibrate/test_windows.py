@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.calibrate.windows import input_windows, overlap, scored_windows
+from pipeline.calibrate.windows import overlap, scored_windows
 from pipeline.errors import EvaluationError
 
 
@@ -42,7 +42,7 @@ def test_windows_reach_from_the_first_to_the_last_token_at_even_distances() -> N
 
 def test_the_last_window_is_the_short_one() -> None:
     assert [len(ids) for ids in scored_windows(text_of(100), encode, tokens=20, window=10)] == [10, 10, 3]
-    assert [len(ids) for ids in input_windows(text_of(100), encode, tokens=25, window=10)] == [10, 10, 5]
+    assert [len(ids) for ids in scored_windows(text_of(100), encode, 25, window=10, unscored=0)] == [10, 10, 5]
 
 
 def test_a_text_one_token_too_short_is_refused_with_the_numbers() -> None:
