@@ -113,7 +113,8 @@ def sample(
 
 
 def _answers(rng: np.random.Generator, correct: np.ndarray) -> statistics.MmluAnswers:
-    return statistics.MmluAnswers(correct, np.where(correct, 0.6, 0.2) + rng.uniform(-0.1, 0.1, len(correct)))
+    scores = np.eye(4)[np.where(correct, 0, 1)] + rng.uniform(-0.1, 0.1, (len(correct), 4))
+    return statistics.MmluAnswers(correct, scores, np.zeros(len(correct), np.int64))
 
 
 @pytest.fixture(scope="module")

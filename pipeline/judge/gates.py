@@ -7,7 +7,10 @@ gate, no number of gates makes a false pass more likely than one in twenty.
 Which gates there are, the rows of the tasks say; here is a function for each kind of them:
 
 - `LOOKS`: a paired drop is judged at the looks of `sequential` alone, by the interval that holds at all looks together;
-  an INCONCLUSIVE one asks for the next look. A model whose whole ability lies within the margin cannot pass.
+  an INCONCLUSIVE one asks for the next look. A model whose whole ability lies within the margin cannot pass. What is
+  judged is the drop that `statistics.graded` shows.
+- `VETO`: the drop in accuracy of the same looks. Beyond the margin it FAILs, otherwise it is REPORTED: it needs more
+  questions to pass, and would only keep waiting what the finer figure knows.
 - `FLOOR`: a paired drop that such a model's sample cannot see is REPORTED, decides nothing and says why.
 - Without a margin a drop is REPORTED.
 - `RATCHET` compares a build with the last release on the same tokens, so their estimates differ by the build alone
@@ -30,8 +33,8 @@ from pipeline.judge import sequential
 from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
-from pipeline.tasks.statistics import paired_interval
-from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, Gate, Metrics, Task
+from pipeline.tasks.statistics import Interval, graded_interval, paired_interval
+from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, VETO, Gate, Metrics, Task
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,9 @@ def _reported_line(gate: Gate, pair: _Pair, limit: None) -> GateLine:
     return GateLine(gate.name, REPORTED, n, estimate, low, high, limit, detectable)
 
 
+_GRADED = "graded_drop_points"
+
+
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 
@@ -247,15 +253,20 @@ def _blind(line: GateLine, standing: str) -> str:
 
 
 def _looks_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
-    whole, ability, standing = _drop(gate, pair, margin)
+    accuracy, ability, standing = _drop(gate, pair, margin)
+    asked, (low, estimate, high) = accuracy.n or 0, pair.interval(_GRADED, -math.inf, math.inf)
+    detectable = _number(pair.section, f"{_GRADED}_detectable")
+    whole = replace(accuracy, estimate=estimate, low=low, high=high, detectable=detectable)
     if margin is None:
         return replace(whole, note=f"gates nothing: {_blind(whole, standing)}")
-    asked = whole.n or 0
     look = sequential.reached(asked)
     if look is None:
         note = f"{asked:,} {pair.unit} decide nothing: the first look is at {sequential.LOOKS[0]:,}"
         return replace(whole, verdict=INCONCLUSIVE, note=note)
-    drop = _at_look(whole, look, margin, pair)
+    change, error = (_number(_counts(look, pair), key) for key in ("graded", "graded_error"))
+    if error < 0:
+        raise _Unusable(f"impossible figures: a graded change of {change:.4g} with a standard error of {error:.4g}")
+    drop = _within(whole, look, graded_interval(change, error, look.critical), margin)
     if drop.verdict == PASS and ability <= margin:
         return replace(drop, verdict=INCONCLUSIVE, note=f"cannot pass: {_blind(drop, standing)}")
     note = look.describe() + (f" ({asked:,} were asked)" if asked > look.n else "")
@@ -268,21 +279,36 @@ def _looks_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
     return replace(drop, note=note)
 
 
-def _at_look(whole: GateLine, look: sequential.Look, margin: float, pair: _Pair) -> GateLine:
-    """The drop among the items of a look, with that look's critical value."""
-    looks, unit = pair.section.get("looks"), pair.unit
+def _veto_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
+    whole, _, standing = _drop(gate, pair, margin)
+    look = sequential.reached(whole.n or 0)
+    reported = replace(whole, verdict=REPORTED, note=f"refuses nothing: {_blind(whole, standing)}")
+    if margin is None or look is None:
+        return reported
+    counts = _counts(look, pair)
+    lost, won = (int(_number(counts, key)) for key in ("lost", "won"))
+    if min(lost, won) < 0 or lost + won > look.n:
+        raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} {pair.unit}")
+    drop = _within(whole, look, paired_interval(look.n, lost, won, look.critical).points(), margin)
+    if look.n == whole.n and not math.isclose(drop.estimate or 0.0, whole.estimate or 0.0, abs_tol=1e-6):
+        raise _Unusable(f"{lost} lost and {won} won of {look.n:,} are not a drop of {whole.estimate:.4g} points")
+    if drop.verdict == FAIL:
+        return replace(drop, note=f"the whole interval lies beyond the margin; {look.describe()}")
+    return replace(drop, verdict=REPORTED, note=f"not surely beyond the margin; {look.describe()}")
+
+
+def _counts(look: sequential.Look, pair: _Pair) -> Metrics:
+    """What a section knows of its first questions, at a look."""
+    looks = pair.section.get("looks")
     known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
     counts = next((counts for counts in known if counts.get("n") == look.n), None)
     if counts is None:
-        raise _Unusable(f"the metrics have no counts at the look of {look.n:,} {unit}")
-    lost, won = (int(_number(counts, key)) for key in ("lost", "won"))
-    if min(lost, won) < 0 or lost + won > look.n:
-        raise _Unusable(f"impossible figures: {lost} lost and {won} won of {look.n:,} {unit}")
-    found = paired_interval(look.n, lost, won, look.critical)
-    if look.n == whole.n and not math.isclose(100 * found.estimate, whole.estimate or 0.0, abs_tol=1e-6):
-        raise _Unusable(f"{lost} lost and {won} won of {look.n:,} are not a drop of {whole.estimate:.4g} points")
-    figures = {name: 100 * value for name, value in asdict(found).items()}
-    return replace(whole, verdict=_against(figures["low"], figures["high"], margin), n=look.n, **figures)
+        raise _Unusable(f"the metrics have no counts at the look of {look.n:,} {pair.unit}")
+    return counts
+
+
+def _within(whole: GateLine, look: sequential.Look, found: Interval, margin: float) -> GateLine:
+    return replace(whole, verdict=_against(found.low, found.high, margin), n=look.n, **asdict(found))
 
 
 def _floor_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
@@ -298,6 +324,7 @@ _KINDS: dict[str, Callable[[Gate, _Pair, Any], GateLine]] = {
     AT_MOST: _interval_line,
     AT_LEAST: _interval_line,
     LOOKS: _looks_line,
+    VETO: _veto_line,
     FLOOR: _floor_line,
     SHOWN: _reported_line,
 }

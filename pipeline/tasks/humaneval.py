@@ -179,7 +179,7 @@ TASK = task.Task(
     cost=lambda part, entry: part.cost(entry, part.problems, PROMPT_TOKENS),
     asks=lambda part: f"{part.problems} HumanEval problems",
     pairing=task.items_of("pass_at_1"),
-    gates=(task.margin_gate("humaneval", task.FLOOR, "pass_at_1", "HumanEval"),),
+    gates=(task.margin_gate("humaneval", task.FLOOR, "pass_at_1", "HumanEval drop"),),
     columns=(task.interval_column("pass@1", "pass_at_1", share, percent, n=True),),
     notes=(task.Note(lambda own: "HumanEval solutions cut short by their limit of tokens", written.cut_short),),
     conditions=_conditions,

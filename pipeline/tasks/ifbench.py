@@ -228,7 +228,7 @@ TASK = task.Task(
     cost=lambda part, entry: part.cost(entry, part.prompts, PROMPT_TOKENS),
     asks=lambda part: f"{part.prompts} IFBench prompts",
     pairing=task.items_of("followed"),
-    gates=(task.margin_gate("ifbench", task.FLOOR, "followed", "IFBench"),),
+    gates=(task.margin_gate("ifbench", task.FLOOR, "followed", "IFBench drop"),),
     notes=(
         task.Note(
             lambda own: f"Of {own.get('n', 0)} IFBench prompts, all instructions followed",

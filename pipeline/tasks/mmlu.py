@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from pipeline.runtime.chat import has_thought, read_template, without_thought
 from pipeline.tasks import mmlu_questions as mmlu
 from pipeline.tasks import task
 from pipeline.tasks.mmlu_scoring import Scorer, item_names
-from pipeline.tasks.statistics import MmluAnswers, answer_probability, summarise_mmlu
+from pipeline.tasks.statistics import MmluAnswers, summarise_mmlu
 from pipeline.tasks.subject import CHUNK, Decoder, Subject, fill
 from pipeline.tasks.task import percent, share
 
@@ -99,7 +100,7 @@ def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:
     items = [journal.items[name] for name in names]
     correct = np.array([item["correct"] for item in items], np.bool_)
     scores = np.array([item["scores"] for item in items], np.float64)
-    return MmluAnswers(correct, answer_probability(scores, np.array([item["answer"] for item in items], np.int64)))
+    return MmluAnswers(correct, scores, np.array([item["answer"] for item in items], np.int64))
 
 
 def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
@@ -117,8 +118,8 @@ def _conditions(section: task.Metrics) -> str:
 
 _LEGEND = (
     "MMLU with a margin is judged at looks, which share an error of 5 % (a group-sequential test): its interval holds "
-    "at all looks together and is wider than one look's alone. The probability drop is that of the correct answer, in "
-    "percentage points: a finer figure of the same questions, which decides nothing."
+    "at all looks together and is wider than one look's alone. The graded drop counts near misses by degrees, which "
+    "decides with fewer questions; the drop in accuracy beside it can only refuse."
 )
 
 TASK = task.Task(
@@ -136,10 +137,8 @@ TASK = task.Task(
     asks=lambda part: f"{part.questions:,} MMLU questions",
     pairing=task.items_of("accuracy"),
     gates=(
-        task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU"),
-        task.Gate(
-            "mmlu_probability", task.SHOWN, "probability_drop_points", "MMLU probability drop", "{:.2f} points".format
-        ),
+        judged := task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU graded drop"),
+        replace(judged, name="mmlu_accuracy", kind=task.VETO, title="MMLU drop", allowed=None),
     ),
     columns=(task.interval_column("MMLU", "accuracy", share, percent, n=True),),
     conditions=_conditions,

@@ -28,6 +28,7 @@ DASH = "–"
 # Kinds of gates: `pipeline.judge.gates` has a function for each.
 AT_MOST, AT_LEAST = "at most", "at least"  # an interval within its limit
 LOOKS = "looks"  # a paired drop within its margin, judged at the looks of `pipeline.judge.sequential`
+VETO = "veto"  # a coarser figure of the same drop: it fails beyond the margin at a look, and never passes
 FLOOR = "floor"  # a paired drop within its margin, where the sample can see one at all
 RATCHET = "ratchet"  # an estimate against the last release's
 SHOWN = "shown"  # decides nothing
@@ -121,7 +122,7 @@ class Gate:
 def margin_gate(name: str, kind: str, key: str, title: str) -> Gate:
     """The gate of a paired drop in percentage points, which a row of configs/gates.yaml may bound."""
     field, allowed = f"{name}_margin_points", Field(default=None, gt=0)
-    return Gate(name, kind, key, f"{title} drop", points, field, allowed, points)
+    return Gate(name, kind, key, title, points, field, allowed, points)
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,12 @@ GOOD: dict[str, Any] = {
     | _drop("accuracy", 0.7, -0.7, 100 * 6 / 2850, 1.1, 1.4)
     | {
         "looks": [
-            {"n": 570, "lost": 26, "won": 26},
-            {"n": 1425, "lost": 66, "won": 64},
-            {"n": 2850, "lost": 134, "won": 128},
+            {"n": 570, "lost": 26, "won": 26, "graded": 0.1, "graded_error": 0.96},
+            {"n": 1425, "lost": 66, "won": 64, "graded": 0.1, "graded_error": 0.61},
+            {"n": 2850, "lost": 134, "won": 128, "graded": 0.1, "graded_error": 0.43},
         ]
     }
-    | _interval("probability_drop_points", 0.05, 0.11, 0.17, 0.09),
+    | _interval("graded_drop_points", -0.6, 0.1, 0.9, 1.2),
     "humaneval": _accuracy("pass_at_1", 164, 0.6) | _drop("pass_at_1", 0.6, -4.0, 0.0, 4.0, 6.0),
 }
 
@@ -98,7 +98,7 @@ def test_a_good_variant_passes_every_line() -> None:
     assert verdict.row == "7b-and-up/q4_k_m"
     assert {line.name: line.verdict for line in verdict.lines} == dict.fromkeys(
         ["parity", "kl_mean", "kl_p99", "top1", "perplexity_ratio", "mmlu", "humaneval"], "PASS"
-    ) | {"kl_ratchet": "REPORTED", "mmlu_probability": "REPORTED"}
+    ) | {"kl_ratchet": "REPORTED", "mmlu_accuracy": "REPORTED"}
     assert _line(verdict, "kl_mean") == GateLine("kl_mean", "PASS", 4000, 0.03, 0.028, 0.032, 0.05, 0.003)
 
 
@@ -152,95 +152,104 @@ def test_a_blind_humaneval_is_reported() -> None:
     assert "gates nothing" in line.note and "5.0 %, of which 3.0 points are sure" in line.note
 
 
-def _asked(n: int, lost: int, won: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of a variant and of its reference after `n` questions, the flips evenly spread over the looks."""
-    drop = 100 * (lost - won) / n
+def _asked(n: int, drop: float, lost: int, won: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of a variant and of its reference after `n` questions: a graded `drop` in points, whose standard error is
+    that of 5.3 % of flips; flips of accuracy evenly spread over the looks."""
     looks = [
-        {"n": look, "lost": round(lost * look / n), "won": round(won * look / n)}
+        {
+            "n": look,
+            "lost": round(lost * look / n),
+            "won": round(won * look / n),
+            "graded": drop,
+            "graded_error": 23 / math.sqrt(look),
+        }
         for look in sequential.LOOKS
         if look <= n
     ]
-    figures = _accuracy("accuracy", n, 0.698) | _drop("accuracy", 0.7, drop - 9, drop, drop + 9, 9.0)
+    own = 100 * (lost - won) / n
+    figures = _accuracy("accuracy", n, 0.698) | _drop("accuracy", 0.7, own - 9, own, own + 9, 9.0)
     reference = copy.deepcopy(REFERENCE)
     reference["mmlu"]["n"] = n
-    return _with("mmlu", **figures, looks=looks), reference
+    graded = _interval("graded_drop_points", drop - 5, drop, drop + 5, 6.0)
+    return _with("mmlu", **figures, **graded, looks=looks), reference
 
 
-def _judged(n: int, lost: int, won: int, policy: Policy = POLICY) -> GateLine:
-    metrics, reference = _asked(n, lost, won)
+def _judged(n: int, drop: float, lost: int = 0, won: int = 0, policy: Policy = POLICY) -> tuple[GateLine, GateLine]:
+    """The lines of the graded drop and of accuracy; the worse decides."""
+    metrics, reference = _asked(n, drop, lost, won)
     verdict = decide(metrics, reference, policy, PARITY)
-    line = _line(verdict, "mmlu")
-    assert verdict.verdict == line.verdict
-    return line
+    line, accuracy = _line(verdict, "mmlu"), _line(verdict, "mmlu_accuracy")
+    assert verdict.verdict == (accuracy.verdict if accuracy.verdict == "FAIL" else line.verdict)
+    return line, accuracy
 
 
 @pytest.mark.parametrize(
-    ("n", "lost", "won", "expected", "words"),
+    ("n", "drop", "expected", "words"),
     [
-        (570, 0, 0, "PASS", "look 1 of 4: n 570, alpha 0.002 of 0.05 spent"),
-        (570, 26, 26, "INCONCLUSIVE", "570 questions detect a drop of"),
-        (570, 80, 10, "FAIL", "the whole interval lies beyond the margin; look 1 of 4"),
-        (1425, 60, 60, "PASS", "look 2 of 4"),
-        (
-            1425,
-            70,
-            60,
-            "INCONCLUSIVE",
-            "the margin is 2; look 2 of 4",
-        ),
-        (2850, 131, 131, "PASS", "look 3 of 4"),
-        (2850, 160, 100, "INCONCLUSIVE", "next look 14,042"),
-        (14_042, 716, 576, "PASS", "look 4 of 4: n 14,042, alpha 0.050 of 0.05 spent"),
-        (14_042, 780, 500, "INCONCLUSIVE", "no questions are left to ask"),
-        (14_042, 1000, 400, "FAIL", "look 4 of 4"),
+        (570, -1.0, "PASS", "look 1 of 4: n 570, alpha 0.002 of 0.05 spent"),
+        (570, 0.0, "INCONCLUSIVE", "570 questions detect a drop of"),
+        (570, 6.0, "FAIL", "the whole interval lies beyond the margin; look 1 of 4"),
+        (1425, 0.3, "PASS", "look 2 of 4"),
+        (1425, 0.6, "INCONCLUSIVE", "the margin is 2; look 2 of 4"),
+        (2850, 0.9, "PASS", "look 3 of 4"),
+        (2850, 1.5, "INCONCLUSIVE", "next look 14,042"),
+        (14_042, 1.4, "PASS", "look 4 of 4: n 14,042, alpha 0.050 of 0.05 spent"),
+        (14_042, 2.0, "INCONCLUSIVE", "no questions are left to ask"),
+        (14_042, 3.0, "FAIL", "look 4 of 4"),
     ],
 )
-def test_mmlu_is_judged_at_its_look(n: int, lost: int, won: int, expected: str, words: str) -> None:
-    line = _judged(n, lost, won)
+def test_mmlu_is_judged_at_its_look(n: int, drop: float, expected: str, words: str) -> None:
+    line, accuracy = _judged(n, drop)
     assert (line.verdict, line.n, line.limit) == (expected, n, 2.0)
-    assert line.estimate == pytest.approx(100 * (lost - won) / n)
-    assert line.low < line.estimate < line.high and words in line.note  # type: ignore[operator]
+    assert (line.estimate, accuracy.estimate, accuracy.verdict) == (drop, 0.0, "REPORTED")
+    assert line.low < drop < line.high and words in line.note  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("lost", "won", "expected"), [(160, 100, "REPORTED"), (300, 100, "FAIL")])
+def test_accuracy_refuses_what_is_surely_beyond_the_margin(lost: int, won: int, expected: str) -> None:
+    line, accuracy = _judged(2850, 0.0, lost, won)
+    assert (line.verdict, accuracy.verdict, accuracy.limit, accuracy.n) == ("PASS", expected, 2.0, 2850)
+    assert "look 3 of 4" in accuracy.note
+    error = 100 * math.sqrt(lost + won) / 2850
+    assert accuracy.high - accuracy.low == pytest.approx(2 * sequential.plan()[2].critical * error, rel=0.1)  # type: ignore[operator]
 
 
 def test_a_look_is_stricter_than_its_sample_alone() -> None:
     """What another look costs: at 1,425 a bound of 2.37 standard errors in place of 1.64."""
-    line = _judged(1425, 60, 60)
-    error = 100 * math.sqrt(120) / 1425
-    assert line.high == pytest.approx(2.368 * error, rel=0.05)
-    assert line.detectable == pytest.approx((2.368 + 0.842) * error, rel=0.02)
+    line, _ = _judged(1425, 0.3)
+    error = 23 / math.sqrt(1425)
+    assert line.high == pytest.approx((0.3 + 2.368 * error) / 0.92, rel=1e-3)
+    assert line.low == pytest.approx(0.3 - 2.368 * error, rel=1e-2)
+    assert line.detectable == pytest.approx((2.368 + 0.842) * error / 0.92, rel=1e-3)
 
 
 def test_questions_between_looks_wait_for_the_next() -> None:
-    metrics, reference = _asked(1000, 45, 45)
-    line = _line(decide(metrics, reference, POLICY, PARITY), "mmlu")
-    assert line.n == 570 and line.note.endswith("(1,000 were asked), next look 1,425")
+    line, accuracy = _judged(1000, 0.0)
+    assert line.n == accuracy.n == 570 and line.note.endswith("(1,000 were asked), next look 1,425")
 
 
 def test_before_the_first_look_nothing_is_decided() -> None:
     """Not even by a sample that lost nearly everything: that is for divergence to see."""
     for lost in (0, 100):
-        line = _judged(114, lost, 0)
-        assert line.verdict == "INCONCLUSIVE" and "the first look is at 570" in line.note
+        line, accuracy = _judged(114, lost, lost)
+        assert (line.verdict, accuracy.verdict) == ("INCONCLUSIVE", "REPORTED")
+        assert "the first look is at 570" in line.note
 
 
 def test_more_loss_never_helps() -> None:
     order = ["PASS", "INCONCLUSIVE", "FAIL"]
     for n in (570, 1425, 2850):
-        for won in (0, 20, 60):
-            verdicts = [order.index(_judged(n, lost, won).verdict) for lost in range(0, 400, 10)]
-            assert verdicts == sorted(verdicts) and set(verdicts) >= {1, 2}
-        for lost in (20, 60, 200):
-            verdicts = [order.index(_judged(n, lost, won).verdict) for won in range(0, 300, 10)]
-            assert verdicts == sorted(verdicts, reverse=True)
+        verdicts = [order.index(_judged(n, drop)[0].verdict) for drop in range(-3, 9)]
+        assert verdicts == sorted(verdicts) and set(verdicts) == {0, 1, 2}
+        refused = [_judged(n, 0.0, lost, 20)[1].verdict == "FAIL" for lost in range(0, 400, 10)]
+        assert refused == sorted(refused) and set(refused) == {False, True}
 
 
 def test_a_wider_margin_never_hurts() -> None:
     order = ["FAIL", "INCONCLUSIVE", "PASS"]
-    verdicts = [
-        order.index(_judged(1425, 80, 50, _policy(mmlu_margin_points=margin)).verdict)
-        for margin in (0.2, 1, 2, 3, 5, 8)
-    ]
-    assert verdicts == sorted(verdicts) and verdicts[-1] == 2
+    policies = [_policy(mmlu_margin_points=margin) for margin in (0.2, 1, 2, 3, 5, 8)]
+    verdicts = [order.index(_judged(1425, 2.1, policy=policy)[0].verdict) for policy in policies]
+    assert verdicts == sorted(verdicts) and set(verdicts) == {0, 1, 2}
 
 
 def _policy(**limits: Any) -> Policy:
@@ -249,7 +258,7 @@ def _policy(**limits: Any) -> Policy:
 
 def test_a_reference_at_chance_cannot_pass_its_variants() -> None:
     """Both answer 'A' to everything: no flips, no drop, nothing seen."""
-    metrics, reference = _asked(2850, 0, 0)
+    metrics, reference = _asked(2850, 0.0, 0, 0)
     reference["mmlu"] |= _accuracy("accuracy", 2850, 0.26)
     metrics["mmlu"]["reference_accuracy"] = 0.26
     line = _line(decide(metrics, reference, POLICY, PARITY), "mmlu")
@@ -257,22 +266,14 @@ def test_a_reference_at_chance_cannot_pass_its_variants() -> None:
     assert "26.0 %" in line.note and "chance (25 %)" in line.note
 
 
-def test_the_probability_of_the_correct_answer_decides_nothing() -> None:
-    metrics = _with("mmlu", **_interval("probability_drop_points", 20.0, 30.0, 40.0, 5.0))
-    verdict = decide(metrics, REFERENCE, POLICY, PARITY)
-    assert verdict.verdict == "PASS"
-    assert _line(verdict, "mmlu_probability") == GateLine(
-        "mmlu_probability", "REPORTED", 2850, 30.0, 20.0, 40.0, None, 5.0
-    )
-
-
 def test_without_a_margin_accuracy_is_reported_with_reasons() -> None:
-    metrics = _with("mmlu", **_drop("accuracy", 0.7, 20.0, 30.0, 40.0, 5.0))
-    verdict = decide(metrics, REFERENCE, UNGATED, PARITY)
+    figures = _drop("accuracy", 0.7, 20.0, 30.0, 40.0, 5.0) | _interval("graded_drop_points", 21.0, 28.0, 35.0, 5.0)
+    verdict = decide(_with("mmlu", **figures), REFERENCE, UNGATED, PARITY)
     assert verdict.verdict == "PASS"
-    line = _line(verdict, "mmlu")
-    assert line.verdict == "REPORTED"
-    assert "gates nothing" in line.note and "5.0 points" in line.note and "2,850 items" in line.note
+    for name, estimate in (("mmlu", 28.0), ("mmlu_accuracy", 30.0)):
+        line = _line(verdict, name)
+        assert (line.verdict, line.estimate) == ("REPORTED", estimate)
+        assert "nothing" in line.note and "5.0 points" in line.note and "2,850 items" in line.note
 
 
 # --- ratchet and permission ------------------------------------------------------------------------------------------
@@ -338,8 +339,8 @@ def _without(metrics: dict[str, Any], section: str, key: str | None = None) -> d
         (_with("humaneval", drop_points="0"), REFERENCE, "humaneval", "drop_points is missing"),
         (_with("humaneval", n=20), REFERENCE, "humaneval", "not the same items"),
         (_without(GOOD, "divergence", "kl_mean"), REFERENCE, "kl_ratchet", "kl_mean is missing"),
-        (_without(GOOD, "mmlu", "probability_drop_points"), REFERENCE, "mmlu_probability", "is missing"),
-        (_with("mmlu", mode="cloze"), REFERENCE, "mmlu_probability", "mode cloze, reference letter"),
+        (_without(GOOD, "mmlu", "graded_drop_points"), REFERENCE, "mmlu", "is missing"),
+        (_with("mmlu", mode="cloze"), REFERENCE, "mmlu_accuracy", "mode cloze, reference letter"),
     ],
 )
 @pytest.mark.parametrize("policy", [POLICY, UNGATED], ids=["gated", "ungated"])
@@ -352,21 +353,24 @@ def test_what_was_not_measured_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("looks", "message"),
+    ("looks", "line", "message"),
     [
-        (None, "no counts at the look of 2,850"),
-        ([], "no counts at the look of 2,850"),
-        ([{"n": 1425, "lost": 1, "won": 1}], "no counts at the look of 2,850"),
-        ([{"n": 2850, "lost": "1", "won": 1}], "lost is missing"),
-        ([{"n": 2850, "lost": -1, "won": 1}], "impossible figures"),
-        ([{"n": 2850, "lost": 2000, "won": 1994}], "impossible figures"),
-        ([{"n": 2850, "lost": 7, "won": 0}], "7 lost and 0 won of 2,850 are not a drop of 0.2105 points"),
-        ([7, {"n": [2850]}], "no counts at the look"),
+        (None, "mmlu", "no counts at the look of 2,850"),
+        ([], "mmlu_accuracy", "no counts at the look of 2,850"),
+        ([{"n": 1425, "lost": 1, "won": 1}], "mmlu", "no counts at the look of 2,850"),
+        ([{"n": 2850, "lost": 1, "won": 1}], "mmlu", "graded is missing"),
+        ([{"n": 2850, "graded": 0.1, "graded_error": math.nan}], "mmlu", "graded_error is nan"),
+        ([{"n": 2850, "graded": 0.1, "graded_error": -0.1}], "mmlu", "impossible figures"),
+        ([{"n": 2850, "lost": "1", "won": 1}], "mmlu_accuracy", "lost is missing"),
+        ([{"n": 2850, "lost": -1, "won": 1}], "mmlu_accuracy", "impossible figures"),
+        ([{"n": 2850, "lost": 2000, "won": 1994}], "mmlu_accuracy", "impossible figures"),
+        ([{"n": 2850, "lost": 7, "won": 0}], "mmlu_accuracy", "7 lost and 0 won of 2,850 are not a drop of 0.2105"),
+        ([7, {"n": [2850]}], "mmlu", "no counts at the look"),
     ],
 )
-def test_impossible_looks_are_an_error(looks: Any, message: str) -> None:
-    line = _line(decide(_with("mmlu", looks=looks), REFERENCE, POLICY, PARITY), "mmlu")
-    assert line.verdict == "ERROR" and message in line.note
+def test_impossible_looks_are_an_error(looks: Any, line: str, message: str) -> None:
+    found = _line(decide(_with("mmlu", looks=looks), REFERENCE, POLICY, PARITY), line)
+    assert found.verdict == "ERROR" and message in found.note
 
 
 @pytest.mark.parametrize("metrics", [{}, [], None, {"divergence": 3}])

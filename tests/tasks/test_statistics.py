@@ -264,8 +264,20 @@ def test_rounding_below_zero_is_no_error() -> None:
     assert s.summarise_divergence(**tokens)["kl_mean_low"] > 0
 
 
-def _answers(correct: np.ndarray, probability: float | np.ndarray = 0.5) -> s.MmluAnswers:
-    return s.MmluAnswers(correct, np.broadcast_to(np.asarray(probability, float), correct.shape))
+def _answers(correct: np.ndarray) -> s.MmluAnswers:
+    """Answers of equal certainty, right where `correct`: the first of four is."""
+    return s.MmluAnswers(correct, np.eye(4)[np.where(correct, 0, 1)], np.zeros(len(correct), np.int64))
+
+
+def _questions(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Scores of a model with about 71 % right that is as sure as it is right; the first answer is correct."""
+    scores = rng.normal(size=(n, 4))
+    scores[:, 0] += 1.7 + 1.6 * rng.normal(size=n)
+    return 1.9 * scores
+
+
+def _as_answers(scores: np.ndarray) -> s.MmluAnswers:
+    return s.MmluAnswers(scores.argmax(axis=1) == 0, scores, np.zeros(len(scores), np.int64))
 
 
 def test_accuracy_summaries() -> None:
@@ -279,7 +291,7 @@ def test_accuracy_summaries() -> None:
     assert (own["n"], own["pass_at_1"], own["samples"]) == (20, 0.5, 1)
     assert own["pass_at_1_low"] < 0.5 < own["pass_at_1_high"]
     assert "drop_points" not in own
-    assert not {"looks", "drop_points", "probability_drop_points"} & set(
+    assert not {"looks", "drop_points", "graded_drop_points"} & set(
         s.summarise_mmlu(_answers(reference), None, "cloze")
     )
 
@@ -354,36 +366,55 @@ def test_looks_count_the_first_questions() -> None:
     variant[[0, 569, 570, 2849, 2850]] = False
     reference[1425] = False
     found = s.summarise_mmlu(_answers(variant), _answers(reference), "letter")
-    assert found["looks"] == [
-        {"n": 570, "lost": 2, "won": 0},
-        {"n": 1425, "lost": 3, "won": 0},
-        {"n": 2850, "lost": 4, "won": 1},
+    assert [(look["n"], look["lost"], look["won"]) for look in found["looks"]] == [
+        (570, 2, 0),
+        (1425, 3, 0),
+        (2850, 4, 1),
     ]
+    # Where all answers are equally sure, the graded change is that of accuracy less what both leave to other answers.
+    assert found["looks"][0]["graded"] == pytest.approx(100 * 2 / 570 * (0.95 - 0.05 / 3))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_probability_of_the_correct_answer_sees_what_accuracy_does_not() -> None:
-    rng = np.random.default_rng(2)
-    reference = rng.uniform(0.3, 0.9, 200)
-    variant = reference - 0.02 + rng.normal(0, 0.01, 200)
-    correct = np.ones(200, bool)
-    found = s.summarise_mmlu(_answers(correct, variant), _answers(correct, reference), "letter")
-    expected = stats.ttest_rel(reference, variant).confidence_interval(0.90)
-    assert found["probability_drop_points_low"] == pytest.approx(100 * expected.low)
-    assert found["probability_drop_points_high"] == pytest.approx(100 * expected.high)
-    assert found["probability_drop_points_low"] > 1.8 > found["drop_points_low"]
+def test_graded_answers_do_not_depend_on_how_sure_a_model_is() -> None:
+    scores = _questions(np.random.default_rng(3), 500)
+    expected = s.graded(_as_answers(scores))
+    assert s.graded(_as_answers(0.2 * scores + 7)) == pytest.approx(expected, abs=1e-6)
+    assert special.softmax(scores, axis=1)[:, 0].mean() < special.softmax(2 * scores, axis=1)[:, 0].mean() - 0.02
+    assert expected.mean() == pytest.approx((scores.argmax(axis=1) == 0).mean(), abs=0.02)
 
 
-def test_answer_probability() -> None:
-    scores = np.log([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]) - 1000  # any constant cancels
-    assert s.answer_probability(scores, np.array([2, 0])) == pytest.approx([0.3, 0.7])
+def test_scores_that_are_all_equal_are_a_guess() -> None:
+    flat = s.MmluAnswers(np.zeros(20, bool), np.zeros((20, 4)), np.zeros(20, np.int64))
+    assert s.graded(flat) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("probability", [np.full(20, np.nan), np.full(19, 0.5)])
-def test_bad_probabilities_are_refused(probability: np.ndarray) -> None:
+@pytest.mark.parametrize("sharper", [0.85, 1.0, 1.15])
+def test_graded_drops_show_what_accuracy_lost(sharper: float) -> None:
+    """A loss of about 2 points by noise and by knowledge, in flatter and sharper models."""
+    rng = np.random.default_rng(4)
+    scores = _questions(rng, 200_000)
+    variant = sharper * scores + 0.56 * rng.standard_t(4, size=scores.shape)
+    variant[:, 0] += 0.05
+    reference, found = _as_answers(scores), _as_answers(variant)
+    lost = 100 * (reference.correct.mean() - found.correct.mean())
+    change, error = s.graded_change(found, reference)
+    assert lost > 0.5
+    assert s.SHOWN - 0.02 <= change / lost <= 1.06
+    accuracy = 100 * np.std(reference.correct.astype(float) - found.correct) / np.sqrt(len(scores))
+    assert error < 0.85 * accuracy
+    interval = s.graded_interval(change, error)
+    assert interval.low == pytest.approx(change - s.Z * error)
+    assert interval.high == pytest.approx((change + s.Z * error) / s.SHOWN)
+    gain = s.graded_interval(-change, error)
+    assert gain.high == pytest.approx((-change + s.Z * error))
+
+
+@pytest.mark.parametrize("scores", [np.full((20, 4), np.nan), np.zeros((19, 4)), np.zeros((20, 3))])
+def test_bad_scores_are_refused(scores: np.ndarray) -> None:
     good = _answers(np.ones(20, bool))
-    with pytest.raises(EvaluationError, match="MMLU: probabilities of shape"):
-        s.summarise_mmlu(s.MmluAnswers(good.correct, probability), good, "cloze")
+    with pytest.raises(EvaluationError, match="MMLU: scores of shape"):
+        s.summarise_mmlu(s.MmluAnswers(good.correct, scores, good.answers), good, "cloze")
 
 
 @pytest.mark.parametrize(
