@@ -196,7 +196,7 @@ def test_a_look_is_told_whatever_it_decided() -> None:
     text = " ".join(_shown(build(large, ["phi-4"], VARIANTS)).split())
     for line in lines.values():
         assert (line.n, None in cells.gate_cells(line)) == (1425, False)
-        assert f"MMLU drop: {line.note}." in text
+        assert f"MMLU graded drop: {line.note}." in text
         assert "look 2 of 4: n 1,425, alpha 0.010 of 0.05 spent (1,500 were asked)" in line.note
         assert ("next look 2,850" in line.note) == (line.verdict == "INCONCLUSIVE")
 
