@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ class PipelineConfig(Frozen):
     models: tuple[Name, ...] = Field(min_length=1)
     variants: tuple[Name, ...] = Field(min_length=1)
     suite: Name
+    undecided: bool = Field(default=False, description="do hours of work even where no measurement can end in PASS")
 
 
 class ModelConfig(Frozen):
@@ -36,6 +37,11 @@ class ModelConfig(Frozen):
     humaneval_prompt: Literal["completion", "chat", "thinking"] = Field(
         default="completion",
         description="completion: go on with the code; chat: answer a request; thinking: chat that begins with <think>",
+    )
+    published: dict[Name, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={},
+        description="accuracy of the full-precision model by task, as others published it: what a suite can decide is "
+        "computed from it, nothing is judged by it",
     )
     extra_stop_ids: tuple[int, ...] = ()
     temperature: float | None = Field(default=None, ge=0)

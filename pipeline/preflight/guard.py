@@ -23,13 +23,16 @@ from pipeline.config.signing import load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row
-from pipeline.preflight.footprints import find_source
+from pipeline.preflight.chance import hopeless, outlook
+from pipeline.preflight.footprints import find_source, known
 from pipeline.preflight.machine import download_needs, misfits, require, room, stage_needs
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
 
 _GUARDED = ("download", "calibrate", "sensitivity", "parity", "quantize", "validate")
+HOURS_FROM = 1_000_000_000
+"""Parameters of a model whose stages take hours; smaller ones are shown even where they are refused."""
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 
 
@@ -56,6 +59,8 @@ def guarded(
             before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
+            for variant in load_pipeline().variants:
+                print(outlook(model, variant, load_pipeline().suite))
             for sentence in misfits(model):
                 print(f"{model}: will not run here: {sentence}", file=sys.stderr)
 
@@ -66,7 +71,8 @@ def before(stage: str, model: str, variant: str = "") -> None:
     Raises:
         ConfigError: before `download`, for anything in the configuration of the whole run.
         ResourceError: this machine has too little memory or disk for the stage.
-        PipelineError: the model was made for another context than its entry has.
+        PipelineError: the model was made for another context than its entry has, or takes hours that can only end in a
+            refusal.
         EvaluationError: what the stage tunes by, or before the reference all that tunes, is text that judges.
     """
     store = Store()
@@ -79,6 +85,7 @@ def before(stage: str, model: str, variant: str = "") -> None:
     if stage == "download":
         return
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
+    _require_decision(model, variant)
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
         folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
@@ -103,6 +110,20 @@ def _require_context(workspace: Workspace, variant: str) -> None:
                 f"{folder} was made for a context of {context:,} tokens, and `context` in the model's entry is "
                 f"{wanted:,}. Run `{again}` again, or `dvc repro` for everything."
             )
+
+
+def _require_decision(model: str, variant: str) -> None:
+    """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS: of one variant, or of all.
+    Raises PipelineError."""
+    run, store = load_pipeline(), Store()
+    if run.undecided or find_source(model, store) is None or known(model).architecture.parameters < HOURS_FROM:
+        return
+    variants = (variant,) if variant and variant != REFERENCE else run.variants
+    reasons = [hopeless(model, one, run.suite) for one in variants]
+    if all(reasons):
+        raise PipelineError(
+            f"{reasons[0]} To do these hours of work all the same: dvc exp run -S configs/pipeline.yaml:undecided=true"
+        )
 
 
 def _require_room(stage: str, model: str, variant: str, store: Store) -> None:

@@ -27,6 +27,7 @@ from pipeline.config.recipes import has_budget, load_recipe
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.parity.compare import cut, cut_references
 from pipeline.preflight import needs
+from pipeline.preflight.chance import outlook
 from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
 from pipeline.runtime.session import runs_layered
@@ -184,7 +185,9 @@ def run(models: tuple[str, ...] = ()) -> int:
             )
     refusals = [row.refusal for row in rows if row.refusal] + failed
     print(_table(rows), end="\n\n")
-    for sentence in [*_totals(rows, start, rates), *(f"NO: {text}" for text in refusals), *unknown]:
+    run = load_pipeline()
+    decided = [outlook(model, variant, run.suite) for model in models or run.models for variant in run.variants]
+    for sentence in [*_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown]:
         print(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 1 if refusals else 0
 

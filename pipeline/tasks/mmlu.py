@@ -36,6 +36,7 @@ class MmluConfig(Frozen):
     """MMLU subset: `questions` stratified over the 57 subjects, and what five-shot prompts show before each."""
 
     questions: int = Field(ge=57, le=14_042)
+    most: int | None = Field(default=None, le=14_042, description="questions that may be asked while looks do not decide")
     seed: int = 0
     exemplars: Literal["held-out", "dev"] = Field(
         default="held-out",
