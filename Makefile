@@ -12,7 +12,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help shell demo repro validate-full bench bench-quality crosscheck arm64 show check test test-long lint clean
+.PHONY: help shell demo repro validate-release bench bench-quality crosscheck arm64 show check test test-long lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,8 +30,8 @@ repro: $(READY)  ## dvc repro; with MODELS="mimo-8b phi-4" for these models too
 	$(if $(MODELS),dvc exp run -S 'configs/pipeline.yaml:models=[$(subst $(space),$(comma),smollm2-135m $(strip $(MODELS)))]',dvc repro)
 	python -m pipeline show
 
-validate-full: $(READY)  ## the release's evidence: 16,000 tokens, 570 MMLU questions, 164 HumanEval problems
-	dvc exp run -S 'configs/pipeline.yaml:suite=full'
+validate-release: $(READY)  ## the release's evidence: 16,000 tokens, 570 MMLU questions, 164 HumanEval problems
+	dvc exp run -S 'configs/pipeline.yaml:suite=release'
 	python -m pipeline show
 
 bench: $(READY)  ## full-size models converted, loaded and run; searches beside their peers: benchmarks/README.md

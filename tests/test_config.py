@@ -39,12 +39,12 @@ def changed(file: str, **changes: object) -> str:
 
 
 def suite_with(**changes: object) -> str:
-    suite = yaml.safe_load((CONFIGS / "evaluation/demo.yaml").read_text())
+    suite = yaml.safe_load((CONFIGS / "evaluation/smoke.yaml").read_text())
     return yaml.safe_dump(suite | {"humaneval": suite["humaneval"] | changes})
 
 
 def test_limits_of_a_solution_follow_how_the_model_is_asked() -> None:
-    entry, wanted = load_model("mimo-8b"), load_suite("full").humaneval
+    entry, wanted = load_model("mimo-8b"), load_suite("release").humaneval
     limits = {}
     for prompt in ("completion", "chat", "thinking"):
         asked = entry.model_copy(update={"humaneval_prompt": prompt})

@@ -34,7 +34,7 @@ from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
 from pipeline.tasks.statistics import Interval, graded_interval, paired_interval
-from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, SHOWN, VETO, Gate, Metrics, Task
+from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, VETO, Gate, Metrics, Task
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,6 @@ def _ratchet_line(gate: Gate, section: Metrics, unit: str, policy: Policy) -> Ga
     return GateLine(gate.name, verdict, count, estimate, limit=limit, note=note)
 
 
-def _reported_line(gate: Gate, pair: _Pair, limit: None) -> GateLine:
-    low, estimate, high = pair.interval(gate.key, -math.inf, math.inf)
-    n, detectable = int(_number(pair.section, "n")), _number(pair.section, f"{gate.key}_detectable")
-    return GateLine(gate.name, REPORTED, n, estimate, low, high, limit, detectable)
-
-
 _GRADED = "graded_drop_points"
 
 
@@ -326,5 +320,4 @@ _KINDS: dict[str, Callable[[Gate, _Pair, Any], GateLine]] = {
     LOOKS: _looks_line,
     VETO: _veto_line,
     FLOOR: _floor_line,
-    SHOWN: _reported_line,
 }

@@ -31,7 +31,6 @@ LOOKS = "looks"  # a paired drop within its margin, judged at the looks of `pipe
 VETO = "veto"  # a coarser figure of the same drop: it fails beyond the margin at a look, and never passes
 FLOOR = "floor"  # a paired drop within its margin, where the sample can see one at all
 RATCHET = "ratchet"  # an estimate against the last release's
-SHOWN = "shown"  # decides nothing
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def asked(prompt: str) -> ModelConfig:
 
 @pytest.fixture
 def suite() -> Suite:
-    return load_suite("demo")
+    return load_suite("smoke")
 
 
 def test_download_writes_to_the_store_and_copies_only_where_links_do_not_reach() -> None:
@@ -116,7 +116,7 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(tmp_
 
 def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: Suite) -> None:
     """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
-    phi, full = architecture_of("phi-4", tmp_path), load_suite("full")
+    phi, full = architecture_of("phi-4", tmp_path), load_suite("release")
     wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
     assert wanted.memory <= needs.layered_reference(phi, full, asked("chat")).memory <= 6e9
     assert needs.layered_reference(replace(phi, layers=1), suite, asked("chat")).memory == wanted.memory
@@ -172,8 +172,8 @@ def test_times_scale_with_the_measured_rate_and_know_the_suite(tmp_path: Path, s
         return result
 
     assert seconds(suite, 130e9) == pytest.approx(2 * seconds(suite, 260e9))
-    assert seconds(load_suite("full"), 130e9) > 4 * seconds(suite, 130e9)
-    # Prefill alone: 14.1 billion multiplied weights, two operations each; 14,495 tokens of the demo suite
+    assert seconds(load_suite("release"), 130e9) > 4 * seconds(suite, 130e9)
+    # Prefill alone: 14.1 billion multiplied weights, two operations each; 14,495 tokens of the smoke suite
     # (HumanEval's prompts are read twice).
     silent = suite.model_copy(
         update={

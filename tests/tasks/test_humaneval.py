@@ -86,7 +86,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def subject(tmp_path: Path, prompt: str = "completion", variant: str = REFERENCE, **changes: Any) -> Subject:
     entry = load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
-    wanted = HumanEvalConfig(**(load_suite("demo").humaneval.model_dump() | {"problems": 8} | changes))
+    wanted = HumanEvalConfig(**(load_suite("smoke").humaneval.model_dump() | {"problems": 8} | changes))
     architecture = architecture_of("mimo-8b", tmp_path)
     return Subject("mimo-8b", variant, tmp_path, tmp_path / "x.onnx", architecture, entry, Store(), wanted=wanted)
 

@@ -39,8 +39,8 @@ def changed(before: Key, after: Key) -> tuple[set[str], set[str]]:
 
 
 def asked(subject: Subject, task: Task, **changes: Any) -> Subject:
-    """The subject as a task of the full suite sees it."""
-    return replace(subject, wanted=getattr(load_suite("full"), task.part).model_copy(update=changes))
+    """The subject as a task of the release suite sees it."""
+    return replace(subject, wanted=getattr(load_suite("release"), task.part).model_copy(update=changes))
 
 
 def test_every_part_of_a_suite_is_a_task_s() -> None:

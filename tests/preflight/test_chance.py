@@ -1,0 +1,110 @@
+"""What suites can decide: simulated through the judge, equal for equal seeds, and refused before hours of work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config.models import load_model
+from pipeline.errors import PipelineError
+from pipeline.judge.gates import Policy
+from pipeline.judge.policy import gate_row
+from pipeline.preflight import chance, guard
+from pipeline.tasks.registry import Suite, load_suite
+from pipeline.tasks.statistics import LOOKS
+
+
+def _policy(variant: str, model: str = "phi-4") -> Policy:
+    name, row = gate_row(model, variant)
+    return Policy(name, row, None, math.inf, None)
+
+
+def _only(suite: str, **parts: Any) -> Suite:
+    """A shipped suite with some of its parts, some of their keys changed."""
+    whole = load_suite(suite)
+    kept = {name: getattr(whole, name).model_copy(update=change) for name, change in parts.items()}
+    others = {task.name: None for task, _ in whole.by_task() if task.name not in parts and task.config}
+    return whole.model_copy(update=kept | others)
+
+
+@pytest.mark.parametrize("model", ["mimo-8b", "phi-4"])
+@pytest.mark.parametrize("variant", ["q4", "q4_k_m"])
+@pytest.mark.parametrize("flips", [chance.FLIPS, chance.MORE_FLIPS])
+def test_the_release_suite_decides(model: str, variant: str, flips: float) -> None:
+    """Jointly over all gates and looks, four of five variants without a loss pass."""
+    found = chance.simulated(
+        _policy(variant, model), load_suite("release"), load_model(model).published, flips, draws=120
+    )
+    assert found.passes >= 0.80
+
+
+def test_a_suite_of_57_questions_decides_nothing() -> None:
+    found = chance.simulated(_policy("q4"), _only("smoke", divergence={}, mmlu={}), {}, draws=5)
+    assert (found.passes, found.blocked["mmlu"]) == (0.0, 1.0)
+
+
+def test_more_questions_decide_more() -> None:
+    shares = [
+        chance.simulated(_policy("q4"), _only("release", mmlu={"questions": 570, "most": most}), {}, draws=40)
+        for most in LOOKS[:3]
+    ]
+    passes = [found.passes for found in shares]
+    assert passes == sorted(passes) and passes[0] < 0.7 < 0.9 < passes[-1]
+    assert shares[0].items == {"mmlu": 570} and 570 < shares[2].items["mmlu"] < 2850
+
+
+def test_equal_arguments_give_equal_figures() -> None:
+    suite = _only("smoke", divergence={})
+    first, second = (chance.simulated(_policy("q4"), suite, {}, draws=3) for _ in range(2))
+    assert first == second
+
+
+def test_a_variant_at_its_limits_seldom_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chance, "OF_LIMIT", 1.0)
+    found = chance.simulated(_policy("q4"), _only("release", divergence={}), {}, draws=60)
+    assert found.passes <= 0.055
+
+
+def test_solutions_flip_as_asked() -> None:
+    task = next(task for task, _ in load_suite("release").by_task() if task.name == "humaneval")
+    section, own = chance._solutions(task, 20_000, 0.6, 0.2, np.random.default_rng(0))
+    assert section["flips"] == pytest.approx(0.2, abs=0.01)
+    assert own["pass_at_1"] == pytest.approx(0.6, abs=0.01)
+    assert abs(section["drop_points"]) < 1
+
+
+def test_the_population_has_the_accuracy_and_flips_of_its_name() -> None:
+    reference, variant = (chance._right(scores) for scores in chance._population(0.712, chance.FLIPS))
+    assert reference.mean() == pytest.approx(0.712, abs=1e-3)
+    assert variant.mean() == pytest.approx(0.712, abs=1e-3)
+    assert (reference != variant).mean() == pytest.approx(chance.FLIPS, abs=2e-3)
+
+
+def test_a_variant_that_its_row_does_not_name_is_said_to_fail() -> None:
+    assert "opt_in" in chance.outlook("mimo-8b", "q3", "release")
+    reason = chance.hopeless("mimo-8b", "q3", "release")
+    assert reason and "leave q3 out of `variants`" in reason
+
+
+def test_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path))
+    first = chance.chance("smollm2-135m", "q4", "smoke", draws=2)
+    monkeypatch.setattr(chance, "simulated", lambda *_: pytest.fail("simulated again"))
+    assert chance.chance("smollm2-135m", "q4", "smoke", draws=2) == first
+
+
+def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "find_source", lambda *_: object())
+    large = dataclasses.make_dataclass("Known", ["architecture"])(
+        dataclasses.make_dataclass("Shape", ["parameters"])(7_600_000_000)
+    )
+    monkeypatch.setattr(guard, "known", lambda model: large)
+    with pytest.raises(PipelineError, match=r"opt_in.*configs/pipeline.yaml:undecided=true"):
+        guard._require_decision("mimo-8b", "q3")
+    run = guard.load_pipeline()
+    monkeypatch.setattr(guard, "load_pipeline", lambda: run.model_copy(update={"undecided": True}))
+    guard._require_decision("mimo-8b", "q3")
