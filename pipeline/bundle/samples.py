@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.bundle import release, tiers
 from pipeline.bundle.keys import SigningKey, key_id, public_pem, software_key
-from pipeline.bundle.release import CONTENT, SIGNATURE, KeyIdentity, Refusal, Runtime, Stamp
+from pipeline.bundle.release import CONTENT, SIGNATURE, KeyIdentity, Refusal, Stamp
 from pipeline.bundle.signing import sign
 from pipeline.config.signing import SigningConfig
+from pipeline.config.typed_yaml import read
 
 BUNDLE = "bundle"
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -31,15 +32,7 @@ FILES = {
     "genai_config.json": b'{"model": {}}\n',
     "LICENSE": b"Terms.\n",
 }
-TIER = tiers.TierBundle(
-    platform="android",
-    ram_bytes=7_000_000_000,
-    budget_bytes=3_850_000_000,
-    variant="q4",
-    need_bytes=3_000_000_000,
-    bundle_bytes=2_000_000_000,
-    kl_mean=0.05,
-)
+_FIELDS: dict[str, dict[str, Any]] = read(Path(__file__).with_suffix(".yaml"))
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -65,39 +58,20 @@ def pinned(name: str) -> str:
 def stamped(name: str) -> dict[str, Any]:
     """What `release.make` wants for every document, for a test key: release 7 of "demo" for app versions 10 to 20."""
     key, following = known_key(name).identity, known_key("next").identity
-    signing = SigningConfig(
-        channel=key.kind,
-        key_id="development" if key.kind == "development" else key.id,
-        next_key_id=following.id if key != following else None,
-        release=7,
-        expires_days=365,
-        min_app_version=10,
-        max_app_version=20,
-    )
+    named = "development" if key.kind == "development" else key.id
+    after = following.id if key != following else None
+    signing = SigningConfig(channel=key.kind, key_id=named, next_key_id=after, **_FIELDS["signing"])
     return {"model": "demo", "signing": signing, "key": key, "created": CREATED}
 
 
 def release_document(sources: Mapping[str, Path], **fields: Any) -> release.Release:
     """release.json of the files at `sources`; `fields` are `stamped`, and what shall differ from the sample."""
-    defaults = {
-        "title": "Demo",
-        "variant": "q4",
-        "runtime": Runtime(onnxruntime="1.31.1", onnxruntime_genai="0.18.0", opset=21),
-        "source": {"revision": "a" * 40, "files": {"model.safetensors": "b" * 64}},
-        "licence": "MIT",
-        "context": 2048,
-        "kv_cache": "float32",
-        "tiers": ["android-8gb", "ios-8gb"],
-        "verdict": {"verdict": "PASS", "kl_mean": 0.05},
-        "files": release.describe_files(sources),
-    }
-    return release.build_release(**(defaults | fields))
+    return release.build_release(**(_FIELDS["release"] | {"files": release.describe_files(sources)} | fields))
 
 
 def refusal_document(**stamp: Any) -> Refusal:
     """refusal.json"""
-    reasons = ["mean KL 0.31, limit 0.10"]
-    return release.make(Refusal, **stamp, title="Demo", variant="q4", verdict={"verdict": "FAIL"}, reasons=reasons)
+    return release.make(Refusal, **stamp, **_FIELDS["refusal"])
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -126,8 +100,9 @@ def write_refusal(folder: Path) -> None:
 
 def write_tiers(folder: Path) -> None:
     """A tiers.json that gives one tier one bundle."""
-    fields: dict[str, Any] = {"context": 2048, "decisions": {"android-8gb": TIER}, "signatures": {"q4": "e" * 64}}
-    write_signed(folder, {}, tiers.build_tiers(**stamped("current"), **fields), known_key("current"))
+    decisions: tiers.Decisions = {"android-8gb": tiers.TierBundle(**_FIELDS["android-8gb"])}
+    document = tiers.build_tiers(**stamped("current"), **_FIELDS["tiers"], decisions=decisions)
+    write_signed(folder, {}, document, known_key("current"))
 
 
 SAMPLES: dict[str, Callable[[Path], None]] = {

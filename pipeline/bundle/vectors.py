@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonpointer import JsonPointer, resolve_pointer, set_pointer
 from pydantic import Field, RootModel
 
 from pipeline import files
@@ -108,23 +109,11 @@ def _json(path: Path) -> Iterator[Any]:
     files.write_json(path, value)
 
 
-def _at(value: Any, pointer: str) -> tuple[Any, Any]:
-    """What holds the place that an RFC 6901 pointer names, and the key or index of the place in it."""
-    *steps, last = (step.replace("~1", "/") for step in pointer.split("/")[1:])
-    for step in steps:
-        value = value[int(step) if isinstance(value, list) else step]
-    return value, int(last) if isinstance(value, list) and last != "-" else last
-
-
 def _change(value: Any, changes: dict[str, Any]) -> None:
-    """Put what `changes` has for each pointer; `-` is behind a list's end, and {as: pointer} a copy of that place."""
+    """Put what `changes` has for each JSON pointer; `-` is behind a list's end, {as: pointer} a copy of that place."""
     for pointer, new in changes.items():
-        holder, key = _at(value, pointer)
-        source, name = _at(value, new["as"]) if isinstance(new, dict) and "as" in new else ({"": new}, "")
-        if key == "-":
-            holder.append(source[name])
-        else:
-            holder[key] = source[name]
+        copied = isinstance(new, dict) and "as" in new
+        set_pointer(value, pointer, resolve_pointer(value, new["as"]) if copied else new)
 
 
 def _edit(folder: Path, name: str, changes: dict[str, Any]) -> None:
@@ -134,7 +123,7 @@ def _edit(folder: Path, name: str, changes: dict[str, Any]) -> None:
 
 def _drop(folder: Path, name: str, pointer: str) -> None:
     with _json(folder / name) as value:
-        holder, key = _at(value, pointer)
+        holder, key = JsonPointer(pointer).to_last(value)
         del holder[key]
 
 
