@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +21,7 @@ from pipeline import keys
 from pipeline.bundle import origin
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.provenance import Material
+from pipeline.bundle.release import git
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import load_recipe
@@ -104,12 +103,12 @@ def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
 
 def _commit(paths: list[str]) -> Material | None:
     """The last commit that changed one of `paths`, and whether they differ from it. None outside git."""
-    commit = _git("log", "-1", "--format=%H", "--", *paths)
+    commit = git("log", "-1", "--format=%H", "--", *paths)
     if not commit:
         return None
-    place = public_uri(_git("remote", "get-url", "origin"))
+    place = public_uri(git("remote", "get-url", "origin"))
     uri = f"git+{place}@{commit}" if place else None
-    changed = {"uncommittedChanges": True} if _git("status", "--porcelain", "--", *paths) else {}
+    changed = {"uncommittedChanges": True} if git("status", "--porcelain", "--", *paths) else {}
     return Material(name=PIPELINE, uri=uri, digest={"gitCommit": commit}, annotations=changed)
 
 
@@ -128,12 +127,6 @@ def public_uri(remote: str) -> str | None:
     if parts.scheme not in _REACHABLE or not parts.hostname or "@" in parts.path:
         return None
     return urlunsplit((parts.scheme, f"{parts.hostname}{port}", parts.path, "", ""))
-
-
-def _git(*arguments: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 # --- dvc.lock --------------------------------------------------------------------------------------------------------
