@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.bundle.keys import key_id, load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, FileEntry, Refusal, Release, Stamp, parse, parse_time
-from pipeline.bundle.signing import Kind, SignatureError, authenticate, read_statement
+from pipeline.bundle.signing import Kind, SignatureError, authenticate
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.checkpoint.untrusted import open_regular
@@ -43,7 +43,7 @@ class Finding:
 class Report:
     """What verification found, sorted. `trusted` are the ids of the pinned keys, `signer` is the one that signed.
 
-    `signer` is set once the signature is proven, `document` once its digest is too, and not before.
+    `signer` is set once the signed statement is proven, `document` once its digest is too, and not before.
     """
 
     directory: Path
@@ -313,8 +313,7 @@ def verify(
     try:
         findings = list(_check_layout(directory))
         if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
-            signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
-            digests = read_statement(payload)
+            signer, digests = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
             document, malformed = _read_document(directory / CONTENT, kinds, digests)
             findings += [malformed] if malformed else []
             entries = document.files if isinstance(document, Release) else {}
