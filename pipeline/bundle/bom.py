@@ -16,8 +16,8 @@ from typing import Any
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.spdx import is_supported_id
 
-from pipeline.bundle import licence, origin
-from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line
+from pipeline.bundle import licence
+from pipeline.bundle.dossier import Dossier, figures, limits, measured_by, number, one_line, origin, pypi
 from pipeline.errors import BundleError
 from pipeline.files import json_bytes
 from pipeline.tasks.task import Figure
@@ -92,7 +92,7 @@ def _component(kind: str, reference: str, name: str, **fields: Any) -> dict[str,
 def _model(dossier: Dossier) -> dict[str, Any]:
     """The quantized model, made from the checkpoint."""
     kind, title, source = "machine-learning-model", one_line(dossier.entry.title), dossier.source
-    licences, purl = _licences(source.licence), origin.source(source)
+    licences, purl = _licences(source.licence), origin(source)
     made_from = {"version": source.revision, "licenses": licences, "purl": str(purl) if purl else None}
     files = _files("source", {file.name: file.sha256 for file in source.files})
     ancestor = _component(kind, "source", title, components=files, **made_from)
@@ -110,7 +110,7 @@ def _model(dossier: Dossier) -> dict[str, Any]:
 
 
 def _runtime(name: str, version: str) -> dict[str, Any]:
-    described, purl = "Runs the bundle; the lowest version, and not part of it.", str(origin.pypi(name, version))
+    described, purl = "Runs the bundle; the lowest version, and not part of it.", str(pypi(name, version))
     fields = {"version": version, "scope": "required", "description": described, "purl": purl}
     return _component("library", f"runtime/{name}", name, **fields)
 

@@ -51,10 +51,10 @@ def problem_of(raw: bytes) -> str | None:
 
 def _front_matter(dossier: Dossier) -> str:
     results = [EvalResult(**_result(figure)) for figure in figures(dossier) if figure.hub]
-    base: dict[str, Any] = {"base_model": dossier.entry.hub_name, "base_model_relation": "quantized"}
     data = ModelCardData(
         **_licence(dossier),
-        **(base if dossier.entry.hub_name else {}),
+        base_model=dossier.entry.hub_name,
+        base_model_relation="quantized" if dossier.entry.hub_name else None,
         library_name="onnxruntime-genai",
         pipeline_tag=_TASK,
         tags=["onnx", "onnxruntime", "quantized", dossier.variant],

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from packageurl import PackageURL
+
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import ModelConfig
@@ -28,7 +30,6 @@ class Dossier:
     are the artifact's, without the documents made from this.
     """
 
-    model: str
     entry: ModelConfig
     variant: str
     release: int
@@ -46,7 +47,7 @@ class Dossier:
     @property
     def name(self) -> str:
         """The bundle's name: mimo-8b-q4."""
-        return f"{self.model}-{self.variant}"
+        return f"{self.source.model}-{self.variant}"
 
     @property
     def recipe(self) -> str:
@@ -68,6 +69,20 @@ def number(value: float) -> str:
 def figures(dossier: Dossier) -> list[Figure]:
     """What was measured, in a fixed order; what was not is left out."""
     return registry.figures(dossier.metrics, dossier.texts)
+
+
+def pypi(name: str, version: str) -> PackageURL:
+    """The package URL (https://github.com/package-url/purl-spec) of a release of a package on PyPI."""
+    return PackageURL("pypi", None, name.lower().replace("_", "-"), version)
+
+
+def origin(lock: SourceLock) -> PackageURL | None:
+    """Where a checkpoint came from; None for a folder of somebody's machine, whose path is nobody's business."""
+    source = lock.source
+    if source.get("kind") == "hub":
+        owner, name = source["repo"].split("/")
+        return PackageURL("huggingface", owner, name, source["revision"])
+    return pypi(source["package"], source["version"]) if source.get("kind") == "pypi" else None
 
 
 def measured_by(dossier: Dossier) -> str:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from pipeline import keys
-from pipeline.bundle import origin
 from pipeline.bundle.bom import PIPELINE
+from pipeline.bundle.dossier import origin, pypi
 from pipeline.bundle.provenance import Material
 from pipeline.bundle.release import git
 from pipeline.checkpoint.lock import SourceLock
@@ -66,7 +66,7 @@ def gather(
         *datasets(decided["configuration"]["load_datasets"]["datasets"]),
         *[Material(name=path, digest={"sha256": digest}) for path, digest in (decided["modules"] | settings).items()],
         # Without local labels: torch 2.13.0+cpu and 2.13.0 are one release.
-        *[Material(uri=str(origin.pypi(name, it.split("+")[0]))) for name, it in decided["libraries"].items()],
+        *[Material(uri=str(pypi(name, it.split("+")[0]))) for name, it in decided["libraries"].items()],
         *([head] if head else []),
     ]
     chosen = {"recipe": load_recipe(variant).title, "suite": load_pipeline().suite}
@@ -77,7 +77,7 @@ def gather(
 
 def checkpoint(lock: SourceLock) -> Iterator[Material]:
     """The checkpoint's files, and the package that they were unpacked from, if they were."""
-    purl = origin.source(lock)
+    purl = origin(lock)
     if lock.source.get("kind") == "pypi":
         digest = {"sha256": lock.source["sha256"]}
         yield Material(name="checkpoint", uri=str(purl), digest=digest, annotations={"member": lock.source["member"]})
@@ -94,7 +94,7 @@ def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
             uri = f"https://huggingface.co/datasets/{source['repo']}/resolve/{source['revision']}/{source['member']}"
             yield Material(name=f"dataset/{name}", uri=uri, digest={"gitCommit": source["revision"]})
         else:
-            uri, member = str(origin.pypi(source["package"], source["version"])), {"member": source["member"]}
+            uri, member = str(pypi(source["package"], source["version"])), {"member": source["member"]}
             yield Material(name=f"dataset/{name}", uri=uri, digest={"sha256": source["sha256"]}, annotations=member)
 
 
