@@ -39,7 +39,8 @@ def write(
     """Write the documents of a passing variant, whose artifact's files are `files`; their paths by bundle name.
 
     Raises:
-        BundleError: the artifact holds a file of the same name, or dvc.lock says that a file is another than it was.
+        BundleError: the artifact holds a file of the same name, dvc.lock says that a file is another than it was, or
+            a document is not valid in its format.
     """
     artifact, entry, lock = workspace.artifact(variant), load_model(workspace.model), workspace.read_lock()
     external, internal, items, commit = gather(workspace, variant, lock)
@@ -58,9 +59,7 @@ def write(
         commit=commit,
         files=files,
     )
-    statement = licence.statement(entry.title, lock.revision, lock.licence, files)
     builders = {
-        **({licence.STATEMENT: lambda _: statement} if statement else {}),
         card.FILE: card.build,
         bom.FILE: bom.build,
         provenance.FILE: lambda known: provenance.build(known.files, external, internal, items),
@@ -68,10 +67,16 @@ def write(
     if taken := sorted(builders.keys() & files.keys()):
         raise BundleError(f"{artifact / taken[0]} has the name of a document that the bundle stage writes. Rename it.")
     paths: dict[str, Path] = {}
+    if statement := licence.statement(entry.title, lock.revision, lock.licence, files):
+        paths[licence.STATEMENT] = folder / licence.STATEMENT
+        write_bytes(paths[licence.STATEMENT], statement)
     for name, build in builders.items():
         # Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it.
-        write_bytes(folder / name, build(replace(dossier, files={**files, **describe_files(paths)})))
+        content = build(replace(dossier, files={**files, **describe_files(paths)}))
+        if problem := _FACTS[name][0](content):
+            raise BundleError(f"{dossier.name}: {name} cannot be written: {problem}.")
         paths[name] = folder / name
+        write_bytes(paths[name], content)
     return paths
 
 
