@@ -143,7 +143,7 @@ def root_digest(digests: list[str]) -> str:
 
 
 def _digests(content: Path) -> dict[str, str]:
-    """SHA-256 of every file by its name, git's files too; in bounded memory, several files at a time.
+    """SHA-256 of every file by its name, in sorted order, git's files too; in bounded memory, several at a time.
 
     A phone unpacks plain files into one folder: anything else in `content` is a mistake of ours, found here.
     """
@@ -164,19 +164,6 @@ def _digests(content: Path) -> dict[str, str]:
         raise BundleError(f"{content} cannot be signed: {error.strerror}. Run the bundle stage first.") from None
 
 
-def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
-    listed = sorted(digests.items())
-    return {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": name, "digest": {"sha256": root_digest([digest for _, digest in listed])}}],
-        "predicateType": "https://model_signing/signature/v1.0",
-        "predicate": {
-            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
-            "resources": [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in listed],
-        },
-    }
-
-
 def sign(content: Path, signature: Path, key: SigningKey) -> None:
     """Write an OMS signature over all files of `content` to `signature` (outside it), atomically.
 
@@ -189,7 +176,17 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
     digests = _digests(content)
     if not digests:
         raise BundleError(f"{content} is empty: there is nothing to sign. Run the bundle stage again.")
-    payload = json.dumps(_statement(content.name, digests), sort_keys=True, separators=(",", ":")).encode()
+    root = root_digest(list(digests.values()))
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": content.name, "digest": {"sha256": root}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
+            "resources": [{"name": name, "algorithm": "sha256", "digest": it} for name, it in digests.items()],
+        },
+    }
+    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
     proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
     hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it
     material = {"publicKey": {"hint": hint}, "tlogEntries": []}

@@ -11,7 +11,5 @@ def render(template: Path, **fields: Any) -> bytes:
     from jinja2 import Environment, StrictUndefined
 
     # No HTML; texts that are not ours pass `one_line`, or have a pattern.
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(fields).encode()
+    engine = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return engine.from_string(template.read_text(encoding="utf-8")).render(fields).encode()

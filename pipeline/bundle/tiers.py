@@ -92,36 +92,23 @@ def _reason(candidate: Candidate, found: Need, budget: int) -> str:
 
 
 def _suggestion(found: Suggestion) -> TierSuggestion:
-    return TierSuggestion(
-        variant=found.candidate.variant,
-        changes=list(found.changes),
-        context=found.way.context,
-        kv_cache=found.way.kv_cache,
-        need_bytes=found.need.private,
-        mapped_bytes=found.need.mapped,
-    )
+    variant, way, need = found.candidate.variant, found.way, found.need
+    takes: dict[str, Any] = {"kv_cache": way.kv_cache, "need_bytes": need.private, "mapped_bytes": need.mapped}
+    return TierSuggestion(variant=variant, changes=list(found.changes), context=way.context, **takes)
 
 
 def _decide(tier: Tier, tiers: TiersConfig, candidates: Sequence[Candidate]) -> TierBundle | TierRefusal:
     budget, found = devices.budget_bytes(tier), devices.decide(candidates, tier, tiers, tiers.context)
     common: dict[str, Any] = {"platform": tier.platform, "ram_bytes": tier.ram_bytes, "budget_bytes": budget}
+    needs = {variant: need.private for variant, need in found.needs.items()}
     if (chosen := found.chosen) and chosen.kl_mean is not None:  # `assign` refused candidates without
-        return TierBundle(
-            **common,
-            variant=chosen.variant,
-            need_bytes=found.needs[chosen.variant].private,
-            bundle_bytes=chosen.footprint.download.bytes,
-            kl_mean=chosen.kl_mean,
-        )
-    smallest = found.needs[found.closest.variant].private if found.closest else None
+        common |= {"variant": chosen.variant, "need_bytes": needs[chosen.variant]}
+        return TierBundle(**common, bundle_bytes=chosen.footprint.download.bytes, kl_mean=chosen.kl_mean)
+    smallest = needs[found.closest.variant] if found.closest else None
+    common |= {"smallest_need_bytes": smallest, "shortfall_bytes": None if smallest is None else smallest - budget}
     reasons = [_reason(candidate, found.needs[candidate.variant], budget) for candidate in candidates]
-    return TierRefusal(
-        **common,
-        smallest_need_bytes=smallest,
-        shortfall_bytes=None if smallest is None else smallest - budget,
-        reasons=reasons or ["no variant was built"],
-        suggestions=[_suggestion(suggestion) for suggestion in found.suggestions],
-    )
+    suggestions = [_suggestion(suggestion) for suggestion in found.suggestions]
+    return TierRefusal(**common, reasons=reasons or ["no variant was built"], suggestions=suggestions)
 
 
 def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> Decisions:
