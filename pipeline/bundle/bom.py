@@ -89,16 +89,10 @@ def _model(dossier: Dossier) -> dict[str, Any]:
     files = _files("source", {file.name: file.sha256 for file in source.files})
     ancestor = _component(kind, "source", title, components=files, **made_from)
     notes = f"Exported to ONNX and quantized ({dossier.recipe}); nothing was trained."
-    return _component(
-        kind,
-        _MODEL,
-        dossier.name,
-        version=str(dossier.release),
-        description=f"{title}, quantized for ONNX Runtime: {dossier.recipe}",
-        licenses=licences,
-        pedigree={"ancestors": [ancestor], "notes": notes},
-        modelCard=_model_card(dossier),
-    )
+    described = f"{title}, quantized for ONNX Runtime: {dossier.recipe}"
+    fields = {"version": str(dossier.release), "description": described, "licenses": licences}
+    pedigree = {"ancestors": [ancestor], "notes": notes}
+    return _component(kind, _MODEL, dossier.name, pedigree=pedigree, modelCard=_model_card(dossier), **fields)
 
 
 def _runtime(name: str, version: str) -> dict[str, Any]:

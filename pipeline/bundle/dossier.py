@@ -104,16 +104,12 @@ def limits(dossier: Dossier) -> list[str]:
     ]
     divergence = dossier.metrics.get("divergence", {})
     if (detectable := divergence.get("kl_mean_detectable")) is not None:
-        sentences.append(
-            f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit; a smaller "
-            f"excess can go unseen."
-        )
+        power = f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit"
+        sentences.append(f"{power}; a smaller excess can go unseen.")
     for line in dossier.verdict.lines:
         gate = registry.gates().get(line.name)
         if gate and gate.kind != RATCHET and line.verdict == REPORTED and line.note:
             sentences.append(f"{gate.title}: {one_line(line.note)}.")
     judging = [task for task in registry.tasks() if task.gates]
     sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
-    if dossier.entry.note:
-        sentences.append(one_line(dossier.entry.note))
-    return sentences
+    return [*sentences, one_line(dossier.entry.note)] if dossier.entry.note else sentences

@@ -15,8 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-
 from pipeline import keys
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.dossier import origin, pypi
@@ -25,7 +23,8 @@ from pipeline.bundle.release import git
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import load_recipe
-from pipeline.errors import BundleError
+from pipeline.config.typed_yaml import read
+from pipeline.errors import BundleError, ConfigError
 from pipeline.workspace import Workspace
 
 LOCK = Path("dvc.lock")
@@ -141,22 +140,18 @@ def read_stages(path: Path = LOCK) -> Stages:
     if not path.exists():
         return {}
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        stages = (document or {}).get("stages") or {}
+        stages = (read(path) or {}).get("stages") or {}
         return {name: {kind: _entries(stage, kind) for kind in ("deps", "outs")} for name, stage in stages.items()}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BundleError(f"{path} cannot be read as a lock of DVC ({reason}). Run `dvc repro`.") from None
 
 
 def _entries(stage: Any, kind: str) -> dict[str, str]:
     """Path → MD5 of a stage's dependencies or outputs. A path that leaves the project is refused."""
-    entries = {}
-    for entry in stage.get(kind) or ():
-        path = PurePosixPath(entry["path"])
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{entry['path']!r} lies outside the project")
-        entries[str(path)] = str(entry["md5"])
+    entries = {str(PurePosixPath(entry["path"])): str(entry["md5"]) for entry in stage.get(kind) or ()}
+    if outside := [path for path in entries if path.startswith("/") or ".." in path.split("/")]:
+        raise ValueError(f"{outside[0]!r} lies outside the project")
     return entries
 
 
