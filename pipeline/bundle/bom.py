@@ -97,8 +97,8 @@ def _model(dossier: Dossier) -> dict[str, Any]:
 
 def _runtime(name: str, version: str) -> dict[str, Any]:
     described, purl = "Runs the bundle; the lowest version, and not part of it.", str(pypi(name, version))
-    fields = {"version": version, "scope": "required", "description": described, "purl": purl}
-    return _component("library", f"runtime/{name}", name, **fields)
+    reference = f"runtime/{name}"
+    return _component("library", reference, name, version=version, scope="required", description=described, purl=purl)
 
 
 def _files(place: str, digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ from pipeline import files
 from pipeline.bundle.release import Refusal, Release
 from pipeline.bundle.tiers import TiersDocument
 
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
-
 
 class _Closed(GenerateJsonSchema):
     """Names outside a pattern are refused: pydantic checks that, but leaves it out of its schemas."""
@@ -31,6 +29,6 @@ def write(folder: Path) -> list[Path]:
     written = []
     for kind in (Release, Refusal, TiersDocument):
         path = folder / f"{Path(kind.file_name).stem}.schema.json"
-        files.write_json(path, {"$schema": _DIALECT} | kind.model_json_schema(schema_generator=_Closed))
+        files.write_json(path, {"$schema": _Closed.schema_dialect} | kind.model_json_schema(schema_generator=_Closed))
         written.append(path)
     return written

@@ -21,11 +21,11 @@ from typing import Annotated, Any, Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
-from pipeline.bundle.release import SAFE_NAME, FileName, Model, parse
+from pipeline.bundle.release import SAFE_NAME, FileName, Model, Record, parse
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
 
@@ -72,38 +72,34 @@ class SignatureError(BundleError):
 # --- the signature file, level by level; field names are the formats' own -------------------------------------------
 
 
-class _Level(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _DsseSignature(_Level):
+class _DsseSignature(Record):
     sig: str
     keyid: str
 
 
-class _Envelope(_Level):
+class _Envelope(Record):
     payload: str
     payloadType: Literal["application/vnd.in-toto+json"]
     signatures: Annotated[list[_DsseSignature], Field(min_length=1, max_length=1)]
 
 
-class _Material(_Level):
+class _Material(Record):
     publicKey: Annotated[dict[Literal["hint"], Sha256], Field(min_length=1)]
     tlogEntries: Annotated[list[Any], Field(max_length=0)]
 
 
-class _SigstoreBundle(_Level):
+class _SigstoreBundle(Record):
     mediaType: Literal["application/vnd.dev.sigstore.bundle.v0.3+json"]
     verificationMaterial: _Material
     dsseEnvelope: _Envelope
 
 
-class _Subject(_Level):
+class _Subject(Record):
     name: str
     digest: Annotated[dict[Literal["sha256"], Sha256], Field(min_length=1)]
 
 
-class _Serialization(_Level):
+class _Serialization(Record):
     """No `ignore_paths`: a statement that lets files be ignored is not one of ours."""
 
     method: Literal["files"]
@@ -111,18 +107,18 @@ class _Serialization(_Level):
     allow_symlinks: Literal[False]
 
 
-class _Resource(_Level):
+class _Resource(Record):
     name: FileName
     algorithm: Literal["sha256"]
     digest: Sha256
 
 
-class _Predicate(_Level):
+class _Predicate(Record):
     serialization: _Serialization
     resources: Annotated[list[_Resource], Field(min_length=1)]
 
 
-class _Statement(_Level):
+class _Statement(Record):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: Annotated[list[_Subject], Field(min_length=1, max_length=1)]
     predicateType: Literal["https://model_signing/signature/v1.0"]

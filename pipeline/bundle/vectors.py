@@ -148,15 +148,11 @@ def _change(value: Any, changes: dict[str, Any]) -> None:
         set_pointer(value, pointer, resolve_pointer(value, new["as"]) if copied else new)
 
 
-def _edit(folder: Path, name: str, changes: dict[str, Any]) -> None:
+def _edit(folder: Path, name: str, changes: dict[str, Any], *dropped: str) -> None:
     with _json(folder / name) as value:
         _change(value, changes)
-
-
-def _drop(folder: Path, name: str, pointer: str) -> None:
-    with _json(folder / name) as value:
-        holder, key = JsonPointer(pointer).to_last(value)
-        del holder[key]
+        for holder, key in (JsonPointer(pointer).to_last(value) for pointer in dropped):
+            del holder[key]
 
 
 def _state(folder: Path, changes: dict[str, Any], *then: str) -> None:
@@ -185,7 +181,6 @@ _STEPS: dict[str, Callable[..., object]] = {
     "copy": lambda folder, name, target: shutil.copyfile(folder / name, folder / target),
     "link": lambda folder, name, target: (folder / name).symlink_to(target),
     "edit": _edit,
-    "drop": _drop,
     "state": _state,
     "sign": lambda folder, key: sign(folder / CONTENT, folder / SIGNATURE, known_key(key)),
 }
