@@ -32,7 +32,7 @@ MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
-_AGAIN = "Run the download stage again."
+_AGAIN = "Run the download stage again, or use another release of the model."
 T = TypeVar("T", int, float, bool)
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 

@@ -23,14 +23,7 @@ from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from pipeline.checkpoint.architecture import (
-    MAX_HEAD_DIM,
-    MAX_LAYERS,
-    MAX_POSITION,
-    MAX_SIZE,
-    Architecture,
-    parse_architecture,
-)
+from pipeline.checkpoint.architecture import Architecture, parse_architecture
 from pipeline.checkpoint.untrusted import open_regular, shown
 from pipeline.errors import CheckpointError
 from pipeline.files import write_bytes, write_json
@@ -147,19 +140,15 @@ class _File:
     def has(self, key: str) -> bool:
         return key in self.reader.fields
 
-    def positive(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """An integer above zero, as large as a real model's at most."""
-        value = self.get(key, int, default)
-        if not 0 < value <= most:
-            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive, and {most:,} at most.")
+    def positive(self, key: str, default: int | None = None) -> int:
+        """An integer above zero; how large it may be, `parse_architecture` knows."""
+        if (value := self.get(key, int, default)) <= 0:
+            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive.")
         return value
 
     def decimal(self, key: str, default: float | None = None) -> float:
-        """A positive float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
-        value = float(str(np.float32(self.get(key, float, default))))
-        if not 0 < value < float("inf"):
-            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive and finite.")
-        return value
+        """A float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
+        return float(str(np.float32(self.get(key, float, default))))
 
     def expect(self, key: str, supported: str, what: str) -> None:
         """Raise unless the string at `key` is the one supported."""
@@ -169,18 +158,16 @@ class _File:
 
 
 def _config(file: _File) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM, without the ids of special tokens; every value is checked."""
+    """config.json of a LlamaForCausalLM, without the ids of special tokens, for `parse_architecture` to check."""
     heads = file.positive("llama.attention.head_count")
     kv_heads = file.positive("llama.attention.head_count_kv", heads)
     hidden = file.positive("llama.embedding_length")
-    head_dim = file.positive("llama.attention.key_length", max(hidden // heads, 1), MAX_HEAD_DIM)
+    head_dim = file.positive("llama.attention.key_length", max(hidden // heads, 1))
     vocab = len(file.get("tokenizer.ggml.tokens", list))
     rotary = file.positive("llama.rope.dimension_count", head_dim)
     value_dim = file.positive("llama.attention.value_length", head_dim)
     scaling = file.get("llama.rope.scaling.type", str, "none")
     problems = [
-        (heads % kv_heads != 0, f"{heads} heads cannot share {kv_heads} key-value heads"),
-        (head_dim % 2 != 0, f"head size {head_dim} is odd"),
         (rotary != head_dim, f"rotary size {rotary} is not the head size {head_dim} (partial rotary)"),
         (value_dim != head_dim, f"value size {value_dim} is not the key size {head_dim}"),
         (scaling != "none", f"rope scaling {shown(scaling)} is not supported"),
@@ -195,14 +182,14 @@ def _config(file: _File) -> dict[str, Any]:
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": file.positive("llama.feed_forward_length"),
-        "num_hidden_layers": file.positive("llama.block_count", most=MAX_LAYERS),
+        "num_hidden_layers": file.positive("llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "max_position_embeddings": file.positive("llama.context_length", most=MAX_POSITION),
+        "max_position_embeddings": file.positive("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -318,8 +305,6 @@ def _tokenizer(file: _File) -> Tokenizer:
     for token, kind in zip(tokens, types, strict=True):
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):  # these are found in text before it is split
             tokenizer.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)])
-    if tokenizer.get_vocab_size() != len(tokens):
-        raise file.wrong(f": its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries.")
     return tokenizer
 
 

@@ -161,11 +161,6 @@ class Checkpoint(dict[str, TensorRef]):
             self._chunks[name] = chunks = Chunks.beside(folder / name)
             refs = read_header(folder / name, chunks)
             for key in refs:
-                if key in self:
-                    raise CheckpointError(
-                        f"{folder}: tensor {shown(key)} is in {self[key].file} and again in {name}; which one is meant "
-                        f"cannot be known. Remove the shard that does not belong to this checkpoint."
-                    )
                 if index and index.get(key) != name:
                     raise CheckpointError(
                         f"{folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
