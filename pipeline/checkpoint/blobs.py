@@ -63,10 +63,8 @@ def checked_name(name: str) -> str:
     path = PurePosixPath(name)
     plain = bool(name) and name == str(path) and not path.is_absolute() and path.parts != ()
     if not plain or ".." in path.parts or "\\" in name or "\0" in name:
-        raise SourceError(
-            f"file name {name!r} leaves its folder or is not a plain relative path. Nothing was written; "
-            f"a source with such a name is broken or hostile: do not use it."
-        )
+        remedy = "Nothing was written; a source with such a name is broken or hostile: do not use it."
+        raise SourceError(f"file name {name!r} leaves its folder or is not a plain relative path. {remedy}")
     return name
 
 
@@ -125,10 +123,8 @@ class Store:
             SourceError: it is not in this store.
         """
         if not self.has(sha256):
-            raise SourceError(
-                f"{sha256} is not in the store {self.root}. Fetch it with `python -m pipeline download MODEL` "
-                f"(or set PIPELINE_STORE to the store that holds it)."
-            )
+            remedy = "Run `python -m pipeline download MODEL`, or set PIPELINE_STORE to the store that holds it."
+            raise SourceError(f"{sha256} is not in the store {self.root}. {remedy}")
         return self._blob(sha256)
 
     def add(self, source: IO[bytes], name: str, sha256: str | None = None) -> LockedFile:
@@ -158,10 +154,9 @@ class Store:
 
     def _install(self, path: Path, name: str, found: Digest, expected: str | None) -> LockedFile:
         if expected not in (None, found.sha256):
-            raise SourceError(
-                f"{name}: wrong bytes. Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). "
-                f"Nothing was kept. Fetch it again; if it happens twice, the source or a proxy changed the file."
-            )
+            got = f"Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). Nothing was kept"
+            remedy = "Fetch it again; if it happens twice, the source or a proxy changed the file."
+            raise SourceError(f"{name}: wrong bytes. {got}. {remedy}")
         blob = self._blob(found.sha256)
         if self.has(found.sha256, found.size) and sha256_of(blob) == found.sha256:
             path.unlink()  # keep the first inode: graphs hold hard links to it
@@ -193,16 +188,14 @@ class Store:
         for file in files:
             blobs[checked_name(file.name)] = self.path(file.sha256)
             if file.has_weights and not file.chunks:
-                raise SourceError(
-                    f"{file.name} was locked without digests of its chunks, by an earlier version: what is read of it "
-                    f"cannot be compared with what was downloaded. {AGAIN}"
-                )
+                old = "locked without digests of its chunks, by an earlier version"
+                why = "what is read of it cannot be compared with what was downloaded"
+                raise SourceError(f"{file.name} was {old}: {why}. {AGAIN}")
             if file.chunks:
                 blobs[file.name + SUFFIX] = self.path(file.chunks)
             if sha256_of(self.path(whole := file.chunks or file.sha256)) != whole:
-                raise SourceError(
-                    f"{file.name}: blob {whole} of the store {self.root} is damaged, or something wrote to it. {AGAIN}"
-                )
+                what = f"blob {whole} of the store {self.root} is damaged, or something wrote to it"
+                raise SourceError(f"{file.name}: {what}. {AGAIN}")
         with disk_errors(f"link {len(blobs)} files into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             places = {directory / name: blob for name, blob in blobs.items()}

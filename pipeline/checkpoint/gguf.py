@@ -112,9 +112,8 @@ class _File:
                 self.reader = _BoundedReader(path)
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise self.wrong(
-                f" is not a readable GGUF file: {reason}. It is probably truncated or damaged: fetch it again."
-            ) from error
+            why = f"{reason}. It is probably truncated or damaged: fetch it again"
+            raise self.wrong(f" is not a readable GGUF file: {why}.") from error
         if self.reader.byte_order == "S":
             raise self.wrong(" is a GGUF file of the other byte order; convert it to little-endian first.")
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
@@ -219,10 +218,8 @@ def _check_tensors(file: _File, names: dict[str, str], shapes: dict[str, Shape])
     for problem, wrong in (("lacks", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
         if wrong:
             listed = ", ".join(map(shown, sorted(wrong)[:5])) + (", …" if len(wrong) > 5 else "")
-            raise file.wrong(
-                f" {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
-                f"Biases, experts and rope factors are not supported. {_INSTEAD}"
-            )
+            what = f" {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}"
+            raise file.wrong(f"{what}. Biases, experts and rope factors are not supported. {_INSTEAD}")
     for name, target in names.items():
         shape = tuple(int(d) for d in reversed(tensors[name].shape))  # GGUF lists the fastest dimension first
         if shape != shapes[target]:
@@ -234,10 +231,8 @@ def _check_places(file: _File) -> None:
     previous, position = "the metadata", file.reader.data_offset
     for tensor in sorted(file.reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < position:
-            raise file.wrong(
-                f": tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}, which ends at "
-                f"{position:,}. The file is damaged: fetch it again."
-            )
+            what = f": tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}"
+            raise file.wrong(f"{what}, which ends at {position:,}. The file is damaged: fetch it again.")
         previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
 
 
@@ -287,10 +282,8 @@ def _tokenizer(file: _File) -> Tokenizer:
     file.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
     pre = file.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
-        raise file.wrong(
-            f" wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
-            f"A wrong guess would encode text differently from training. {_INSTEAD}"
-        )
+        what = f" wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
+        raise file.wrong(f"{what}. A wrong guess would encode text differently from training. {_INSTEAD}")
     for flag in _FALSE_ONLY:
         if file.get(f"tokenizer.ggml.{flag}", bool, False):
             raise file.wrong(f": tokenizer.ggml.{flag} is true, which is not supported.")
@@ -315,10 +308,8 @@ def _bpe(file: _File, tokens: list[Any]) -> BPE:
     merges = [tuple(str(merge).split(" ")) for merge in file.get("tokenizer.ggml.merges", list)]
     for number, merge in enumerate(merges):
         if len(merge) != 2 or "".join(merge) not in vocab or not all(part in vocab for part in merge):
-            raise file.wrong(
-                f": tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; it must name two tokens of the "
-                f"vocabulary whose concatenation is one too."
-            )
+            needed = "it must name two tokens of the vocabulary whose concatenation is one too"
+            raise file.wrong(f": tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; {needed}.")
     return BPE(vocab=vocab, merges=merges)
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 5
 _PAUSE_SECONDS = 1.0
 _INFO_TIMEOUT_SECONDS = 30.0
+_REMEDY = "Run the same command again. If it happens twice, a proxy or mirror changes the file."
 
 
 def connect() -> tuple[Any, str]:
@@ -63,23 +64,19 @@ class _Repository:
         try:
             info = self.api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
             if info.sha != self.place["revision"]:
-                raise SourceError(
-                    f"{self.where}: the Hub answered with revision {_line(info.sha)}. Pin that, or another."
-                )
+                answer = f"the Hub answered with revision {_line(info.sha)}"
+                raise SourceError(f"{self.where}: {answer}. Pin that, or another.")
             self.declared = {file.rfilename: file for file in info.siblings or []}
             for name, file in self.declared.items():
                 hashed = re.fullmatch(r"[0-9a-f]{64}", file.lfs.sha256) if file.lfs else file.blob_id
                 if type(file.size) is not int or not hashed:
-                    raise SourceError(
-                        f"{self.where}: the Hub declares no usable size or hash for {name}: it cannot be checked. "
-                        f"Check HF_ENDPOINT: a mirror may leave this out."
-                    )
+                    what = f"the Hub declares no usable size or hash for {name}: it cannot be checked"
+                    raise SourceError(f"{self.where}: {what}. Check HF_ENDPOINT: a mirror may leave this out.")
             return _licence(info, self.declared)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
-            raise SourceError(
-                f"{self.where}: {self.shown} does not answer like a Hub ({type(error).__name__}). "
-                f"Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
-            ) from error
+            what = f"{self.shown} does not answer like a Hub ({type(error).__name__})"
+            remedy = "Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
+            raise SourceError(f"{self.where}: {what}. {remedy}") from error
         except OSError as error:  # every other failure of requests and huggingface_hub
             raise self._explain(error) from error
 
@@ -103,10 +100,8 @@ class _Repository:
         try:
             complete.check_file(path, name, self.where)
             if not sha256 and (digest := git_hash(path.read_bytes())) != file.blob_id:
-                raise SourceError(
-                    f"{self.where}: {name}: wrong bytes. Expected git blob {file.blob_id}, got {digest}. Nothing was "
-                    f"kept; fetch it again. If it happens twice, a proxy or mirror changes the file."
-                )
+                got = f"wrong bytes. Expected git blob {file.blob_id}, got {digest}. Nothing was kept"
+                raise SourceError(f"{self.where}: {name}: {got}. {_REMEDY}")
             return self.store.adopt(path, name, sha256)
         except SourceError:
             path.unlink(missing_ok=True)
@@ -139,10 +134,8 @@ class _Repository:
                 complete.refuse_pointer(left, name, self.where)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return SourceError(
-            f"{self.where}: {name} is truncated or changed: {size:,} bytes arrived, not what the Hub declares. "
-            f"They were removed; run the same command again. If it happens twice, a proxy or mirror changes the file."
-        )
+        what = f"{name} is truncated or changed: {size:,} bytes arrived, not what the Hub declares. They were removed"
+        return SourceError(f"{self.where}: {what}. {_REMEDY}")
 
     def _explain(self, error: BaseException, name: str | None = None) -> PipelineError:
         """The error a user can act on, for whatever huggingface_hub or requests raised."""
@@ -160,9 +153,8 @@ class _Repository:
             if get_token():
                 why = "The token in use has no access"
                 how = "with the token's account, or set HF_TOKEN to another one that may read it"
-            return SourceError(
-                f"{what}: access refused (HTTP {status}). {why}: accept its licence at {self.licence_page}, {how}."
-            )
+            way = f"accept its licence at {self.licence_page}, {how}"
+            return SourceError(f"{what}: access refused (HTTP {status}). {why}: {way}.")
         meanings = {  # the first that fits
             errors.RevisionNotFoundError: f"no such revision. Take a commit id from {self.page}.",
             errors.RepositoryNotFoundError: (

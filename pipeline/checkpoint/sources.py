@@ -164,7 +164,5 @@ def _refuse_outside(folder: Path, name: str, where: str) -> None:
     inside, real = folder.resolve(), (folder / name).resolve()
     cached = inside.parent.name == "snapshots" and real.parent == inside.parent.parent / "blobs"
     if not (real.is_relative_to(inside) or cached):
-        raise SourceError(
-            f"{where}: {name} is a symbolic link to {real}, outside the folder. Put the file itself there if it "
-            f"belongs to the checkpoint; otherwise do not use this folder."
-        )
+        remedy = "Put the file itself there if it belongs to the checkpoint; otherwise do not use this folder."
+        raise SourceError(f"{where}: {name} is a symbolic link to {real}, outside the folder. {remedy}")

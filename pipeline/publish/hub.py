@@ -97,10 +97,9 @@ class Hub:
         try:
             yield
         except errors.RepositoryNotFoundError:
-            raise BundleError(
-                f"{self.shown} is not there for this account. Make it first (`hf repo create {self.repository}`, "
-                f"--private if nobody else may see it yet), and set HF_TOKEN to a token that may write to it."
-            ) from None
+            make = f"`hf repo create {self.repository}`, --private if nobody else may see it yet"
+            remedy = f"Make it first ({make}), and set HF_TOKEN to a token that may write to it."
+            raise BundleError(f"{self.shown} is not there for this account. {remedy}") from None
         except OSError as error:  # requests' and huggingface_hub's are; their texts hold addresses and request ids
             status = getattr(getattr(error, "response", None), "status_code", None)
             answer = f"HTTP {status}" if status else type(error).__name__
