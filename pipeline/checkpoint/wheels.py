@@ -83,7 +83,7 @@ def _explain_pip(stderr: str) -> str:
     versions = re.search(r"\(from versions: ([^)]*)\)", stderr)
     if _OFFLINE.search(stderr) and (versions is None or versions[1] == "none"):
         settings = "pip's settings (`python -m pip config list`: index, proxy, certificates)"
-        return f"the package index cannot be reached. Check the network and {settings}, then run it again."
+        return f"the package index cannot be reached. Check the network and {settings}, then run the command again."
     if versions is not None:
         there = f"versions there: {versions[1]}" if versions[1] != "none" else "it shows no version at all"
         remedy = "Check package and version in the configuration, and pip's index in `python -m pip config list`."
