@@ -44,8 +44,8 @@ from pipeline.publish.places import Body, Interrupted, Reader, open_place
 
 STATE = "releases.json"  # beside DIR, unless another file is named
 CHUNK = 1 << 18  # bytes
-# Requests in a row that bring nothing new; between two of them seconds, doubled each time, and at most a minute, also
-# where a server asks for more.
+# 8 requests in a row that bring nothing new end a fetch. The pauses between them double, from the second on, and last a
+# minute (60 seconds) at most, also where a server asks for more.
 PATIENCE = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60, retry_after_max=60)
 _LOG = logging.getLogger(__name__)
 
