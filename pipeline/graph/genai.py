@@ -15,16 +15,6 @@ from pipeline.errors import CheckpointError
 from pipeline.graph.decoder import PREFILL_CHUNK
 
 
-def _stop_ids(configs: dict[Path, dict[str, Any]], extra: tuple[int, ...]) -> list[int]:
-    """End-of-text ids from the files that name them (their union), then the model entry's extras."""
-    found: list[int] = []
-    for path, config in configs.items():
-        value = config.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        found += [_token_id(token, "eos_token_id", path) for token in ids]
-    return list(dict.fromkeys([*found, *extra]))
-
-
 def _token_id(value: Any, key: str, path: Path) -> int:
     if type(value) is not int or not 0 <= value < 1 << 24:
         raise CheckpointError(f"{path}: {key} is {shown(value)}, not a token id. Run the download stage again.")
@@ -49,8 +39,12 @@ def genai_config(
     """
     where = folder / "generation_config.json"
     config, defaults = read_config(folder / "config.json"), read_config(where) if where.exists() else {}
-    stops = _stop_ids({where: defaults, folder / "config.json": config}, entry.extra_stop_ids)
-    if not stops:
+    found: list[int] = []
+    for path, values in ((where, defaults), (folder / "config.json", config)):
+        named = values.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        found += [_token_id(token, "eos_token_id", path) for token in ids]
+    if not (stops := list(dict.fromkeys([*found, *entry.extra_stop_ids]))):
         raise CheckpointError(
             f"{folder}: neither generation_config.json nor config.json has an eos_token_id: generation would never "
             f"stop. Set `extra_stop_ids` in the model's entry."

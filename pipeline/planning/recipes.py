@@ -145,7 +145,7 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         if isinstance(chosen, str):
             return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
-        if not high.finer_than(low):
+        if high.bits <= low.bits:
             raise PlanError(f"high ({high}) needs more bits than low ({low}): it takes what matters most")
         step = max(high.block, low.block)
         columns = round(chosen.high_fraction * matrix.columns / step) * step

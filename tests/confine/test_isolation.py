@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.confine import isolation, sandbox
-from pipeline.confine.isolation import LEVELS, SAFE_LEVELS, isolation_level, obstacle, require_isolation
+from pipeline.confine.isolation import SAFE_LEVELS, isolation_level, obstacle, require_isolation
 from pipeline.errors import EvaluationError
 
 
@@ -19,8 +19,9 @@ def _no_memory_of_trials() -> None:
 
 
 def test_the_first_level_that_a_trial_holds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for first, level in enumerate(LEVELS):
-        refused = set(LEVELS[:first])
+    levels = (*SAFE_LEVELS, sandbox.RLIMITS)
+    for first, level in enumerate(levels):
+        refused = set(levels[:first])
         monkeypatch.setattr(isolation, "obstacle", lambda asked, refused=refused: "no" if asked in refused else "")
         assert isolation_level() == level
 
@@ -79,7 +80,3 @@ def test_bubblewrap_shows_the_interpreter_read_only_and_no_home(monkeypatch: pyt
     assert arguments[-1].endswith("; pass")
     kept = {options[i + 1] for i, option in enumerate(options) if option == "--cap-add"}
     assert kept == ({"CAP_SETUID", "CAP_SETGID"} if os.geteuid() == 0 else set())
-
-
-def test_only_rlimits_is_unsafe() -> None:
-    assert set(LEVELS) - set(SAFE_LEVELS) == {sandbox.RLIMITS}
