@@ -89,11 +89,10 @@ class Compensated(Search):
             return super().of(planned, channels)
         order = np.concatenate([channels[name] for name in channel_names(planned)]) if planned.split else None
         _, hessian, found = self._statistics(planned.matrix.input, order)
-        formats = [(piece.format, piece.columns) for piece in planned.pieces]
 
         def quantize(weights: np.ndarray) -> list[Quantized]:
             ordered = _taken(weights, order)
-            return descended(ordered, hessian, found.damping, compensated(ordered, found, formats))
+            return descended(ordered, hessian, found.damping, compensated(ordered, found, planned.pieces))
 
         return quantize
 

