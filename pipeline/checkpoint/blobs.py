@@ -27,7 +27,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import ResourceError, SourceError
-from pipeline.files import fsync_directory, link_or_copy, sha256_of
+from pipeline.files import fsync, link_or_copy, sha256_of
 
 Check = Callable[[Path], None]
 _PIECE = 1 << 22  # bytes that are copied at a time
@@ -195,7 +195,7 @@ class Store:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, blob)
-            fsync_directory(blob.parent)
+            fsync(blob.parent)
         return self._described(name, found)
 
     def _described(self, name: str, digest: Digest) -> LockedFile:
