@@ -107,7 +107,7 @@ def _create_development_key() -> None:
             os.link(file.name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
         except FileExistsError:
             return
-    files.fsync_directory(DEVELOPMENT_KEY.parent)
+    files.fsync(DEVELOPMENT_KEY.parent)
     _LOG.warning(
         f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
         f"pipeline on this machine and for nothing else: phones must not trust it, a release refuses it, and whoever "

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest, copied
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import SourceError
-from pipeline.files import disk_full, fsync_directory, link_or_copy, sha256_of
+from pipeline.files import disk_full, fsync, link_or_copy, sha256_of
 
 STORE = Path("store")
 """Default root, relative to the project; the environment variable PIPELINE_STORE names another (a larger disk)."""
@@ -166,7 +166,7 @@ class Store:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, blob)
-            fsync_directory(blob.parent)
+            fsync(blob.parent)
         return self._described(name, found)
 
     def _described(self, name: str, digest: Digest) -> LockedFile:

@@ -245,10 +245,10 @@ def _install(client: _Client, document: Release, bundle: Path, parts: Path, targ
     except BundleError:
         shutil.rmtree(parts)  # they were right when they arrived: what is on the disk now is not
         raise
-    files.fsync_directory(bundle / CONTENT)
-    files.fsync_directory(bundle)
+    files.fsync(bundle / CONTENT)
+    files.fsync(bundle)
     files.replace_directory(bundle, target)
-    files.fsync_directory(target.parent)
+    files.fsync(target.parent)
     return Fetched(target, document, left, sum(kept.values()))
 
 
