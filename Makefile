@@ -35,19 +35,19 @@ validate-release: $(READY)  ## the release's evidence: 16,000 tokens, 570 MMLU q
 	python -m pipeline show
 
 bench: $(READY)  ## full-size models converted, loaded and run; searches beside their peers: benchmarks/README.md
-	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
+	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.searches --out benchmarks/results/searches.json
 	python -m benchmarks.conversion $(BENCH)
 	python -m benchmarks.reference
 	python -m benchmarks.tables
 
 bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, on the same text: benchmarks/README.md
-	python -m pip install --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
+	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.quality
 	python -m benchmarks.tables
 
 crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 at full precision
-	python -m pip install --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
+	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
 	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/reference --out benchmarks/results/mmlu.json
 
 arm64: $(READY)  ## artifacts in the arm64 build of ONNX Runtime under QEMU, beside x86-64: Debian or Ubuntu, no root
@@ -77,5 +77,5 @@ clean:  ## remove the environment; keeps the store, the DVC cache and artifacts/
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt $(wildcard pipeline/keys/dvc_hook/*)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
+	$(VENV)/bin/python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-dev.txt -c constraints.txt
 	touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -17,15 +16,10 @@ from pipeline.files import disk_full
 
 
 class _Commands(click.Group):
-    """Commands in the order of the pipeline, not of the alphabet, with "did you mean" for a misspelt one."""
+    """Commands in the order of the pipeline, not of the alphabet."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and (near := difflib.get_close_matches(args[0], self.commands, n=1)):
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
-        return super().resolve_command(ctx, args)
 
 
 class _Gate(click.Command):

@@ -54,12 +54,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a rename inside a directory, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -88,7 +84,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_directory(path.parent)
+        fsync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -127,12 +123,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o755)
             yield temporary
             for file in (entry for entry in temporary.rglob("*") if entry.is_file()):
-                _fsync(file)
+                fsync(file)
             replace_directory(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync_directory(path.parent)
+        fsync(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import ResourceError
-from pipeline.files import disk_full, fsync_directory, remove_leftovers, replace_directory
+from pipeline.files import disk_full, fsync, remove_leftovers, replace_directory
 from pipeline.journal import Journal
 
 _KEY = ""  # no unit has this name
@@ -55,7 +55,7 @@ class Partial:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         replace_directory(self.folder, target)
-        fsync_directory(target.parent)
+        fsync(target.parent)
         _remove(_journal_of(self.folder))
 
 

@@ -140,25 +140,9 @@ def test_a_missing_row_is_named(report_rows: list[Row], lost: str) -> None:
         build(kept, ["smollm2-135m"], VARIANTS)
 
 
-def test_a_foreign_or_double_row_is_refused(report_rows: list[Row]) -> None:
-    with pytest.raises(EvaluationError, match="not of this run: smollm2-135m/q3"):
-        build(report_rows, ["smollm2-135m"], ("q4", "q4_k_m"))
+def test_a_double_row_is_refused(report_rows: list[Row]) -> None:
     with pytest.raises(EvaluationError, match="twice"):
         build([*report_rows, report_rows[1]], ["smollm2-135m"], VARIANTS)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"verdict": None}, "smollm2-135m/q4 has no verdict"),
-        ({"bundle": None, "refusal": None}, "either a bundle or a refusal"),
-        ({"bundle": "a", "refusal": "b"}, "either a bundle or a refusal"),
-    ],
-)
-def test_a_half_finished_variant_is_refused(report_rows: list[Row], change: dict[str, Any], message: str) -> None:
-    changed = [dataclasses.replace(row, **change) if row.variant == "q4" else row for row in report_rows]
-    with pytest.raises(EvaluationError, match=message):
-        build(changed, ["smollm2-135m"], VARIANTS)
 
 
 def test_plain_text_is_complete_and_narrow(report_rows: list[Row]) -> None:

@@ -8,7 +8,6 @@ format's business: here its nodes get their names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +57,6 @@ class QuantizedGraph(GraphWriter):
         casts = (node for node in source.graph.node if node.op_type == "Cast" and node.input[0] in self._references)
         self._widened = {node.output[0]: node.input[0] for node in casts}
         self._aliases: dict[str, Stored] = {}  # graph initializer → stored tensor, possibly under another shape
-        self._done: set[str] = set()  # nodes shared by several products: casts of scales, gathers of split inputs
         self._check_same_model()
         for node in source.graph.node:
             self._rewrite(node)
@@ -97,7 +95,7 @@ class QuantizedGraph(GraphWriter):
             if node.op_type == "GroupQueryAttention" and self._plan.cache.type == "int8":
                 node = self._attention(node)
             self._keep_inputs(node)
-            self.nodes.append(node)
+            self.nodes[node.name] = node
 
     def _keep_inputs(self, node: onnx.NodeProto) -> None:
         """Its initializers, and those that the branches of an If take from the outer graph."""
@@ -144,7 +142,7 @@ class QuantizedGraph(GraphWriter):
             source, result = x, output
             if planned.split:
                 indices = self._declare(Stored(channels, "int32", (piece.columns,)))
-                source = self._once("Gather", [x, indices], channels.removesuffix(".channels"), axis=2)
+                source = self.node("Gather", [x, indices], channels.removesuffix(".channels"), axis=2)
                 result = f"{output}.{prefix.rsplit('.', 1)[1]}"
             nodes = piece.format.product(planned.matrix.rows, piece.columns)
             halves.append(self._compute(nodes, planned, piece, prefix, source, result))
@@ -169,11 +167,11 @@ class QuantizedGraph(GraphWriter):
             return self._declare(stored, item.shape, f"{stored.name}/blocks")
         name = self._declare(stored)
         if stored.dtype == "float16":
-            name = self._once("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
+            name = self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
         if item.unit == 1:
             return name
         unit = self.constant(f"unit.{item.unit}", np.array(item.unit, np.float32))
-        return self._once("Mul", [name, unit], f"{name}/{item.unit}")
+        return self.node("Mul", [name, unit], f"{name}/{item.unit}")
 
     def _declare(self, stored: Stored, shape: tuple[int, ...] | None = None, name: str | None = None) -> str:
         """Store a tensor once; make it an initializer, under another name and shape if asked."""
@@ -181,13 +179,6 @@ class QuantizedGraph(GraphWriter):
         alias = name or stored.name
         self._aliases[alias] = stored._replace(shape=shape or stored.shape)
         return alias
-
-    def _once(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """A node that several products read."""
-        if output not in self._done:
-            self._done.add(output)
-            self.node(op, inputs, output, **attributes)
-        return output
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | str]:

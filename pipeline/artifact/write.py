@@ -265,9 +265,7 @@ class _Run:
         """Squared norm of each column, float64 [columns]. These rows are read again at once, from the page cache."""
 
         def of_unit(unit: Unit) -> np.ndarray:
-            norms = np.zeros(planned.matrix.columns)
-            squared_norms(self.checkpoint.rows(planned.matrix.name, unit.start, unit.stop), norms)
-            return norms
+            return squared_norms(self.checkpoint.rows(planned.matrix.name, unit.start, unit.stop))
 
         return sum(self.pool.map(of_unit, units(planned)), np.zeros(planned.matrix.columns))
 

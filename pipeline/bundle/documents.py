@@ -39,12 +39,12 @@ def write(
     """Write the documents of a passing variant, whose artifact's files are `files`; their paths by bundle name.
 
     Raises:
-        BundleError: the artifact holds a file of the same name, or dvc.lock says that a file is another than it was.
+        BundleError: the artifact holds a file of the same name, dvc.lock says that a file is another than it was, or
+            a document is not valid in its format.
     """
     artifact, entry, lock = workspace.artifact(variant), load_model(workspace.model), workspace.read_lock()
     external, internal, items, commit = gather(workspace, variant, lock)
     dossier = Dossier(
-        model=workspace.model,
         entry=entry,
         variant=variant,
         release=load_signing().release,
@@ -59,22 +59,24 @@ def write(
         commit=commit,
         files=files,
     )
+    builders = {
+        card.FILE: card.build,
+        bom.FILE: bom.build,
+        provenance.FILE: lambda known: provenance.build(known.files, external, internal, items),
+    }
+    if taken := sorted(builders.keys() & files.keys()):
+        raise BundleError(f"{artifact / taken[0]} has the name of a document that the bundle stage writes. Rename it.")
     paths: dict[str, Path] = {}
-
-    def add(name: str, build: Callable[[Dossier], bytes | None]) -> None:
-        """Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it."""
+    if statement := licence.statement(entry.title, lock.revision, lock.licence, files):
+        paths[licence.STATEMENT] = folder / licence.STATEMENT
+        write_bytes(paths[licence.STATEMENT], statement)
+    for name, build in builders.items():
+        # Each knows those before it: the bill of materials cannot hold its own hash, nor that of what names it.
         content = build(replace(dossier, files={**files, **describe_files(paths)}))
-        if content is not None:
-            if name in files:
-                taken = f"{artifact / name} has the name of a document that the bundle stage writes"
-                raise BundleError(f"{taken}. Rename it.")
-            paths[name] = folder / name
-            write_bytes(paths[name], content)
-
-    add(licence.STATEMENT, lambda known: licence.statement(entry.title, lock.revision, lock.licence, known.files))
-    add(card.FILE, card.build)
-    add(bom.FILE, bom.build)
-    add(provenance.FILE, lambda known: provenance.build(known.files, external, internal, items))
+        if problem := _FACTS[name][0](content):
+            raise BundleError(f"{dossier.name}: {name} cannot be written: {problem}.")
+        paths[name] = folder / name
+        write_bytes(paths[name], content)
     return paths
 
 

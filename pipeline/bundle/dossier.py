@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from packageurl import PackageURL
+
 from pipeline.bundle.release import FileEntry, Runtime
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import ModelConfig
@@ -28,7 +30,6 @@ class Dossier:
     are the artifact's, without the documents made from this.
     """
 
-    model: str
     entry: ModelConfig
     variant: str
     release: int
@@ -46,7 +47,7 @@ class Dossier:
     @property
     def name(self) -> str:
         """The bundle's name: mimo-8b-q4."""
-        return f"{self.model}-{self.variant}"
+        return f"{self.source.model}-{self.variant}"
 
     @property
     def recipe(self) -> str:
@@ -70,6 +71,20 @@ def figures(dossier: Dossier) -> list[Figure]:
     return registry.figures(dossier.metrics, dossier.texts)
 
 
+def pypi(name: str, version: str) -> PackageURL:
+    """The package URL (https://github.com/package-url/purl-spec) of a release of a package on PyPI."""
+    return PackageURL("pypi", None, name.lower().replace("_", "-"), version)
+
+
+def origin(lock: SourceLock) -> PackageURL | None:
+    """Where a checkpoint came from; None for a folder of somebody's machine, whose path is nobody's business."""
+    source = lock.source
+    if source.get("kind") == "hub":
+        owner, name = source["repo"].split("/")
+        return PackageURL("huggingface", owner, name, source["revision"])
+    return pypi(source["package"], source["version"]) if source.get("kind") == "pypi" else None
+
+
 def measured_by(dossier: Dossier) -> str:
     """The system and runtimes that measured: "onnxruntime 1.31.1, onnxruntime-genai 0.18.0 on Linux x86_64"."""
     identity = dossier.metrics.get("identity", {})
@@ -89,16 +104,12 @@ def limits(dossier: Dossier) -> list[str]:
     ]
     divergence = dossier.metrics.get("divergence", {})
     if (detectable := divergence.get("kl_mean_detectable")) is not None:
-        sentences.append(
-            f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit; a smaller "
-            f"excess can go unseen."
-        )
+        power = f"{divergence['tokens']:,} tokens detect a mean KL of {detectable:.2g} nats above its limit"
+        sentences.append(f"{power}; a smaller excess can go unseen.")
     for line in dossier.verdict.lines:
         gate = registry.gates().get(line.name)
         if gate and gate.kind != RATCHET and line.verdict == REPORTED and line.note:
             sentences.append(f"{gate.title}: {one_line(line.note)}.")
     judging = [task for task in registry.tasks() if task.gates]
     sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
-    if dossier.entry.note:
-        sentences.append(one_line(dossier.entry.note))
-    return sentences
+    return [*sentences, one_line(dossier.entry.note)] if dossier.entry.note else sentences

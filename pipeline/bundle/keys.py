@@ -107,7 +107,7 @@ def _create_development_key() -> None:
             os.link(file.name, DEVELOPMENT_KEY)  # unlike a rename, fails when the name is taken
         except FileExistsError:
             return
-    files.fsync_directory(DEVELOPMENT_KEY.parent)
+    files.fsync(DEVELOPMENT_KEY.parent)
     _LOG.warning(
         f"WARNING: no development signing key was found, so {DEVELOPMENT_KEY} was created. It is good for trying the "
         f"pipeline on this machine and for nothing else: phones must not trust it, a release refuses it, and whoever "
@@ -178,11 +178,6 @@ def _pkcs11_key(uri: str) -> _KeyPair:
         raise BundleError(f"{KEY_PKCS11} is set, but PKCS#11 needs the package PyKCS11. {install}.") from None
     try:
         token: Any = Signer(uri)  # its own types say that no session is ever open
-        identifier, label = token.pkcs11_uri.get_keyid_and_label()
-        private = token.find_object(PyKCS11.CKO_PRIVATE_KEY, label=label, id=identifier)
-        public = _require_p256(token.public_key(), f"the token of {KEY_PKCS11}")
-    except BundleError:
-        raise
     except Exception as error:
         example = "pkcs11:token=NAME;object=KEY?module-path=/path/to/module.so&pin-source=/path/to/pin"
         wanted = f"Expected a URI such as {example}, with module, token, key pair and PIN present."
@@ -190,13 +185,14 @@ def _pkcs11_key(uri: str) -> _KeyPair:
 
     def sign(message: bytes) -> bytes:
         digest = hashlib.sha256(message).digest()
+        mechanism = PyKCS11.Mechanism(PyKCS11.CKM_ECDSA, None)
         try:
-            raw = bytes(token.session.sign(private, digest, mecha=PyKCS11.Mechanism(PyKCS11.CKM_ECDSA, None)))
+            raw = bytes(token.session.sign(token._private_key, digest, mecha=mechanism))
         except PyKCS11.PyKCS11Error as error:
             raise BundleError(f"the PKCS#11 token refused to sign ({type(error).__name__}).") from None
         return encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
 
-    return public, sign
+    return _require_p256(token.public_key(), f"the token of {KEY_PKCS11}"), sign
 
 
 def _supplied_key(variable: str) -> _KeyPair:

@@ -10,7 +10,6 @@ from pipeline.bundle.dossier import one_line
 
 STATEMENT = "LICENSE-STATEMENT.txt"
 _SPDX = get_spdx_licensing()
-_PAGE = "https://spdx.org/licenses/{}.html"
 
 
 def spdx(stated: str) -> str | None:
@@ -38,5 +37,5 @@ def statement(title: str, revision: str, stated: str, names: Iterable[str]) -> b
         lines.append("Read the terms at the source before you use or pass on this bundle.")
     else:
         lines.append(f"Their source states the licence {expression} (SPDX), and ships no text of it. The terms:")
-        lines += [_PAGE.format(key) for key in sorted(set(_SPDX.license_keys(expression)))]
+        lines += [f"https://spdx.org/licenses/{key}.html" for key in sorted(set(_SPDX.license_keys(expression)))]
     return ("\n".join(lines) + "\n").encode()

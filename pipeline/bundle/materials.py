@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-
 from pipeline import keys
-from pipeline.bundle import origin
 from pipeline.bundle.bom import PIPELINE
+from pipeline.bundle.dossier import origin, pypi
 from pipeline.bundle.provenance import Material
+from pipeline.bundle.release import git
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import load_recipe
-from pipeline.errors import BundleError
+from pipeline.config.typed_yaml import read
+from pipeline.errors import BundleError, ConfigError
 from pipeline.workspace import Workspace
 
 LOCK = Path("dvc.lock")
@@ -67,7 +65,7 @@ def gather(
         *datasets(decided["configuration"]["load_datasets"]["datasets"]),
         *[Material(name=path, digest={"sha256": digest}) for path, digest in (decided["modules"] | settings).items()],
         # Without local labels: torch 2.13.0+cpu and 2.13.0 are one release.
-        *[Material(uri=str(origin.pypi(name, it.split("+")[0]))) for name, it in decided["libraries"].items()],
+        *[Material(uri=str(pypi(name, it.split("+")[0]))) for name, it in decided["libraries"].items()],
         *([head] if head else []),
     ]
     chosen = {"recipe": load_recipe(variant).title, "suite": load_pipeline().suite}
@@ -78,7 +76,7 @@ def gather(
 
 def checkpoint(lock: SourceLock) -> Iterator[Material]:
     """The checkpoint's files, and the package that they were unpacked from, if they were."""
-    purl = origin.source(lock)
+    purl = origin(lock)
     if lock.source.get("kind") == "pypi":
         digest = {"sha256": lock.source["sha256"]}
         yield Material(name="checkpoint", uri=str(purl), digest=digest, annotations={"member": lock.source["member"]})
@@ -95,7 +93,7 @@ def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
             uri = f"https://huggingface.co/datasets/{source['repo']}/resolve/{source['revision']}/{source['member']}"
             yield Material(name=f"dataset/{name}", uri=uri, digest={"gitCommit": source["revision"]})
         else:
-            uri, member = str(origin.pypi(source["package"], source["version"])), {"member": source["member"]}
+            uri, member = str(pypi(source["package"], source["version"])), {"member": source["member"]}
             yield Material(name=f"dataset/{name}", uri=uri, digest={"sha256": source["sha256"]}, annotations=member)
 
 
@@ -104,12 +102,12 @@ def datasets(pinned: Mapping[str, Mapping[str, Any]]) -> Iterator[Material]:
 
 def _commit(paths: list[str]) -> Material | None:
     """The last commit that changed one of `paths`, and whether they differ from it. None outside git."""
-    commit = _git("log", "-1", "--format=%H", "--", *paths)
+    commit = git("log", "-1", "--format=%H", "--", *paths)
     if not commit:
         return None
-    place = public_uri(_git("remote", "get-url", "origin"))
+    place = public_uri(git("remote", "get-url", "origin"))
     uri = f"git+{place}@{commit}" if place else None
-    changed = {"uncommittedChanges": True} if _git("status", "--porcelain", "--", *paths) else {}
+    changed = {"uncommittedChanges": True} if git("status", "--porcelain", "--", *paths) else {}
     return Material(name=PIPELINE, uri=uri, digest={"gitCommit": commit}, annotations=changed)
 
 
@@ -130,12 +128,6 @@ def public_uri(remote: str) -> str | None:
     return urlunsplit((parts.scheme, f"{parts.hostname}{port}", parts.path, "", ""))
 
 
-def _git(*arguments: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-
 # --- dvc.lock --------------------------------------------------------------------------------------------------------
 # What the stages before a bundle read and wrote, compared with the files that lie there now. DVC records MD5 only,
 # which proves nothing about origin; what is published is SHA-256, computed from the same files after their MD5 was
@@ -148,22 +140,18 @@ def read_stages(path: Path = LOCK) -> Stages:
     if not path.exists():
         return {}
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        stages = (document or {}).get("stages") or {}
+        stages = (read(path) or {}).get("stages") or {}
         return {name: {kind: _entries(stage, kind) for kind in ("deps", "outs")} for name, stage in stages.items()}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BundleError(f"{path} cannot be read as a lock of DVC ({reason}). Run `dvc repro`.") from None
 
 
 def _entries(stage: Any, kind: str) -> dict[str, str]:
     """Path → MD5 of a stage's dependencies or outputs. A path that leaves the project is refused."""
-    entries = {}
-    for entry in stage.get(kind) or ():
-        path = PurePosixPath(entry["path"])
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{entry['path']!r} lies outside the project")
-        entries[str(path)] = str(entry["md5"])
+    entries = {str(PurePosixPath(entry["path"])): str(entry["md5"]) for entry in stage.get(kind) or ()}
+    if outside := [path for path in entries if path.startswith("/") or ".." in path.split("/")]:
+        raise ValueError(f"{outside[0]!r} lies outside the project")
     return entries
 
 

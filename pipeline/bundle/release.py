@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -45,13 +46,8 @@ def parse_time(text: str) -> datetime:
     return moment
 
 
-def _checked_time(text: str) -> str:
-    parse_time(text)
-    return text
-
-
 _TIME_SCHEMA = {"type": "string", "format": "date-time", "pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$"}
-Time = Annotated[str, AfterValidator(_checked_time), WithJsonSchema(_TIME_SCHEMA)]
+Time = Annotated[str, AfterValidator(lambda text: parse_time(text).strftime(_TIME)), WithJsonSchema(_TIME_SCHEMA)]
 FileName = Annotated[str, Field(pattern=rf"^{SAFE_NAME.pattern}$")]
 
 
@@ -179,14 +175,20 @@ def parse(kind: type[Model], raw: bytes) -> Model:
     return value
 
 
+def git(*arguments: str) -> str:
+    """What a command of git prints about the working tree; nothing outside a repository, and where git is missing."""
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def build_time() -> datetime:
     """The moment that documents are dated with, in UTC: SOURCE_DATE_EPOCH (seconds) if set, else when the configuration
     in use was committed, the same for every build of a tag, else the clock's.
 
     Raises BundleError where SOURCE_DATE_EPOCH is not a number of seconds.
     """
-    done = subprocess.run(["git", "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
-    text = os.environ.get("SOURCE_DATE_EPOCH", done.stdout.strip())
+    text = os.environ.get("SOURCE_DATE_EPOCH", git("log", "-1", "--format=%ct"))
     try:
         return datetime.fromtimestamp(int(text), UTC) if text else datetime.now(UTC)
     except (ValueError, OverflowError, OSError):
@@ -194,39 +196,27 @@ def build_time() -> datetime:
         raise BundleError(f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds since 1970. {remedy}") from None
 
 
-def stamp(model: str, signing: SigningConfig, key: KeyIdentity, created: datetime) -> dict[str, Any]:
-    """The fields of `Stamp` for one document signed under `signing` with `key`.
-
-    Raises:
-        BundleError: the release channel with a development key, no time zone, or an expiry beyond the year 9999.
-    """
-    if signing.channel == "release" and key.kind == "development":
-        remedy = "Set key_id in configs/signing.yaml to the release public key's SHA-256 and supply its private key."
-        raise BundleError(f"model {model}: channel 'release' refuses the development key {key.id}. {remedy}")
-    if created.tzinfo is None:
-        raise BundleError(f"model {model}: creation time {created.isoformat()} has no time zone; pass one in UTC.")
-    try:
-        expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
-    except OverflowError:
-        late = f"{signing.expires_days} days after {created.isoformat()} is beyond the year 9999"
-        raise BundleError(f"model {model}: {late}. Lower expires_days in configs/signing.yaml.") from None
-    times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
-    return {"model": model, "key": key} | times | signing.model_dump(include=set(Stamp.model_fields))
-
-
 def make(
     kind: type[Document], *, model: str, signing: SigningConfig, key: KeyIdentity, created: datetime, **fields: Any
 ) -> Document:
-    """A document of `kind` for `model`, stamped as `stamp` says, with the other `fields` that `kind` has.
+    """A document of `kind` for `model`, signed under `signing` with `key`, with the other `fields` that `kind` has.
 
     `created` must be the same for every build of the same inputs (see `build_time`).
 
     Raises:
-        BundleError: a field is missing, unknown, of another type, or holds NaN or infinity (which JSON cannot); or the
-            release channel meets a development key.
+        BundleError: a field is missing, unknown, of another type, or holds NaN or infinity (which JSON cannot); or
+            `created` has no time zone, or the expiry lies beyond the year 9999.
     """
+    if created.tzinfo is None:
+        raise BundleError(f"model {model}: creation time {created.isoformat()} has no time zone; pass one in UTC.")
     try:
-        return kind.model_validate(stamp(model, signing, key, created) | fields)
+        expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
+        times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
+        signed = {"model": model, "key": key} | signing.model_dump(include=set(Stamp.model_fields))
+        return kind.model_validate(signed | times | fields)
+    except OverflowError:
+        late = f"{signing.expires_days} days after {created.isoformat()} is beyond the year 9999"
+        raise BundleError(f"model {model}: {late}. Lower expires_days in configs/signing.yaml.") from None
     except ValidationError as error:
         raise BundleError(f"{kind.file_name} of {model} cannot be written: {problems(error)}.") from None
 

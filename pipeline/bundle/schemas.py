@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import DictSchema
 
 from pipeline import files
 from pipeline.bundle.release import Refusal, Release
 from pipeline.bundle.tiers import TiersDocument
 
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-
-def _closed(schema: Any) -> Any:
+class _Closed(GenerateJsonSchema):
     """Names outside a pattern are refused: pydantic checks that, but leaves it out of its schemas."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {"additionalProperties": False} if "patternProperties" in schema else {}
-    return closed | {key: _closed(value) for key, value in schema.items()}
+
+    def dict_schema(self, schema: DictSchema) -> JsonSchemaValue:
+        made = super().dict_schema(schema)
+        return {"additionalProperties": False} | made if "patternProperties" in made else made
 
 
 def write(folder: Path) -> list[Path]:
@@ -31,6 +29,6 @@ def write(folder: Path) -> list[Path]:
     written = []
     for kind in (Release, Refusal, TiersDocument):
         path = folder / f"{Path(kind.file_name).stem}.schema.json"
-        files.write_json(path, {"$schema": _DIALECT} | _closed(kind.model_json_schema()))
+        files.write_json(path, {"$schema": _Closed.schema_dialect} | kind.model_json_schema(schema_generator=_Closed))
         written.append(path)
     return written

@@ -11,7 +11,8 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -20,18 +21,15 @@ from typing import Annotated, Any, Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline import files
 from pipeline.bundle.keys import SigningKey, key_id, public_pem
-from pipeline.bundle.release import SAFE_NAME, FileName, Model, parse
+from pipeline.bundle.release import SAFE_NAME, FileName, Model, Record, parse
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-_STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-_PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 
 
 class Kind(StrEnum):
@@ -74,38 +72,34 @@ class SignatureError(BundleError):
 # --- the signature file, level by level; field names are the formats' own -------------------------------------------
 
 
-class _Level(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _DsseSignature(_Level):
+class _DsseSignature(Record):
     sig: str
     keyid: str
 
 
-class _Envelope(_Level):
+class _Envelope(Record):
     payload: str
     payloadType: Literal["application/vnd.in-toto+json"]
     signatures: Annotated[list[_DsseSignature], Field(min_length=1, max_length=1)]
 
 
-class _Material(_Level):
+class _Material(Record):
     publicKey: Annotated[dict[Literal["hint"], Sha256], Field(min_length=1)]
     tlogEntries: Annotated[list[Any], Field(max_length=0)]
 
 
-class _SigstoreBundle(_Level):
+class _SigstoreBundle(Record):
     mediaType: Literal["application/vnd.dev.sigstore.bundle.v0.3+json"]
     verificationMaterial: _Material
     dsseEnvelope: _Envelope
 
 
-class _Subject(_Level):
+class _Subject(Record):
     name: str
     digest: Annotated[dict[Literal["sha256"], Sha256], Field(min_length=1)]
 
 
-class _Serialization(_Level):
+class _Serialization(Record):
     """No `ignore_paths`: a statement that lets files be ignored is not one of ours."""
 
     method: Literal["files"]
@@ -113,18 +107,18 @@ class _Serialization(_Level):
     allow_symlinks: Literal[False]
 
 
-class _Resource(_Level):
+class _Resource(Record):
     name: FileName
     algorithm: Literal["sha256"]
     digest: Sha256
 
 
-class _Predicate(_Level):
+class _Predicate(Record):
     serialization: _Serialization
     resources: Annotated[list[_Resource], Field(min_length=1)]
 
 
-class _Statement(_Level):
+class _Statement(Record):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: Annotated[list[_Subject], Field(min_length=1, max_length=1)]
     predicateType: Literal["https://model_signing/signature/v1.0"]
@@ -144,43 +138,26 @@ def root_digest(digests: list[str]) -> str:
 # --- signing -------------------------------------------------------------------------------------------------------
 
 
-def _require_flat(content: Path) -> None:
-    """A phone unpacks plain files into one folder: anything else in `content` is a mistake of ours, found here."""
+def _digests(content: Path) -> dict[str, str]:
+    """SHA-256 of every file by its name, in sorted order, git's files too; in bounded memory, several at a time.
+
+    A phone unpacks plain files into one folder: anything else in `content` is a mistake of ours, found here.
+    """
     try:
         entries = sorted(os.scandir(content), key=lambda entry: entry.name)
+        for entry in entries:
+            if not entry.is_file(follow_symlinks=False):
+                kind = "a symlink" if entry.is_symlink() else "not a regular file"
+                rule, remedy = "A content folder holds regular files only", "make it again with the bundle stage"
+                raise BundleError(f"{content}: {entry.name!a} is {kind}. {rule}; {remedy}, which uses hard links.")
+            if not SAFE_NAME.fullmatch(entry.name):
+                rule = "Names are letters, digits, '.', '_' and '-', and do not start with '.'."
+                raise BundleError(f"{content} holds a file that cannot be signed: {entry.name!a}. {rule}")
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(files.sha256_of, [content / entry.name for entry in entries])
+            return {entry.name: digest for entry, digest in zip(entries, found, strict=True)}
     except OSError as error:
         raise BundleError(f"{content} cannot be signed: {error.strerror}. Run the bundle stage first.") from None
-    if not entries:
-        raise BundleError(f"{content} is empty: there is nothing to sign. Run the bundle stage again.")
-    for entry in entries:
-        if not entry.is_file(follow_symlinks=False):
-            kind = "a symlink" if entry.is_symlink() else "not a regular file"
-            rule, remedy = "A content folder holds regular files only", "make it again with the bundle stage"
-            raise BundleError(f"{content}: {entry.name!a} is {kind}. {rule}; {remedy}, which uses hard links.")
-
-
-def _digests(content: Path) -> dict[str, str]:
-    """SHA-256 of every file, hashed in parallel and bounded memory by the model-signing library; git's files too."""
-    from model_signing import hashing
-
-    try:
-        manifest = hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False).hash(content)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{content} cannot be hashed: {error}. Make it again with the bundle stage.") from None
-    return {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
-
-
-def _statement(name: str, digests: dict[str, str]) -> dict[str, Any]:
-    listed = sorted(digests.items())
-    return {
-        "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": root_digest([digest for _, digest in listed])}}],
-        "predicateType": _PREDICATE_TYPE,
-        "predicate": {
-            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
-            "resources": [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in listed],
-        },
-    }
 
 
 def sign(content: Path, signature: Path, key: SigningKey) -> None:
@@ -192,18 +169,27 @@ def sign(content: Path, signature: Path, key: SigningKey) -> None:
         BundleError: `content` is missing, empty, or holds a symlink, folder or device, or a name that no bundle may
             hold; or the token refuses to sign.
     """
-    _require_flat(content)
     digests = _digests(content)
-    if unsafe := sorted(name for name in digests if not SAFE_NAME.fullmatch(name)):
-        rule = "Names are letters, digits, '.', '_' and '-', and do not start with '.'."
-        raise BundleError(f"{content} holds a file that cannot be signed: {unsafe[0]!a}. {rule}")
-    payload = json.dumps(_statement(content.name, digests), sort_keys=True, separators=(",", ":")).encode()
+    if not digests:
+        raise BundleError(f"{content} is empty: there is nothing to sign. Run the bundle stage again.")
+    root = root_digest(list(digests.values()))
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": content.name, "digest": {"sha256": root}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
+            "resources": [{"name": name, "algorithm": "sha256", "digest": it} for name, it in digests.items()],
+        },
+    }
+    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
     proof = {"sig": base64.b64encode(key.sign(pae(payload))).decode(), "keyid": key.identity.id}
     hint = hashlib.sha256(public_pem(key.public_key)).hexdigest()  # the stock verifier compares it
     material = {"publicKey": {"hint": hint}, "tlogEntries": []}
     encoded = base64.b64encode(payload).decode()
     envelope = {"payload": encoded, "payloadType": PAYLOAD_TYPE, "signatures": [proof]}
-    bundle = {"mediaType": _MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
+    media_type = "application/vnd.dev.sigstore.bundle.v0.3+json"
+    bundle = {"mediaType": media_type, "verificationMaterial": material, "dsseEnvelope": envelope}
     files.write_json(signature, bundle)
 
 
@@ -225,46 +211,45 @@ def _parse(kind: type[Model], raw: bytes, what: str) -> Model:
         raise SignatureError(Kind.MALFORMED_SIGNATURE, f"{what} ({error})") from None
 
 
-def _signed_by(public_key: ec.EllipticCurvePublicKey, signature: bytes, payload: bytes) -> bool:
-    try:
-        public_key.verify(signature, pae(payload), ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        return False
-    return True
+def _signer(public_keys: Mapping[str, ec.EllipticCurvePublicKey], signature: bytes, payload: bytes) -> str | None:
+    for name, key in public_keys.items():
+        with suppress(InvalidSignature):
+            key.verify(signature, pae(payload), ec.ECDSA(hashes.SHA256()))
+            return name
+    return None
 
 
-def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -> tuple[str, bytes]:
-    """The id of the one of `public_keys` that made a signature file's bytes, and the statement that it signed, unread.
+def authenticate(raw: bytes, public_keys: Sequence[ec.EllipticCurvePublicKey]) -> tuple[str, dict[str, str]]:
+    """The id of the one of `public_keys` that made a signature file's bytes, and the digests that it signed.
 
-    Raises:
-        SignatureError: malformed, made with another key, or not made by the key it names.
-    """
-    bundle = _parse(_SigstoreBundle, raw, "it is not an OMS signature")
-    proof = bundle.dsseEnvelope.signatures[0]
-    payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
-    signer = next((key for key in public_keys if _signed_by(key, signature, payload)), None)
-    if signer is None:
-        trusted = [key_id(key) for key in public_keys]
-        if proof.keyid not in trusted:
-            message = f"signed with the key {proof.keyid!a}, but the key to trust is {' or '.join(trusted)}"
-            raise SignatureError(Kind.OTHER_KEY, message)
-        message = f"it names the key {proof.keyid}, but that key did not sign this statement"
-        raise SignatureError(Kind.INVALID_SIGNATURE, message)
-    expected, hint = key_id(signer), hashlib.sha256(public_pem(signer)).hexdigest()
-    if proof.keyid != expected or bundle.verificationMaterial.publicKey["hint"] != hint:
-        message = f"the key {expected} signed it, but it names another (its label was changed)"
-        raise SignatureError(Kind.MALFORMED_SIGNATURE, message)
-    return expected, payload
-
-
-def read_statement(payload: bytes) -> dict[str, str]:
-    """The digests of an authenticated statement, name → SHA-256 (64 hex digits).
-
+    Digests are name → SHA-256 (64 hex digits). Nothing in the statement is read before one of the keys verified it.
     Names are plain file names, and are still only to be compared with names found in the folder, never opened.
 
     Raises:
-        SignatureError: it is none that `sign` makes.
+        SignatureError: malformed, made with another key, not made by the key it names, or a statement that `sign`
+            does not make.
     """
+    bundle, trusted = (
+        _parse(_SigstoreBundle, raw, "it is not an OMS signature"),
+        {key_id(key): key for key in public_keys},
+    )
+    proof = bundle.dsseEnvelope.signatures[0]
+    payload, signature = _decode(bundle.dsseEnvelope.payload, "payload"), _decode(proof.sig, "signature")
+    signer = _signer(trusted, signature, payload)
+    if signer is None and proof.keyid not in trusted:
+        message = f"signed with the key {proof.keyid!a}, but the key to trust is {' or '.join(trusted)}"
+        raise SignatureError(Kind.OTHER_KEY, message)
+    if signer is None:
+        message = f"it names the key {proof.keyid}, but that key did not sign this statement"
+        raise SignatureError(Kind.INVALID_SIGNATURE, message)
+    hint = hashlib.sha256(public_pem(trusted[signer])).hexdigest()
+    if proof.keyid != signer or bundle.verificationMaterial.publicKey["hint"] != hint:
+        message = f"the key {signer} signed it, but it names another (its label was changed)"
+        raise SignatureError(Kind.MALFORMED_SIGNATURE, message)
+    return signer, _read_statement(payload)
+
+
+def _read_statement(payload: bytes) -> dict[str, str]:
     statement = _parse(_Statement, payload, "the signed statement is none that this pipeline makes")
     resources, root = statement.predicate.resources, statement.subject[0].digest["sha256"]
     digests = {resource.name: resource.digest for resource in resources}
@@ -273,17 +258,11 @@ def read_statement(payload: bytes) -> dict[str, str]:
         "names two files that differ only in case": len({name.casefold() for name in digests}) != len(digests),
         "has another root digest than its files": root_digest([item.digest for item in resources]) != root,
     }
-    for fault, found in faults.items():
-        if found:
-            raise SignatureError(Kind.MALFORMED_SIGNATURE, f"the signed statement {fault}")
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise SignatureError(Kind.MALFORMED_SIGNATURE, f"the signed statement {fault}")
     return digests
 
 
 def open_signature(raw: bytes, *public_keys: ec.EllipticCurvePublicKey) -> dict[str, str]:
-    """The signed digests of a signature file's bytes: nothing in the statement is read before one of the
-    keys verified it.
-
-    Raises:
-        SignatureError: see `authenticate` and `read_statement`.
-    """
-    return read_statement(authenticate(raw, public_keys)[1])
+    """The signed digests of a signature file's bytes. Raises SignatureError as `authenticate`."""
+    return authenticate(raw, public_keys)[1]

@@ -8,9 +8,8 @@ from typing import Any
 
 def render(template: Path, **fields: Any) -> bytes:
     """A Jinja template filled with `fields`, as UTF-8. Nothing is escaped; a missing name is an error."""
-    import jinja2
+    from jinja2 import Environment, StrictUndefined
 
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     # No HTML; texts that are not ours pass `one_line`, or have a pattern.
-    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, **options)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(fields).encode()
+    engine = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return engine.from_string(template.read_text(encoding="utf-8")).render(fields).encode()

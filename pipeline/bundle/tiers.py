@@ -19,7 +19,7 @@ from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
 from pipeline.planning import devices
-from pipeline.planning.devices import Candidate, Change, Need
+from pipeline.planning.devices import Candidate, Change, Need, Suggestion
 
 Bytes = Annotated[int, Field(ge=0)]
 
@@ -85,69 +85,47 @@ class TiersDocument(Stamp):
     bundles: dict[Name, BundleReference]
 
 
-def _reasons(needs: Mapping[Candidate, Need], budget: int) -> list[str]:
-    reasons = []
-    for candidate, found in needs.items():
-        over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
-        takes = f"needs {found.private:,} bytes{over} ({devices.parts_in_words(found)})"
-        reasons.append(f"{candidate.variant}: verdict {candidate.verdict}, {takes}")
-    return reasons or ["no variant was built"]
+def _reason(candidate: Candidate, found: Need, budget: int) -> str:
+    over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
+    takes = f"needs {found.private:,} bytes{over} ({devices.parts_in_words(found)})"
+    return f"{candidate.variant}: verdict {candidate.verdict}, {takes}"
 
 
-def _suggestion(found: devices.Suggestion) -> TierSuggestion:
-    return TierSuggestion(
-        variant=found.candidate.variant,
-        changes=list(found.changes),
-        context=found.way.context,
-        kv_cache=found.way.kv_cache,
-        need_bytes=found.need.private,
-        mapped_bytes=found.need.mapped,
-    )
+def _suggestion(found: Suggestion) -> TierSuggestion:
+    variant, way, need = found.candidate.variant, found.way, found.need
+    takes: dict[str, Any] = {"kv_cache": way.kv_cache, "need_bytes": need.private, "mapped_bytes": need.mapped}
+    return TierSuggestion(variant=variant, changes=list(found.changes), context=way.context, **takes)
 
 
-def _decide(tier: Tier, tiers: TiersConfig, needs: Mapping[Candidate, Need]) -> TierBundle | TierRefusal:
-    budget, passing = devices.budget_bytes(tier), [candidate for candidate in needs if candidate.verdict == "PASS"]
+def _decide(tier: Tier, tiers: TiersConfig, candidates: Sequence[Candidate]) -> TierBundle | TierRefusal:
+    budget, found = devices.budget_bytes(tier), devices.decide(candidates, tier, tiers, tiers.context)
     common: dict[str, Any] = {"platform": tier.platform, "ram_bytes": tier.ram_bytes, "budget_bytes": budget}
-    chosen = devices.best(passing, tier, tiers, tiers.context)
-    if chosen and chosen.kl_mean is not None:  # `assign` refused candidates without
-        return TierBundle(
-            **common,
-            variant=chosen.variant,
-            need_bytes=needs[chosen].private,
-            bundle_bytes=chosen.footprint.download.bytes,
-            kl_mean=chosen.kl_mean,
-        )
-    smallest = min((needs[candidate].private for candidate in passing), default=None)
-    return TierRefusal(
-        **common,
-        smallest_need_bytes=smallest,
-        shortfall_bytes=None if smallest is None else smallest - budget,
-        reasons=_reasons(needs, budget),
-        suggestions=[_suggestion(found) for found in devices.suggest(passing, tier, tiers, tiers.context)],
-    )
+    needs = {variant: need.private for variant, need in found.needs.items()}
+    if (chosen := found.chosen) and chosen.kl_mean is not None:  # `assign` refused candidates without
+        common |= {"variant": chosen.variant, "need_bytes": needs[chosen.variant]}
+        return TierBundle(**common, bundle_bytes=chosen.footprint.download.bytes, kl_mean=chosen.kl_mean)
+    smallest = needs[found.closest.variant] if found.closest else None
+    common |= {"smallest_need_bytes": smallest, "shortfall_bytes": None if smallest is None else smallest - budget}
+    reasons = [_reason(candidate, found.needs[candidate.variant], budget) for candidate in candidates]
+    suggestions = [_suggestion(suggestion) for suggestion in found.suggestions]
+    return TierRefusal(**common, reasons=reasons or ["no variant was built"], suggestions=suggestions)
 
 
 def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> Decisions:
     """For each tier the passing candidate of lowest mean KL that fits its budget, else a refusal with the numbers.
 
     What a candidate needs is the arithmetic of `pipeline.planning.devices`; ties go to the lighter weights.
-    Independent of the candidates' order.
+    Independent of the candidates' order. Each is another variant, and has a verdict.
 
     Raises:
-        BundleError: a variant is given twice, or one passed its gates without a finite KL.
+        BundleError: a candidate passed its gates without a finite KL.
     """
     ordered = sorted(candidates, key=lambda candidate: candidate.variant)
-    for number, candidate in enumerate(ordered):
-        if number and candidate.variant == ordered[number - 1].variant:
-            raise BundleError(f"variant {candidate.variant} is a candidate twice; give each variant once.")
+    for candidate in ordered:
         if candidate.verdict == "PASS" and (candidate.kl_mean is None or not math.isfinite(candidate.kl_mean)):
             passed = f"variant {candidate.variant} has the verdict PASS but a mean KL of {candidate.kl_mean}"
             raise BundleError(f"{passed}: no variant passes unmeasured. Validate it again.")
-    needs = {}
-    for candidate in ordered:
-        way = devices.plain(candidate.footprint, tiers.context)
-        needs[candidate] = devices.need(candidate.footprint, way, tiers.runtime_bytes)
-    return {name: _decide(tier, tiers, needs) for name, tier in tiers.tiers.items()}
+    return {name: _decide(tier, tiers, ordered) for name, tier in tiers.tiers.items()}
 
 
 def build_tiers(
@@ -158,10 +136,8 @@ def build_tiers(
     The other `fields` are `context` and those that `release.make` takes for every document.
 
     Raises:
-        BundleError: a decision names a variant without a signature, or a field is not valid.
+        BundleError: a field is not valid.
     """
     chosen = sorted({decision.variant for decision in decisions.values() if isinstance(decision, TierBundle)})
-    if unsigned := [variant for variant in chosen if variant not in signatures]:
-        raise BundleError(f"tiers.json of {model} names {', '.join(unsigned)} without a signed bundle. Sign it first.")
     pins = {name: BundleReference(signature_sha256=signatures[name], release=signing.release) for name in chosen}
     return make(TiersDocument, model=model, signing=signing, tiers=decisions, bundles=pins, **fields)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from pipeline.bundle.keys import key_id, load_public_keys
 from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, FileEntry, Refusal, Release, Stamp, parse, parse_time
-from pipeline.bundle.signing import Kind, SignatureError, authenticate, read_statement
+from pipeline.bundle.signing import Kind, SignatureError, authenticate
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.checkpoint.untrusted import open_regular
@@ -43,7 +44,7 @@ class Finding:
 class Report:
     """What verification found, sorted. `trusted` are the ids of the pinned keys, `signer` is the one that signed.
 
-    `signer` is set once the signature is proven, `document` once its digest is too, and not before.
+    `signer` is set once the signed statement is proven, `document` once its digest is too, and not before.
     """
 
     directory: Path
@@ -79,11 +80,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_small(path: Path) -> bytes | None:
-    """All bytes, or None if there are more than any signature or document of ours has."""
+def _read_small(path: Path) -> bytes:
+    """All bytes; none if there are more than any signature or document of ours has."""
     with open_regular(path) as file:
         raw = file.read(SMALL + 1)
-    return raw if len(raw) <= SMALL else None
+    return raw if len(raw) <= SMALL else b""
 
 
 def _shown(name: str) -> str:
@@ -132,7 +133,7 @@ def _may_be_listed(size: int, entries: Mapping[str, FileEntry]) -> bool:
     return not entries or any(entry.size == size for entry in entries.values())
 
 
-def _check_file(path: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Iterator[Finding]:
+def _check_file(path: Path, digests: Mapping[str, str], entries: Mapping[str, FileEntry]) -> Finding | None:
     """One file against its signed digest, and against its size in release.json where that is known."""
     file, size = f"{CONTENT}/{path.name}", path.lstat().st_size
     digest, entry = digests[path.name], entries.get(path.name)
@@ -140,17 +141,15 @@ def _check_file(path: Path, digests: Mapping[str, str], entries: Mapping[str, Fi
     plausible = size <= SMALL or (path.name not in documents and _may_be_listed(size, entries))
     actual = _sha256(path) if plausible else None
     if actual == digest and (entry is None or entry.size == size):
-        return
+        return None
     if actual != digest and (others := sorted(name for name, other in digests.items() if other == actual)):
-        yield Finding(Kind.EXCHANGED, file, f"it holds the bytes of {others[0]}, sha256 {actual}")
-    elif entry is not None and size != entry.size:
+        return Finding(Kind.EXCHANGED, file, f"it holds the bytes of {others[0]}, sha256 {actual}")
+    if entry is not None and size != entry.size:
         kind, amiss = (Kind.TRUNCATED, "are missing") if size < entry.size else (Kind.EXTENDED, "too many")
         message = f"expected {entry.size:,} bytes, found {size:,}: {abs(entry.size - size):,} bytes {amiss}"
-        yield Finding(kind, file, message)
-    else:
-        sizes = f" ({entry.size:,} bytes)" if entry else ""
-        found = actual or "too many bytes to be it"
-        yield Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
+        return Finding(kind, file, message)
+    sizes, found = f" ({entry.size:,} bytes)" if entry else "", actual or "too many bytes to be it"
+    return Finding(Kind.MODIFIED, file, f"expected sha256 {digest}{sizes}, found {found} ({size:,} bytes)")
 
 
 def _check_strangers(content: Path, names: list[str], digests: Mapping[str, str]) -> Iterator[Finding]:
@@ -184,38 +183,34 @@ def _check_content(content: Path, digests: Mapping[str, str], entries: Mapping[s
             yield Finding(Kind.MISSING, f"{CONTENT}/{name}", f"expected sha256 {digests[name]}, found no such file")
     yield from _check_strangers(content, strangers, digests)
     for name in sorted(digests.keys() & present):
-        if finding := _type_finding(content / name, f"{CONTENT}/{name}"):
+        path = content / name
+        if finding := _type_finding(path, f"{CONTENT}/{name}") or _check_file(path, digests, entries):
             yield finding
-        else:
-            yield from _check_file(content / name, digests, entries)
 
 
 # --- the signed document -------------------------------------------------------------------------------------------
 
 
-def _read_document(
-    content: Path, kinds: tuple[type[Stamp], ...], digests: Mapping[str, str]
-) -> tuple[Stamp | None, Finding | None]:
-    """Parse the document of one of `kinds` from bytes that have the signed digest.
+def _read_document(content: Path, kinds: tuple[type[Stamp], ...], digests: Mapping[str, str]) -> Stamp | Finding | None:
+    """The document of one of `kinds`, parsed from bytes that have the signed digest, or what is wrong with it.
 
-    (None, None) when the file is not there or is not those bytes: comparing the files reports that.
+    None when the file is not there or is not those bytes: comparing the files reports that.
     """
     named = [kind for kind in kinds if kind.file_name in digests]
     if len(named) != 1:
         wanted = " or ".join(kind.file_name for kind in kinds)
         message = f"expected one {wanted} in the signed content, found {len(named)}: this is something else"
-        return None, Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message)
-    path = content / (kind := named[0]).file_name
-    if not os.path.lexists(path) or _type_finding(path, kind.file_name):
-        return None, None
-    raw = _read_small(path)
-    if raw is None or hashlib.sha256(raw).hexdigest() != digests[kind.file_name]:
-        return None, None
+        return Finding(Kind.MALFORMED_DOCUMENT, CONTENT, message)
+    name, raw = named[0].file_name, b""
+    with suppress(OSError):
+        raw = _read_small(content / name)
+    if hashlib.sha256(raw).hexdigest() != digests[name]:
+        return None
     try:
-        return parse(kind, raw), None
+        return parse(named[0], raw)
     except ValueError as error:
-        message = f"it is signed, but not a {kind.file_name} as this version knows it: {error}"
-        return None, Finding(Kind.MALFORMED_DOCUMENT, f"{CONTENT}/{kind.file_name}", message)
+        message = f"it is signed, but not a {name} as this version knows it: {error}"
+        return Finding(Kind.MALFORMED_DOCUMENT, f"{CONTENT}/{name}", message)
 
 
 _Complaints = Iterator[tuple[Kind, str]]
@@ -313,13 +308,13 @@ def verify(
     try:
         findings = list(_check_layout(directory))
         if not any(finding.file in (CONTENT, SIGNATURE) for finding in findings):
-            signer, payload = authenticate(_read_small(directory / SIGNATURE) or b"", trusted)
-            digests = read_statement(payload)
-            document, malformed = _read_document(directory / CONTENT, kinds, digests)
-            findings += [malformed] if malformed else []
+            signer, digests = authenticate(_read_small(directory / SIGNATURE), trusted)
+            read = _read_document(directory / CONTENT, kinds, digests)
+            document = read if isinstance(read, Stamp) else None
+            findings += [read] if isinstance(read, Finding) else []
             entries = document.files if isinstance(document, Release) else {}
             findings += _check_content(directory / CONTENT, digests, entries)
-        if document is not None and signer is not None:
+        if document and signer:
             floor = max(highest_release or 0, (memory and memory.highest(document.model)) or 0)
             complaints = [
                 *_check_key(document, signer, allow_development),

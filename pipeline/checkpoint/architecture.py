@@ -32,7 +32,7 @@ MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
-_AGAIN = "Run the download stage again."
+_AGAIN = "Run the download stage again, or use another release of the model."
 T = TypeVar("T", int, float, bool)
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
@@ -213,10 +213,8 @@ def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
     kv_heads = config.read(int, "num_key_value_heads", 1, MAX_SIZE, heads)
     head_dim = config.read(int, "head_dim", 1, MAX_HEAD_DIM, hidden // heads)
     if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
-        raise config.wrong(
-            f"{heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}. The file is damaged, or "
-            f"its model is of another kind."
-        )
+        uneven = f"{heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}"
+        raise config.wrong(f"{uneven}. The file is damaged, or its model is of another kind.")
     ignored = family in {"qwen2", "mimo"} and not config.read(bool, "use_sliding_window", False, True, default=False)
     windowed = not ignored and config.get("sliding_window") is not None
     return Architecture(
@@ -271,10 +269,8 @@ def _refuse_variations(config: _Values, family: str) -> None:
         "quantization_config": config.get("quantization_config") is not None,
     }
     for key in (key for key, bad in wrong.items() if bad):
-        raise config.wrong(
-            f"{key} = {shown(config[key])} is not supported for {family}: the graph would compute something else. Use "
-            f"the original checkpoint of a plain {family} model."
-        )
+        what = f"{key} = {shown(config[key])} is not supported for {family}: the graph would compute something else"
+        raise config.wrong(f"{what}. Use the original checkpoint of a plain {family} model.")
 
 
 def _read_rope(config: _Values, head_dim: int) -> Rope:
@@ -287,19 +283,15 @@ def _read_rope(config: _Values, head_dim: int) -> Rope:
     theta = values.read(float, "rope_theta", 1.0, 1e15, 10000.0)
     dims = int(head_dim * values.read(float, "partial_rotary_factor", 1e-3, 1.0, 1.0))
     if dims < 2 or dims % 2:
-        raise config.wrong(
-            f"{dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs pairs. "
-            f"{_AGAIN}"
-        )
+        what = f"{dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs pairs"
+        raise config.wrong(f"{what}. {_AGAIN}")
     max_position = config.read(int, "max_position_embeddings", 1, MAX_POSITION)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return Rope(theta, dims, max_position)
     if kind not in ("longrope", "su"):
-        raise config.wrong(
-            f"rope_scaling type {shown(kind)} is not supported; supported: default, longrope. Another kind needs its "
-            f"tables in pipeline/graph/rope.py."
-        )
+        what = f"rope_scaling type {shown(kind)} is not supported; supported: default, longrope"
+        raise config.wrong(f"{what}. Another kind needs its tables in pipeline/graph/rope.py.")
     original = values.read(int, "original_max_position_embeddings", 1, MAX_POSITION, max_position)
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
@@ -311,10 +303,8 @@ def _read_rope(config: _Values, head_dim: int) -> Rope:
 def _factors(scaling: _Values, key: str, count: int) -> tuple[float, ...]:
     listed = scaling.get(key)
     if not isinstance(listed, list) or len(listed) != count:
-        raise scaling.wrong(
-            f"rope_scaling.{key} must list {count} numbers, one per pair of rotated channels, and is {shown(listed)}. "
-            f"{_AGAIN}"
-        )
+        needed = f"must list {count} numbers, one per pair of rotated channels"
+        raise scaling.wrong(f"rope_scaling.{key} {needed}, and is {shown(listed)}. {_AGAIN}")
     return tuple(_Values({key: value}, scaling.path).read(float, key, 1e-3, 1e6, math.nan) for value in listed)
 
 
@@ -332,9 +322,8 @@ def expected_architecture(shapes: Shapes) -> Architecture:
     Raises CheckpointError for an unknown family.
     """
     if shapes.family not in _FAMILIES:
-        raise CheckpointError(
-            f"family {shown(shapes.family)} of configs/shapes.yaml is unknown; there are {', '.join(_FAMILIES)}."
-        )
+        known = ", ".join(_FAMILIES)
+        raise CheckpointError(f"family {shown(shapes.family)} of configs/shapes.yaml is unknown; there are {known}.")
     named = shapes.model_dump(exclude={"original_max_position", "rotary_dims"})
     original, dims = shapes.original_max_position, shapes.rotary_dims
     ones = (1.0,) * (dims // 2) if original else None
@@ -345,11 +334,9 @@ def expected_architecture(shapes: Shapes) -> Architecture:
 def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> None:
     """Raise CheckpointError, with every field that differs, unless config.json in `path` has the expected shapes."""
     found, wanted = shapes_of(architecture).model_dump(), expected.model_dump()
-    if wrong := [f"{key} {found[key]}, expected {wanted[key]}" for key in found if found[key] != wanted[key]]:
-        raise CheckpointError(
-            f"{path}: not the model that configs/shapes.yaml describes: {'; '.join(wrong)}. If the source is right, "
-            f"correct that file; sizes planned from it were wrong."
-        )
+    if wrong := "; ".join(f"{key} {found[key]}, expected {wanted[key]}" for key in found if found[key] != wanted[key]):
+        remedy = "If the source is right, correct that file; sizes planned from it were wrong."
+        raise CheckpointError(f"{path}: not the model that configs/shapes.yaml describes: {wrong}. {remedy}")
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
@@ -362,10 +349,9 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
     """
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]!r}. "
-            f"The checkpoint is incomplete, or its config.json describes another model."
-        )
+        what = f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]!r}"
+        why = "The checkpoint is incomplete, or its config.json describes another model."
+        raise CheckpointError(f"{checkpoint.folder}: {what}. {why}")
     for name, shape in expected.items():
         if checkpoint[name].shape != shape:
             raise CheckpointError(

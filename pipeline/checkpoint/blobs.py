@@ -10,12 +10,11 @@ refuses external data behind a symlink). Blobs are read-only because a write thr
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -24,13 +23,11 @@ from typing import IO, Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest
+from pipeline.checkpoint.chunks import AGAIN, SUFFIX, Chunks, Digest, copied
 from pipeline.config.typed_yaml import Sha256
-from pipeline.errors import ResourceError, SourceError
-from pipeline.files import fsync_directory, link_or_copy, sha256_of
+from pipeline.errors import SourceError
+from pipeline.files import disk_full, fsync, link_or_copy, sha256_of
 
-Check = Callable[[Path], None]
-_PIECE = 1 << 22  # bytes that are copied at a time
 STORE = Path("store")
 """Default root, relative to the project; the environment variable PIPELINE_STORE names another (a larger disk)."""
 
@@ -66,10 +63,8 @@ def checked_name(name: str) -> str:
     path = PurePosixPath(name)
     plain = bool(name) and name == str(path) and not path.is_absolute() and path.parts != ()
     if not plain or ".." in path.parts or "\\" in name or "\0" in name:
-        raise SourceError(
-            f"file name {name!r} leaves its folder or is not a plain relative path. Nothing was written; "
-            f"a source with such a name is broken or hostile: do not use it."
-        )
+        remedy = "Nothing was written; a source with such a name is broken or hostile: do not use it."
+        raise SourceError(f"file name {name!r} leaves its folder or is not a plain relative path. {remedy}")
     return name
 
 
@@ -77,26 +72,11 @@ def checked_name(name: str) -> str:
 def disk_errors(purpose: str) -> Iterator[None]:
     """Turn the operating system's refusals while `purpose` into `ResourceError` (disk full) or `SourceError`."""
     try:
-        yield
+        with disk_full(f"{purpose} (another disk: set PIPELINE_STORE)"):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"the disk filled up while trying to {purpose}: {error.strerror}. Free space, or point PIPELINE_STORE "
-                f"at a larger disk, and run the same command again; finished files are kept."
-            ) from error
-        raise SourceError(
-            f"cannot {purpose}: {error.strerror or error} ({error.filename or 'no file named'})"
-        ) from error
-
-
-def _copied(source: IO[bytes], target: IO[bytes] | None = None) -> Digest:
-    """What `source` holds up to its end, copied to `target`."""
-    digest = Digest()
-    while piece := source.read(_PIECE):
-        digest.update(piece)
-        if target:
-            target.write(piece)
-    return digest
+        where = error.filename or "no file named"
+        raise SourceError(f"cannot {purpose}: {error.strerror or error} ({where})") from error
 
 
 class Store:
@@ -118,7 +98,7 @@ class Store:
         if not self.has(sha256):
             return None
         with disk_errors(f"read {name} in the store {self.root}"), open(self._blob(sha256), "rb") as stream:
-            digest = _copied(stream)
+            digest = copied(stream)
         return self._described(name, digest) if digest.sha256 == sha256 else None
 
     def intact(self, file: LockedFile) -> bool:
@@ -143,10 +123,8 @@ class Store:
             SourceError: it is not in this store.
         """
         if not self.has(sha256):
-            raise SourceError(
-                f"{sha256} is not in the store {self.root}. Fetch it with `python -m pipeline download MODEL` "
-                f"(or set PIPELINE_STORE to the store that holds it)."
-            )
+            remedy = "Run `python -m pipeline download MODEL`, or set PIPELINE_STORE to the store that holds it."
+            raise SourceError(f"{sha256} is not in the store {self.root}. {remedy}")
         return self._blob(sha256)
 
     def add(self, source: IO[bytes], name: str, sha256: str | None = None) -> LockedFile:
@@ -161,31 +139,24 @@ class Store:
             with tempfile.TemporaryDirectory(dir=self.root / "partial", prefix="add.") as folder:
                 path = Path(folder) / "blob"
                 with open(path, "wb") as target:
-                    digest = _copied(source, target)
+                    digest = copied(source, target)
                 return self._install(path, name, digest, sha256)
 
-    def adopt(self, path: Path, name: str, sha256: str | None = None, check: Check | None = None) -> LockedFile:
+    def adopt(self, path: Path, name: str, sha256: str | None = None) -> LockedFile:
         """Move the file at `path` (inside this store's `workspace`) in, without a second copy of its bytes.
-
-        `check(path)` may refuse the content; it is called after the hash was found right and before the blob exists.
 
         Raises: as `add`. On an error the file stays where it is.
         """
         with disk_errors(f"add {name} to the store {self.root}"):
             with open(path, "rb") as stream:
-                digest = _copied(stream)
-            return self._install(path, name, digest, sha256, check)
+                digest = copied(stream)
+            return self._install(path, name, digest, sha256)
 
-    def _install(
-        self, path: Path, name: str, found: Digest, expected: str | None, check: Check | None = None
-    ) -> LockedFile:
+    def _install(self, path: Path, name: str, found: Digest, expected: str | None) -> LockedFile:
         if expected not in (None, found.sha256):
-            raise SourceError(
-                f"{name}: wrong bytes. Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). "
-                f"Nothing was kept. Fetch it again; if it happens twice, the source or a proxy changed the file."
-            )
-        if check:
-            check(path)
+            got = f"Expected sha256 {expected}, got {found.sha256} ({found.size:,} bytes). Nothing was kept"
+            remedy = "Fetch it again; if it happens twice, the source or a proxy changed the file."
+            raise SourceError(f"{name}: wrong bytes. {got}. {remedy}")
         blob = self._blob(found.sha256)
         if self.has(found.sha256, found.size) and sha256_of(blob) == found.sha256:
             path.unlink()  # keep the first inode: graphs hold hard links to it
@@ -195,7 +166,7 @@ class Store:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, blob)
-            fsync_directory(blob.parent)
+            fsync(blob.parent)
         return self._described(name, found)
 
     def _described(self, name: str, digest: Digest) -> LockedFile:
@@ -217,16 +188,14 @@ class Store:
         for file in files:
             blobs[checked_name(file.name)] = self.path(file.sha256)
             if file.has_weights and not file.chunks:
-                raise SourceError(
-                    f"{file.name} was locked without digests of its chunks, by an earlier version: what is read of it "
-                    f"cannot be compared with what was downloaded. {AGAIN}"
-                )
+                old = "locked without digests of its chunks, by an earlier version"
+                why = "what is read of it cannot be compared with what was downloaded"
+                raise SourceError(f"{file.name} was {old}: {why}. {AGAIN}")
             if file.chunks:
                 blobs[file.name + SUFFIX] = self.path(file.chunks)
             if sha256_of(self.path(whole := file.chunks or file.sha256)) != whole:
-                raise SourceError(
-                    f"{file.name}: blob {whole} of the store {self.root} is damaged, or something wrote to it. {AGAIN}"
-                )
+                what = f"blob {whole} of the store {self.root} is damaged, or something wrote to it"
+                raise SourceError(f"{file.name}: {what}. {AGAIN}")
         with disk_errors(f"link {len(blobs)} files into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             places = {directory / name: blob for name, blob in blobs.items()}
@@ -253,9 +222,7 @@ class Store:
     @contextmanager
     def exclusive(self, key: str) -> Iterator[None]:
         """Hold `key` alone among processes: two downloads of one source wait for, rather than disturb, each other."""
-        with disk_errors(f"use the store {self.root}"):
-            (self.root / "partial").mkdir(parents=True, exist_ok=True)
-            lock = open(self.root / "partial" / f"{key}.lock", "w")  # noqa: SIM115
-        with lock:
+        (self.root / "partial").mkdir(parents=True, exist_ok=True)
+        with open(self.root / "partial" / f"{key}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also after a crash
             yield

@@ -11,6 +11,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from blake3 import blake3
 
@@ -27,35 +28,24 @@ _DIGEST = 32  # bytes of either hash
 _BLOCK = 16 * CHUNK
 
 
-class Digest:
-    """SHA-256, size, and the list of chunks of bytes that come in pieces."""
+class Digest(NamedTuple):
+    """What some bytes are: how many, their SHA-256 (64 hex digits), and their list as it lies beside a file."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self._whole, self._chunk, self._chunks = hashlib.sha256(), blake3(), bytearray()
+    size: int
+    sha256: str
+    chunks: bytes
 
-    def update(self, piece: bytes | memoryview) -> None:
-        """Go on with `piece`."""
-        self._whole.update(piece)
-        left = memoryview(piece).cast("B")
-        while left:
-            part = left[: CHUNK - self.size % CHUNK]
-            self._chunk.update(part)
-            self.size, left = self.size + len(part), left[len(part) :]
-            if self.size % CHUNK == 0:
-                self._chunks += self._chunk.digest()
-                self._chunk = blake3()
 
-    @property
-    def sha256(self) -> str:
-        """Of everything, 64 hex digits."""
-        return self._whole.hexdigest()
-
-    @property
-    def chunks(self) -> bytes:
-        """The list as it lies beside the file."""
-        last = self._chunk.digest() if self.size % CHUNK else b""
-        return self._whole.digest() + self._chunks + last
+def copied(source: IO[bytes], target: IO[bytes] | None = None) -> Digest:
+    """What `source` holds up to its end, copied to `target`. `source` is buffered: only its last read may be short."""
+    size, whole, chunks = 0, hashlib.sha256(), bytearray()
+    while piece := source.read(CHUNK):
+        size += len(piece)
+        whole.update(piece)
+        chunks += blake3(piece).digest()
+        if target:
+            target.write(piece)
+    return Digest(size, whole.hexdigest(), whole.digest() + chunks)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ def small_files(names: Collection[str], where: str) -> list[str]:
     if INDEX not in names and SINGLE not in names:
         pickles = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in _PICKLES))
         if pickles:
-            raise SourceError(
-                f"{where}: the weights exist only as Python pickles ({_some(pickles)}), which can run code when they "
-                f"are loaded. Use a source that offers safetensors, or convert on a machine you can throw away."
+            only = (
+                f"the weights exist only as Python pickles ({_some(pickles)}), which can run code when they are loaded"
             )
+            remedy = "Use a source that offers safetensors, or convert on a machine you can throw away."
+            raise SourceError(f"{where}: {only}. {remedy}")
         raise SourceError(f"{where}: neither {SINGLE} nor {INDEX}. Found: {_some(names)}.")
     wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _SMALL)]
     return sorted(_plain(name, where) for name in wanted if "/" not in name) + [INDEX] * (INDEX in names)
@@ -57,10 +58,8 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
     if not named or any(not shard.endswith(".safetensors") or "/" in shard for shard in named):
         raise SourceError(f"{where}: {INDEX} must name safetensors files beside it; it names {_some(named)}.")
     if missing := [shard for shard in named if shard not in names]:
-        raise SourceError(
-            f"{where}: {len(missing)} of {len(named)} shards named in {INDEX} are missing: {_some(missing)}. "
-            f"The source is incomplete; fetch it whole or pin a revision that has them."
-        )
+        what = f"{len(missing)} of {len(named)} shards named in {INDEX} are missing: {_some(missing)}"
+        raise SourceError(f"{where}: {what}. Fetch the source whole, or pin a revision that has them.")
     return named
 
 
@@ -91,10 +90,9 @@ def refuse_pointer(path: Path, name: str, where: str) -> None:
 
 def _refuse_pointer(content: bytes, name: str, where: str) -> None:
     if content.startswith(_POINTER):
-        raise SourceError(
-            f"{where}: {name} is a git-LFS pointer (a short text that stands for the real file), not the file. "
-            f"The copy was made without git-lfs: run `git lfs pull` there, or use a source that serves the real bytes."
-        )
+        what = f"{name} is a git-LFS pointer (a short text that stands for the real file), not the file"
+        remedy = "run `git lfs pull` there, or use a source that serves the real bytes"
+        raise SourceError(f"{where}: {what}. The copy was made without git-lfs: {remedy}.")
 
 
 def _plain(name: str, where: str) -> str:

@@ -23,14 +23,7 @@ from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from pipeline.checkpoint.architecture import (
-    MAX_HEAD_DIM,
-    MAX_LAYERS,
-    MAX_POSITION,
-    MAX_SIZE,
-    Architecture,
-    parse_architecture,
-)
+from pipeline.checkpoint.architecture import Architecture, parse_architecture
 from pipeline.checkpoint.untrusted import open_regular, shown
 from pipeline.errors import CheckpointError
 from pipeline.files import write_bytes, write_json
@@ -119,9 +112,8 @@ class _File:
                 self.reader = _BoundedReader(path)
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise self.wrong(
-                f" is not a readable GGUF file: {reason}. It is probably truncated or damaged: fetch it again."
-            ) from error
+            why = f"{reason}. It is probably truncated or damaged: fetch it again"
+            raise self.wrong(f" is not a readable GGUF file: {why}.") from error
         if self.reader.byte_order == "S":
             raise self.wrong(" is a GGUF file of the other byte order; convert it to little-endian first.")
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
@@ -147,19 +139,15 @@ class _File:
     def has(self, key: str) -> bool:
         return key in self.reader.fields
 
-    def positive(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """An integer above zero, as large as a real model's at most."""
-        value = self.get(key, int, default)
-        if not 0 < value <= most:
-            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive, and {most:,} at most.")
+    def positive(self, key: str, default: int | None = None) -> int:
+        """An integer above zero; how large it may be, `parse_architecture` knows."""
+        if (value := self.get(key, int, default)) <= 0:
+            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive.")
         return value
 
     def decimal(self, key: str, default: float | None = None) -> float:
-        """A positive float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
-        value = float(str(np.float32(self.get(key, float, default))))
-        if not 0 < value < float("inf"):
-            raise self.wrong(f": metadata key {key!r} is {value}; it must be positive and finite.")
-        return value
+        """A float32 as the shortest decimal that is the same float32 (1e-05, not 9.999999747378752e-06)."""
+        return float(str(np.float32(self.get(key, float, default))))
 
     def expect(self, key: str, supported: str, what: str) -> None:
         """Raise unless the string at `key` is the one supported."""
@@ -169,18 +157,16 @@ class _File:
 
 
 def _config(file: _File) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM, without the ids of special tokens; every value is checked."""
+    """config.json of a LlamaForCausalLM, without the ids of special tokens, for `parse_architecture` to check."""
     heads = file.positive("llama.attention.head_count")
     kv_heads = file.positive("llama.attention.head_count_kv", heads)
     hidden = file.positive("llama.embedding_length")
-    head_dim = file.positive("llama.attention.key_length", max(hidden // heads, 1), MAX_HEAD_DIM)
+    head_dim = file.positive("llama.attention.key_length", max(hidden // heads, 1))
     vocab = len(file.get("tokenizer.ggml.tokens", list))
     rotary = file.positive("llama.rope.dimension_count", head_dim)
     value_dim = file.positive("llama.attention.value_length", head_dim)
     scaling = file.get("llama.rope.scaling.type", str, "none")
     problems = [
-        (heads % kv_heads != 0, f"{heads} heads cannot share {kv_heads} key-value heads"),
-        (head_dim % 2 != 0, f"head size {head_dim} is odd"),
         (rotary != head_dim, f"rotary size {rotary} is not the head size {head_dim} (partial rotary)"),
         (value_dim != head_dim, f"value size {value_dim} is not the key size {head_dim}"),
         (scaling != "none", f"rope scaling {shown(scaling)} is not supported"),
@@ -195,14 +181,14 @@ def _config(file: _File) -> dict[str, Any]:
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": file.positive("llama.feed_forward_length"),
-        "num_hidden_layers": file.positive("llama.block_count", most=MAX_LAYERS),
+        "num_hidden_layers": file.positive("llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": file.decimal("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": file.decimal("llama.rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "max_position_embeddings": file.positive("llama.context_length", most=MAX_POSITION),
+        "max_position_embeddings": file.positive("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -232,10 +218,8 @@ def _check_tensors(file: _File, names: dict[str, str], shapes: dict[str, Shape])
     for problem, wrong in (("lacks", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
         if wrong:
             listed = ", ".join(map(shown, sorted(wrong)[:5])) + (", …" if len(wrong) > 5 else "")
-            raise file.wrong(
-                f" {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}. "
-                f"Biases, experts and rope factors are not supported. {_INSTEAD}"
-            )
+            what = f" {problem} {len(wrong)} tensor(s) that do not fit its {ARCHITECTURE} metadata: {listed}"
+            raise file.wrong(f"{what}. Biases, experts and rope factors are not supported. {_INSTEAD}")
     for name, target in names.items():
         shape = tuple(int(d) for d in reversed(tensors[name].shape))  # GGUF lists the fastest dimension first
         if shape != shapes[target]:
@@ -247,10 +231,8 @@ def _check_places(file: _File) -> None:
     previous, position = "the metadata", file.reader.data_offset
     for tensor in sorted(file.reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < position:
-            raise file.wrong(
-                f": tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}, which ends at "
-                f"{position:,}. The file is damaged: fetch it again."
-            )
+            what = f": tensor {tensor.name!r} starts at byte {tensor.data_offset:,}, inside {previous}"
+            raise file.wrong(f"{what}, which ends at {position:,}. The file is damaged: fetch it again.")
         previous, position = f"tensor {tensor.name!r}", tensor.data_offset + tensor.n_bytes
 
 
@@ -300,10 +282,8 @@ def _tokenizer(file: _File) -> Tokenizer:
     file.expect("tokenizer.ggml.model", VOCABULARY, "vocabulary type")
     pre = file.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
-        raise file.wrong(
-            f" wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}. "
-            f"A wrong guess would encode text differently from training. {_INSTEAD}"
-        )
+        what = f" wants pre-tokenizer {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
+        raise file.wrong(f"{what}. A wrong guess would encode text differently from training. {_INSTEAD}")
     for flag in _FALSE_ONLY:
         if file.get(f"tokenizer.ggml.{flag}", bool, False):
             raise file.wrong(f": tokenizer.ggml.{flag} is true, which is not supported.")
@@ -318,8 +298,6 @@ def _tokenizer(file: _File) -> Tokenizer:
     for token, kind in zip(tokens, types, strict=True):
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):  # these are found in text before it is split
             tokenizer.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)])
-    if tokenizer.get_vocab_size() != len(tokens):
-        raise file.wrong(f": its {len(tokens)} tokens make {tokenizer.get_vocab_size()} vocabulary entries.")
     return tokenizer
 
 
@@ -330,10 +308,8 @@ def _bpe(file: _File, tokens: list[Any]) -> BPE:
     merges = [tuple(str(merge).split(" ")) for merge in file.get("tokenizer.ggml.merges", list)]
     for number, merge in enumerate(merges):
         if len(merge) != 2 or "".join(merge) not in vocab or not all(part in vocab for part in merge):
-            raise file.wrong(
-                f": tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; it must name two tokens of the "
-                f"vocabulary whose concatenation is one too."
-            )
+            needed = "it must name two tokens of the vocabulary whose concatenation is one too"
+            raise file.wrong(f": tokenizer.ggml.merges[{number}] is {shown(' '.join(merge))}; {needed}.")
     return BPE(vocab=vocab, merges=merges)
 
 

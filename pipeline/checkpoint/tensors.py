@@ -30,7 +30,6 @@ _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 ITEM_BYTES = {dtype: np.dtype(stored).itemsize for dtype, stored in _STORED.items()}
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 255  # bytes; what file systems allow
-_AGAIN = "Delete the file and download it again."
 _OTHERS = "Index and shards belong to different checkpoints: download all of them again."
 
 
@@ -67,10 +66,8 @@ def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = Fals
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_JSON):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated: {size:,} bytes, header of {length:,} bytes "
-                    f"announced (at most {MAX_JSON:,} are read). {_AGAIN}"
-                )
+                sizes = f"{size:,} bytes, header of {length:,} bytes announced (at most {MAX_JSON:,} are read)"
+                raise _malformed(path, f"not a safetensors file, or truncated: {sizes}")
             header = file.read(length)
             if chunks and (place := chunks.damage(file.fileno(), 0, memoryview(prefix + header))):
                 raise _damaged(chunks, place, "the header")
@@ -78,14 +75,18 @@ def read_header(path: Path, chunks: Chunks | None = None, *, follow: bool = Fals
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error}). {_AGAIN}") from None
+        raise _malformed(path, f"the safetensors header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object. {_AGAIN}")
+        raise _malformed(path, "the safetensors header is not a JSON object")
     entries.pop("__metadata__", None)
     data_start, data_size = 8 + length, size - 8 - length
     refs = {name: _parse_entry(name, entry, path, data_start, data_size) for name, entry in entries.items()}
     _check_layout(refs.values(), path, data_start, size)
     return refs
+
+
+def _malformed(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}. Delete the file and download it again.")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -101,10 +102,9 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
             raise ValueError
         known = dtype in ITEM_BYTES
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{path}: tensor {shown(name)} has a malformed header entry: {shown(entry)}. It needs dtype, shape (at "
-            f"most {_MAX_DIMENSIONS} positive sizes) and data_offsets [begin, end]. {_AGAIN}"
-        ) from None
+        what = f"tensor {shown(name)} has a malformed header entry: {shown(entry)}"
+        needed = f"dtype, shape (at most {_MAX_DIMENSIONS} positive sizes) and data_offsets [begin, end]"
+        raise _malformed(path, f"{what}. It needs {needed}") from None
     if not known:
         raise CheckpointError(
             f"{path}: tensor {shown(name)} has dtype {shown(dtype)}; supported are {', '.join(ITEM_BYTES)}. "
@@ -112,10 +112,8 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int, data_size: 
         )
     needed = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != needed or end > data_size:
-        raise CheckpointError(
-            f"{path}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header "
-            f"gives bytes {begin:,} to {end:,} of {data_size:,}. The file is truncated or malformed. {_AGAIN}"
-        )
+        given = f"the header gives bytes {begin:,} to {end:,} of {data_size:,}: it is truncated or malformed"
+        raise _malformed(path, f"tensor {shown(name)}, {dtype} {list(shape)}, needs {needed:,} bytes, {given}")
     return TensorRef(name, dtype, shape, path.name, data_start + begin, needed)
 
 
@@ -125,15 +123,11 @@ def _check_layout(refs: Iterable[TensorRef], path: Path, start: int, size: int) 
     previous, position = "", start
     for offset, length, name in [*places, (size, 0, "")]:
         if offset < position:
-            raise CheckpointError(
-                f"{path}: tensors {previous} and {name} share bytes: the first ends at byte {position:,}, the second "
-                f"starts at {offset:,}. {_AGAIN}"
-            )
+            ends = f"the first ends at byte {position:,}, the second starts at {offset:,}"
+            raise _malformed(path, f"tensors {previous} and {name} share bytes: {ends}")
         if offset > position:
-            raise CheckpointError(
-                f"{path}: bytes {position:,} to {offset:,} {f'before tensor {name}' if name else 'at the end'} belong "
-                f"to no tensor of its header, and the format allows no gaps. {_AGAIN}"
-            )
+            gap = f"bytes {position:,} to {offset:,} {f'before tensor {name}' if name else 'at the end'}"
+            raise _malformed(path, f"{gap} belong to no tensor of its header, and the format allows no gaps")
         previous, position = name, offset + length
 
 
@@ -160,24 +154,15 @@ class Checkpoint(dict[str, TensorRef]):
         for name in sorted(set(index.values())) or [SINGLE]:
             self._chunks[name] = chunks = Chunks.beside(folder / name)
             refs = read_header(folder / name, chunks)
-            for key in refs:
-                if key in self:
-                    raise CheckpointError(
-                        f"{folder}: tensor {shown(key)} is in {self[key].file} and again in {name}; which one is meant "
-                        f"cannot be known. Remove the shard that does not belong to this checkpoint."
-                    )
-                if index and index.get(key) != name:
-                    raise CheckpointError(
-                        f"{folder / name}: holds tensor {shown(key)}, which {INDEX} places in "
-                        f"{index.get(key, 'no shard')}. {_OTHERS}"
-                    )
+            if strays := [key for key in refs if index and index.get(key) != name]:
+                held = f"holds tensor {shown(strays[0])}, which {INDEX} places in {index.get(strays[0], 'no shard')}"
+                raise CheckpointError(f"{folder / name}: {held}. {_OTHERS}")
             self.update(refs)
             self._sizes[name] = max((ref.offset + ref.length for ref in refs.values()), default=0)
         if missing := [key for key in index if key not in self]:
-            raise CheckpointError(
-                f"{folder / INDEX}: places {len(missing)} of {len(index)} tensors in shards that do not hold them, the "
-                f"first is {shown(missing[0])} in {index[missing[0]]}. {_OTHERS}"
-            )
+            first = f"the first is {shown(missing[0])} in {index[missing[0]]}"
+            lost = f"places {len(missing)} of {len(index)} tensors in shards that do not hold them, {first}"
+            raise CheckpointError(f"{folder / INDEX}: {lost}. {_OTHERS}")
 
     @contextmanager
     def _open(self, name: str) -> Iterator[FileIO]:
@@ -187,10 +172,9 @@ class Checkpoint(dict[str, TensorRef]):
             with open_regular(path) as file:
                 size, expected = os.fstat(file.fileno()).st_size, self._sizes[path.name]
                 if size != expected:
-                    raise CheckpointError(
-                        f"tensor {name!r}: {path} has {size:,} bytes, and had {expected:,} when its header was read. "
-                        f"Run the download stage again, and let nothing else write there."
-                    )
+                    changed = f"{path} has {size:,} bytes, and had {expected:,} when its header was read"
+                    remedy = "Run the download stage again, and let nothing else write there."
+                    raise CheckpointError(f"tensor {name!r}: {changed}. {remedy}")
                 yield file
         except OSError as error:
             raise _unreadable(path, error) from None
@@ -235,11 +219,6 @@ class Checkpoint(dict[str, TensorRef]):
         shape, offset = (stop - start, *ref.shape[1:]), ref.offset + start * (ref.length // ref.shape[0])
         with self._open(name) as file:
             raw = np.fromfile(file, _STORED[ref.dtype], math.prod(shape), offset=offset)
-            if raw.size != math.prod(shape):
-                raise CheckpointError(
-                    f"tensor {name!r}: {self.folder / ref.file} ends before row {stop:,} does. The file changed after "
-                    f"it was opened: run the download stage again."
-                )
             if raw.size and chunks and (place := chunks.damage(file.fileno(), offset, raw.view(np.uint8).data)):
                 raise self._damaged(name, chunks, place)
         return raw.reshape(shape)
@@ -288,15 +267,10 @@ def _read_index(path: Path) -> dict[str, str]:
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: not a safetensors index (no usable weight_map: {error}). Delete it and download the checkpoint "
-            f"again."
-        ) from None
+        raise _malformed(path, f"not a safetensors index (no usable weight_map: {error})") from None
     for name in weight_map.values():
         plain = isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & {"/", "\\"}
         if not plain or not name.isprintable() or len(name.encode()) > _MAX_NAME:
-            raise CheckpointError(
-                f"{path}: names the file {shown(name)}, which is not a plain file name inside the folder. "
-                f"The checkpoint is malformed or hostile; download it again from its publisher."
-            )
+            what = f"names the file {shown(name)}, which is not a plain file name inside the folder"
+            raise CheckpointError(f"{path}: {what}. It is malformed or hostile; download it from its publisher.")
     return weight_map

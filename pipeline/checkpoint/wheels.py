@@ -78,22 +78,16 @@ def _explain_pip(stderr: str) -> str:
         return f"this Python has no pip ({sys.executable}). Install it with `python -m ensurepip`."
     if "DO NOT MATCH THE HASHES" in stderr:
         got = re.search(r"Got\s+([0-9a-f]{64})", stderr)
-        return (
-            f"the index serves other bytes than the pinned ones (got sha256 {got[1] if got else 'unknown'}). Nothing "
-            f"was kept. Do not change the pin before you know why the file changed."
-        )
+        what = f"the index serves other bytes than the pinned ones (got sha256 {got[1] if got else 'unknown'})"
+        return f"{what}. Nothing was kept. Do not change the pin before you know why the file changed."
     versions = re.search(r"\(from versions: ([^)]*)\)", stderr)
     if _OFFLINE.search(stderr) and (versions is None or versions[1] == "none"):
-        return (
-            "the package index cannot be reached. Check the network and pip's settings "
-            "(`python -m pip config list`: index, proxy, certificates), then run the same command again."
-        )
+        settings = "pip's settings (`python -m pip config list`: index, proxy, certificates)"
+        return f"the package index cannot be reached. Check the network and {settings}, then run the command again."
     if versions is not None:
         there = f"versions there: {versions[1]}" if versions[1] != "none" else "it shows no version at all"
-        return (
-            f"the package index has no such wheel for this Python and machine ({there}). "
-            f"Check package and version in the configuration, and pip's index in `python -m pip config list`."
-        )
+        remedy = "Check package and version in the configuration, and pip's index in `python -m pip config list`."
+        return f"the package index has no such wheel for this Python and machine ({there}). {remedy}"
     errors = [line.removeprefix("ERROR:").strip() for line in stderr.splitlines() if line.startswith("ERROR:")]
     return "pip failed: " + (_CREDENTIALS.sub("", " ".join(errors or stderr.split()[-40:])) or "without saying why")
 

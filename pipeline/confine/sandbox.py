@@ -6,8 +6,8 @@ it does depends on the level that `pipeline.confine.isolation` chose for this ma
 - a seccomp allow-list leaves memory, clocks, sleeping, exit, and reads and writes on descriptors that are already open;
   files, sockets, processes, threads, signals, ptrace, terminals and namespaces all fail with EPERM, for root too;
 - Landlock, where the kernel has it, denies the file system, TCP and signals a second time, by another mechanism;
-- without seccomp, a wrapper around the process (bubblewrap's namespaces, macOS's sandbox-exec) keeps files, network and
-  other processes out of sight, and root becomes `nobody`, whom RLIMIT_NPROC keeps from making processes and threads;
+- without seccomp, a wrapper around the process (bubblewrap's namespaces) keeps files, network and other processes out
+  of sight, and root becomes `nobody`, whom RLIMIT_NPROC keeps from making processes and threads;
 - resource limits bound memory, CPU time, file size and core dumps, and let no new descriptor be opened, whatever it
   would be of (a file, a socket, anonymous memory, io_uring).
 
@@ -15,7 +15,7 @@ Because no file can be opened at any level, a verdict does not depend on the lev
 
 Not covered here: wall time, output volume and inherited descriptors, which are the parent's business
 (`pipeline.confine.referee`); side channels and bugs of the kernel behind the calls that stay allowed, which are few
-under seccomp and most of them under a wrapper; memory on macOS, which has no limit that its kernel enforces.
+under seccomp and most of them under a wrapper.
 
 Sources: Linux seccomp(2), landlock(7), prctl(2), linux/filter.h; call numbers from the kernel's asm/unistd_64.h and
 asm-generic/unistd.h.
@@ -27,21 +27,16 @@ import contextlib
 import ctypes
 import os
 import platform
+import resource
 import socket
 import struct
 import sys
 
 from pipeline.errors import EvaluationError
 
-try:
-    import resource
-except ImportError:  # Windows, where nothing is safe
-    resource = None  # type: ignore[assignment]
-
 LANDLOCK = "landlock+seccomp+rlimits"
 SECCOMP = "seccomp+rlimits"
 BUBBLEWRAP = "bubblewrap+rlimits"
-SANDBOX_EXEC = "sandbox-exec+rlimits"
 RLIMITS = "rlimits"
 
 MEMORY_LIMIT = 512 << 20  # bytes of address space; the interpreter itself maps about 30 MB
@@ -119,8 +114,6 @@ def lock_down(level: str, cpu_seconds: int) -> None:
 
 
 def _set_limits(cpu_seconds: int) -> None:
-    if resource is None:
-        raise EvaluationError(f"{sys.platform} has no resource limits. Run the evaluation on Linux.")
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: MEMORY_LIMIT,

@@ -19,8 +19,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from pipeline.confine.sandbox import lock_down
 
@@ -86,30 +86,29 @@ def decode(data: Any) -> Plain:
 
 def main() -> None:
     """Serve one solution on descriptor 0 until the referee closes it."""
-    channel = os.dup(0)
-    silence = os.open(os.devnull, os.O_RDWR)
+    channel, silence = os.dup(0), os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(silence, standard)
     os.close(silence)
     os.environ.clear()  # the referee passes none, but importing us may have set some
-    lines = _lines(channel)
-    level, cpu_seconds, program, entry_point = json.loads(next(lines))
+    with open(channel, "rb") as requests, open(channel, "wb", closefd=False) as replies:
+        _serve(requests, replies)
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    level, cpu_seconds, program, entry_point = json.loads(next(requests))
     try:
         _import_named(program)
         lock_down(level, cpu_seconds)
     except Exception as error:
-        _send(channel, ["fault", f"{type(error).__name__}: {error}"])
+        _send(replies, ["fault", f"{type(error).__name__}: {error}"])
         return
-    _send(channel, ["ready"])
-    _serve(channel, lines, program, entry_point)
-
-
-def _serve(channel: int, lines: Iterator[bytes], program: str, entry_point: str) -> None:
+    _send(replies, ["ready"])
     namespace: dict[str, Any] = {"__name__": "solution"}  # so that a program's main guard stays shut
-    _send(channel, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
-    for line in lines:
+    _send(replies, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
+    for line in requests:
         number, arguments = json.loads(line)
-        _send(channel, [number, *_attempt(lambda given: namespace[entry_point](*decode(given)), arguments)])
+        _send(replies, [number, *_attempt(lambda given: namespace[entry_point](*decode(given)), arguments)])
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -117,14 +116,10 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
     try:
         return ["value", encode(action(*arguments))]
     except BaseException as error:
-        return ["raised", _described(error)]
-
-
-def _described(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:200]
-    except BaseException:
-        return "an exception that cannot be printed"
+        try:
+            return ["raised", f"{type(error).__name__}: {error}"[:200]]
+        except BaseException:
+            return ["raised", "an exception that cannot be printed"]
 
 
 def _import_named(program: str) -> None:
@@ -134,14 +129,6 @@ def _import_named(program: str) -> None:
             importlib.import_module(_IMPORTABLE[word])
 
 
-def _lines(channel: int) -> Iterator[bytes]:
-    buffer = b""
-    while chunk := os.read(channel, 1 << 16):
-        *complete, buffer = (buffer + chunk).split(b"\n")
-        yield from complete
-
-
-def _send(channel: int, message: list[Any]) -> None:
-    data = memoryview(json.dumps(message).encode() + b"\n")
-    while data:
-        data = data[os.write(channel, data) :]
+def _send(replies: BinaryIO, message: list[Any]) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()

@@ -67,7 +67,6 @@ class _Decoder(GraphWriter):
         self.checkpoint = checkpoint
         self.context = context
         self.rope_data = bytearray()
-        self._wide: set[str] = set()
 
     def write(self) -> onnx.ModelProto:
         arch = self.arch
@@ -106,11 +105,7 @@ class _Decoder(GraphWriter):
         self.stored(name)
         if self.checkpoint[name].dtype == "F32":
             return name
-        wide = f"{name}/float32"
-        if name not in self._wide:
-            self._wide.add(name)
-            self.node("Cast", [name], wide, to=TensorProto.FLOAT)
-        return wide
+        return self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
         """x · Wᵀ, plus the bias where the family has one."""

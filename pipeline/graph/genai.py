@@ -15,16 +15,6 @@ from pipeline.errors import CheckpointError
 from pipeline.graph.decoder import PREFILL_CHUNK
 
 
-def _stop_ids(configs: dict[Path, dict[str, Any]], extra: tuple[int, ...]) -> list[int]:
-    """End-of-text ids from the files that name them (their union), then the model entry's extras."""
-    found: list[int] = []
-    for path, config in configs.items():
-        value = config.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        found += [_token_id(token, "eos_token_id", path) for token in ids]
-    return list(dict.fromkeys([*found, *extra]))
-
-
 def _token_id(value: Any, key: str, path: Path) -> int:
     if type(value) is not int or not 0 <= value < 1 << 24:
         raise CheckpointError(f"{path}: {key} is {shown(value)}, not a token id. Run the download stage again.")
@@ -49,21 +39,20 @@ def genai_config(
     """
     where = folder / "generation_config.json"
     config, defaults = read_config(folder / "config.json"), read_config(where) if where.exists() else {}
-    stops = _stop_ids({where: defaults, folder / "config.json": config}, entry.extra_stop_ids)
-    if not stops:
+    found: list[int] = []
+    for path, values in ((where, defaults), (folder / "config.json", config)):
+        named = values.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        found += [_token_id(token, "eos_token_id", path) for token in ids]
+    if not (stops := list(dict.fromkeys([*found, *entry.extra_stop_ids]))):
         raise CheckpointError(
             f"{folder}: neither generation_config.json nor config.json has an eos_token_id: generation would never "
             f"stop. Set `extra_stop_ids` in the model's entry."
         )
-    bos, pad = (
-        stops[0] if found is None else _token_id(found, key, where)
-        for key in ("bos_token_id", "pad_token_id")
-        for found in [defaults.get(key, config.get(key))]
-    )
-    temperature, top_p = (
-        _number(defaults.get(key, 1.0) if chosen is None else chosen, key, where)
-        for key, chosen in (("temperature", entry.temperature), ("top_p", entry.top_p))
-    )
+    given = {key: defaults.get(key, config.get(key)) for key in ("bos_token_id", "pad_token_id")}
+    tokens = {key: stops[0] if value is None else _token_id(value, key, where) for key, value in given.items()}
+    chosen = {"temperature": entry.temperature, "top_p": entry.top_p}
+    sampling = {key: defaults.get(key, 1.0) if value is None else value for key, value in chosen.items()}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": model_file,
@@ -85,13 +74,12 @@ def genai_config(
         "num_key_value_heads": architecture.kv_heads,
     }
     model = {
-        "bos_token_id": bos,
         "context_length": context,
         "decoder": decoder,
         "eos_token_id": stops,
-        "pad_token_id": pad,
         "type": architecture.traits.genai_type,
         "vocab_size": architecture.vocab,
+        **tokens,
     }
     # A prompt beyond LongRoPE's switch of factors must be rotated with the long ones from its first token on; chunks
     # before the switch would still take the short ones, so whole prompts are run where the context reaches it.
@@ -101,8 +89,7 @@ def genai_config(
         "do_sample": bool(entry.temperature or defaults.get("do_sample", False)),
         "max_length": context,
         "past_present_share_buffer": True,
-        "temperature": temperature,
         "top_k": int(_number(defaults.get("top_k", 50), "top_k", where)),
-        "top_p": top_p,
+        **{key: _number(value, key, where) for key, value in sampling.items()},
     }
     return {"model": model, "search": search}

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+value_info = helper.make_tensor_value_info
+"""Type and shape of a graph input or output; strings are symbolic dimensions."""
 OPSET = 21
 MICROSOFT = "com.microsoft"
 STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -33,7 +35,7 @@ class GraphWriter:
     """Collects nodes and initializers in order of execution and makes a model of them."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
+        self.nodes: dict[str, onnx.NodeProto] = {}
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -41,8 +43,9 @@ class GraphWriter:
     def node(
         self, op: str, inputs: list[str], output: str, domain: str = "", more: Sequence[str] = (), **attrs: Any
     ) -> str:
-        """Append one node; `output` is its name and first output, `more` its further outputs."""
-        self.nodes.append(helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attrs))
+        """Append a node unless it is there; `output` is its name and first output, `more` its further outputs."""
+        made = helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attrs)
+        self.nodes.setdefault(output, made)
         return output
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -53,11 +56,7 @@ class GraphWriter:
 
     def model(self, name: str) -> onnx.ModelProto:
         """The finished model."""
-        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.initializers.values()))
+        nodes, stored = list(self.nodes.values()), list(self.initializers.values())
+        graph = helper.make_graph(nodes, name, self.inputs, self.outputs, stored)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, producer_name="pipeline", ir_version=10)
-
-
-def value_info(name: str, data_type: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    """Type and shape of a graph input or output; strings are symbolic dimensions."""
-    return helper.make_tensor_value_info(name, data_type, shape)

@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+from pipeline.files import sha256_of
 from pipeline.packs import android
 from pipeline.packs.android import AGP, AI_PACK, FLAG, OTHER, PLACEHOLDER, TARGETING, AndroidIndex, Selector
 from pipeline.packs.delivery import Delivery, Pack
@@ -376,7 +377,7 @@ def _entry_clash(tree: AndroidTree) -> Found:
         places[asset.path].append(asset)
     for path, found in sorted(places.items()):
         sizes = {asset.size for asset in found}
-        if len(sizes) > 1 or (len(found) > 1 and len({tree.hash(asset.where) for asset in found}) > 1):
+        if len(sizes) > 1 or (len(found) > 1 and len({sha256_of(tree.folder / asset.where) for asset in found}) > 1):
             clash = f"packs {', '.join(asset.module for asset in found)} have different bytes at assets/{path}"
             yield found[0].where, f"{clash}: bundletool refuses the app bundle"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -130,14 +130,10 @@ def deliver(packed: Packable, name: Callable[[int], str], pack_bytes: int = PACK
     packs = []
     for number, places in enumerate(split({place: file.size for place, file in packed.files.items()}, pack_bytes), 1):
         files = {place: packed.files[place] for place in sorted(places)}
-        packs.append(Pack(name=name(number), bytes=total(files.values()), digest=pack_digest(files), files=files))
+        size = sum(file.size for file in files.values())
+        packs.append(Pack(name=name(number), bytes=size, digest=pack_digest(files), files=files))
     repeated = packed.release.model_dump(include=set(Delivery.model_fields))
     return Delivery(**repeated, bytes=sum(pack.bytes for pack in packs), packs=packs)
-
-
-def total(files: Iterable[FileEntry]) -> int:
-    """Bytes of some files."""
-    return sum(file.size for file in files)
 
 
 def write_pack(folder: Path, delivery: Delivery, pack: Pack, sources: Mapping[str, Path]) -> None:

@@ -30,9 +30,8 @@ MANIFESTS = "manifests"
 ENTITLEMENTS = "App.entitlements"
 ENTITLEMENT = "com.apple.developer.kernel.increased-memory-limit"
 COMMANDS = "upload.sh"
-POLICY: dict[str, dict[str, str]] = {
-    "onDemand": {}
-}  # gigabytes are downloaded when the user asks for them, not with the app
+# Gigabytes are downloaded when the user asks for them, not with the app.
+POLICY: dict[str, dict[str, str]] = {"onDemand": {}}
 
 
 class Choice(Record):

@@ -190,9 +190,9 @@ def _immutable(tree: IosTree) -> Found:
         return
     if tree.previous.index is None:
         yield INDEX, f"the earlier release {tree.previous.folder.name} cannot be compared: {tree.previous.read[1]}"
-    earlier = {name: pack.digest for name, pack in tree.previous.packs.items()}
-    for name, now in ((name, pack.digest) for name, pack in tree.packs.items()):
-        if (was := earlier.get(name, now)) != now:
+    earlier = tree.previous.packs
+    for name, pack in tree.packs.items():
+        if (was := earlier.get(name, pack).digest) != (now := pack.digest):
             yield name, f"this id was published with digest {was}, now it has {now}: raise the release number"
 
 

@@ -15,7 +15,7 @@ from pipeline.bundle.release import CONTENT, SIGNATURE, SMALL, Model, Record, Re
 from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.files import sha256_of
-from pipeline.packs.delivery import BUNDLE, INDEX, TIERS, Delivery, Pack, pack_digest, total
+from pipeline.packs.delivery import BUNDLE, INDEX, TIERS, Delivery, Pack, pack_digest
 
 RELEASE = f"{BUNDLE}/{CONTENT}/{Release.file_name}"
 
@@ -96,10 +96,6 @@ class Tree(ABC, Generic[Index]):
         if self.sizes.get(path, SMALL) >= SMALL:
             return ""
         return (self.folder / path).read_bytes().decode(errors="replace")
-
-    def hash(self, path: str) -> str:
-        """SHA-256 of a file."""
-        return sha256_of(self.folder / path)
 
     @cached_property
     def folders(self) -> set[str]:
@@ -191,7 +187,7 @@ def _pack_files(tree: Tree[Any], folder: str, delivery: Delivery, number: int) -
         entry = pack.files[path]
         if present[path] != entry.size:
             yield f"{folder}/{path}", f"the index says {entry.size:,} bytes, found {present[path]:,}"
-        elif (found := tree.hash(f"{folder}/{path}")) != entry.sha256:
+        elif (found := sha256_of(tree.folder / folder / path)) != entry.sha256:
             yield f"{folder}/{path}", f"the index says sha256 {entry.sha256}, found {found}"
     if number == 0:  # the delivery's copy here is the one that the app reads
         own, problem = tree.parsed(Delivery, path := f"{folder}/{INDEX}")
@@ -231,7 +227,7 @@ def _app_versions(tree: Tree[Any]) -> Found:
 def _digests(tree: Tree[Any]) -> Iterator[str]:
     for delivery in tree.deliveries.values():
         for pack in delivery.packs:
-            if pack.bytes != (found := total(pack.files.values())):
+            if pack.bytes != (found := sum(file.size for file in pack.files.values())):
                 yield f"pack {pack.name}: it says {pack.bytes:,} bytes, its files have {found:,}"
             if pack.digest != (digest := pack_digest(pack.files)):
                 yield f"pack {pack.name}: it says digest {pack.digest}, its files give {digest}"

@@ -120,7 +120,7 @@ def _splits(matrices: list[Matrix], formats: Sequence[str]) -> Iterator[tuple[Pl
     for high, low in product(kinds, kinds):
         step = max(high.block, low.block)
         shares = {round(part * columns / _SPLIT_STEPS / step) * step for part in range(1, _SPLIT_STEPS)}
-        for count in sorted(shares - {0}) if high.finer_than(low) else ():
+        for count in sorted(shares - {0}) if high.bits > low.bits else ():
             if columns % step == 0 and count < columns:
                 pieces = Piece(high, count), Piece(low, columns - count)
                 yield tuple(PlannedMatrix(matrix, pieces) for matrix in matrices)

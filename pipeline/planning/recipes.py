@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitFormat
@@ -13,8 +14,7 @@ TABLES = frozenset({"embedding", "head"})  # roles of the matrices with a row fo
 _CACHE_BYTES: dict[KvCache, int] = {"float32": 4, "int8": 1}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some of a matrix's input channels in one format. `columns` counts them."""
 
     format: TensorFormat
@@ -145,7 +145,7 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         if isinstance(chosen, str):
             return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
-        if not high.finer_than(low):
+        if high.bits <= low.bits:
             raise PlanError(f"high ({high}) needs more bits than low ({low}): it takes what matters most")
         step = max(high.block, low.block)
         columns = round(chosen.high_fraction * matrix.columns / step) * step

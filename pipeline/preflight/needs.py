@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND
+from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig

@@ -15,10 +15,11 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ from pipeline.publish.places import Body, Interrupted, Reader, open_place
 
 STATE = "releases.json"  # beside DIR, unless another file is named
 CHUNK = 1 << 18  # bytes
-ATTEMPTS = 8  # requests in a row that bring nothing new
-BACKOFF_SECONDS = 0.5  # doubled from the second attempt on
-MOST_SECONDS = 60  # between two attempts, also where a server asks for more
+# 8 requests in a row that bring nothing new end a fetch. The pauses between them double, from the second on, and last a
+# minute (60 seconds) at most, also where a server asks for more.
+PATIENCE = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60, retry_after_max=60)
 _LOG = logging.getLogger(__name__)
 
 
@@ -66,11 +67,11 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Client:
-    """Whom to ask and whom to trust. `checks` are what `verify` is asked of every folder."""
+    """Whom to ask and whom to trust. `verify` knows the keys, and what is wanted of every folder."""
 
     reader: Reader
     public_keys: Path | Sequence[Path]
-    checks: dict[str, Any]
+    verify: Callable[..., Report]
 
     def lay_out(self, folder: Path, path: str, kind: type[Stamp], pinned: str | None = None) -> Path:
         """Fetch a signature and, by the digest that it proves, its document; `folder` holds them and no other file."""
@@ -91,10 +92,6 @@ class _Client:
         files.write_bytes(folder / SIGNATURE, signature)
         files.write_bytes(folder / CONTENT / kind.file_name, raw)
         return folder
-
-    def verify(self, folder: Path, **more: Any) -> Report:
-        """What `verify` finds in a folder."""
-        return verify(folder, self.public_keys, **self.checks, **more)
 
     def accept(self, folder: Path, *passing: Kind, **more: Any) -> Any:
         """The folder's document. Raises BundleError for all that is wrong with it but findings of a `passing` kind."""
@@ -149,8 +146,9 @@ def fetch(
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
     accepted = ReleaseMemory(state or target.parent / STATE)
-    checks = {"now": now, "highest_release": accepted.highest(model), "allow_development": allow_development}
-    client = _Client(open_reader(address), public_keys, checks | {"model": model})
+    checks: dict[str, Any] = {"now": now, "highest_release": accepted.highest(model), "model": model}
+    check = partial(verify, public_keys=public_keys, allow_development=allow_development, **checks)
+    client = _Client(open_reader(address), public_keys, check)
     with _staging(target) as staging:
         _recover(target)
         path, pinned = layout.pointer(layout.folder(model, variant)), None
@@ -247,10 +245,10 @@ def _install(client: _Client, document: Release, bundle: Path, parts: Path, targ
     except BundleError:
         shutil.rmtree(parts)  # they were right when they arrived: what is on the disk now is not
         raise
-    files.fsync_directory(bundle / CONTENT)
-    files.fsync_directory(bundle)
+    files.fsync(bundle / CONTENT)
+    files.fsync(bundle)
     files.replace_directory(bundle, target)
-    files.fsync_directory(target.parent)
+    files.fsync(target.parent)
     return Fetched(target, document, left, sum(kept.values()))
 
 
@@ -310,21 +308,12 @@ def _append(reader: Reader, entry: FileEntry, file: BufferedRandom, progress: Pr
 # --- bytes over as many requests as it takes: pauses grow, and begin anew when something arrived ----------------------
 
 
-def _patience() -> Retry:
-    return Retry(
-        total=ATTEMPTS - 1,
-        backoff_factor=BACKOFF_SECONDS,
-        backoff_jitter=BACKOFF_SECONDS,
-        backoff_max=MOST_SECONDS,
-        retry_after_max=MOST_SECONDS,
-    )
-
-
 def _pause(patience: Retry, broken: Interrupted, where: str, position: int) -> Retry:
     try:
         patience = patience.increment(error=broken)
     except MaxRetryError:
-        failed = f"{ATTEMPTS} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}"
+        attempts = len(patience.history) + 1
+        failed = f"{attempts} attempts in a row brought nothing beyond byte {position:,}; the last: {broken}"
         remedy = "What arrived is kept: run the same command again and it goes on there."
         raise BundleError(f"{where}: {failed}. {remedy}") from None
     _LOG.info("%s: %s at byte %s; going on", where, broken, f"{position:,}")
@@ -349,7 +338,7 @@ def stream(reader: Reader, path: str, start: int, size: int | None, limit: int |
     Raises:
         BundleError: not there, longer than `limit`, or `ATTEMPTS` requests in a row brought nothing new.
     """
-    position, patience, where = start, _patience(), f"{reader.shown}/{path}"
+    position, patience, where = start, PATIENCE, f"{reader.shown}/{path}"
     while size is None or position < size:
         reached = position
         try:
@@ -366,7 +355,7 @@ def stream(reader: Reader, path: str, start: int, size: int | None, limit: int |
             if position < size:
                 raise Interrupted("the answer ended early")
         except Interrupted as broken:
-            patience = _pause(_patience() if position > reached else patience, broken, where, position)
+            patience = _pause(PATIENCE if position > reached else patience, broken, where, position)
 
 
 def read_all(reader: Reader, path: str, limit: int) -> bytes:

@@ -10,7 +10,6 @@ whose content/ onnxruntime-genai loads. The token comes from HF_TOKEN or `hf aut
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from typing import Any
 
 from pipeline import files
 from pipeline.bundle.release import CONTENT, SIGNATURE
+from pipeline.checkpoint.hub import connect
 from pipeline.errors import BundleError
-from pipeline.publish.places import shown
 from pipeline.publish.verified import Verified
 
 CARD = "README.md"
@@ -38,7 +37,7 @@ def _sources(wanted: Verified, place: str) -> dict[str, Path]:
 
 
 class Hub:
-    """One model repository, as a `push.Destination`: the only place here that talks to huggingface_hub.
+    """One model repository, as a `push.Destination`.
 
     Raises:
         BundleError: `repository` is no owner/name; and, from every method, no such repository or no access.
@@ -47,13 +46,8 @@ class Hub:
     def __init__(self, repository: str) -> None:
         if not _REPOSITORY.fullmatch(repository):
             raise BundleError(f"hf://{repository!a} names no repository: expected hf://owner/name.")
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first imported
-        import huggingface_hub
-        from huggingface_hub.constants import ENDPOINT
-
-        endpoint = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
-        self.hub, self.repository, self.shown = huggingface_hub, repository, f"{shown(endpoint)}/{repository}"
-        self.api = huggingface_hub.HfApi(endpoint=endpoint, library_name="phone-model-pipeline")
+        self.api, address = connect()
+        self.repository, self.shown = repository, f"{address}/{repository}"
 
     def releases(self, model: str, variant: str | None) -> list[int]:
         """As `push.Destination` says."""
@@ -103,10 +97,9 @@ class Hub:
         try:
             yield
         except errors.RepositoryNotFoundError:
-            raise BundleError(
-                f"{self.shown} is not there for this account. Make it first (`hf repo create {self.repository}`, "
-                f"--private if nobody else may see it yet), and set HF_TOKEN to a token that may write to it."
-            ) from None
+            make = f"`hf repo create {self.repository}`, --private if nobody else may see it yet"
+            remedy = f"Make it first ({make}), and set HF_TOKEN to a token that may write to it."
+            raise BundleError(f"{self.shown} is not there for this account. {remedy}") from None
         except OSError as error:  # requests' and huggingface_hub's are; their texts hold addresses and request ids
             status = getattr(getattr(error, "response", None), "status_code", None)
             answer = f"HTTP {status}" if status else type(error).__name__
@@ -146,8 +139,10 @@ class Hub:
 
     def _commit(self, sources: dict[str, Path], stale: list[str], parent: str, message: str) -> str:
         """One commit on top of `parent`; its id. Large files that the Hub holds already are not sent again."""
-        added = [self.hub.CommitOperationAdd(path, str(source)) for path, source in sources.items()]
-        operations: list[Any] = [*added, *(self.hub.CommitOperationDelete(path) for path in stale)]
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations: list[Any] = [CommitOperationAdd(path, str(source)) for path, source in sources.items()]
+        operations += [CommitOperationDelete(path) for path in stale]
         options: dict[str, Any] = {"commit_message": message, "parent_commit": parent, "revision": "main"}
         with self._errors("the commit"):
             return self.api.create_commit(self.repository, operations, **options).oid

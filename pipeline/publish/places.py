@@ -176,24 +176,20 @@ def open_place(address: str) -> Place:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Folder(Path(unquote(parts.path)))
     if parts.scheme == "s3" and parts.netloc:
-        return _s3(parts.netloc, parts.path)
+        if "@" in parts.netloc or ":" in parts.netloc:
+            raise BundleError("an s3:// address holds no key and no password: set AWS_PROFILE or other AWS variables.")
+        try:
+            import s3fs
+        except ImportError:
+            install = "`pip install -r requirements-s3.txt -c constraints.txt`"
+            raise BundleError(f"s3:// needs the package s3fs. Install it with {install}.") from None
+        root = f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
+        return Place(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
     raise BundleError(
         f"{shown(address)} is no place to publish to or to fetch from: name a folder, file:///folder or "
         f"s3://bucket/folder; `fetch` also reads https:// and http://, `push` also writes to a Hub repository, "
         f"hf://owner/name."
     )
-
-
-def _s3(bucket: str, path: str) -> Place:
-    if "@" in bucket or ":" in bucket:
-        raise BundleError("an s3:// address holds no key and no password: set AWS_PROFILE, or the usual AWS variables.")
-    try:
-        import s3fs
-    except ImportError:
-        install = "`pip install -r requirements-s3.txt -c constraints.txt`"
-        raise BundleError(f"s3:// needs the package s3fs. Install it with {install}.") from None
-    root = f"{bucket}/{path.strip('/')}".rstrip("/")
-    return Place(s3fs.S3FileSystem(use_listings_cache=False), root, f"s3://{root}")
 
 
 def shown(address: str) -> str:

@@ -142,10 +142,6 @@ class TensorFormat:
         """The zero of a symmetric block."""
         return 1 << (self.bits - 1)
 
-    def finer_than(self, other: TensorFormat) -> bool:
-        """Whether it has more codes, as the first half of a split matrix must have."""
-        return self.top > other.top
-
     # --- storage ---
 
     @property

@@ -216,9 +216,8 @@ def _rounded(
                     now += factor.unit[start:first, block].T @ errors[start:first]
                 blocks.append(_round_block(original[block], now, factor, fmt, block, errors[block], cost))
         codes, scales, zeros = zip(*blocks, strict=True)
-        found.append(
-            Quantized.of(fmt, np.ascontiguousarray(np.vstack(codes).T), np.stack(scales, 1), np.stack(zeros, 1))
-        )
+        cells = np.ascontiguousarray(np.vstack(codes).T)
+        found.append(Quantized.of(fmt, cells, np.stack(scales, 1), np.stack(zeros, 1)))
     return found, cost
 
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pipeline.compiled import compiled
-
 
 def channel_importance(moments: np.ndarray, column_norms: Iterable[np.ndarray]) -> np.ndarray:
     """E[x_j²] · Σ ‖column j‖² over the matrices that share the input: float64 [channels].
@@ -29,10 +27,6 @@ def split_channels(importance: np.ndarray, high: int) -> tuple[np.ndarray, np.nd
     return np.sort(order[:high]).astype(np.int32), np.sort(order[high:]).astype(np.int32)
 
 
-@compiled(nogil=True)
-def squared_norms(weights: np.ndarray, total: np.ndarray) -> None:
-    """Add the squares of each column of float32 [rows, columns] to `total`, float64 [columns]."""
-    for row in range(weights.shape[0]):
-        for column in range(weights.shape[1]):
-            value = np.float64(weights[row, column])
-            total[column] += value * value
+def squared_norms(weights: np.ndarray) -> np.ndarray:
+    """The sum of squares of each column of float32 [rows, columns], row by row: float64 [columns]."""
+    return np.einsum("rc,rc->c", weights, weights, dtype=np.float64)

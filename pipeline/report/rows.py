@@ -78,8 +78,7 @@ def build(
         about: facts about the run by name.
 
     Raises:
-        EvaluationError: a model × variant or a reference is missing, comes twice or is not of this run; a variant has
-            no verdict, or not exactly one of bundle and refusal.
+        EvaluationError: a model × variant or a reference is missing or comes twice.
     """
     found = {(row.model, row.variant): row for row in rows}
     expected = [(model, variant) for model in models for variant in (REFERENCE, *variants)]
@@ -88,19 +87,8 @@ def build(
             f"the report lacks {len(missing)} of {len(expected)} rows: {', '.join(missing)}. Run the validate stage of "
             f"each (dvc repro), then report again."
         )
-    if extra := sorted(f"{model}/{variant}" for model, variant in set(found) - set(expected)):
-        raise EvaluationError(f"the report was given rows that are not of this run: {', '.join(extra)}.")
     if len(found) != len(rows):
         raise EvaluationError(f"the report was given {len(rows)} rows for {len(found)} variants: some come twice.")
-    for row in (row for row in rows if row.variant != REFERENCE):
-        name = f"{row.model}/{row.variant}"
-        if row.verdict is None:
-            raise EvaluationError(f"{name} has no verdict: run its validate stage, then report again.")
-        if (row.bundle is None) == (row.refusal is None):
-            raise EvaluationError(
-                f"{name} needs either a bundle or a refusal, got bundle={row.bundle!r}, refusal={row.refusal!r}: run "
-                f"its bundle stage, then report again."
-            )
     own = {model: tuple(found[model, name] for name in variants) for model in models}
     reports = [ModelReport(model, found[model, REFERENCE], own[model], notes.get(model, "")) for model in models]
     return Report(tuple(reports), about)

@@ -69,34 +69,30 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4]) >> 1
 
 
-def load(folder: Path) -> genai.Model:
-    """Load a folder that holds genai_config.json, as it says, on all cores.
-
-    Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
-    """
-    for graph in folder.glob("*.onnx"):
-        check_weights(graph, folder)
-    try:
-        settings = genai.Config(str(folder))
-        # Left to itself the runtime uses half of the cores.
-        threads = {"session_options": {"intra_op_num_threads": cores()}}
-        settings.overlay(json.dumps({"model": {"decoder": threads}}))
-        return genai.Model(settings)
-    except Exception as error:  # the bindings raise plain RuntimeError and their own types
-        raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
-
-
 class Writer:
     """Continues prompts with the model and tokenizer of one folder."""
 
     def __init__(self, folder: Path):
+        """Load a folder that holds genai_config.json, as it says, on all cores.
+
+        Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
+        """
         self.folder = folder
-        self.model = load(folder)
+        for graph in folder.glob("*.onnx"):
+            check_weights(graph, folder)
+        try:
+            settings = genai.Config(str(folder))
+            # Left to itself the runtime uses half of the cores.
+            threads = {"session_options": {"intra_op_num_threads": cores()}}
+            settings.overlay(json.dumps({"model": {"decoder": threads}}))
+            self.model = genai.Model(settings)
+        except Exception as error:  # the bindings raise plain RuntimeError and their own types
+            raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
         self.tokenizer = genai.Tokenizer(self.model)
-        settings = read_json(folder / "genai_config.json")["model"]
-        stops = settings["eos_token_id"]
+        described = read_json(folder / "genai_config.json")["model"]
+        stops = described["eos_token_id"]
         self.stop_ids = set(stops if isinstance(stops, list) else [stops])
-        self.vocab, self.context = settings["vocab_size"], settings["context_length"]
+        self.vocab, self.context = described["vocab_size"], described["context_length"]
 
     def chat(self, request: str) -> str:
         """The prompt for a user's request, by the model's own chat template.
@@ -106,7 +102,7 @@ class Writer:
         try:
             messages = json.dumps([{"role": "user", "content": request}])
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # as in `load`
+        except Exception as error:  # as above
             raise EvaluationError(
                 f"{self.folder}: onnxruntime-genai cannot render the chat template: {error}. A model without one is "
                 f"asked by completion: set `humaneval_prompt: completion` in its entry."

@@ -12,11 +12,14 @@ values, which are kept as long as continuations follow.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -33,23 +36,29 @@ _QUESTIONS = "questions.json"
 
 
 class Question(NamedTuple):
-    """Token ids after those of the question with number `past`; None: after nothing."""
+    """Token ids after those of the question with the name `past`; None: after nothing."""
 
-    past: int | None
+    past: str | None
     ids: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """SHA-256 of all that it asks, what it continues included: 64 hex digits, the same in every run."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
 
 class Listener:
     """A stand-in for `OnnxDecoder` that hears questions, each after the one that it continues. All logits are zero."""
 
     def __init__(self, vocab: int):
-        self.numbers: dict[Question, int] = {}
+        self.questions: dict[str, Question] = {}
         self._vocab = vocab
 
-    def run(self, ids: Sequence[int], past: int | None = None) -> tuple[np.ndarray, int]:
-        """float32 zeros [len(ids), vocab], and the question's number."""
-        number = self.numbers.setdefault(Question(past, tuple(map(int, ids))), len(self.numbers))
-        return np.broadcast_to(np.float32(0), (len(ids), self._vocab)), number
+    def run(self, ids: Sequence[int], past: str | None = None) -> tuple[np.ndarray, str]:
+        """float32 zeros [len(ids), vocab], and the question's name."""
+        question = Question(past, tuple(map(int, ids)))
+        self.questions[question.name] = question
+        return np.broadcast_to(np.float32(0), (len(ids), self._vocab)), question.name
 
 
 class LayeredDecoder:
@@ -64,8 +73,8 @@ class LayeredDecoder:
         """
         self._slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
         self._architecture, self._weights, self._states, self._label = architecture, graph.parent, states, label
-        self._numbers: dict[Question, int] = {}
-        self._starts: list[int] = []
+        self._questions: dict[str, Question] = {}
+        self._starts: dict[str, int] = {}  # the first token of each question in a file of hidden states
         self._head = np.empty((0, architecture.hidden), np.float32)
 
     def prepare(self, ask: Callable[[Listener], object]) -> None:
@@ -77,10 +86,11 @@ class LayeredDecoder:
         """
         listener = Listener(self._architecture.vocab)
         ask(listener)
-        if not listener.numbers:
+        if not listener.questions:
             return
-        self._numbers = self._resume(listener.numbers)
-        self._starts = np.cumsum([0, *(len(question.ids) for question in self._numbers)]).tolist()
+        self._questions = self._resume(listener.questions)
+        lengths = (len(question.ids) for question in self._questions.values())
+        self._starts = dict(zip(self._questions, accumulate(lengths, initial=0), strict=False))
         last = self._architecture.layers + 1
         with Progress(f"layers of {self._label}", last + 1, "layers") as progress:
             done = next((number for number in range(last, -1, -1) if self._file(number).exists()), -1)
@@ -90,28 +100,29 @@ class LayeredDecoder:
                 progress.advance()
         self._head = Checkpoint(self._weights).rows(self._architecture.head.name)
 
-    def run(self, ids: Sequence[int], past: int | None = None) -> tuple[np.ndarray, int]:
+    def run(self, ids: Sequence[int], past: str | None = None) -> tuple[np.ndarray, str]:
         """Logits, float32 [len(ids), vocab], of `ids` after the state `past`, and the state after them.
 
         Raises EvaluationError for what was not announced.
         """
-        number = self._numbers.get(Question(past, tuple(map(int, ids))))
-        if number is None:
+        name = Question(past, tuple(map(int, ids))).name
+        if name not in self._questions:
             raise EvaluationError(
                 f"{self._label}: {len(ids)} tokens were not announced to the layer-by-layer decoder. This is a bug."
             )
-        return self._hidden(self._architecture.layers + 1, number) @ self._head.T, number
+        return self._hidden(self._architecture.layers + 1, name) @ self._head.T, name
 
-    def _resume(self, asked: dict[Question, int]) -> dict[Question, int]:
+    def _resume(self, asked: dict[str, Question]) -> dict[str, Question]:
         """The questions whose hidden states lie in the folder if those that are asked are all among them."""
         try:
-            kept = {Question(past, tuple(ids)): n for n, (past, ids) in enumerate(read_json(self._states / _QUESTIONS))}
+            stored = [Question(past, tuple(ids)) for past, ids in read_json(self._states / _QUESTIONS)]
         except (OSError, ValueError):
-            kept = {}
-        if _chains(asked) <= _chains(kept):
+            stored = []
+        kept = {question.name: question for question in stored}
+        if asked.keys() <= kept.keys():
             return kept
         shutil.rmtree(self._states, ignore_errors=True)
-        write_json(self._states / _QUESTIONS, list(asked))
+        write_json(self._states / _QUESTIONS, list(asked.values()))
         return asked
 
     def _file(self, number: int) -> Path:
@@ -131,34 +142,25 @@ class LayeredDecoder:
         """Hidden states of each question after a slice, float32 [tokens, hidden]."""
         output, present = part.target or part.taps["head"], list(part.cached.values())
         names = [name.replace("present.", "past_key_values.") for name in present]
-        kept: dict[int | None, dict[str, np.ndarray]] = {}  # keys and values of questions that others continue
-        following = Counter(question.past for question in self._numbers)
-        lengths: list[int] = []
-        for index, (past, ids) in enumerate(self._numbers):
-            lengths.append(len(ids) + (0 if past is None else lengths[past]))
+        kept: dict[str | None, dict[str, np.ndarray]] = {}  # keys and values of questions that others continue
+        following = Counter(question.past for question in self._questions.values())
+        lengths: dict[str | None, int] = {None: 0}
+        for name, (past, ids) in self._questions.items():
+            lengths[name] = len(ids) + lengths[past]
             arrays = {**kept.get(past, {}), "input_ids": np.array([ids], np.int64)}
-            arrays["attention_mask"] = np.ones((1, lengths[index]), np.int64)
+            arrays["attention_mask"] = np.ones((1, lengths[name]), np.int64)
             if part.source:
-                arrays[part.source] = self._hidden(number - 1, index)[None]
-            hidden, *cache = run([output, *(present if following[index] else [])], arrays)
-            if following[index]:
-                kept[index] = dict(zip(names, cache, strict=True))
-            if past is not None:
-                following[past] -= 1
-                if not following[past]:
-                    del kept[past]
+                arrays[part.source] = self._hidden(number - 1, name)[None]
+            hidden, *cache = run([output, *(present if following[name] else [])], arrays)
+            if following[name]:
+                kept[name] = dict(zip(names, cache, strict=True))
+            following[past] -= 1
+            if not following[past]:
+                kept.pop(past, None)
             yield hidden[0]
 
-    def _hidden(self, number: int, question: int) -> np.ndarray:
+    def _hidden(self, number: int, question: str) -> np.ndarray:
         """A question's hidden states in a file, float32 [tokens, hidden]."""
-        width, start, stop = self._architecture.hidden, *self._starts[question : question + 2]
-        values = np.fromfile(self._file(number), np.float32, (stop - start) * width, offset=4 * start * width)
-        return values.reshape(stop - start, width)
-
-
-def _chains(questions: dict[Question, int]) -> set[tuple[Any, ...]]:
-    """Each question as (the one that it continues, its ids), whatever numbers they have."""
-    found: list[tuple[Any, ...]] = []
-    for past, ids in questions:
-        found.append((None if past is None else found[past], ids))
-    return set(found)
+        width, start, tokens = self._architecture.hidden, self._starts[question], len(self._questions[question].ids)
+        values = np.fromfile(self._file(number), np.float32, tokens * width, offset=4 * start * width)
+        return values.reshape(tokens, width)

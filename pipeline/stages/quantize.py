@@ -10,9 +10,8 @@ import onnx
 from threadpoolctl import threadpool_limits
 
 from pipeline import keys, machine
-from pipeline.artifact.estimate import WEIGHTS_PER_CORE_SECOND, estimate
 from pipeline.artifact.plans import Planned, plan_recipe
-from pipeline.artifact.quantizers import Compensated, Search
+from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND, Compensated, Search
 from pipeline.artifact.write import write_artifact
 from pipeline.calibrate.results import read_moments, read_ranges
 from pipeline.calibrate.texts import input_ids
@@ -45,10 +44,9 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     checkpoint = Checkpoint(weights)
     print(describe(planned, architecture.parameters))
     if dry_run:
-        print(estimate(drafted.plan, checkpoint, workspace.root, recipe.search, drafted.bytes).describe())
-        if recipe.search == "gptq":
-            seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["gptq"] * machine.cores())
-            print(f"  and error compensation: about {seconds:,.0f} s (computed), and one pass of the calibration text")
+        cores, text = machine.cores(), ", and one pass of the calibration text" * (recipe.search == "gptq")
+        seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[recipe.search] * cores)
+        print(f"  estimate: about {seconds:,.0f} s of computing on {cores} cores (computed){text}")
         return
     key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
     remove_leftovers(folder)

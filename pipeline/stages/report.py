@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 from rich.console import Console
 
-from pipeline.bundle.release import CONTENT
+from pipeline.bundle.release import CONTENT, git
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.files import read_json
@@ -42,17 +40,13 @@ def _about(suite: str) -> dict[str, str]:
     """Facts about the run: the commit and whether what decides results differs from it, what was asked, and what a
     release of it would be."""
     signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).by_task()]
-    head = _git("log", "-1", "--format=%H of %cI") or "unknown: not a git repository"
-    changed = _git("status", "--porcelain", "--", "configs", "pipeline")
+    head = git("log", "-1", "--format=%H of %cI") or "unknown: not a git repository"
+    changed = git("status", "--porcelain", "--", "configs", "pipeline")
     return {
         "commit": head + ", with uncommitted changes" * bool(changed),
         "suite": f"{suite}: {', '.join(filter(None, asked))}",
         "release": f"number {signing.release}, channel {signing.channel}, signing key {signing.key_id}",
     }
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _row(model: str, variant: str) -> Row | None:

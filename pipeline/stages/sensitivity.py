@@ -88,9 +88,7 @@ def measure_errors(
             if (place := f"{matrix.name}/{fmt}") not in found:
                 gap = weights - weighted(weights, importance, fmt).dequantize()
                 found[place] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
-        norms = np.zeros(matrix.columns)
-        squared_norms(weights, norms)
-        return norms * (matrix.rows / len(weights))
+        return squared_norms(weights) * (matrix.rows / len(weights))
 
     with ThreadPoolExecutor(machine.cores()) as pool:
         matrices = _matrices(architecture)

@@ -7,11 +7,9 @@ import numpy as np
 from pipeline.checkpoint import widen
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
-from pipeline.quantize.split import squared_norms
 from tests.artifact import exported  # noqa: F401 (and what it imports)
 from tests.stages import crashing  # noqa: F401
 
 _ROW = np.ones((1, 64), np.float32)
 weighted(_ROW, _ROW[0], TensorFormat.parse("w4b32a"))
-squared_norms(_ROW, np.zeros(64))
 widen.widen_bfloat16(np.ones(1, np.uint16), np.empty(1, np.uint32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +14,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from pipeline.bundle import keys, release, samples
+from pipeline.bundle import keys, release
 from pipeline.bundle.keys import SigningKey
 from pipeline.bundle.release import KeyIdentity
-from pipeline.bundle.samples import CREATED
 from pipeline.bundle.signing import sign
 from pipeline.config.signing import SigningConfig
 
+CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 FILES = {
     "demo_q4.onnx": b"graph" * 100,
     "demo_q4.onnx.data.0": bytes(range(256)) * 64,
@@ -27,6 +28,16 @@ FILES = {
     "genai_config.json": b'{"model": {}}\n',
     "tokenizer.json": b'{"version": "1.0"}\n',
     "LICENSE": b"Terms.\n",
+}
+RELEASE = {
+    "title": "Demo",
+    "variant": "q4",
+    "runtime": {"onnxruntime": "1.31.1", "onnxruntime_genai": "0.18.0", "opset": 21},
+    "source": {"revision": "a" * 40, "files": {"model.safetensors": "b" * 64}},
+    "licence": "MIT",
+    "context": 2048,
+    "tiers": ["android-8gb", "ios-8gb"],
+    "verdict": {"verdict": "PASS", "kl_mean": 0.05},
 }
 
 
@@ -62,7 +73,8 @@ class Maker:
         """release.json of FILES as written under `sources`."""
         for name, data in FILES.items():
             (sources / name).write_bytes(data)
-        return samples.release_document({name: sources / name for name in FILES}, **(self.stamp | changes))
+        files = release.describe_files({name: sources / name for name in FILES})
+        return release.build_release(**(self.stamp | RELEASE | {"files": files} | changes))
 
     def bundle(self, where: Path, **changes: Any) -> Path:
         """A signed bundle at `where`."""
@@ -72,11 +84,15 @@ class Maker:
 
     def refusal(self, where: Path) -> Path:
         """A signed refusal at `where`."""
-        return self.write(where, samples.refusal_document(**self.stamp))
+        fields = {"title": "Demo", "variant": "q4", "verdict": {"verdict": "FAIL"}}
+        reasons = ["mean KL 0.31, limit 0.10"]
+        return self.write(where, release.make(release.Refusal, **self.stamp, **fields, reasons=reasons))
 
     def write(self, where: Path, document: release.Stamp, files: Mapping[str, Path] = MappingProxyType({})) -> Path:
         """`document` and its files, signed, at `where`."""
-        return samples.write_signed(where, files, document, self.key)
+        release.assemble(where / "content", files, document)
+        self.sign(where)
+        return where
 
     def sign(self, bundle: Path) -> None:
         sign(bundle / "content", bundle / "model.sig", self.key)

@@ -67,7 +67,6 @@ def dossier(**changes: Any) -> Dossier:
     )
     ours = {name: changes.pop(name) for name in list(changes) if name in ModelConfig.model_fields.keys() - {"source"}}
     made = Dossier(
-        model="demo",
         entry=entry.model_copy(update=ours),
         variant="q4",
         release=7,

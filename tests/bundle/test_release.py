@@ -11,8 +11,6 @@ import pytest
 
 from pipeline import files as file_tools
 from pipeline.bundle import release
-from pipeline.bundle.release import KeyIdentity
-from pipeline.config.signing import SigningConfig
 from pipeline.errors import BundleError
 
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -85,12 +83,6 @@ def test_files_are_linked_not_copied(maker: Any, tmp_path: Path) -> None:
 def test_a_document_that_cannot_be_written(maker: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         document(maker, tmp_path, **change)
-
-
-def test_the_release_channel_refuses_a_development_key() -> None:
-    config = SigningConfig(channel="release", key_id="a" * 64, release=1, expires_days=1, min_app_version=1)
-    with pytest.raises(BundleError, match="refuses the development key"):
-        release.stamp("demo", config, KeyIdentity(id="a" * 64, kind="development"), CREATED)
 
 
 @pytest.mark.parametrize(

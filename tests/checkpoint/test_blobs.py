@@ -82,15 +82,11 @@ def test_wrong_hash_leaves_nothing(store: Store) -> None:
     assert not store.has(DIGEST)
 
 
-def test_refused_content_leaves_no_blob(store: Store) -> None:
+def test_refused_content_stays_where_it_is(store: Store) -> None:
     path = store.workspace("job") / "file"
     path.write_bytes(CONTENT)
-
-    def refuse(_: Path) -> None:
-        raise SourceError("no")
-
-    with pytest.raises(SourceError, match="no"):
-        store.adopt(path, "w", DIGEST, refuse)
+    with pytest.raises(SourceError, match="wrong bytes"):
+        store.adopt(path, "w", "0" * 64)
     assert not store.has(DIGEST) and path.exists()
 
 
@@ -203,7 +199,7 @@ def test_full_disk_is_a_resource_error(store: Store, monkeypatch: pytest.MonkeyP
     def full(source: object, target: object) -> Digest:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module, "_copied", full)
+    monkeypatch.setattr(store_module, "copied", full)
     with pytest.raises(ResourceError, match="PIPELINE_STORE"):
         store.add(io.BytesIO(CONTENT), "w")
     assert everything(store) == []

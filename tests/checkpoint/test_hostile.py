@@ -510,21 +510,21 @@ def test_gguf_metadata(data: bytes, message: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "named"),
     [
-        ("llama.block_count", (1 << 32) - 1),
-        ("llama.block_count", 1_001),
-        ("llama.embedding_length", (1 << 32) - 1),
-        ("llama.attention.key_length", 1 << 20),
-        ("llama.context_length", (1 << 32) - 1),
-        ("llama.rope.freq_base", float("inf")),
+        ("llama.block_count", (1 << 32) - 1, "num_hidden_layers is"),
+        ("llama.block_count", 1_001, "num_hidden_layers is"),
+        ("llama.embedding_length", (1 << 32) - 1, "hidden_size is"),
+        ("llama.attention.key_length", 1 << 20, "head_dim is 1048576"),
+        ("llama.context_length", (1 << 32) - 1, "max_position_embeddings is"),
+        ("llama.rope.freq_base", float("inf"), "rope_theta is inf"),
     ],
 )
-def test_gguf_sizes(key: str, value: Any, tmp_path: Path) -> None:
+def test_gguf_sizes(key: str, value: Any, named: str, tmp_path: Path) -> None:
     model = Tiny()
     model.values[key] = value
     path = model.write(tmp_path / "bad.gguf")
-    refusal(lambda: unpack(path, tmp_path), "bad.gguf", key)
+    refusal(lambda: unpack(path, tmp_path), "bad.gguf", named)
 
 
 @pytest.mark.parametrize("make", NO_FILES)

@@ -376,7 +376,7 @@ def test_too_little_disk_is_known_before_weights_move(hub: Hub, store: Store) ->
     description = hub.description()
     for sibling in description["siblings"]:
         if sibling["rfilename"] == SHARDS[1]:
-            sibling["lfs"]["size"] = 1 << 60
+            sibling["size"] = 1 << 60
     hub.api_body = json.dumps(description).encode()
     with pytest.raises(ResourceError, match="not enough disk to download hub acme/tiny"):
         fetch(store)

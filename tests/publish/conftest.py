@@ -84,7 +84,7 @@ def store(line: Line, public_key: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "PATIENCE", fetching.PATIENCE.new(backoff_factor=0.0, backoff_jitter=0.0))
 
 
 @pytest.fixture

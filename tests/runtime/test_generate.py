@@ -56,7 +56,7 @@ def test_the_runtime_takes_the_cores_that_this_process_may_use(
     overlaid: list[str] = []
     monkeypatch.setattr(generate, "cores", lambda: 3)
     monkeypatch.setattr(generate.genai.Config, "overlay", lambda self, text: overlaid.append(text))
-    generate.load(smollm2_export)
+    Writer(smollm2_export)
     assert overlaid == ['{"model": {"decoder": {"session_options": {"intra_op_num_threads": 3}}}}']
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle import samples, vectors
+from pipeline.bundle import vectors
 from pipeline.bundle.release import parse_time
 from pipeline.bundle.verify import Kind, verify, verify_tiers
 from pipeline.errors import BundleError
@@ -60,7 +60,7 @@ def test_every_kind_of_finding_has_a_vector(written: Path) -> None:
 
 def test_the_same_bytes_are_written_again(written: Path, tmp_path: Path) -> None:
     """Keys, signatures and documents come from constants, not from the clock, the machine or an earlier call."""
-    samples.known_key.cache_clear()
+    vectors.known_key.cache_clear()
     for name in ("good", "document-channel", "good-tiers", "statement-root"):
         vectors.cases()[name].make(tmp_path / name)
         for path in (written / name / "bundle").rglob("*.*"):
