@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import onnxruntime_genai as genai
 
@@ -86,14 +87,25 @@ def load(folder: Path) -> genai.Model:
         raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
 
 
-class Writer:
-    """Continues prompts with the model and tokenizer of one folder."""
+class Request(NamedTuple):
+    """A text that is asked for. `complete`: whether an answer, as far as it is written, needs no more."""
+
+    prompt: str
+    limits: Limits
+    complete: Complete
+    sampling: Sampling | None = None
+
+
+class Prompter:
+    """The tokenizer and the chat template of one folder: how texts begin, and how each ends."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.model = load(folder)
-        self.tokenizer = genai.Tokenizer(self.model)
-        settings = read_json(folder / "genai_config.json")["model"]
+        try:
+            self.tokenizer = genai.Tokenizer(str(folder))
+            settings = read_json(folder / "genai_config.json")["model"]
+        except Exception as error:  # as in `load`
+            raise EvaluationError(f"{folder}: onnxruntime-genai cannot load its tokenizer: {error}") from None
         stops = settings["eos_token_id"]
         self.stop_ids = set(stops if isinstance(stops, list) else [stops])
         self.vocab, self.context = settings["vocab_size"], settings["context_length"]
@@ -112,6 +124,39 @@ class Writer:
                 f"asked by completion: set `humaneval_prompt: completion` in its entry."
             ) from None
 
+    def begin(self, request: Request) -> tuple[list[int], Text]:
+        """The prompt's tokens, and the text that is to follow them.
+
+        Raises:
+            EvaluationError: the prompt and the limits exceed the model's context.
+        """
+        prefix, limits = list(map(int, self.tokenizer.encode(request.prompt))), request.limits
+        if len(prefix) + limits.total > self.context:
+            raise EvaluationError(
+                f"{self.folder}: a prompt of {len(prefix):,} tokens with {limits.thinking:,} to think and "
+                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits in "
+                f"configs/evaluation, or raise `context` in the model's entry."
+            )
+        decode = partial(self._decode, special=bool(limits.thinking))
+        return prefix, Text(decode, self.stop_ids, limits, request.complete, opens_thinking(request.prompt))
+
+    def _decode(self, ids: list[int], special: bool) -> str:
+        """With special tokens where the model thinks: some models' markers are special, and would be left out."""
+        self.tokenizer.update_options(skip_special_tokens="false" if special else "true")
+        return self.tokenizer.decode(ids)
+
+
+class Writer(Prompter):
+    """Continues prompts with the model and tokenizer of one folder, held in memory."""
+
+    def __init__(self, folder: Path):
+        self.model = load(folder)
+        super().__init__(folder)
+
+    def continuations(self, requests: Mapping[str, Request]) -> Iterator[Written]:
+        """The text of each request, in their order, one after the other."""
+        return (self.continuation(*request) for request in requests.values())
+
     def continuation(
         self, prompt: str, limits: Limits, complete: Complete, sampling: Sampling | None = None
     ) -> Written:
@@ -123,15 +168,7 @@ class Writer:
         Raises:
             EvaluationError: the prompt and the limits exceed the model's context.
         """
-        prefix = self.tokenizer.encode(prompt)
-        if len(prefix) + limits.total > self.context:
-            raise EvaluationError(
-                f"{self.folder}: a prompt of {len(prefix):,} tokens with {limits.thinking:,} to think and "
-                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits in "
-                f"configs/evaluation, or raise `context` in the model's entry."
-            )
-        # Some models' thinking markers are special tokens, which decoding would leave out.
-        self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")
+        prefix, text = self.begin(Request(prompt, limits, complete))
         search: dict[str, float | int | bool] = {"do_sample": False}
         if sampling is not None:
             # Without `top_k` the model's own would limit the draw; with 0 the runtime does not honour `top_p`.
@@ -142,24 +179,31 @@ class Writer:
         params.set_search_options(max_length=len(prefix) + limits.total, **search)
         generator = genai.Generator(self.model, params)
         generator.append_tokens(prefix)
-        text = _Text(self, limits, complete, opens_thinking(prompt))
-        while True:
+        written = None
+        while written is None:
             generator.generate_next_token()
             # The generator's own sequence may lack the end-of-text token.
-            text.ids.append(int(generator.get_next_tokens()[0]))
-            last = generator.is_done() or len(text.ids) == limits.total
-            if (last or len(text.ids) % _CHECK_EVERY == 0) and (written := text.look()):
-                return written
+            written = text.grow(int(generator.get_next_tokens()[0]))
+        return written
 
 
-class _Text:
-    """One text while its `ids` grow."""
+class Text:
+    """One text while its `ids` grow, whatever makes them."""
 
-    def __init__(self, writer: Writer, limits: Limits, complete: Complete, opened: bool) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], stops: set[int], limits: Limits, complete: Complete, opened: bool
+    ) -> None:
+        """`opened`: whether its prompt has opened the thinking that it is to go on with."""
+        self._decode, self._stops = decode, stops
         self._limits, self._complete, self._opened = limits, complete, opened
-        self._decode, self._stops = writer.tokenizer.decode, writer.stop_ids
         self._answer_from: int | None = None if limits.thinking else 0
         self.ids: list[int] = []
+
+    def grow(self, token: int) -> Written | None:
+        """One token more; the text, if a look finds that it has ended."""
+        self.ids.append(token)
+        due = token in self._stops or len(self.ids) == self._limits.total or len(self.ids) % _CHECK_EVERY == 0
+        return self.look() if due else None
 
     def look(self) -> Written | None:
         """The text, if it has ended."""
