@@ -76,7 +76,8 @@ class SideBySide:
         self._architecture, self._weights = architecture, Checkpoint(graph.parent)
         self._pool = ThreadPoolExecutor(cores())
         slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
-        self._embed = open_slice(slices.embedding().model, graph.parent)
+        part = slices.embedding()
+        self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
         self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
         self._norm = open_slice(self._last.model, graph.parent)
         self._session = open_graph(self._layer.model, graph.parent)
@@ -105,7 +106,7 @@ class SideBySide:
             CheckpointError: weights are damaged; the first pass compares all with their digests.
         """
         batches = list(self._batches(ids))
-        hidden = [self._embed([self._layer.source], {"input_ids": batch.ids})[0] for batch in batches]
+        hidden = [self._embed([self._states], {"input_ids": batch.ids})[0] for batch in batches]
         for layer in range(self._architecture.layers):
             for name, wide in self._wide.items():
                 self._widen(name.replace(".0.", f".{layer}.", 1), wide)
@@ -135,7 +136,7 @@ class SideBySide:
 
     def _advance(self, layer: int, batch: _Batch, hidden: np.ndarray) -> np.ndarray:
         """Hidden states after a layer, whose weights are widened; keys and values are written where they stay."""
-        given = {self._layer.source: hidden, "attention_mask": batch.mask, **self._wide}
+        given = {self._states: hidden, "attention_mask": batch.mask, **self._wide}
         binding = self._session.io_binding()
         for name, values in given.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
