@@ -26,6 +26,13 @@ ROPE_FILE = "rope.data"
 PREFILL_CHUNK = 256
 """Tokens of a prompt that are run at a time, so that their logits (chunk × vocabulary × 4 bytes) stay small on a
 phone."""
+_ACTIVATION_COPIES = 4.5
+"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
+
+
+def activation_bytes(architecture: Architecture, tokens: int) -> int:
+    """Memory of the activations while so many tokens run through a layer, float32."""
+    return round(4 * _ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
 
 
 def build_decoder(

@@ -9,13 +9,13 @@ folder where the whole graph does, and holds that layer's weights only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto, helper
 
-from pipeline.checkpoint.architecture import Architecture, Matrix
+from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import value_info
 
@@ -81,16 +81,21 @@ class DecoderSlices:
         The number of layers stands for what remains after the last one: up to the head's input, without its product, a
         model's largest.
         """
-        parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value")}
-        cached = {name: value for name, value in parts.items() if value in self._cache}
-        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer), cached)
+        return self._slice(self._hidden[layer], self._hidden[layer + 1], self.inputs(layer), self._cached(layer))
 
-    def open_layer(self, layer: int) -> Slice:
+    def open_layer(self, layer: int, vectors: bool = False) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
-        columns] by their names: what runs may change from one run to the next."""
-        part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], {})
-        _open_products(part.model.graph, self.architecture.body(layer))
+        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms and biases
+        are inputs too, and layers differ in nothing but names."""
+        part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], self._cached(layer))
+        stored, prefix = self.architecture.expected_tensors(), f"model.layers.{layer}."
+        shapes = {name: shape for name, shape in stored.items() if name.startswith(prefix) and len(shape) + vectors > 1}
+        _open_weights(part.model.graph, shapes)
         return part
+
+    def _cached(self, layer: int) -> dict[str, str]:
+        parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value")}
+        return {name: value for name, value in parts.items() if value in self._cache}
 
     def _slice(self, source: str | None, target: str | None, names: Iterable[str], cached: Mapping[str, str]) -> Slice:
         taps = {name: self._taps[name] for name in names}
@@ -146,19 +151,17 @@ def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
     return value_info(name, TensorProto.FLOAT, ["batch", "sequence", channels])
 
 
-def _open_products(graph: onnx.GraphProto, matrices: Iterable[Matrix]) -> None:
-    """Make the matrices of a graph's products its inputs, in place of references to the checkpoint."""
-    shapes = {matrix.name: [matrix.rows, matrix.columns] for matrix in matrices}
-    stored = _cast_from(graph)
-    for node in graph.node:
-        if node.op_type == "FusedMatMul":
-            node.input[1] = stored.get(node.input[1], node.input[1])
-    kept = [node for node in graph.node if node.op_type != "Cast" or node.input[0] not in shapes]
-    weights = [tensor for tensor in graph.initializer if tensor.name not in shapes]
+def _open_weights(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Make weights of a graph its inputs, float32 in these shapes by name, in place of references to the checkpoint."""
+    stored = {wide: name for wide, name in _cast_from(graph).items() if name in shapes}
+    kept = [node for node in graph.node if node.output[0] not in stored]
+    for node in kept:
+        node.input[:] = [stored.get(name, name) for name in node.input]
+    others = [tensor for tensor in graph.initializer if tensor.name not in shapes]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
-    graph.initializer.extend(weights)
-    graph.input.extend(value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    graph.initializer.extend(others)
+    graph.input.extend(value_info(name, TensorProto.FLOAT, list(shape)) for name, shape in shapes.items())
 
 
 def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -10,11 +10,8 @@ from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.recipes import KvCache
-from pipeline.graph.decoder import PREFILL_CHUNK
+from pipeline.graph.decoder import PREFILL_CHUNK, activation_bytes
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
-
-# Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120.
-ACTIVATION_COPIES = 4.5
 
 
 def weight_memory(planned: PlannedMatrix) -> int:
@@ -65,5 +62,5 @@ def use_memory(
     The head's format holds `results` times the logits; three, of two products and their sum, is the most.
     """
     cache = cache_of(architecture, kv_cache).bytes * context
-    floats = ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) + architecture.vocab * results
-    return cache, int(4 * floats * min(PREFILL_CHUNK, context))
+    tokens = min(PREFILL_CHUNK, context)
+    return cache, activation_bytes(architecture, tokens) + 4 * architecture.vocab * results * tokens

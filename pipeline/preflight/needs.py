@@ -15,7 +15,7 @@ from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
-from pipeline.planning.memory import ACTIVATION_COPIES
+from pipeline.graph.decoder import activation_bytes
 from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.tasks.registry import Suite
 from pipeline.tasks.task import Cost
@@ -110,7 +110,7 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     tokens = wanted.tokens
     copies = 2 + architecture.layers * len(body)
     states = 4 * copies * tokens * architecture.hidden
-    activations = _activation_bytes(architecture, max(tokens, BATCH_TOKENS))
+    activations = activation_bytes(architecture, max(tokens, BATCH_TOKENS))
     errors = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
     return Needs(
         "sensitivity",
@@ -230,11 +230,7 @@ def _codes_bytes(architecture: Architecture, costs: Iterable[Cost]) -> int:
 def _layer_bytes(architecture: Architecture, window: int) -> int:
     """A layer in float32; on top the widest matrix once more, while it is widened, or a window's activations."""
     sizes = [4 * matrix.rows * matrix.columns for matrix in architecture.body(0)]
-    return sum(sizes) + max(*sizes, _activation_bytes(architecture, window))
-
-
-def _activation_bytes(architecture: Architecture, tokens: int) -> int:
-    return round(4 * ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
+    return sum(sizes) + max(*sizes, activation_bytes(architecture, window))
 
 
 def _pass_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import onnxruntime_genai as genai
 
@@ -69,30 +70,45 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4]) >> 1
 
 
-class Writer:
-    """Continues prompts with the model and tokenizer of one folder."""
+def load(folder: Path) -> genai.Model:
+    """Load a folder that holds genai_config.json, as it says, on all cores.
+
+    Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
+    """
+    for graph in folder.glob("*.onnx"):
+        check_weights(graph, folder)
+    try:
+        settings = genai.Config(str(folder))
+        # Left to itself the runtime uses half of the cores.
+        threads = {"session_options": {"intra_op_num_threads": cores()}}
+        settings.overlay(json.dumps({"model": {"decoder": threads}}))
+        return genai.Model(settings)
+    except Exception as error:  # the bindings raise plain RuntimeError and their own types
+        raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
+
+
+class Request(NamedTuple):
+    """A text that is asked for. `complete`: whether an answer, as far as it is written, needs no more."""
+
+    prompt: str
+    limits: Limits
+    complete: Complete
+    sampling: Sampling | None = None
+
+
+class Prompter:
+    """The tokenizer and the chat template of one folder: how texts begin, and how each ends."""
 
     def __init__(self, folder: Path):
-        """Load a folder that holds genai_config.json, as it says, on all cores.
-
-        Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
-        """
         self.folder = folder
-        for graph in folder.glob("*.onnx"):
-            check_weights(graph, folder)
         try:
-            settings = genai.Config(str(folder))
-            # Left to itself the runtime uses half of the cores.
-            threads = {"session_options": {"intra_op_num_threads": cores()}}
-            settings.overlay(json.dumps({"model": {"decoder": threads}}))
-            self.model = genai.Model(settings)
-        except Exception as error:  # the bindings raise plain RuntimeError and their own types
-            raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
-        self.tokenizer = genai.Tokenizer(self.model)
-        described = read_json(folder / "genai_config.json")["model"]
-        stops = described["eos_token_id"]
+            self.tokenizer = genai.Tokenizer(str(folder))
+            settings = read_json(folder / "genai_config.json")["model"]
+        except Exception as error:  # as in `load`
+            raise EvaluationError(f"{folder}: onnxruntime-genai cannot load its tokenizer: {error}") from None
+        stops = settings["eos_token_id"]
         self.stop_ids = set(stops if isinstance(stops, list) else [stops])
-        self.vocab, self.context = described["vocab_size"], described["context_length"]
+        self.vocab, self.context = settings["vocab_size"], settings["context_length"]
 
     def chat(self, request: str) -> str:
         """The prompt for a user's request, by the model's own chat template.
@@ -102,11 +118,44 @@ class Writer:
         try:
             messages = json.dumps([{"role": "user", "content": request}])
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # as above
+        except Exception as error:  # as in `load`
             raise EvaluationError(
                 f"{self.folder}: onnxruntime-genai cannot render the chat template: {error}. A model without one is "
                 f"asked by completion: set `humaneval_prompt: completion` in its entry."
             ) from None
+
+    def begin(self, request: Request) -> tuple[list[int], Text]:
+        """The prompt's tokens, and the text that is to follow them.
+
+        Raises:
+            EvaluationError: the prompt and the limits exceed the model's context.
+        """
+        prefix, limits = list(map(int, self.tokenizer.encode(request.prompt))), request.limits
+        if len(prefix) + limits.total > self.context:
+            raise EvaluationError(
+                f"{self.folder}: a prompt of {len(prefix):,} tokens with {limits.thinking:,} to think and "
+                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits in "
+                f"configs/evaluation, or raise `context` in the model's entry."
+            )
+        decode = partial(self._decode, special=bool(limits.thinking))
+        return prefix, Text(decode, self.stop_ids, limits, request.complete, opens_thinking(request.prompt))
+
+    def _decode(self, ids: list[int], special: bool) -> str:
+        """With special tokens where the model thinks: some models' markers are special, and would be left out."""
+        self.tokenizer.update_options(skip_special_tokens="false" if special else "true")
+        return self.tokenizer.decode(ids)
+
+
+class Writer(Prompter):
+    """Continues prompts with the model and tokenizer of one folder, held in memory."""
+
+    def __init__(self, folder: Path):
+        self.model = load(folder)
+        super().__init__(folder)
+
+    def continuations(self, requests: Mapping[str, Request]) -> Iterator[Written]:
+        """The text of each request, in their order, one after the other."""
+        return (self.continuation(*request) for request in requests.values())
 
     def continuation(
         self, prompt: str, limits: Limits, complete: Complete, sampling: Sampling | None = None
@@ -119,15 +168,7 @@ class Writer:
         Raises:
             EvaluationError: the prompt and the limits exceed the model's context.
         """
-        prefix = self.tokenizer.encode(prompt)
-        if len(prefix) + limits.total > self.context:
-            raise EvaluationError(
-                f"{self.folder}: a prompt of {len(prefix):,} tokens with {limits.thinking:,} to think and "
-                f"{limits.answer:,} to answer exceeds the context of {self.context:,}. Lower the suite's limits in "
-                f"configs/evaluation, or raise `context` in the model's entry."
-            )
-        # Some models' thinking markers are special tokens, which decoding would leave out.
-        self.tokenizer.update_options(skip_special_tokens="false" if limits.thinking else "true")
+        prefix, text = self.begin(Request(prompt, limits, complete))
         search: dict[str, float | int | bool] = {"do_sample": False}
         if sampling is not None:
             # Without `top_k` the model's own would limit the draw; with 0 the runtime does not honour `top_p`.
@@ -138,24 +179,31 @@ class Writer:
         params.set_search_options(max_length=len(prefix) + limits.total, **search)
         generator = genai.Generator(self.model, params)
         generator.append_tokens(prefix)
-        text = _Text(self, limits, complete, opens_thinking(prompt))
-        while True:
+        written = None
+        while written is None:
             generator.generate_next_token()
             # The generator's own sequence may lack the end-of-text token.
-            text.ids.append(int(generator.get_next_tokens()[0]))
-            last = generator.is_done() or len(text.ids) == limits.total
-            if (last or len(text.ids) % _CHECK_EVERY == 0) and (written := text.look()):
-                return written
+            written = text.grow(int(generator.get_next_tokens()[0]))
+        return written
 
 
-class _Text:
-    """One text while its `ids` grow."""
+class Text:
+    """One text while its `ids` grow, whatever makes them."""
 
-    def __init__(self, writer: Writer, limits: Limits, complete: Complete, opened: bool) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], stops: set[int], limits: Limits, complete: Complete, opened: bool
+    ) -> None:
+        """`opened`: whether its prompt has opened the thinking that it is to go on with."""
+        self._decode, self._stops = decode, stops
         self._limits, self._complete, self._opened = limits, complete, opened
-        self._decode, self._stops = writer.tokenizer.decode, writer.stop_ids
         self._answer_from: int | None = None if limits.thinking else 0
         self.ids: list[int] = []
+
+    def grow(self, token: int) -> Written | None:
+        """One token more; the text, if a look finds that it has ended."""
+        self.ids.append(token)
+        due = token in self._stops or len(self.ids) == self._limits.total or len(self.ids) % _CHECK_EVERY == 0
+        return self.look() if due else None
 
     def look(self) -> Written | None:
         """The text, if it has ended."""

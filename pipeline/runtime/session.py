@@ -63,15 +63,20 @@ SliceRun = Callable[[Sequence[str], Mapping[Any, np.ndarray]], list[np.ndarray]]
 """Names of outputs, and arrays by name, of which a slice takes what it needs → these outputs."""
 
 
-def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
-    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`.
-
-    Where a past is not among the arrays, [batch, …] all of them, there is none.
-    """
+def open_graph(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
+    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
     options = ort.SessionOptions()
     check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = _open(model.SerializeToString(), folder, options)
+    return _open(model.SerializeToString(), folder, options)
+
+
+def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
+    """`open_graph` as a function.
+
+    Where a past is not among the arrays, [batch, …] all of them, there is none.
+    """
+    session = open_graph(model, folder)
     inputs = session.get_inputs()
 
     def run(outputs: Sequence[str], arrays: Mapping[Any, np.ndarray]) -> list[np.ndarray]:

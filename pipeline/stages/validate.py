@@ -8,7 +8,6 @@ what did not change is not measured twice: each task's results are valid under t
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,12 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import sha256_of, write_json
 from pipeline.partial import open_partial
+from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
+from pipeline.runtime.layered_writer import LayeredWriter
 from pipeline.runtime.session import OnnxDecoder, runs_layered, runtimes
 from pipeline.tasks import kept
+from pipeline.tasks.kept import STATES
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.tasks.sections import key_of, measured_files
 from pipeline.tasks.subject import Subject
@@ -54,29 +56,24 @@ def run(model: str, variant: str) -> None:
 def _measured(
     task: Task, subject: Subject, files: dict[str, str], partial: Path, before: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """A task's metrics, kept or measured; None for what a model that runs layer by layer cannot do.
+    """A task's metrics, kept or measured; None for what has nothing to be made from, or needs the model in memory.
 
     `before`: the metrics of the tasks before it.
     """
-    workspace, folder, states = Workspace(subject.model), partial / task.name, partial / f"{task.name}.states"
+    workspace, folder = Workspace(subject.model), partial / task.name
     reference = None if subject.variant == REFERENCE else kept.finished(workspace.evaluation(REFERENCE) / task.name)
     source = partial / task.reads if task.reads in before and subject.variant == REFERENCE else None
     if task.reads and not (source or reference):
         print(f"  {task.name}: not measured: the reference has no {task.reads} to make it from.")
         return None
-    asked = replace(subject, reference=reference, states=states, source=source)
+    asked = replace(subject, reference=reference, states=folder / STATES, source=source)
     key = key_of(task, asked, files)
     said = kept.adopt(folder, workspace.evaluation(subject.variant) / task.name, key)
-    if subject.layered and not task.runs_graph and kept.metrics_of(folder, key) is None:
-        print(
-            f"  {task.name}: not measured: the model runs layer by layer here, and decoding reads all weights for "
-            f"every token. Run the same stage on a machine that holds the model: it keeps the rest."
-        )
+    if subject.layered and task.whole and kept.metrics_of(folder, key) is None:
+        print(f"  {task.name}: left out: this machine's memory does not hold the model, and no gate asks for it.")
         return None
     print(f"  {task.name}: {said}")
-    metrics = kept.measured(folder, key, lambda items: task.measure(asked, items))
-    shutil.rmtree(states, ignore_errors=True)
-    return metrics
+    return kept.measured(folder, key, lambda items: task.measure(asked, items))
 
 
 def _subject(model: str, variant: str, suite: Suite) -> Subject:
@@ -95,13 +92,19 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
     layered = variant == REFERENCE and runs_layered(
         suite.reference, Checkpoint(folder).weight_bytes, architecture.parameters, machine.available_memory()
     )
-    return Subject(model, variant, folder, graph, architecture, entry, store, layered, _open)
+    return Subject(model, variant, folder, graph, architecture, entry, store, layered, _open, _open_writer)
 
 
 def _open(subject: Subject) -> OnnxDecoder | LayeredDecoder:
     if subject.layered:
         return LayeredDecoder(subject.graph, subject.architecture, subject.states, subject.name)
     return OnnxDecoder(subject.graph)
+
+
+def _open_writer(subject: Subject) -> Writer | LayeredWriter:
+    if subject.layered:
+        return LayeredWriter(subject.graph, subject.architecture, subject.states, subject.name)
+    return Writer(subject.folder)
 
 
 def _facts(subject: Subject) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""HumanEval: solutions written through onnxruntime-genai, judged in the sandbox.
+"""HumanEval: solutions that the model writes, judged in the sandbox.
 
 Verdicts come from each problem's own test, run here, on answers that come from a sandboxed worker. Solutions may use
 the standard library's computing modules (named in `pipeline.confine.worker`), not numpy.
@@ -176,6 +176,7 @@ TASK = task.Task(
     machine=lambda part: require_isolation(part.allow_unsafe),
     datasets=lambda part: ("humaneval",),
     texts=lambda part, store: [("humaneval", [item.text for item in load_problems(dataset("humaneval", store))])],
+    writes=True,
     cost=lambda part, entry: part.cost(entry, part.problems, PROMPT_TOKENS),
     asks=lambda part: f"{part.problems} HumanEval problems",
     pairing=task.items_of("pass_at_1"),

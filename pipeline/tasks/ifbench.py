@@ -1,4 +1,4 @@
-"""IFBench: prompts with instructions that a program can check, answered through onnxruntime-genai.
+"""IFBench: prompts with instructions that a program can check.
 
 Source: Pyatkin et al. 2025, "Generalizing Verifiable Instruction Following" (arXiv 2507.02833); prompts of the Allen
 Institute for AI. The checks here are our own reading of the prompts' words. Instructions that need a parser of English,
@@ -225,6 +225,7 @@ TASK = task.Task(
     unit="prompts",
     datasets=lambda part: ("ifbench",),
     texts=lambda part, store: [("ifbench", [prompt.text for prompt in load_prompts(dataset("ifbench", store))])],
+    writes=True,
     cost=lambda part, entry: part.cost(entry, part.prompts, PROMPT_TOKENS),
     asks=lambda part: f"{part.prompts} IFBench prompts",
     pairing=task.items_of("followed"),

@@ -17,6 +17,8 @@ from pipeline.files import link_or_copy, read_json, sha256_of, write_json
 from pipeline.tasks.sections import RECORD, Key
 
 Metrics = dict[str, Any]
+STATES = "states"
+"""A folder among the items, for what is worth keeping until they are whole: the record vouches for it as for them."""
 
 
 def adopt(folder: Path, earlier: Path, key: Key) -> str:
@@ -72,6 +74,7 @@ def measured(folder: Path, key: Key, measure: Callable[[Path], Metrics]) -> Metr
     _unshare(folder)
     write_json(folder / RECORD, {"items": key.items})
     metrics = json.loads(json.dumps(measure(folder)))  # as a later run reads them
+    shutil.rmtree(folder / STATES, ignore_errors=True)
     digests = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != RECORD}
     write_json(folder / RECORD, {"items": key.items, "summary": key.metrics, "metrics": metrics, "sha256": digests})
     return metrics
@@ -84,7 +87,7 @@ def _is_whole(record: dict[str, Any], key: Key) -> bool:
 def _unshare(folder: Path) -> None:
     """Give the folder files of its own: a journal that grows must not grow in DVC's cache."""
     for file in folder.iterdir():
-        if file.stat().st_nlink > 1:
+        if file.is_file() and file.stat().st_nlink > 1:
             copy = file.with_name(f".{file.name}")
             shutil.copyfile(file, copy)
             os.replace(copy, file)

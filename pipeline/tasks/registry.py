@@ -34,7 +34,7 @@ class Suite(Frozen):
     read_by_name: ClassVar[bool] = True
     reference: Literal["auto", "memory", "layers"] = Field(
         default="auto",
-        description="whole in memory; layer by layer, without what decodes; auto: in memory where it fits",
+        description="whole in memory; layer by layer, without speed; auto: in memory where it fits",
     )
 
     def by_task(self) -> list[tuple[Task, Any]]:

@@ -63,10 +63,12 @@ def _measuring(task: Task) -> dict[str, str]:
 
 def _roots(task: Task, subject: Subject) -> list[str]:
     """The modules that a task's results come from."""
-    roots = [f"pipeline.tasks.{task.name}"]
-    if task.runs_graph:
-        roots.append("pipeline.runtime.layered" if subject.variant == REFERENCE else "pipeline.runtime.session")
-    return roots
+    whole = subject.variant == REFERENCE
+    runs = {
+        "layered" if whole else "session": task.runs_graph,
+        "layered_writer" if whole else "generate": task.writes,
+    }
+    return [f"pipeline.tasks.{task.name}", *(f"pipeline.runtime.{name}" for name, does in runs.items() if does)]
 
 
 def measured_files(subject: Subject) -> dict[str, str]:

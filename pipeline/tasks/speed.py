@@ -78,6 +78,7 @@ TASK = Task(
     place=9,
     measure=measure,
     config=SpeedConfig,
+    whole=True,
     machine=lambda part: [processor(), cores()],
     cost=_cost,
     columns=(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
 from pipeline.journal import Journal
 from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from pipeline.runtime.generate import Request, Written
 
 CHUNK = 256
 """Tokens run at once: logits of a long text would take gigabytes with a large vocabulary."""
@@ -30,6 +33,18 @@ class Decoder(Protocol):
         ...
 
 
+class Writer(Protocol):
+    """A causal language model that writes: `pipeline.runtime.generate.Writer`, or another with its rules."""
+
+    def chat(self, request: str) -> str:
+        """The prompt for a user's request, by the model's own chat template."""
+        ...
+
+    def continuations(self, requests: Mapping[str, Request]) -> Iterator[Written]:
+        """The text of each request, in their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Subject:
     """One model × variant. `dataclasses.replace` makes it another task's, which loads the model for itself.
@@ -38,11 +53,11 @@ class Subject:
         folder: graph, weights, tokenizer and genai_config.json, as a runtime loads them.
         graph: the graph in `folder`.
         layered: whether the model is too large to be held in memory, and runs layer by layer.
-        open: makes the graph a decoder.
+        open, open_writer: make the graph a decoder, and the folder a writer.
         wanted: the task's part of the suite.
         reference: the reference's per-item results in this task; None for the reference itself, and where it has none.
         source: the results of the task that this one reads; of the reference only, None elsewhere.
-        states: a folder for the hidden states of a model that runs layer by layer.
+        states: a folder for what a model that runs layer by layer keeps on its way.
     """
 
     model: str
@@ -54,6 +69,7 @@ class Subject:
     store: Store
     layered: bool = False
     open: Callable[[Subject], Decoder] | None = None
+    open_writer: Callable[[Subject], Writer] | None = None
     wanted: Any = None
     reference: Path | None = None
     source: Path | None = None
@@ -69,6 +85,12 @@ class Subject:
         """The graph as a `Decoder`, loaded on first use."""
         assert self.open, "a subject of configuration only"
         return self.open(self)
+
+    @cached_property
+    def writer(self) -> Writer:
+        """The folder as a `Writer`, loaded on first use."""
+        assert self.open_writer, "a subject of configuration only"
+        return self.open_writer(self)
 
     def prepare(self, ask: Callable[[Decoder], object]) -> None:
         """Announce all that `decoder` will be asked, for a model that runs layer by layer: `ask` asks it of a stand-in

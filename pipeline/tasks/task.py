@@ -208,6 +208,7 @@ class Cost:
     Attributes:
         read: tokens that the model reads.
         written: tokens that it decodes one by one.
+        texts: that these are of, where they may be written side by side.
         window: tokens whose logits are held at once.
         cached: tokens whose keys and values are held beside them.
         kept: tokens whose log-probabilities the reference keeps.
@@ -215,6 +216,7 @@ class Cost:
 
     read: int = 0
     written: int = 0
+    texts: int = 0
     window: int = 0
     cached: int = 0
     kept: int = 0
@@ -235,7 +237,9 @@ class Task:
         config: the type of its part; None where it reads another's.
         counted: fields of its part that say how many items there are, each of which is the same whatever their number,
             or what is said over all of them. The first is the number.
-        runs_graph: whether it asks the graph in ONNX Runtime; the others run the folder in onnxruntime-genai.
+        runs_graph: whether it asks the graph for logits (`Subject.decoder`).
+        writes: whether it lets the model write (`Subject.writer`).
+        whole: whether it needs the model in memory, whatever that takes: it gates nothing.
         against_reference: whether each of a variant's items is a comparison with the reference's.
         reads: another task, whose part of the suite decides this one too, and whose items of the reference it is made
             from.
@@ -260,6 +264,8 @@ class Task:
     config: type[Frozen] | None = None
     counted: tuple[str, ...] = ()
     runs_graph: bool = False
+    writes: bool = False
+    whole: bool = False
     against_reference: bool = False
     reads: str | None = None
     unit: str = "items"

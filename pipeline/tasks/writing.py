@@ -1,16 +1,14 @@
-"""Answers written through onnxruntime-genai, each kept as soon as it is there."""
+"""Answers that a model writes, in memory or layer by layer, each kept as soon as it is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.journal import Journal
-from pipeline.runtime.generate import Limits, Sampling, Writer, derived_seed
+from pipeline.runtime.generate import Complete, Limits, Request, Sampling, derived_seed
 from pipeline.tasks.subject import Subject, fill
 from pipeline.tasks.written import name_of
-
-Complete = Callable[[str], bool]
 
 
 def _never(text: str) -> bool:
@@ -33,13 +31,15 @@ def write(
     named = {name_of(key, sample): text for key, text in requests.items() for sample in range(wanted.samples)}
 
     def items(left: Iterable[str]) -> Iterator[dict[str, Any]]:
-        writer, chats = Writer(subject.folder), entry.humaneval_prompt != "completion"
+        chats = entry.humaneval_prompt != "completion"
         limits = Limits(wanted.answer_tokens(entry), wanted.thinking_tokens(entry))
+        asked: dict[str, Request] = {}
         for name in left:
-            prompt, sampling = writer.chat(named[name]) if chats else named[name], None
+            prompt, sampling = subject.writer.chat(named[name]) if chats else named[name], None
             if wanted.temperature:
                 sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
-            one = writer.continuation(prompt, limits, _never if chats else complete, sampling)
-            yield {"prompt": prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut}
+            asked[name] = Request(prompt, limits, _never if chats else complete, sampling)
+        for name, one in zip(asked, subject.writer.continuations(asked), strict=True):
+            yield {"prompt": asked[name].prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut}
 
     fill(journal, list(named), f"{title} {subject.name}", "answers", items)

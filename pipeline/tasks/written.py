@@ -52,7 +52,8 @@ class WritingConfig(Frozen):
     def cost(self, entry: ModelConfig, requests: int, prompt_tokens: int) -> Cost:
         """Prompts read, and answers that all meet their limit."""
         answers, most = requests * self.samples, self.most_tokens(entry)
-        return Cost(read=answers * prompt_tokens, written=answers * most, cached=prompt_tokens + most)
+        tokens = {"read": answers * prompt_tokens, "written": answers * most, "cached": prompt_tokens + most}
+        return Cost(texts=answers, **tokens)
 
 
 def name_of(request: str, sample: int = 0) -> str:

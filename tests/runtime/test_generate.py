@@ -98,20 +98,15 @@ def test_derived_seeds_differ_by_name_and_fit_the_runtime() -> None:
 # --- thinking --------------------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """A writer whose tokens are the characters of a text; 0 ends it."""
-
-    def __init__(self) -> None:
-        self.tokenizer, self.stop_ids = self, {0}
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
+def characters(ids: list[int]) -> str:
+    """Of a tokenizer whose tokens are the characters of a text; 0 ends it."""
+    return "".join(map(chr, ids))
 
 
 def told(text: str, limits: Limits, opened: bool = False, look_every: int = 8) -> Written:
     """How a text ends that is looked at as `Writer.continuation` does."""
     ids = [ord(character) for character in text]
-    growing = generate._Text(Scripted(), limits, never, opened)  # type: ignore[arg-type]
+    growing = generate.Text(characters, {0}, limits, never, opened)
     for step in range(1, limits.total + 1):
         growing.ids = ids[:step]
         if (step % look_every == 0 or step in {len(ids), limits.total}) and (written := growing.look()):

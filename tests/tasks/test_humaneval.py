@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from pipeline.errors import EvaluationError
 from pipeline.files import write_json
 from pipeline.graph.genai import genai_config
 from pipeline.journal import Journal
-from pipeline.runtime.generate import Limits, Sampling, Writer, Written, derived_seed
-from pipeline.tasks import humaneval, writing, written
+from pipeline.runtime.generate import Limits, Request, Sampling, Writer, Written, derived_seed
+from pipeline.tasks import humaneval, written
 from pipeline.tasks.humaneval import HumanEvalConfig
 from pipeline.tasks.humaneval_problems import Problem, load_problems, problems_of
 from pipeline.tasks.registry import load_suite
@@ -46,6 +46,9 @@ class FakeWriter:
     def chat(self, request: str) -> str:
         return f"<user>{request}<model><think>\n"
 
+    def continuations(self, requests: Mapping[str, Request]) -> Iterator[Written]:
+        return (self.continuation(*request) for request in requests.values())
+
     def continuation(
         self, prompt: str, limits: Limits, complete: Callable[[str], bool], sampling: Sampling | None = None
     ) -> Written:
@@ -65,7 +68,6 @@ def writer(monkeypatch: pytest.MonkeyPatch, humaneval_path: Path) -> type[FakeWr
     monkeypatch.setattr(FakeWriter, "asked", [], raising=False)
     monkeypatch.setattr(FakeWriter, "answer", lambda problem: "\n" + problem.canonical_solution, raising=False)
     monkeypatch.setattr(FakeWriter, "cut", "", raising=False)
-    monkeypatch.setattr(writing, "Writer", FakeWriter)
     return FakeWriter
 
 
@@ -88,7 +90,11 @@ def subject(tmp_path: Path, prompt: str = "completion", variant: str = REFERENCE
     entry = load_model("mimo-8b").model_copy(update={"humaneval_prompt": prompt})
     wanted = HumanEvalConfig(**(load_suite("smoke").humaneval.model_dump() | {"problems": 8} | changes))
     architecture = architecture_of("mimo-8b", tmp_path)
-    return Subject("mimo-8b", variant, tmp_path, tmp_path / "x.onnx", architecture, entry, Store(), wanted=wanted)
+    paths = tmp_path, tmp_path / "x.onnx"
+    return Subject(
+        "mimo-8b", variant, *paths, architecture, entry, Store(),
+        open_writer=lambda one: FakeWriter(one.folder), wanted=wanted,
+    )  # fmt: skip
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -191,19 +197,19 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quantized_model_writes_each_text_alike_whatever_else_is_asked_and_written_before(
     tmp_path: Path, quantized: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(writing, "Writer", Writer)
+    runs = {"folder": quantized, "open_writer": lambda one: Writer(one.folder)}
     wanted = {"max_new_tokens": 24, **drawn}
     texts = {}
     for n in (8, 3):
         (tmp_path / str(n)).mkdir()
-        humaneval.measure(replace(subject(tmp_path, problems=n, **wanted), folder=quantized), tmp_path / str(n))
+        humaneval.measure(replace(subject(tmp_path, problems=n, **wanted), **runs), tmp_path / str(n))
         texts[n] = kept(tmp_path / str(n))[written.ITEMS]
     assert texts[3].items() <= texts[8].items()
     (tmp_path / "resumed").mkdir()
     journal = Journal(tmp_path / "resumed" / written.ITEMS)
     for name in list(texts[8])[1::2]:
         journal.record(name, texts[8][name])
-    humaneval.measure(replace(subject(tmp_path, problems=8, **wanted), folder=quantized), tmp_path / "resumed")
+    humaneval.measure(replace(subject(tmp_path, problems=8, **wanted), **runs), tmp_path / "resumed")
     assert kept(tmp_path / "resumed")[written.ITEMS] == texts[8]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import load_gates
 from pipeline.report import cells
 from pipeline.report.rows import REFERENCE, Row, build
-from pipeline.runtime.generate import Limits, Sampling, Written
-from pipeline.tasks import ifbench, registry, writing
+from pipeline.runtime.generate import Request, Written
+from pipeline.tasks import ifbench, registry
 from pipeline.tasks.ifbench import CHECKS, IfbenchConfig, Prompt, load_prompts, sentences, words
 from pipeline.tasks.subject import Subject
 from tests.conftest import dataset
@@ -117,18 +116,14 @@ def test_another_file_is_refused(tmp_path: Path, content: str | None) -> None:
 class FakeWriter:
     """Answers as `answer` says."""
 
-    answer: Callable[[str], str]
-
-    def __init__(self, folder: Path) -> None:
-        del folder
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self._answer = answer
 
     def chat(self, request: str) -> str:
         return f"<user>{request}<model><think>\n"
 
-    def continuation(
-        self, prompt: str, limits: Limits, complete: Callable[[str], bool], sampling: Sampling | None = None
-    ) -> Written:
-        return Written((1,), type(self).answer(prompt), "")
+    def continuations(self, requests: Mapping[str, Request]) -> Iterator[Written]:
+        return (Written((1,), self._answer(request.prompt), "") for request in requests.values())
 
 
 def measured(
@@ -138,14 +133,15 @@ def measured(
     wanted = IfbenchConfig(**({"prompts": 171, "max_new_tokens": 9} | changes))
     entry = load_model("mimo-8b").model_copy(update={"humaneval_prompt": "thinking"})
     files = (tmp_path, tmp_path / "x.onnx", architecture_of("mimo-8b", tmp_path))
-    subject = replace(Subject("mimo-8b", name, *files, entry, Store(), wanted=wanted), reference=reference)
-    FakeWriter.answer = staticmethod(answer)
+    subject = Subject(
+        "mimo-8b", name, *files, entry, Store(),
+        open_writer=lambda one: FakeWriter(answer), wanted=wanted, reference=reference,
+    )  # fmt: skip
     (tmp_path / name).mkdir(exist_ok=True)
     return ifbench.measure(subject, tmp_path / name)
 
 
-def test_a_variant_is_measured_paired_judged_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "Writer", FakeWriter)
+def test_a_variant_is_measured_paired_judged_and_shown(tmp_path: Path) -> None:
     own = measured(tmp_path, REFERENCE, lambda prompt: "Hm, no.\n</think>Yes.")
     follow = sum(prompt.follows("Yes.") for prompt in load_prompts(dataset("ifbench")))
     assert (own["n"], own["followed"], own["samples"]) == (171, follow / 171, 1)
@@ -182,8 +178,7 @@ def test_a_variant_is_measured_paired_judged_and_shown(tmp_path: Path, monkeypat
     assert (figure.hub_dataset, figure.value, figure.n) == ("allenai/IFBench_test", 0, 171)
 
 
-def test_an_interrupted_writing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "Writer", FakeWriter)
+def test_an_interrupted_writing_goes_on(tmp_path: Path) -> None:
     asked: list[str] = []
     whole = measured(tmp_path, "whole", lambda prompt: "</think>Yes.", prompts=5)
     lines = (tmp_path / "whole/solutions.jsonl").read_text().splitlines(keepends=True)

@@ -70,10 +70,14 @@ def test_code_is_what_a_task_imports(name: str, within: set[str], without: set[s
     assert not without & code
 
 
-def test_code_that_runs_graphs_counts_where_graphs_are_run(subject: Subject) -> None:
-    for one, runner in ((subject, "session"), (replace(subject, variant=REFERENCE), "layered")):
+def test_code_that_runs_models_counts_where_it_runs_them(subject: Subject) -> None:
+    """Whichever way the reference runs: its results are the same."""
+    runners = (subject, "session", "generate"), (replace(subject, variant=REFERENCE), "layered", "layered_writer")
+    for one, decoder, writer in runners:
         for task in tasks():
-            assert (f"pipeline.runtime.{runner}" in keys._roots(task, one)) == task.runs_graph
+            roots = keys._roots(task, one)
+            assert (f"pipeline.runtime.{decoder}" in roots) == task.runs_graph
+            assert (f"pipeline.runtime.{writer}" in roots) == task.writes
 
 
 def test_the_statistics_decide_metrics_and_no_item(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

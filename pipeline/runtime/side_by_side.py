@@ -1,0 +1,172 @@
+"""A full-precision model larger than memory takes many texts one token further with every pass over its weights.
+
+A pass widens one layer after the other from the checkpoint to float32, always into the same buffers, and runs all texts
+through it: those that are being written as one batch of a token each, those that begin through their whole prompt, in
+the chunks that a phone runs it in. One session serves all layers: their weights are its inputs. Memory is a layer, a
+chunk's activations, and the texts' keys and values, to which attention adds in place.
+
+New texts join as others end, at any pass: Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based
+Generative Models" (OSDI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.graph.decoder import PREFILL_CHUNK, activation_bytes
+from pipeline.graph.slices import DecoderSlices
+from pipeline.machine import cores
+from pipeline.runtime.session import open_graph, open_slice
+
+_BLOCK = 1 << 20  # weights that a core widens at a time: few enough for its cache
+_USED = 0.75  # of the memory that is available; the rest is left to the page cache and everyone else
+
+
+def token_bytes(architecture: Architecture) -> int:
+    """Bytes of one token's keys and values in all layers, float32."""
+    return 2 * 4 * architecture.layers * architecture.cache_channels
+
+
+def working_bytes(architecture: Architecture, texts: int) -> int:
+    """What a pass takes beside keys and values: a layer in float32, the activations of a chunk, the texts' logits."""
+    layer = sum(matrix.rows * matrix.columns for matrix in architecture.body(0))
+    tokens = max(texts, PREFILL_CHUNK)
+    return 4 * layer + activation_bytes(architecture, tokens) + 2 * 4 * architecture.vocab * texts
+
+
+def fitting_texts(architecture: Architecture, texts: int, tokens: int, memory: int) -> int:
+    """How many of `texts` run side by side, `tokens` tokens each, where `memory` bytes are available: at least one."""
+    room = _USED * memory - working_bytes(architecture, texts)
+    return min(texts, max(1, int(room // (tokens * token_bytes(architecture)))))
+
+
+class _Batch(NamedTuple):
+    """Texts of the numbers `rows`; int64 ids [texts, tokens] that they run, and their mask [texts, total]."""
+
+    rows: slice
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+class SideBySide:
+    """Texts on their way through a model.
+
+    Attributes:
+        lengths: the tokens of each text that have passed. A text's number is its place here.
+    """
+
+    def __init__(self, graph: Path, architecture: Architecture, texts: int, tokens: int):
+        """
+        Args:
+            graph: the full-precision graph in the folder of its weights.
+            texts, tokens: how many texts run at once, and how long each becomes, at most.
+
+        Raises EvaluationError when ONNX Runtime refuses a slice, and CheckpointError as `session.check_weights`.
+        """
+        self.lengths: list[int] = []
+        self._architecture, self._weights = architecture, Checkpoint(graph.parent)
+        self._pool = ThreadPoolExecutor(cores())
+        slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
+        part = slices.embedding()
+        self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
+        self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
+        self._norm = open_slice(self._last.model, graph.parent)
+        self._session = open_graph(self._layer.model, graph.parent)
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        weights = architecture.expected_tensors().keys() & shapes.keys()
+        self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
+        shape = (texts, architecture.kv_heads, tokens, architecture.head_dim)
+        # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
+        self._cache = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in range(architecture.layers)]
+
+    def drop(self, text: int) -> None:
+        """Forget a text; the last one takes its number."""
+        last = len(self.lengths) - 1
+        length = self.lengths[text] = self.lengths[last]
+        self.lengths.pop()
+        for layer in self._cache if text < last else []:
+            for values in layer:
+                values[text, :, :length] = values[last, :, :length]
+
+    def run(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits after the last of its `ids` for each text, float32 [texts, vocab].
+
+        `ids` are one token for each text that is there, then the beginnings of new texts, of any length.
+
+        Raises:
+            CheckpointError: weights are damaged; the first pass compares all with their digests.
+        """
+        batches = list(self._batches(ids))
+        hidden = [self._embed([self._states], {"input_ids": batch.ids})[0] for batch in batches]
+        for layer in range(self._architecture.layers):
+            for name, wide in self._wide.items():
+                self._widen(name.replace(".0.", f".{layer}.", 1), wide)
+            hidden = [self._advance(layer, *pair) for pair in zip(batches, hidden, strict=True)]
+        # A long beginning has several batches: the last one overwrites what those before it gave for the text.
+        last = np.empty((len(ids), 1, self._architecture.hidden), np.float32)
+        for batch, values in zip(batches, hidden, strict=True):
+            last[batch.rows] = values[:, -1:]
+        logits = self._logits(last)
+        self._weights.trust()
+        return logits
+
+    def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[_Batch]:
+        """What is there goes together, unless LongRoPE chooses its tables by the longest of a batch."""
+        there, together = len(self.lengths), self._architecture.rope.long_factor is None
+        self.lengths += [0] * (len(ids) - there)
+        if there and together:
+            yield self._batch(slice(0, there), ids[:there])
+        for text in range(there if together else 0, len(ids)):
+            for start in range(0, len(ids[text]), PREFILL_CHUNK):
+                yield self._batch(slice(text, text + 1), [ids[text][start : start + PREFILL_CHUNK]])
+
+    def _batch(self, rows: slice, ids: Sequence[Sequence[int]]) -> _Batch:
+        self.lengths[rows] = [length + len(ids[0]) for length in self.lengths[rows]]
+        lengths = np.array(self.lengths[rows])
+        return _Batch(rows, np.array(ids, np.int64), (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+
+    def _advance(self, layer: int, batch: _Batch, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states after a layer, whose weights are widened; keys and values are written where they stay."""
+        given = {self._states: hidden, "attention_mask": batch.mask, **self._wide}
+        binding = self._session.io_binding()
+        for name, values in given.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
+        for name, values in zip(self._layer.cached.values(), self._cache[layer], strict=True):
+            shared = ort.OrtValue.ortvalue_from_numpy(values[batch.rows])
+            binding.bind_ortvalue_input(name.replace("present.", "past_key_values."), shared)
+            binding.bind_ortvalue_output(name, shared)
+        binding.bind_output(self._layer.target)
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        """float32 [texts, vocab] of the last hidden states [texts, 1, hidden]; the head is widened a part at a time."""
+        matrix, part = self._architecture.head, self._last
+        normed = self._norm([part.taps["head"]], {part.source: hidden})[0][:, 0]
+        buffer = max(self._wide.values(), key=np.size).reshape(-1)
+        logits, step = np.empty((len(hidden), matrix.rows), np.float32), buffer.size // matrix.columns
+        for start in range(0, matrix.rows, step):
+            rows = min(step, matrix.rows - start)
+            wide = buffer[: rows * matrix.columns].reshape(rows, matrix.columns)
+            self._widen(matrix.name, wide, start)
+            np.matmul(normed, wide.T, out=logits[:, start : start + rows])
+        return logits
+
+    def _widen(self, name: str, wide: np.ndarray, start: int = 0) -> None:
+        """A stored tensor's rows from `start` on into a buffer, float32 [rows, …], on all cores."""
+        step = max(1, _BLOCK * len(wide) // wide.size)
+
+        def part(at: int) -> None:
+            stop = min(at + step, len(wide))
+            wide[at:stop] = self._weights.rows(name, start + at, start + stop)
+
+        list(self._pool.map(part, range(0, len(wide), step)))
