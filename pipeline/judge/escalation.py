@@ -1,13 +1,33 @@
-"""What an INCONCLUSIVE verdict asks for: more items, and the command that asks them."""
+"""What an INCONCLUSIVE verdict asks for: more items, which `validate` asks by itself as far as the suite allows, and
+beyond that the command that asks them."""
 
 from __future__ import annotations
 
+import math
+
 from pipeline.config.models import load_pipeline
+from pipeline.judge.gates import Policy, decide
+from pipeline.judge.policy import gate_row
 from pipeline.judge.sequential import next_look
-from pipeline.judge.verdicts import INCONCLUSIVE, GateLine, read_verdict
+from pipeline.judge.verdicts import FAIL, INCONCLUSIVE, GateLine, read_verdict
 from pipeline.tasks.registry import load_suite
-from pipeline.tasks.task import LOOKS, Task
-from pipeline.workspace import Workspace
+from pipeline.tasks.task import LOOKS, Metrics, Task
+from pipeline.workspace import REFERENCE, Workspace
+
+
+def waits(task: Task, model: str, variant: str, metrics: Metrics) -> bool:
+    """Whether a task's gates wait for the next look, and what was measured so far leaves a PASS possible.
+
+    `metrics`: the variant's, as far as they are measured.
+    """
+    if not _looks(task):
+        return False
+    workspace = Workspace(model)
+    reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
+    name, limits = gate_row(model, variant)
+    lines = decide(metrics, reference, Policy(name, limits, None, math.inf, None), {}).lines
+    waiting = any(line.verdict == INCONCLUSIVE and line.name in _looks(task) for line in lines)
+    return waiting and all(line.verdict != FAIL for line in lines)
 
 
 def escalate(models: list[str], variants: list[str]) -> None:
@@ -15,9 +35,9 @@ def escalate(models: list[str], variants: list[str]) -> None:
     run, waiting = load_pipeline(), False
     pairs = [(model, variant) for model in models for variant in variants]
     verdicts = {f"{model} {variant}": read_verdict(Workspace(model), variant) for model, variant in pairs}
-    looking = [(task, part) for task, part in load_suite(run.suite).by_task() if _looks(task)]
-    for task, part in looking:
-        asked, wanted = getattr(part, task.counted[0]), 0
+    looking = [(task, part, task.stops) for task, part in load_suite(run.suite).by_task() if task.stops]
+    for task, part, stops in looking:
+        asked, wanted = stops(part)[-1], 0
         for name, verdict in verdicts.items():
             for line in verdict.lines:
                 if line.name in _looks(task) and line.verdict == INCONCLUSIVE:
@@ -30,10 +50,10 @@ def escalate(models: list[str], variants: list[str]) -> None:
                 f"{subjects} models and variants share the suite {run.suite!r}, references included: "
                 f"{max(0, wanted - asked) * subjects:,} new {task.unit} in all; answers that are kept are not asked "
                 f"again.\n"
-                f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:{task.name}.{task.counted[0]}={wanted}'"
+                f"  dvc exp run -S 'configs/evaluation/{run.suite}.yaml:{task.name}.most={wanted}'"
             )
     if not waiting:
-        titles = " or ".join(task.title for task, _ in looking)
+        titles = " or ".join(task.title for task, *_ in looking)
         print(f"No INCONCLUSIVE {titles} line waits for a further look.")
 
 

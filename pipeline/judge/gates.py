@@ -147,6 +147,8 @@ class _Pair:
 def _pair(task: Task, metrics: Metrics, reference: Metrics) -> _Pair:
     """A measurement counts only when variant and reference met the same items, and are not the same model."""
     section, own = _section(metrics, task.name, "variant"), _section(reference, task.name, "reference")
+    if own.get("n") != section.get("n"):  # the reference is asked all that may be asked, a variant ends at a look
+        own = {**own, **(_at(own, section.get("n")) or {})}
     pairing = task.pairing
     assert pairing, "a task with gates has one"
     for field in pairing.same:
@@ -291,11 +293,16 @@ def _veto_line(gate: Gate, pair: _Pair, margin: float | None) -> GateLine:
     return replace(drop, verdict=REPORTED, note=f"not surely beyond the margin; {look.describe()}")
 
 
+def _at(section: Metrics, n: object) -> Metrics | None:
+    """A section's row of the look at `n` items; None where it has none."""
+    looks = section.get("looks")
+    known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
+    return next((counts for counts in known if counts.get("n") == n), None)
+
+
 def _counts(look: sequential.Look, pair: _Pair) -> Metrics:
     """What a section knows of its first questions, at a look."""
-    looks = pair.section.get("looks")
-    known = [counts for counts in looks if isinstance(counts, Mapping)] if isinstance(looks, list) else []
-    counts = next((counts for counts in known if counts.get("n") == look.n), None)
+    counts = _at(pair.section, look.n)
     if counts is None:
         raise _Unusable(f"the metrics have no counts at the look of {look.n:,} {pair.unit}")
     return counts

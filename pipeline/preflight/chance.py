@@ -5,8 +5,8 @@ goes through the summaries of `tasks.statistics` and `judge.gates.decide`, looks
 
 - KL, its 99th percentile, disagreement of the top token and the excess of the perplexity ratio are at `OF_LIMIT` of
   their limits. Tokens' KL is lognormal, with the width that the two limits of KL imply; windows differ by a lognormal
-  factor of `WINDOWS`; the change of a token's log-probability has a variance of 2.2 times its KL. Measured on SmolLM2's q4,
-  q4_k_m and q3 (6,000 tokens in 24 windows): windows .20 to .25 of one text, change 2.1 to 2.4.
+  factor of `WINDOWS`; the change of a token's log-probability has a variance of 2.2 times its KL. Measured on
+  SmolLM2's q4, q4_k_m and q3 (6,000 tokens in 24 windows): windows .20 to .25 of one text, change 2.1 to 2.4.
 - `FLIPS` of the answers flip without a drop: 9.2 % was measured on published results of Q4_K_M (Llama-3.1-8B, MMLU).
   What is written may flip more often, as one token changes all that follow: `MORE_FLIPS`.
 - The reference has the accuracy that its entry calls `published`, or `TYPICAL`.
@@ -116,8 +116,8 @@ def hopeless(model: str, variant: str, suite: str) -> str | None:
     if (found := chance(model, variant, suite)).passes >= HOPELESS:
         return None
     return (
-        f"{model} {variant}: the suite {suite!r} cannot decide: a variant without a loss {found.describe()}. Choose one that "
-        f"can, `dvc exp run -S configs/pipeline.yaml:suite=release`."
+        f"{model} {variant}: the suite {suite!r} cannot decide: a variant without a loss {found.describe()}. Choose "
+        f"one that can, `dvc exp run -S configs/pipeline.yaml:suite=release`."
     )
 
 
@@ -147,8 +147,8 @@ def _release(policy: Policy, suite: Suite, published: Mapping[str, float], flips
         kinds = {gate.kind for gate in task.gates if gate.limit and getattr(policy.limits, gate.limit) is not None}
         accuracy = published.get(task.name, TYPICAL)
         if LOOKS in kinds:
-            size = max(part.most or 0, part.questions)
-            looking[task.name] = task, part.questions, rng.integers(0, _QUESTIONS, size)
+            stops = task.stops(part)
+            looking[task.name] = task, stops[0], rng.integers(0, _QUESTIONS, stops[-1])
         elif FLOOR in kinds:
             sections[task.name] = _solutions(task, getattr(part, task.counted[0]), accuracy, flips, rng)
         elif kinds:
@@ -200,8 +200,8 @@ _QUESTIONS = 100_000  # of the population that a release draws from
 def _population(accuracy: float, flips: float) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the reference and of a variant without a drop, float64 [questions, 4]; the first answer is correct.
 
-    A question is hard or easy, its wrong answers are equally tempting, and the variant's errors have heavy tails that some
-    questions feel more than others. What its errors cost on average it has back everywhere alike.
+    A question is hard or easy, its wrong answers are equally tempting, and the variant's errors have heavy tails that
+    some questions feel more than others. What its errors cost on average it has back everywhere alike.
     """
     rng = np.random.default_rng(7)
     wrong, ease = rng.normal(size=(_QUESTIONS, 4)), rng.normal(size=_QUESTIONS)

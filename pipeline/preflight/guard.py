@@ -59,8 +59,8 @@ def guarded(
             before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
-            for variant in load_pipeline().variants:
-                print(outlook(model, variant, load_pipeline().suite))
+            for one in load_pipeline().variants:
+                print(outlook(model, one, load_pipeline().suite))
             for sentence in misfits(model):
                 print(f"{model}: will not run here: {sentence}", file=sys.stderr)
 

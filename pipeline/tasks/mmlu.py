@@ -19,7 +19,7 @@ from pipeline.runtime.chat import has_thought, read_template, without_thought
 from pipeline.tasks import mmlu_questions as mmlu
 from pipeline.tasks import task
 from pipeline.tasks.mmlu_scoring import Scorer, item_names
-from pipeline.tasks.statistics import MmluAnswers, summarise_mmlu
+from pipeline.tasks.statistics import LOOKS, MmluAnswers, summarise_mmlu
 from pipeline.tasks.subject import CHUNK, Decoder, Subject, fill
 from pipeline.tasks.task import percent, share
 
@@ -36,7 +36,9 @@ class MmluConfig(Frozen):
     """MMLU subset: `questions` stratified over the 57 subjects, and what five-shot prompts show before each."""
 
     questions: int = Field(ge=57, le=14_042)
-    most: int | None = Field(default=None, le=14_042, description="questions that may be asked while looks do not decide")
+    most: int | None = Field(
+        default=None, le=14_042, description="questions that a variant is asked at most, while looks do not decide"
+    )
     seed: int = 0
     exemplars: Literal["held-out", "dev"] = Field(
         default="held-out",
@@ -104,10 +106,16 @@ def _answers(journal: Journal, names: Sequence[str]) -> MmluAnswers:
     return MmluAnswers(correct, scores, np.array([item["answer"] for item in items], np.int64))
 
 
+def _stops(part: MmluConfig) -> tuple[int, ...]:
+    """The number of questions to begin with, and the looks after it that the suite allows."""
+    return part.questions, *(look for look in LOOKS if part.questions < look <= (part.most or 0))
+
+
 def _cost(part: MmluConfig, entry: ModelConfig) -> task.Cost:
-    """The longest prompt's keys and values are held twice: before a question and after it."""
+    """All questions that may be asked. The longest prompt's keys and values are held twice: before a question and
+    after it."""
     mode = entry.mmlu_mode
-    read = part.questions * TOKENS[mode] + mmlu.SUBJECTS * EXAMPLES.get(mode, 0)
+    read = _stops(part)[-1] * TOKENS[mode] + mmlu.SUBJECTS * EXAMPLES.get(mode, 0)
     return task.Cost(read=read, window=CHUNK, cached=2 * LONGEST[mode])
 
 
@@ -129,13 +137,16 @@ TASK = task.Task(
     place=2,
     measure=measure,
     config=MmluConfig,
-    counted=("questions",),
+    counted=("questions", "most"),
+    stops=_stops,
     runs_graph=True,
     unit="questions",
     datasets=lambda part: ("mmlu", *["mmlu-dev"] * (part.exemplars == "dev")),
     texts=lambda part, store: [("mmlu", [item.text for item in mmlu.load_questions(dataset("mmlu", store))])],
     cost=_cost,
-    asks=lambda part: f"{part.questions:,} MMLU questions",
+    asks=lambda part: (
+        f"{' to '.join(f'{n:,}' for n in dict.fromkeys((part.questions, _stops(part)[-1])))} MMLU questions"
+    ),
     pairing=task.items_of("accuracy"),
     gates=(
         judged := task.margin_gate("mmlu", task.LOOKS, "accuracy", "MMLU graded drop"),

@@ -362,13 +362,13 @@ class MmluAnswers:
 def graded(found: MmluAnswers) -> Floats:
     """How right each answer is, float64 [n] in 0 to 1: a probability of the correct one, with accuracy's meaning.
 
-    It is the probability of the correct answer when all scores are multiplied by one number, chosen so that the likeliest
-    answer has a probability of `CONFIDENCE` on average. Accuracy is the same at a confidence of 1; a lower one turns
-    the flips of near ties into small changes, so the mean change varies less. Both models are brought to one confidence
-    because quantization changes it: as it stands, the probability of the correct answer hides a loss behind a sharper
-    model. Simulated (400,000 questions, three distractors, heavy-tailed noise that flips 9.2 % at no drop, a
-    reference with 71 % right; nine ways to lose exactly 2 points of accuracy: noise, knowledge, a favoured wrong answer,
-    each flatter or sharper), of a drop in accuracy of 2 points is seen, with the standard deviation of one question:
+    It is the probability of the correct answer when all scores are multiplied by one number, chosen so that the
+    likeliest answer has a probability of `CONFIDENCE` on average. Accuracy is the same at a confidence of 1; a lower
+    one turns the flips of near ties into small changes, so the mean change varies less. Both models are brought to one
+    confidence because quantization changes it: as it stands, the probability of the correct answer hides a loss behind
+    a sharper model. Simulated (three wrong answers, heavy-tailed noise that flips 9.2 % without a drop, a reference
+    with 71 % right, seven ways to lose exactly 2 points of accuracy: `benchmarks/graded.py`), so much of the 2 points
+    is seen, with the standard deviation of one question:
 
         figure                                     least   most   deviation without a drop
         accuracy                                    2.00   2.00    0.30
@@ -411,9 +411,9 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
         reference: the reference's, on the same questions in the same order.
         mode: how questions were asked ("cloze", "letter").
 
-    `flips` is the share of items whose correctness changed; `graded_drop_points` is the drop that `graded` shows;
-    `looks` has at each look that was reached what both are judged by: items lost and won, and the mean change of
-    `graded` with its standard error, in points.
+    `flips` is the share of items whose correctness changed; `graded_drop_points` is the drop that `graded` shows.
+    `looks` has a row for each look that was reached: of a variant what both are judged by (items lost and won; the mean
+    change of `graded` and its standard error, in points), of the reference its accuracy.
 
     Raises:
         EvaluationError: the arrays do not pair, are empty, not bool or not finite.
@@ -421,14 +421,16 @@ def summarise_mmlu(variant: MmluAnswers, reference: MmluAnswers | None, mode: st
     pairs = None if reference is None else reference.correct
     _check_items("MMLU", ("questions",), variant.correct, pairs)
     found = _accuracy("accuracy", variant.correct, pairs)
-    if reference is not None:
+    reached = [n for n in LOOKS if n <= len(variant.correct)]
+    if reference is None:
+        found["looks"] = [_accuracy("accuracy", variant.correct[:n], None) for n in reached]
+    else:
         for scores in (variant.scores, reference.scores):
             _require(
                 scores.shape == (len(variant.correct), 4) and len(scores) > 1 and bool(np.isfinite(scores).all()),
                 f"MMLU: scores of shape {scores.shape} for {len(variant.correct)} questions, or not finite",
             )
-        looks = [(variant.first(n), reference.first(n)) for n in LOOKS if n <= len(variant.correct)]
-        found["looks"] = [_look(*pair) for pair in looks]
+        found["looks"] = [_look(variant.first(n), reference.first(n)) for n in reached]
         found |= graded_interval(*graded_change(variant, reference)).named("graded_drop_points")
     return {**found, "mode": mode, "chance": MMLU_CHANCE}
 

@@ -237,6 +237,8 @@ class Task:
         config: the type of its part; None where it reads another's.
         counted: fields of its part that say how many items there are, each of which is the same whatever their number,
             or what is said over all of them. The first is the number.
+        stops: part → the numbers of items at which a variant's verdict may be known, the first of them asked in any
+            case; one where nothing is judged at looks. The reference is asked the last.
         runs_graph: whether it asks the graph for logits (`Subject.decoder`).
         writes: whether it lets the model write (`Subject.writer`).
         whole: whether it needs the model in memory, whatever that takes: it gates nothing.
@@ -263,6 +265,7 @@ class Task:
     measure: Callable[[Subject, Path], dict[str, Any]]
     config: type[Frozen] | None = None
     counted: tuple[str, ...] = ()
+    stops: Callable[[Any], tuple[int, ...]] | None = None
     runs_graph: bool = False
     writes: bool = False
     whole: bool = False

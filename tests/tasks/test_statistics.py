@@ -407,7 +407,7 @@ def test_graded_drops_show_what_accuracy_lost(sharper: float) -> None:
     assert interval.low == pytest.approx(change - s.Z * error)
     assert interval.high == pytest.approx((change + s.Z * error) / s.SHOWN)
     gain = s.graded_interval(-change, error)
-    assert gain.high == pytest.approx((-change + s.Z * error))
+    assert gain.high == pytest.approx(-change + s.Z * error)
 
 
 @pytest.mark.parametrize("scores", [np.full((20, 4), np.nan), np.zeros((19, 4)), np.zeros((20, 3))])
