@@ -223,6 +223,18 @@ def test_a_look_is_stricter_than_its_sample_alone() -> None:
     assert line.detectable == pytest.approx((2.368 + 0.842) * error / 0.92, rel=1e-3)
 
 
+def test_a_reference_that_was_asked_more_is_paired_at_the_look() -> None:
+    metrics, reference = _asked(1425, 0.3, 0, 0)
+    own = reference["mmlu"]
+    reference["mmlu"] = {**own, **_accuracy("accuracy", 2850, 0.72), "looks": [_accuracy("accuracy", 1425, 0.7)]}
+    assert _line(decide(metrics, reference, POLICY, PARITY), "mmlu").verdict == "PASS"
+    reference["mmlu"]["looks"] = [_accuracy("accuracy", 1425, 0.71)]
+    assert "but it has 0.71" in _line(decide(metrics, reference, POLICY, PARITY), "mmlu").note
+    for nothing in ([], None, [3], "looks"):
+        reference["mmlu"]["looks"] = nothing
+        assert "not the same items" in _line(decide(metrics, reference, POLICY, PARITY), "mmlu").note
+
+
 def test_questions_between_looks_wait_for_the_next() -> None:
     line, accuracy = _judged(1000, 0.0)
     assert line.n == accuracy.n == 570 and line.note.endswith("(1,000 were asked), next look 1,425")

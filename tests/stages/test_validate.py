@@ -145,6 +145,22 @@ def test_fewer_questions_are_a_fresh_runs_too(project: Path, scored: list[str]) 
     assert len(scored) == 4
 
 
+def test_a_look_that_does_not_decide_asks_further_and_nothing_is_asked_twice(
+    project: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmlu_section, "LOOKS", (60, 66))
+    edit("mmlu", questions=QUESTIONS, most=66)
+    validate.run(tiny.MODEL, REFERENCE)
+    assert (metrics(REFERENCE)["mmlu"]["n"], len(scored)) == (66, 9)
+    for decided, asked, new in ((60, 60, 3), (66, 66, 6), (0, QUESTIONS, 0), (66, 66, 0)):
+        monkeypatch.setattr(
+            validate, "waits", lambda task, *of, end=decided: task.name == "mmlu" and of[-1]["mmlu"]["n"] < end
+        )
+        scored.clear()
+        validate.run(tiny.MODEL, "q4")
+        assert (metrics("q4")["mmlu"]["n"], len(scored)) == (asked, new)
+
+
 def test_tuning_one_section_measures_no_other(
     project: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
