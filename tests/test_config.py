@@ -46,12 +46,13 @@ def suite_with(**changes: object) -> str:
 def test_limits_of_a_solution_follow_how_the_model_is_asked() -> None:
     entry, wanted = load_model("mimo-8b"), load_suite("release").humaneval
     limits = {}
-    for prompt in ("completion", "chat", "thinking"):
+    for prompt in ("completion", "chat", "closed", "thinking"):
         asked = entry.model_copy(update={"humaneval_prompt": prompt})
         limits[prompt] = (wanted.answer_tokens(asked), wanted.thinking_tokens(asked))
     assert limits == {
         "completion": (wanted.max_new_tokens, 0),
         "chat": (wanted.max_chat_tokens, 0),
+        "closed": (wanted.max_chat_tokens, 0),
         "thinking": (wanted.max_chat_tokens, wanted.max_think_tokens),
     }
     assert wanted.max_chat_tokens + wanted.max_think_tokens + 600 <= entry.context  # 600: the longest prompt

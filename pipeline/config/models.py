@@ -34,9 +34,10 @@ class ModelConfig(Frozen):
         default=False,
         description="for a model that thinks unasked: mode chat closes an empty <think> block before the letter",
     )
-    humaneval_prompt: Literal["completion", "chat", "thinking"] = Field(
+    humaneval_prompt: Literal["completion", "chat", "closed", "thinking"] = Field(
         default="completion",
-        description="completion: go on with the code; chat: answer a request; thinking: chat that begins with <think>",
+        description="completion: go on with the code; chat: answer a request; of a model that thinks, closed: after an "
+        "empty <think> block, thinking: after its own",
     )
     published: dict[Name, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={},

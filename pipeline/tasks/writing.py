@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.journal import Journal
+from pipeline.runtime.chat import without_thought
 from pipeline.runtime.generate import Complete, Limits, Request, Sampling, derived_seed
 from pipeline.tasks.subject import Subject, fill
 from pipeline.tasks.written import name_of
@@ -36,6 +37,8 @@ def write(
         asked: dict[str, Request] = {}
         for name in left:
             prompt, sampling = subject.writer.chat(named[name]) if chats else named[name], None
+            if entry.humaneval_prompt == "closed":
+                prompt = without_thought(prompt, True)
             if wanted.temperature:
                 sampling = Sampling(wanted.temperature, wanted.top_p, derived_seed(wanted.seed, name))
             asked[name] = Request(prompt, limits, _never if chats else complete, sampling)

@@ -115,6 +115,16 @@ def test_greedy_solutions_are_written_judged_and_counted(tmp_path: Path, judged:
     assert verdict.keys() == {"completion", "correct", "reason"}
 
 
+@pytest.mark.parametrize(("prompt", "closed"), [("chat", False), ("closed", True), ("thinking", False)])
+def test_a_thought_is_closed_where_the_entry_says_so(
+    tmp_path: Path, judged: list[str], writer: Any, prompt: str, closed: bool
+) -> None:
+    found = humaneval.measure(subject(tmp_path, prompt), tmp_path)
+    prompts = [item["prompt"] for item in kept(tmp_path)[written.ITEMS].values()]
+    assert found["prompt"] == prompt
+    assert {text.endswith("<think>\n\n</think>\n\n") for text in prompts} == {closed}
+
+
 def test_a_kill_while_judging_loses_no_text_and_no_verdict(
     tmp_path: Path, judged: list[str], writer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
