@@ -372,13 +372,13 @@ def graded(found: MmluAnswers) -> Floats:
 
         figure                                     least   most   deviation without a drop
         accuracy                                    2.00   2.00    0.30
-        probability of the correct answer, as is   -0.84   2.79    0.12
-        graded, confidence .85                      1.70   1.88    0.17
-        graded, confidence .90                      1.83   1.95    0.19
-        graded, confidence .95                      1.92   2.00    0.23
+        probability of the correct answer, as is   -0.80   2.80    0.12
+        graded, confidence .85                      1.72   1.92    0.17
+        graded, confidence .90                      1.86   2.00    0.20
+        graded, confidence .95                      1.96   2.05    0.24
 
-    A reference with 85 % right sees least: 1.33, 1.59 and 1.84 (`SHOWN`) at the three confidences. So at .95 the same
-    certainty takes 1.5 to 1.7 times fewer questions than accuracy. The published 2 to 20 times are those of the second
+    Of a reference with 85 % right the least are 1.40, 1.67 and 1.91 (`SHOWN`) at the three confidences. So at .95 the
+    same certainty takes 1.5 times fewer questions than accuracy. The published 2 to 20 times are those of the second
     line, which says nothing about accuracy where a model grew sharper.
     """
 

@@ -218,9 +218,9 @@ def test_a_look_is_stricter_than_its_sample_alone() -> None:
     """What another look costs: at 1,425 a bound of 2.37 standard errors in place of 1.64."""
     line, _ = _judged(1425, 0.3)
     error = 23 / math.sqrt(1425)
-    assert line.high == pytest.approx((0.3 + 2.368 * error) / 0.92, rel=1e-3)
+    assert line.high == pytest.approx((0.3 + 2.368 * error) / 0.95, rel=1e-3)
     assert line.low == pytest.approx(0.3 - 2.368 * error, rel=1e-2)
-    assert line.detectable == pytest.approx((2.368 + 0.842) * error / 0.92, rel=1e-3)
+    assert line.detectable == pytest.approx((2.368 + 0.842) * error / 0.95, rel=1e-3)
 
 
 def test_a_reference_that_was_asked_more_is_paired_at_the_look() -> None:
