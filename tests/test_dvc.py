@@ -132,9 +132,8 @@ def kill_during(project: Project, unfinished: Callable[[], bool], *, slowly: boo
     process.communicate()
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project, nothing built."""
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project, nothing built."""
     root = tmp_path_factory.mktemp("dvc")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -145,37 +144,49 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return Project(folder, kept | {"PATH": path, "PIPELINE_STORE": str(root / "store"), "NO_COLOR": "1"})
 
 
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project of all tests but those of kills."""
+    return fresh(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def built(project: Project) -> str:
+    """What the run that made the project printed."""
+    output = project.dvc("repro")
+    tiny.commit(project.folder, "built")
+    return output
+
+
 @dataclass
 class Interrupted:
-    """What lay there unfinished after each kill."""
+    """What lay there unfinished after each kill, and what the run that completed the project printed."""
 
+    project: Project
+    output: str
     units: dict[str, list[list[str]]]
     folders: list[Path]
 
 
 @pytest.fixture(scope="session")
-def interrupted(project: Project) -> Interrupted:
-    """`dvc repro` killed at random points of writing two artifacts, and again while it measured."""
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    """`dvc repro` killed at random points of writing two artifacts, again while it measured, and then not."""
+    project = fresh(tmp_path_factory)
     chance = random.Random(0)
     units: dict[str, list[list[str]]] = {}
     for variant, kills in (("q4", 3), ("q3", 2)):  # in DVC's order
         units[variant] = []
         for count in sorted(chance.sample(range(1, 18), kills)):
-            kill_during(project, lambda: len(project.finished_units(variant)) >= count, slowly=True)  # noqa: B023
+            # More than before: a kill takes a moment, in which the last run may have come as far as this one is to.
+            least = max(count, 1 + len(project.finished_units(variant)))
+            kill_during(project, lambda: len(project.finished_units(variant)) >= least, slowly=True)  # noqa: B023
             units[variant].append(project.finished_units(variant))
             assert not project.artifact(f"tiny/variants/{variant}").exists()
     items = project.artifact("tiny/partial/evaluation.reference/mmlu/mmlu.jsonl")
     kill_during(project, lambda: items.exists() and len(items.read_bytes().splitlines()) > 5)
     assert not project.artifact("tiny/evaluation/reference").exists()
-    return Interrupted(units, [*project.artifact("tiny/partial").iterdir()])
-
-
-@pytest.fixture(scope="session")
-def built(project: Project, interrupted: Interrupted) -> str:
-    """What the run that completed the project printed."""
-    output = project.dvc("repro")
-    tiny.commit(project.folder, "built")
-    return output
+    folders = [*project.artifact("tiny/partial").iterdir()]
+    return Interrupted(project, project.dvc("repro"), units, folders)
 
 
 @pytest.fixture
@@ -197,22 +208,23 @@ def edit(project: Project, name: str, change: Callable[[dict[str, Any]], object]
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_continues_where_it_was(interrupted: Interrupted, built: str, project: Project) -> None:
+@pytest.mark.long
+def test_a_killed_run_continues_where_it_was(interrupted: Interrupted) -> None:
     """What had finished is kept, what had not is made again, and no unfinished folder is taken for an output."""
-    stages = ran(built)
+    stages = ran(interrupted.output)
     assert "download@tiny" not in stages
     assert "calibrate@tiny" not in stages
     assert "reference@tiny" in stages
     assert {path.name for path in interrupted.folders} == {"evaluation.reference", "evaluation.reference.journal"}
     assert not [path for path in interrupted.folders if path.exists()], "gigabytes at full size"
-    lock = (project.folder / "dvc.lock").read_text()
+    lock = (interrupted.project.folder / "dvc.lock").read_text()
     assert not [path.name for path in interrupted.folders if path.name in lock]
 
 
-def test_killed_artifacts_are_those_of_an_undisturbed_run(
-    interrupted: Interrupted, built: str, project: Project, tmp_path: Path
-) -> None:
+@pytest.mark.long
+def test_killed_artifacts_are_those_of_an_undisturbed_run(interrupted: Interrupted, tmp_path: Path) -> None:
     """Each run went on from the journal of the one before, though `dvc repro` deletes outputs, to the same bytes."""
+    project = interrupted.project
     for journals in interrupted.units.values():
         for before, after in pairwise(journals):
             assert 0 < len(before) < len(after)
@@ -319,6 +331,7 @@ def test_metrics_and_plots_can_be_shown(built: str, project: Project) -> None:
 # --- what runs again -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("built", "undo")
 def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) -> None:
     """Also what is shown of it: the parameter that changed and what it did to the measurements."""
@@ -489,6 +502,7 @@ def published(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
+@pytest.mark.long
 def test_a_tag_becomes_published_bundles_and_the_same_bytes_again(
     tagged: Tagged, project: Project, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def journal(workspace: Workspace, variant: str) -> set[str]:
     return finished_units(workspace.root / "partial" / f"{variant}.journal")
 
 
+@pytest.mark.long
 def test_killed_at_any_call_to_the_system(template: Path, workspace: Workspace) -> None:
     """Also between the last unit and the end: configuration, plan, renames. The next run leaves nothing but the
     artifact, which is the same, and computes nothing that was finished."""
