@@ -206,6 +206,23 @@ def reference(found: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\nMeasured on {_processor(found)}."
 
 
+def generation(found: dict[str, Any]) -> str:
+    """Passes of texts side by side, beside preflight's prediction."""
+    head = (
+        "model", "texts side by side", "tokens each, at most", "private, GB", "a pass, s (least–most)",
+        "read from the disk in it, GB", "predicted, s", "÷ predicted",
+    )  # fmt: skip
+    rows = []
+    for record in found["records"]:
+        seconds, disk = record["pass_seconds"], record["disk_read_bytes"] / len(record["pass_seconds"])
+        rows.append([
+            record["model"], f"{record['texts']:,}", f"{record['tokens']:,}", f"{record['private_bytes'] / 1e9:.1f}",
+            f"{record['median_seconds']:.1f} ({min(seconds):.1f}–{max(seconds):.1f})", f"{disk / 1e9:.1f}",
+            f"{record['predicted_seconds']:.1f}", f"{record['measured_over_predicted']:.2f}",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMeasured on {_processor(found)}."
+
+
 TABLES = {
     "machine": the_machine, "conversion": conversion, "scaling": scaling, "stages": stages, "runtime": run_time,
     "prepacked": prepacked, "quantizers": quantizers,
@@ -242,6 +259,7 @@ def on_arm64(found: dict[str, Any]) -> str:
 BY_FILE = {
     "quality.json": QUALITY_TABLES,
     "reference.json": {"reference": reference},
+    "generation.json": {"generation": generation},
     "mmlu.json": {"mmlu": mmlu},
     "arm64.json": {"arm64": on_arm64},
 }

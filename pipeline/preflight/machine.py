@@ -155,7 +155,7 @@ def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates
         search = load_recipe(one.variant).search
         yield needs.quantize(one.variant, one.download.bytes, architecture, search, calibration, rates)
     if runs_layered(suite.reference, found.weight_bytes, architecture.parameters, memory):
-        yield needs.layered_reference(architecture, suite, entry, rates)
+        yield needs.layered_reference(architecture, found.weight_bytes, suite, entry, memory, rates)
     else:
         yield needs.reference(architecture, found.weight_bytes, suite, entry, rates)
     for one in artifacts:
@@ -185,9 +185,11 @@ def run(models: tuple[str, ...] = ()) -> int:
             )
     refusals = [row.refusal for row in rows if row.refusal] + failed
     print(_table(rows), end="\n\n")
+    texts = [sentence for row in rows if not row.there for sentence in _writing(row)]
     run = load_pipeline()
     decided = [outlook(model, variant, run.suite) for model in models or run.models for variant in run.variants]
-    for sentence in [*_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown]:
+    said = (*texts, *_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown)
+    for sentence in said:
         print(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 1 if refusals else 0
 
@@ -250,6 +252,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     sizes = (f"{count / 1e9:.2f} GB" for count in (wanted.memory, has.memory, disk, free))
     state = "there already" if row.there else "NO" if row.problem else "ok"
     return f"  {wanted.stage}", wanted.variant or "", *sizes, _duration(wanted.seconds), state
+
+
+def _writing(row: Row) -> Iterator[str]:
+    """How a model that memory cannot hold writes, task by task."""
+    for one in row.needs.writing:
+        yield (
+            f"{one.title} of {row.model}, layer by layer: {one.texts:,} texts side by side, at most {one.passes:,} "
+            f"passes over the weights, which read {one.read / 1e9:,.0f} GB, {_duration(one.seconds)}"
+        )
 
 
 def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:

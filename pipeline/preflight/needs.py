@@ -17,6 +17,7 @@ from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
 from pipeline.graph.decoder import activation_bytes
 from pipeline.runtime.session import memory_needed, widened_bytes
+from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
 from pipeline.tasks.registry import Suite
 from pipeline.tasks.task import Cost
 
@@ -30,12 +31,34 @@ PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
+PASSED_PER_SECOND = 0.3e9
+"""The same in a pass of `pipeline.runtime.side_by_side`, whose buffers stay."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a task's texts take at most where the model runs layer by layer.
+
+    Attributes:
+        title: of the task.
+        texts: that run side by side.
+        passes: over all weights, one for each token of those.
+        read: bytes of weights that all passes read, from memory where they stay there.
+        memory: bytes beside the process's own.
+    """
+
+    title: str
+    texts: int
+    passes: int
+    read: int
+    memory: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,7 @@ class Needs:
         seconds: estimated duration; not a number where only the network, or nothing measured, could tell.
         store_disk: bytes it writes on the file system of the store.
         scratch: whether what it writes is gone when it ends.
+        writing: texts that it writes layer by layer, task by task.
     """
 
     stage: str
@@ -60,6 +84,7 @@ class Needs:
     seconds: float = math.nan
     store_disk: int = 0
     scratch: bool = False
+    writing: tuple[Writing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,24 +195,49 @@ def reference(
     )
 
 
-def layered_reference(architecture: Architecture, suite: Suite, entry: ModelConfig, rates: Rates = UNMEASURED) -> Needs:
-    """The same layer by layer (`pipeline.runtime.layered`), without generation: a layer in float32 or the head.
+def layered_reference(
+    architecture: Architecture, weight_bytes: int, suite: Suite, entry: ModelConfig, memory: int,
+    rates: Rates = UNMEASURED,
+) -> Needs:  # fmt: skip
+    """The same layer by layer, where `memory` bytes are available: a layer or the head in float32, or what texts take.
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
-    costs = [task.cost(part, entry) for task, part in suite.by_task() if task.runs_graph and not task.reads]
-    decoding = [task.title for task, _ in suite.by_task() if not task.runs_graph]
-    window, longest = _most(costs, "window"), _most(costs, "read")
+    asked = [task.cost(part, entry) for task, part in suite.by_task() if task.runs_graph and not task.reads]
+    texts = [(task.title, task.cost(part, entry)) for task, part in suite.by_task() if task.writes]
+    writing = tuple(_writing(architecture, weight_bytes, *text, memory, rates) for text in texts)
+    window, longest = _most(asked, "window"), _most(asked, "read")
     logits = 2 * 4 * architecture.vocab * window  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
+    decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
     return Needs(
         "reference",
-        PROCESS_BYTES + max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits)),
-        2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
-        f"one layer or the head in float32; hidden states of {longest:,} tokens; 2 bytes per token and "
-        f"vocabulary entry kept; without {' and '.join(decoding)}",
-        seconds=sum(_pass_seconds(architecture, cost.read, rates) for cost in costs),
+        PROCESS_BYTES + max(decoding, *(one.memory for one in writing), 0),
+        2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, asked) + SMALL_FILES_BYTES,
+        f"one layer or the head in float32, or keys and values of texts; hidden states of {longest:,} tokens; 2 bytes "
+        f"per token and vocabulary entry kept",
+        seconds=sum(
+            [*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)]
+        ),
+        writing=writing,
     )
+
+
+def _writing(
+    architecture: Architecture, weight_bytes: int, title: str, cost: Cost, memory: int, rates: Rates
+) -> Writing:
+    """All texts at their limit: a pass for every token of as many as run side by side."""
+    texts = fitting_texts(architecture, cost.texts, cost.cached, memory)
+    passes = math.ceil(cost.texts / texts) * cost.written // cost.texts
+    seconds = passes * side_by_side_seconds(architecture, texts, rates)
+    seconds += _product_seconds(architecture, cost.read, rates)
+    held = working_bytes(architecture, texts) + texts * cost.cached * token_bytes(architecture)
+    return Writing(title, texts, passes, passes * weight_bytes, held, seconds)
+
+
+def side_by_side_seconds(architecture: Architecture, texts: int, rates: Rates) -> float:
+    """A pass that gives one token to each of so many texts (`pipeline.runtime.side_by_side`)."""
+    return architecture.parameters / PASSED_PER_SECOND + _product_seconds(architecture, texts, rates)
 
 
 def validate(

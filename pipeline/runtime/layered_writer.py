@@ -82,8 +82,9 @@ class _Work:
     def advance(self) -> None:
         """One pass: a token more for every text that runs, and the first for those that there is room for."""
         new = [self._waiting.pop(0) for _ in self._waiting[: self._texts - len(self._running)]]
-        ids = [self._begun[name][1].ids[-1:] for name in self._running]
-        ids += [prefix + text.ids for prefix, text in map(self._begun.__getitem__, new)]
+        whole = [prefix + text.ids for prefix, text in map(self._begun.__getitem__, self._running + new)]
+        old, switched = len(self._running), self._model.switch + 1
+        ids = [row if place >= old or len(row) == switched else row[-1:] for place, row in enumerate(whole)]
         self._running += new
         tokens = dict(zip(self._running, map(self._draw, self._running, self._model.run(ids)), strict=True))
         self._journal.record(str(len(self._journal.items)), tokens)

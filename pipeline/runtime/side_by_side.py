@@ -62,6 +62,8 @@ class SideBySide:
 
     Attributes:
         lengths: the tokens of each text that have passed. A text's number is its place here.
+        switch: the length beyond which LongRoPE rotates a text otherwise, from its first token on; 0 for none.
+        cache: keys and values of each layer, float32 [texts, kv_heads, tokens, head_dim].
     """
 
     def __init__(self, graph: Path, architecture: Architecture, texts: int, tokens: int):
@@ -75,6 +77,7 @@ class SideBySide:
         self.lengths: list[int] = []
         self._architecture, self._weights = architecture, Checkpoint(graph.parent)
         self._pool = ThreadPoolExecutor(cores())
+        self.switch = architecture.rope.original_max_position if architecture.rope.long_factor else 0
         slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
         part = slices.embedding()
         self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
@@ -86,21 +89,22 @@ class SideBySide:
         self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
         shape = (texts, architecture.kv_heads, tokens, architecture.head_dim)
         # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
-        self._cache = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in range(architecture.layers)]
+        self.cache = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in range(architecture.layers)]
 
     def drop(self, text: int) -> None:
         """Forget a text; the last one takes its number."""
         last = len(self.lengths) - 1
         length = self.lengths[text] = self.lengths[last]
         self.lengths.pop()
-        for layer in self._cache if text < last else []:
+        for layer in self.cache if text < last else []:
             for values in layer:
                 values[text, :, :length] = values[last, :, :length]
 
     def run(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits after the last of its `ids` for each text, float32 [texts, vocab].
 
-        `ids` are one token for each text that is there, then the beginnings of new texts, of any length.
+        `ids` are one token for each text that is there, or all of them again where it reaches `switch`; then the
+        beginnings of new texts, of any length.
 
         Raises:
             CheckpointError: weights are damaged; the first pass compares all with their digests.
@@ -120,14 +124,16 @@ class SideBySide:
         return logits
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[_Batch]:
-        """What is there goes together, unless LongRoPE chooses its tables by the longest of a batch."""
-        there, together = len(self.lengths), self._architecture.rope.long_factor is None
+        """What is there goes together, unless LongRoPE chooses its tables by a batch's total length."""
+        there, longest = len(self.lengths), max(map(len, ids)) if self.switch else PREFILL_CHUNK
         self.lengths += [0] * (len(ids) - there)
-        if there and together:
+        if there and not self.switch:
             yield self._batch(slice(0, there), ids[:there])
-        for text in range(there if together else 0, len(ids)):
-            for start in range(0, len(ids[text]), PREFILL_CHUNK):
-                yield self._batch(slice(text, text + 1), [ids[text][start : start + PREFILL_CHUNK]])
+        for text in range(0 if self.switch else there, len(ids)):
+            if len(ids[text]) > 1:
+                self.lengths[text] = 0
+            for start in range(0, len(ids[text]), longest):
+                yield self._batch(slice(text, text + 1), [ids[text][start : start + longest]])
 
     def _batch(self, rows: slice, ids: Sequence[Sequence[int]]) -> _Batch:
         self.lengths[rows] = [length + len(ids[0]) for length in self.lengths[rows]]
@@ -140,7 +146,7 @@ class SideBySide:
         binding = self._session.io_binding()
         for name, values in given.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
-        for name, values in zip(self._layer.cached.values(), self._cache[layer], strict=True):
+        for name, values in zip(self._layer.cached.values(), self.cache[layer], strict=True):
             shared = ort.OrtValue.ortvalue_from_numpy(values[batch.rows])
             binding.bind_ortvalue_input(name.replace("present.", "past_key_values."), shared)
             binding.bind_ortvalue_output(name, shared)

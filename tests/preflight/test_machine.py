@@ -141,7 +141,7 @@ def test_a_reference_that_does_not_fit_is_planned_layer_by_layer_unless_the_suit
     tiny.edit(project / "configs/evaluation/seconds.yaml", reference=way)
     rows = preflight.stage_needs(tiny.MODEL, tiny.VARIANTS, 24 * GB)
     (row,) = [wanted for wanted in rows if wanted.stage == "reference"]
-    assert ("without HumanEval" in row.why) == layered
+    assert [one.title for one in row.writing] == ["HumanEval"] * layered
     assert (preflight.problem(tiny.MODEL, row, ROOM) is None) == layered
 
 

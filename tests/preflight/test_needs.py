@@ -10,6 +10,7 @@ from pipeline.config.calibration import CalibrationConfig, load_calibration, loa
 from pipeline.config.models import ModelConfig, load_model
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Rates
+from pipeline.runtime.side_by_side import fitting_texts, working_bytes
 from pipeline.tasks.humaneval_problems import PROMPT_TOKENS
 from pipeline.tasks.mmlu import LONGEST, TOKENS
 from pipeline.tasks.registry import Suite, load_suite
@@ -115,15 +116,38 @@ def test_the_reference_of_phi_4_needs_what_the_readme_says_and_a_third_more(tmp_
 
 
 def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, suite: Suite) -> None:
-    """6 GB whatever the suite and the number of layers; nothing is generated, so it takes less time than the whole."""
+    """8 GB whatever the suite and the number of layers, where so much is available; time grows with the layers."""
     phi, full = architecture_of("phi-4", tmp_path), load_suite("release")
-    wanted = needs.layered_reference(phi, suite, asked("chat"), RATES)
-    assert wanted.memory <= needs.layered_reference(phi, full, asked("chat")).memory <= 6e9
-    assert needs.layered_reference(replace(phi, layers=1), suite, asked("chat")).memory == wanted.memory
-    assert wanted.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000 + 2 * 4 * 5120 * suite.mmlu.questions * 111
-    whole = needs.reference(phi, PHI_4_BYTES, suite, asked("chat"), RATES)
-    assert wanted.seconds < whole.seconds
-    assert wanted.seconds > needs.layered_reference(replace(phi, layers=20), suite, asked("chat"), RATES).seconds
+    few = replace(phi, layers=20)
+    for wanted, layers, rates in ((suite, phi, RATES), (full, phi, RATES), (suite, few, RATES)):
+        found = needs.layered_reference(layers, PHI_4_BYTES, wanted, asked("chat"), 8 * 10**9, rates)
+        assert 4e9 <= found.memory <= 8e9
+        assert found.seconds > sum(one.seconds for one in found.writing) > 0
+    long, short = (
+        needs.layered_reference(model, PHI_4_BYTES, suite, asked("chat"), 10**12, RATES) for model in (phi, few)
+    )
+    assert long.disk - needs.SMALL_FILES_BYTES == 2 * 100_352 * 6000 + 2 * 4 * 5120 * suite.mmlu.questions * 111
+    assert long.seconds > short.seconds
+
+
+@pytest.mark.parametrize("prompt", ["completion", "chat", "thinking"])
+def test_texts_side_by_side_take_a_pass_for_each_token_of_the_longest(tmp_path: Path, prompt: str) -> None:
+    """164 answers, of as many tokens as the suite allows, in as many rounds as memory needs."""
+    mimo, full, size = architecture_of("mimo-8b", tmp_path), load_suite("release"), 15_245_238_272
+    most = full.humaneval.most_tokens(asked(prompt))
+    passes = []
+    for memory in (16, 32, 1000):
+        found = needs.layered_reference(mimo, size, full, asked(prompt), memory * 10**9, RATES)
+        one = next(item for item in found.writing if item.title == "HumanEval")
+        assert one.texts == fitting_texts(mimo, 164, most + PROMPT_TOKENS, memory * 10**9)
+        assert one.passes == -(-164 // one.texts) * most
+        assert one.read == one.passes * size
+        assert one.memory - working_bytes(mimo, one.texts) == one.texts * (most + PROMPT_TOKENS) * 294_912
+        assert one.memory <= memory * 10**9
+        assert one.seconds > one.passes * needs.side_by_side_seconds(mimo, one.texts, RATES)
+        passes.append(one.passes)
+    assert passes == sorted(set(passes), reverse=True)
+    assert passes[-1] == most
 
 
 def test_a_variant_takes_its_prepacked_bytes_logits_and_a_cache(tmp_path: Path, suite: Suite) -> None:

@@ -1,0 +1,95 @@
+"""Texts that pass a model together have the logits that each has by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import CheckpointError
+from pipeline.runtime import side_by_side
+from pipeline.runtime.session import OnnxDecoder
+from pipeline.runtime.side_by_side import SideBySide, fitting_texts, token_bytes, working_bytes
+from tests.activations import make_decoder
+from tests.families import CASES
+from tests.real_configs import architecture_of
+
+RNG = np.random.default_rng(5)
+TEXTS = [RNG.integers(3, 320, length).tolist() for length in (70, 62, 9, 40)]
+TYPES = [*((name, "F32") for name in CASES), ("phi3", "F16"), ("mimo", "BF16")]
+
+
+def make(folder: Path, name: str, dtype: str = "F32") -> SideBySide:
+    _, architecture = make_decoder(folder, name, dtype)
+    return SideBySide(folder / "model.onnx", architecture, 3, 80)
+
+
+@pytest.mark.parametrize(("name", "dtype"), TYPES)
+def test_a_text_s_logits_are_its_own(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With others before, beside and after it: one ends, another takes its room; prompts take several chunks, and a
+    text passes LongRoPE's switch at 64."""
+    monkeypatch.setattr(side_by_side, "PREFILL_CHUNK", 16)
+    model, whole = make(tmp_path, name, dtype), OnnxDecoder(tmp_path / "model.onnx")
+    running: list[tuple[int, int]] = []  # number among TEXTS, tokens that have passed
+
+    def advance(*new: tuple[int, int]) -> None:
+        running[:] = [*((text, length + 1) for text, length in running), *new]
+        rows = [TEXTS[text][:length] for text, length in running]
+        begun = len(rows) - len(new)
+        ids = [row if n >= begun or len(row) == model.switch + 1 else row[-1:] for n, row in enumerate(rows)]
+        for got, row in zip(model.run(ids), rows, strict=True):
+            want = whole.run(row)[0][-1]
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        assert model.lengths == [length for _, length in running]
+
+    def drop(place: int) -> None:
+        model.drop(place)
+        running[place] = running[-1]
+        running.pop()
+
+    advance((0, 50), (1, 60), (2, 3))
+    advance()
+    advance()
+    drop(1)
+    advance((3, 33))
+    advance()
+    drop(2)
+    drop(0)
+    for _ in range(3):
+        advance()
+    assert [text for text, _ in running] == [3]
+    drop(0)
+    advance((0, 63))
+    advance()
+    advance()
+
+
+def test_memory_grows_with_what_is_written(tmp_path: Path) -> None:
+    _, architecture = make_decoder(tmp_path, "mimo")
+    assert token_bytes(architecture) == 2 * 4 * 3 * 2 * 32
+    model = SideBySide(tmp_path / "model.onnx", architecture, 2, 64)
+    assert sum(values.nbytes for layer in model.cache for values in layer) == 2 * 64 * token_bytes(architecture)
+
+
+@pytest.mark.parametrize(("name", "most"), [("mimo-8b", 294_912), ("phi-4", 409_600)])
+def test_memory_chooses_how_many(name: str, most: int, tmp_path: Path) -> None:
+    architecture, tokens = architecture_of(name, tmp_path), 1000
+    assert token_bytes(architecture) == most
+    assert fitting_texts(architecture, 164, tokens, 0) == 1
+    assert fitting_texts(architecture, 5, tokens, 10**12) == 5
+    counts = [fitting_texts(architecture, 164, tokens, memory * 10**9) for memory in (8, 16, 24, 32)]
+    assert counts == sorted(set(counts))
+    for memory, count in zip((8, 16, 24, 32), counts, strict=True):
+        room = 0.75 * memory * 10**9 - working_bytes(architecture, 164)
+        assert count <= room / (tokens * most) < count + 1
+    assert fitting_texts(architecture, 164, 2 * tokens, 32 * 10**9) == counts[-1] // 2
+
+
+def test_a_damaged_weight_is_named_in_the_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(tmp_path, "qwen2")
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\xff\xff\xff\x7f")
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        model.run([[3, 4, 5]])
