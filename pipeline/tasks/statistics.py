@@ -38,10 +38,10 @@ POWER = 0.80
 Z = float(ndtri(1 - ALPHA))
 """Quantile of a one-sided normal bound."""
 MMLU_CHANCE = 0.25  # four answers
-CONFIDENCE, SHOWN = (
-    0.95,
-    0.92,
-)  # of `graded`: the likeliest answer's mean probability; of a drop, what it shows at least
+CONFIDENCE = 0.95
+"""The likeliest answer's mean probability under `graded`."""
+SHOWN = 0.95
+"""The least part of a drop in accuracy that `graded` shows."""
 LOOKS = (570, 1_425, 2_850, 14_042)  # questions at which `sequential` may judge; nested, see mmlu.subset
 _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal distributions slightly negative
 

@@ -291,9 +291,11 @@ def test_accuracy_summaries() -> None:
     assert (own["n"], own["pass_at_1"], own["samples"]) == (20, 0.5, 1)
     assert own["pass_at_1_low"] < 0.5 < own["pass_at_1_high"]
     assert "drop_points" not in own
-    assert not {"looks", "drop_points", "graded_drop_points"} & set(
-        s.summarise_mmlu(_answers(reference), None, "cloze")
-    )
+    alone = s.summarise_mmlu(_answers(reference), None, "cloze")
+    assert not {"drop_points", "graded_drop_points"} & set(alone)
+    assert alone["looks"] == []
+    asked = s.summarise_mmlu(_answers(np.arange(600) < 300), None, "cloze")
+    assert [(look["n"], look["accuracy"]) for look in asked["looks"]] == [(570, 300 / 570)]
 
 
 def test_samples_give_shares_and_pass_at_k() -> None:
