@@ -135,12 +135,16 @@ def download_needs(source: Source | None, has: Room) -> Needs:
     return needs.download(source.missing, 0 if has.shared else source.weight_bytes)
 
 
-def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates = UNMEASURED) -> Iterator[Needs]:
+def stage_needs(
+    model: str, variants: tuple[str, ...], memory: int, rates: Rates = UNMEASURED, suite: str = ""
+) -> Iterator[Needs]:
     """Every stage after download, in the order of the pipeline, where `memory` bytes are available.
+
+    `suite`: that of configs/pipeline.yaml unless another is named.
 
     Raises PipelineError for what cannot be planned.
     """
-    entry, suite, calibration = load_model(model), load_suite(load_pipeline().suite), load_calibration()
+    entry, asked, calibration = load_model(model), load_suite(suite or load_pipeline().suite), load_calibration()
     found = known(model)
     architecture = found.architecture
     yield needs.export(architecture, entry.context)
@@ -154,12 +158,12 @@ def stage_needs(model: str, variants: tuple[str, ...], memory: int, rates: Rates
     for one in artifacts:
         search = load_recipe(one.variant).search
         yield needs.quantize(one.variant, one.download.bytes, architecture, search, calibration, rates)
-    if runs_layered(suite.reference, found.weight_bytes, architecture.parameters, memory):
-        yield needs.layered_reference(architecture, found.weight_bytes, suite, entry, memory, rates)
+    if runs_layered(asked.reference, found.weight_bytes, architecture.parameters, memory):
+        yield needs.layered_reference(architecture, found.weight_bytes, asked, entry, memory, rates)
     else:
-        yield needs.reference(architecture, found.weight_bytes, suite, entry, rates)
+        yield needs.reference(architecture, found.weight_bytes, asked, entry, rates)
     for one in artifacts:
-        yield needs.validate(architecture, one.variant, one.download.bytes, one.cache_bytes, suite, entry, rates)
+        yield needs.validate(architecture, one.variant, one.download.bytes, one.cache_bytes, asked, entry, rates)
     yield from map(needs.bundle, variants)
 
 
