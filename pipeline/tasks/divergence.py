@@ -113,8 +113,8 @@ _BY_KIND = (
 )
 
 _LEGEND = (
-    "Divergence is judged on four kinds of text, a quarter each. Its intervals allow for windows that diverge much more "
-    f"than others and hold at both looks ({' and '.join(map(str, WINDOW_LOOKS))} windows) together."
+    "Divergence is judged on four kinds of text, a quarter each. Its intervals allow for windows that diverge much "
+    f"more than others and hold at both looks ({' and '.join(map(str, WINDOW_LOOKS))} windows) together."
 )
 
 TASK = task.Task(

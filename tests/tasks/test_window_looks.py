@@ -30,14 +30,14 @@ WINDOWS["outliers"] = outliers(2)
 
 
 def _passed(draw: Draw, scale: float = 1.0, runs: int = RUNS) -> tuple[np.ndarray, np.ndarray]:
-    """Whether a mean of `scale` is bounded by 1 at each look, bool [looks, runs]; the same by Student's 95 % bound."""
+    """Whether a mean of `scale` is bounded by 1 at each look, bool [looks, runs]; so by Student's t, of one kind."""
     rng, by_look, naive = np.random.default_rng(round(100 * scale)), [], []
     for count, alpha in s.WINDOW_LOOKS.items():
         kinds = np.arange(count) % 4
         samples = [scale * KINDS[kinds] * draw(rng, count) for _ in range(runs)]
         ids = np.arange(count)
         by_look.append([s.skewed_interval(one, ids, kinds, alpha, True).high <= 1 for one in samples])
-        naive.append([s.mean_interval(one, ids).high <= 1 for one in samples])
+        naive.append([s.mean_interval(one / KINDS[kinds], ids).high <= 1 for one in samples])
     return np.array(by_look), np.array(naive)
 
 
