@@ -114,7 +114,13 @@ def configure(configs: Path, checkpoint: Path) -> None:
         (configs / "models" / f"{name}.yaml").write_text(yaml.safe_dump(model_entry(checkpoint)))
     edit(configs / "pipeline.yaml", models=[MODEL], suite="seconds", variants=list(VARIANTS))
     suite = {
-        "divergence": {"texts": {"text-wiki": 1280}, "window": 65},
+        "divergence": {
+            "prose": {"text-wiki": 8},
+            "chat": {"chat-mt-bench": 8},
+            "code": {"text-bottle": 8},
+            "languages": {"text-vietnamese": 8},
+            "window": 41,
+        },
         "mmlu": {"questions": 57},
         "humaneval": {"problems": 2, "max_new_tokens": 8, "timeout_seconds": 5},
         "speed": {"prompt_tokens": [8, 16], "new_tokens": 4, "repeats": 1},

@@ -23,7 +23,7 @@ from pipeline import keys
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_directory, read_json, scratch_directory, write_json
-from pipeline.tasks.divergence import scored_ids
+from pipeline.tasks.held_out import scored_ids
 
 Row = dict[str, Any]
 Opened = Callable[[], AbstractContextManager[Path]]
@@ -45,7 +45,9 @@ class Bench:
         self.rows: list[Row] = []
         self.missing: dict[str, str] = {}
         self._kl: dict[str, np.ndarray] = {}
-        self._windows = scored_ids(measure.TEXT, prepared.reference, Store(prepared.project.store))
+        self._windows = scored_ids(
+            measure.TEXT.by_kind, measure.TEXT.window, prepared.reference, Store(prepared.project.store)
+        )
         self._text_key = self._text_identity()
         self.text, self.perplexity = self._reference()
 

@@ -24,7 +24,7 @@ from pipeline.tasks.divergence_scores import Logits
 from pipeline.tasks.statistics import mean_interval, summarise_divergence
 
 # text-wiki judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams).
-TEXT = DivergenceConfig(texts={"text-wiki": 4080}, window=256)
+TEXT = DivergenceConfig(prose={"text-wiki": 16}, window=256)
 SPEED = ((128,), 32, 3)  # prompt lengths, new tokens, repeats
 REFERENCE_GRAPH = "model.onnx"
 

@@ -6,6 +6,7 @@ gate, no number of gates makes a false pass more likely than one in twenty.
 
 Which gates there are, the rows of the tasks say; here is a function for each kind of them:
 
+- `AT_MOST`, `AT_LEAST`: an interval over windows of text is judged at the looks of `statistics.WINDOW_LOOKS` alone.
 - `LOOKS`: a paired drop is judged at the looks of `sequential` alone, by the interval that holds at all looks together;
   an INCONCLUSIVE one asks for the next look. A model whose whole ability lies within the margin cannot pass. What is
   judged is the drop that `statistics.graded` shows.
@@ -33,7 +34,7 @@ from pipeline.judge import sequential
 from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall
 from pipeline.tasks.registry import gates, tasks
-from pipeline.tasks.statistics import Interval, graded_interval, paired_interval
+from pipeline.tasks.statistics import WINDOW_LOOKS, Interval, graded_interval, paired_interval
 from pipeline.tasks.task import AT_LEAST, AT_MOST, FLOOR, LOOKS, RATCHET, VETO, Gate, Metrics, Task
 
 
@@ -186,17 +187,17 @@ def _against(low: float, high: float, limit: float, at_least: bool = False) -> s
 
 def _interval_line(gate: Gate, pair: _Pair, limit: float) -> GateLine:
     low, estimate, high = pair.interval(gate.key, 0.0, gate.highest, open_end=True)
-    verdict, count = _against(low, high, limit, gate.kind == AT_LEAST), int(_number(pair.section, pair.unit))
-    bounded = math.isfinite(high)
-    notes = {
-        PASS: "",
-        FAIL: "the whole interval lies outside the limit",
-        INCONCLUSIVE: f"the interval crosses the limit: {count:,} {pair.unit} do not decide; score more"
-        if bounded
-        else f"{count:,} {pair.unit} do not bound this from above; score more",
-    }
+    windows, count = int(_number(pair.section, "windows")), int(_number(pair.section, pair.unit))
+    bounded, known = math.isfinite(high), windows in WINDOW_LOOKS
+    verdict = _against(low, high, limit, gate.kind == AT_LEAST) if known else INCONCLUSIVE
+    note = "the whole interval lies outside the limit" if verdict == FAIL else ""
+    if verdict == INCONCLUSIVE:
+        why = "the interval crosses the limit" if bounded else "the sample does not bound this from above"
+        why = why if known else f"it is judged at {' and '.join(map(str, WINDOW_LOOKS))} windows"
+        following = next((f"the next look is at {look}" for look in WINDOW_LOOKS if look > windows), "no look is left")
+        note = f"{why}: {count:,} {pair.unit} in {windows} windows do not decide; {following}"
     figures = (estimate, low, high if bounded else None, limit, _number(pair.section, f"{gate.key}_detectable"))
-    return GateLine(gate.name, verdict, count, *figures, notes[verdict])
+    return GateLine(gate.name, verdict, count, *figures, note)
 
 
 def _ratchet_line(gate: Gate, section: Metrics, unit: str, policy: Policy) -> GateLine:

@@ -242,9 +242,9 @@ def _questions(drawn: np.ndarray, accuracy: float) -> tuple[dict[str, Any], dict
 
 
 def _divergence(part: Any, limits: Row, rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
-    windows = np.concatenate([_windows(tokens, part.window - 1) for tokens in part.texts.values()])
-    window = np.repeat(np.arange(len(windows)), windows)
-    factor = _lognormal(WINDOWS, rng.normal(size=len(windows)))
+    windows = len(part.kinds)
+    window = np.repeat(np.arange(windows), part.window - 1)
+    factor = _lognormal(WINDOWS, rng.normal(size=windows))
     mean, high = (OF_LIMIT * getattr(limits, f"kl_{name}_max") for name in ("mean", "p99"))
     # The 99th percentile of a lognormal of variance s² lies exp(2.326 s − s²/2) above its mean.
     spread = 2.326 - math.sqrt(max(0.0, 2.326**2 - 2 * math.log(high / mean)))
@@ -257,15 +257,9 @@ def _divergence(part: Any, limits: Row, rng: np.random.Generator) -> tuple[dict[
     own = np.full(len(window), -2.0)
     nothing = np.zeros(len(window))
     return (
-        statistics.summarise_divergence(kl, equal, own - change, own, window),
+        statistics.summarise_divergence(kl, equal, own - change, own, window, part.kinds),
         statistics.summarise_reference_divergence(own, nothing, nothing, window),
     )
-
-
-def _windows(tokens: int, each: int) -> np.ndarray:
-    """Scored positions of every window of a text."""
-    full, rest = divmod(tokens, each)
-    return np.array([each] * full + [rest] * bool(rest))
 
 
 def _lognormal(spread: float, normal: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -42,9 +42,7 @@ def read_template(folder: Path) -> Render:
 
 
 def transcript(folder: Path, path: Path) -> str:
-    """A file of conversations as the model's chat template writes them, one behind the other, repeated ones once.
-
-    A model without a chat template reads their messages as paragraphs.
+    """A file of conversations, `rendered`; repeated ones once.
 
     Raises:
         EvaluationError: the file holds no conversations, or the template refuses them.
@@ -53,9 +51,18 @@ def transcript(folder: Path, path: Path) -> str:
         found = Conversations.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).conversations
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EvaluationError(f"{path} is not a YAML file of conversations: {error}") from None
+    return rendered(folder, dict.fromkeys(map(tuple, found)))
+
+
+def rendered(folder: Path, conversations: Iterable[Sequence[str]]) -> str:
+    """Conversations as the model's chat template writes them, one behind the other.
+
+    Each is its messages in turns, the user's first. A model without a chat template reads messages as paragraphs.
+    Raises EvaluationError when the template refuses them.
+    """
     template, roles = _template(folder), ("user", "assistant")
     texts = []
-    for messages in dict.fromkeys(map(tuple, found)):
+    for messages in conversations:
         if template:
             texts.append(template([_message(roles[k % 2], text) for k, text in enumerate(messages)], False))
         else:

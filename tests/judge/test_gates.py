@@ -53,13 +53,14 @@ def _drop(name: str, reference: float, *figures: float) -> dict[str, float]:
 
 
 REFERENCE: dict[str, Any] = {
-    "divergence": {"tokens": 4000, "perplexity": 8.5},
+    "divergence": {"tokens": 4000, "windows": 32, "perplexity": 8.5},
     "mmlu": _accuracy("accuracy", 2850, 0.7) | {"mode": "letter", "chance": 0.25},
     "humaneval": _accuracy("pass_at_1", 164, 0.6) | {"isolation": "landlock"},
 }
 GOOD: dict[str, Any] = {
     "divergence": {
         "tokens": 4000,
+        "windows": 32,
         "kl_max": 2.0,
         "perplexity_reference": 8.5,
         **_interval("kl_mean", 0.028, 0.03, 0.032, 0.003),
@@ -122,6 +123,24 @@ def test_divergence_is_judged_on_its_interval(name: str, figures: tuple[Any, ...
     verdict = decide(_with("divergence", **_interval(name, *figures)), REFERENCE, POLICY, PARITY)
     assert (_line(verdict, name).verdict, verdict.verdict) == (expected, expected)
     assert bool(_line(verdict, name).note) == (expected != "PASS")
+
+
+@pytest.mark.parametrize(
+    ("windows", "says"),
+    [
+        (31, "it is judged at 32 and 64 windows"),
+        (32, "the interval crosses the limit: 4,000 tokens in 32 windows do not decide; the next look is at 64"),
+        (48, "in 48 windows do not decide; the next look is at 64"),
+        (64, "no look is left"),
+    ],
+)
+def test_divergence_is_judged_at_its_looks_alone(windows: int, says: str) -> None:
+    own = REFERENCE | {"divergence": REFERENCE["divergence"] | {"windows": windows}}
+    crossing = _with("divergence", windows=windows, **_interval("kl_mean", 0.04, 0.045, 0.051, 0.01))
+    line = _line(decide(crossing, own, POLICY, PARITY), "kl_mean")
+    assert line.verdict == "INCONCLUSIVE" and says in line.note
+    inside = _line(decide(_with("divergence", windows=windows), own, POLICY, PARITY), "kl_mean")
+    assert inside.verdict == ("PASS" if windows in (32, 64) else "INCONCLUSIVE")
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------

@@ -148,7 +148,9 @@ def test_conversations_are_calibrated_on_as_the_model_reads_them(workspace: Work
         assert file.metadata()["tokens"] == "320"
 
 
-@pytest.mark.parametrize("judging", ["text-wiki", "mmlu", "humaneval"])
+@pytest.mark.parametrize(
+    "judging", ["text-wiki", "chat-mt-bench", "text-bottle", "text-vietnamese", "mmlu", "humaneval"]
+)
 def test_what_judges_does_not_calibrate(workspace: Workspace, judging: str) -> None:
     """A sentence of it in a window is enough."""
     store, folder = Store(), workspace.reference(Store())
@@ -174,7 +176,7 @@ def test_no_stage_goes_on_when_the_suite_judges_on_what_was_tuned(
     if stage is not calibrate:
         calibrate.run(tiny.MODEL)
     suite = Path("configs/evaluation/seconds.yaml")
-    tiny.edit(suite, divergence={"texts": {"text-c4": 1280}, "window": 65})
+    tiny.edit(suite, divergence={"prose": {"text-c4": 20}, "window": 65})
     with pytest.raises(EvaluationError, match=r"13-grams with text-c4, which judges: .* or the suite"):
         guarded(stage.__name__.rpartition(".")[2], stage.run, tiny.MODEL, *arguments)
     assert not (workspace.root / output).exists()

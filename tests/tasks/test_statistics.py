@@ -61,7 +61,7 @@ def test_detectable_excess_is_detected_four_times_in_five() -> None:
 def test_bounds_of_the_99th_percentile_hold() -> None:
     rng = np.random.default_rng(4)
     truth = float(np.quantile(_simulated(rng, 2000, 250)[0], 0.99))
-    found = [s.quantile_interval(*_simulated(rng, 12, 250), 0.99) for _ in range(300)]
+    found = [s.quantile_interval(*_simulated(rng, 12, 250), np.zeros(3000, int), 0.99, s.ALPHA) for _ in range(300)]
     assert np.mean([interval.high >= truth for interval in found]) >= 0.92
     assert np.mean([interval.low <= truth for interval in found]) >= 0.92
 
@@ -81,7 +81,7 @@ def test_share_with_independent_tokens_is_close_to_wilson() -> None:
 
 def test_too_few_tokens_do_not_bound_the_99th_percentile() -> None:
     values = np.random.default_rng(6).lognormal(size=100)
-    found = s.quantile_interval(values, np.arange(100) // 10, 0.99)
+    found = s.quantile_interval(values, np.arange(100) // 10, np.zeros(100, int), 0.99, s.ALPHA)
     assert found.high == math.inf and found.low < found.estimate
     assert found.named("kl_p99")["kl_p99_high"] is None
 
