@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,7 @@ class Checkpoint(dict[str, TensorRef]):
     def __init__(self, folder: Path):
         self.folder = folder
         self._sizes: dict[str, int] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         self._chunks: dict[str, Chunks | None] = {}
         index = _read_index(folder / INDEX)
         for name in sorted(set(index.values())) or [SINGLE]:
@@ -188,8 +190,9 @@ class Checkpoint(dict[str, TensorRef]):
                 advice = os.POSIX_FADV_WILLNEED
                 os.posix_fadvise(file.fileno(), ref.offset + start * row, (stop - start) * row, advice)
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of a tensor as a new float32 array; only those bytes are read, none stay mapped.
+    def rows(self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of a tensor as a new float32 array, or in `out`; only those bytes are read, none stay
+        mapped.
 
         Raises:
             CheckpointError: a value is NaN or infinite (tensor, place and count are named), the file became shorter, or
@@ -200,11 +203,13 @@ class Checkpoint(dict[str, TensorRef]):
         if ref.dtype == "BF16":
             from pipeline.checkpoint.widen import widen_bfloat16
 
-            values = np.empty(raw.shape, np.float32)
+            values = np.empty(raw.shape, np.float32) if out is None else out
             bad = widen_bfloat16(raw.reshape(-1), values.view(np.uint32).reshape(-1))
         else:
             values = raw.astype(np.float32, copy=False)
             bad = not np.isfinite(values).all()
+            if out is not None:
+                out[...] = values
         if bad:
             places = np.argwhere(~np.isfinite(values))
             first = [int(places[0][0]) + start, *map(int, places[0][1:])]
@@ -216,7 +221,10 @@ class Checkpoint(dict[str, TensorRef]):
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         ref, chunks = self[name], self._chunks[self[name].file]
-        shape, offset = (stop - start, *ref.shape[1:]), ref.offset + start * (ref.length // ref.shape[0])
+        row = ref.length // ref.shape[0]
+        shape, offset = (stop - start, *ref.shape[1:]), ref.offset + start * row
+        if mapped := self._maps.get(ref.file):
+            return np.frombuffer(mapped, _STORED[ref.dtype], math.prod(shape), offset).reshape(shape)
         with self._open(name) as file:
             raw = np.fromfile(file, _STORED[ref.dtype], math.prod(shape), offset=offset)
             if raw.size and chunks and (place := chunks.damage(file.fileno(), offset, raw.view(np.uint8).data)):
@@ -251,8 +259,10 @@ class Checkpoint(dict[str, TensorRef]):
         return _damaged(chunks, place, f"tensor {name!r}{listed}")
 
     def trust(self) -> None:
-        """Compare what is read no more, as a runtime does with a file that it has mapped."""
-        self._chunks = dict.fromkeys(self._chunks)
+        """Map the files, and compare what is read no more: as a runtime does with weights that it has checked."""
+        for name in self._sizes.keys() - self._maps.keys():
+            with open(self.folder / name, "rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @property
     def weight_bytes(self) -> int:

@@ -76,7 +76,7 @@ class SideBySide:
         """
         self.lengths: list[int] = []
         self._architecture, self._weights = architecture, Checkpoint(graph.parent)
-        self._pool = ThreadPoolExecutor(cores())
+        self._pool = ThreadPoolExecutor(cores() + 1)  # one waits for the disk
         self.switch = architecture.rope.original_max_position if architecture.rope.long_factor else 0
         slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
         part = slices.embedding()
@@ -112,8 +112,10 @@ class SideBySide:
         batches = list(self._batches(ids))
         hidden = [self._embed([self._states], {"input_ids": batch.ids})[0] for batch in batches]
         for layer in range(self._architecture.layers):
-            for name, wide in self._wide.items():
-                self._widen(name.replace(".0.", f".{layer}.", 1), wide)
+            for name, wide in zip(self._stored(layer), self._wide.values(), strict=True):
+                self._widen(name, wide)
+            for name in self._stored(layer + 1):  # while this layer multiplies, the disk reads the next
+                self._pool.submit(self._weights.prefetch, name, 0, self._weights[name].shape[0])
             hidden = [self._advance(layer, *pair) for pair in zip(batches, hidden, strict=True)]
         # A long beginning has several batches: the last one overwrites what those before it gave for the text.
         last = np.empty((len(ids), 1, self._architecture.hidden), np.float32)
@@ -139,6 +141,11 @@ class SideBySide:
         self.lengths[rows] = [length + len(ids[0]) for length in self.lengths[rows]]
         lengths = np.array(self.lengths[rows])
         return _Batch(rows, np.array(ids, np.int64), (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+
+    def _stored(self, layer: int) -> list[str]:
+        """What the checkpoint calls a layer's tensors; the number of layers stands for the head."""
+        last = layer == self._architecture.layers
+        return [self._architecture.head.name] if last else [name.replace(".0.", f".{layer}.", 1) for name in self._wide]
 
     def _advance(self, layer: int, batch: _Batch, hidden: np.ndarray) -> np.ndarray:
         """Hidden states after a layer, whose weights are widened; keys and values are written where they stay."""
@@ -173,6 +180,6 @@ class SideBySide:
 
         def part(at: int) -> None:
             stop = min(at + step, len(wide))
-            wide[at:stop] = self._weights.rows(name, start + at, start + stop)
+            self._weights.rows(name, start + at, start + stop, wide[at:stop])
 
         list(self._pool.map(part, range(0, len(wide), step)))

@@ -121,7 +121,7 @@ def test_layer_by_layer_the_reference_of_phi_4_fits_a_laptop(tmp_path: Path, sui
     few = replace(phi, layers=20)
     for wanted, layers, rates in ((suite, phi, RATES), (full, phi, RATES), (suite, few, RATES)):
         found = needs.layered_reference(layers, PHI_4_BYTES, wanted, asked("chat"), 8 * 10**9, rates)
-        assert 4e9 <= found.memory <= 8e9
+        assert 2e9 <= found.memory <= 8e9
         assert found.seconds > sum(one.seconds for one in found.writing) > 0
     long, short = (
         needs.layered_reference(model, PHI_4_BYTES, suite, asked("chat"), 10**12, RATES) for model in (phi, few)

@@ -172,7 +172,7 @@ def test_draws_follow_the_probabilities_within_top_p() -> None:
 
 
 def test_smollm2_writes_what_it_writes_in_memory(smollm2_export: Path, tmp_path: Path) -> None:
-    """But for near ties, where texts part and stay apart. Here, 216 tokens, none was seen."""
+    """But for near ties, where texts part and stay apart. Here, 144 tokens, none was seen."""
     whole = Writer(smollm2_export)
     prompts = [
         'def add(a, b):\n    """Add two numbers."""\n',
@@ -180,7 +180,7 @@ def test_smollm2_writes_what_it_writes_in_memory(smollm2_export: Path, tmp_path:
         whole.chat("Write a function that reverses a list."),
         "Once upon a time there was a little girl who lived in a village near the forest, and every day she",
     ]
-    asked = requests((64, 48, 64, 40), prompts)
+    asked = requests((40, 24, 48, 32), prompts)
     got = list(writer(smollm2_export, tmp_path).continuations(asked))
     want = list(whole.continuations(asked))
     decoder = OnnxDecoder(smollm2_export / "model.onnx")
