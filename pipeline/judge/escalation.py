@@ -15,6 +15,13 @@ from pipeline.tasks.task import LOOKS, Metrics, Task
 from pipeline.workspace import REFERENCE, Workspace
 
 
+def judged(task: Task, model: str) -> bool:
+    """Whether the gates of a variant of the run judge a task at looks."""
+    limits = [gate_row(model, variant)[1] for variant in load_pipeline().variants]
+    gates = [gate for gate in task.gates if gate.kind == LOOKS]
+    return any(getattr(row, gate.limit) is not None for row in limits for gate in gates)
+
+
 def waits(task: Task, model: str, variant: str, metrics: Metrics) -> bool:
     """Whether a task's gates wait for the next look, and what was measured so far leaves a PASS possible.
 

@@ -18,7 +18,7 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import sha256_of, write_json
-from pipeline.judge.escalation import waits
+from pipeline.judge import escalation
 from pipeline.partial import open_partial
 from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
@@ -46,20 +46,21 @@ def run(model: str, variant: str) -> None:
     with open_partial(workspace.partial(f"evaluation.{variant}"), _LAYOUT) as partial:
         partial.record("begun", "-")  # items in journals of their own are worth keeping
         for task, part in suite.by_task():
-            for wanted in _wanted(task, part, variant):
+            for wanted in _wanted(task, part, model, variant):
                 found = _measured(task, replace(subject, wanted=wanted), files, partial.folder, metrics)
                 if found is not None:
                     metrics[task.name] = found
-                if variant == REFERENCE or not waits(task, model, variant, metrics):
+                if variant == REFERENCE or not escalation.waits(task, model, variant, metrics):
                     break
         partial.finish(workspace.evaluation(variant))
     write_json(workspace.metrics(variant), metrics)
     print(f"{subject.name}: measured; metrics in {workspace.metrics(variant)}")
 
 
-def _wanted(task: Task, part: Any, variant: str) -> list[Any]:
-    """A part as it is asked first, and as it is asked while looks do not decide; the reference is asked all at once."""
-    stops = task.stops(part) if task.stops else ()
+def _wanted(task: Task, part: Any, model: str, variant: str) -> list[Any]:
+    """A part as it is asked first, and as it is asked while looks do not decide. The reference is asked at once all that
+    a variant may be asked."""
+    stops = task.stops(part) if task.stops and escalation.judged(task, model) else ()
     parts = [part.model_copy(update={task.counted[0]: stop}) for stop in stops] or [part]
     return parts[-1:] if variant == REFERENCE else parts
 

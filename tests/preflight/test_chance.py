@@ -15,7 +15,6 @@ from pipeline.judge.gates import Policy
 from pipeline.judge.policy import gate_row
 from pipeline.preflight import chance, guard
 from pipeline.tasks.registry import Suite, load_suite
-from pipeline.tasks.statistics import LOOKS
 
 
 def _policy(variant: str, model: str = "phi-4") -> Policy:
@@ -23,49 +22,47 @@ def _policy(variant: str, model: str = "phi-4") -> Policy:
     return Policy(name, row, None, math.inf, None)
 
 
-def _only(suite: str, **parts: Any) -> Suite:
-    """A shipped suite with some of its parts, some of their keys changed."""
+def _changed(suite: str, **parts: Any) -> Suite:
+    """A shipped suite with some keys of its parts changed."""
     whole = load_suite(suite)
-    kept = {name: getattr(whole, name).model_copy(update=change) for name, change in parts.items()}
-    others = {task.name: None for task, _ in whole.by_task() if task.name not in parts and task.config}
-    return whole.model_copy(update=kept | others)
+    return whole.model_copy(update={name: getattr(whole, name).model_copy(update=keys) for name, keys in parts.items()})
 
 
-@pytest.mark.parametrize("model", ["mimo-8b", "phi-4"])
-@pytest.mark.parametrize("variant", ["q4", "q4_k_m"])
-@pytest.mark.parametrize("flips", [chance.FLIPS, chance.MORE_FLIPS])
-def test_the_release_suite_decides(model: str, variant: str, flips: float) -> None:
-    """Jointly over all gates and looks, four of five variants without a loss pass."""
-    found = chance.simulated(
-        _policy(variant, model), load_suite("release"), load_model(model).published, flips, draws=120
-    )
+@pytest.mark.parametrize(("model", "variant"), [("mimo-8b", "q4"), ("phi-4", "q4_k_m")])
+def test_the_release_suite_decides(model: str, variant: str) -> None:
+    """Jointly over all gates and looks, four of five variants without a loss pass, though a fifth of what they write
+    flips; docs/full-size.md has all models and variants, with more draws."""
+    published = load_model(model).published
+    found = chance.simulated(_policy(variant, model), load_suite("release"), published, chance.MORE_FLIPS, draws=60)
     assert found.passes >= 0.80
 
 
 def test_a_suite_of_57_questions_decides_nothing() -> None:
-    found = chance.simulated(_policy("q4"), _only("smoke", divergence={}, mmlu={}), {}, draws=5)
-    assert (found.passes, found.blocked["mmlu"]) == (0.0, 1.0)
+    found = chance.simulated(_policy("q4"), load_suite("smoke"), {}, draws=5)
+    assert (found.passes, found.blocked["mmlu"], found.items) == (0.0, 1.0, {"mmlu": 57})
 
 
 def test_more_questions_decide_more() -> None:
-    shares = [
-        chance.simulated(_policy("q4"), _only("release", mmlu={"questions": 570, "most": most}), {}, draws=40)
-        for most in LOOKS[:3]
+    found = [
+        chance.simulated(
+            _policy("q4"), _changed("release", mmlu={"most": most}, divergence={"window": 64}), {}, draws=30
+        )
+        for most in (None, 1425, 2850)
     ]
-    passes = [found.passes for found in shares]
-    assert passes == sorted(passes) and passes[0] < 0.7 and passes[-1] > 0.9
-    assert shares[0].items == {"mmlu": 570} and 570 < shares[2].items["mmlu"] < 2850
+    held = [one.blocked.get("mmlu", 0.0) for one in found]
+    assert held == sorted(held, reverse=True) and held[0] > 0.3 and held[-1] < 0.1
+    assert found[0].items == {"mmlu": 570} and 570 < found[2].items["mmlu"] < 2850
 
 
 def test_equal_arguments_give_equal_figures() -> None:
-    suite = _only("smoke", divergence={})
+    suite = load_suite("smoke")
     first, second = (chance.simulated(_policy("q4"), suite, {}, draws=3) for _ in range(2))
     assert first == second
 
 
 def test_a_variant_at_its_limits_seldom_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chance, "OF_LIMIT", 1.0)
-    found = chance.simulated(_policy("q4"), _only("release", divergence={}), {}, draws=60)
+    found = chance.simulated(_policy("q4"), _changed("release", divergence={"window": 128}), {}, draws=60)
     assert found.passes <= 0.055
 
 

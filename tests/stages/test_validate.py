@@ -21,6 +21,7 @@ from pipeline.config.sources import load_datasets
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.journal import Journal
+from pipeline.judge import escalation
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.side_by_side import SideBySide
 from pipeline.stages import calibrate, download, export, quantize, validate
@@ -151,10 +152,13 @@ def test_a_look_that_does_not_decide_asks_further_and_nothing_is_asked_twice(
     monkeypatch.setattr(mmlu_section, "LOOKS", (60, 66))
     edit("mmlu", questions=QUESTIONS, most=66)
     validate.run(tiny.MODEL, REFERENCE)
+    assert (metrics(REFERENCE)["mmlu"]["n"], len(scored)) == (QUESTIONS, 0), "no row has a margin"
+    monkeypatch.setattr(escalation, "judged", lambda task, model: True)
+    validate.run(tiny.MODEL, REFERENCE)
     assert (metrics(REFERENCE)["mmlu"]["n"], len(scored)) == (66, 9)
     for decided, asked, new in ((60, 60, 3), (66, 66, 6), (0, QUESTIONS, 0), (66, 66, 0)):
         monkeypatch.setattr(
-            validate, "waits", lambda task, *of, end=decided: task.name == "mmlu" and of[-1]["mmlu"]["n"] < end
+            escalation, "waits", lambda task, *of, end=decided: task.name == "mmlu" and of[-1]["mmlu"]["n"] < end
         )
         scored.clear()
         validate.run(tiny.MODEL, "q4")
