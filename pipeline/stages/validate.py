@@ -58,8 +58,8 @@ def run(model: str, variant: str) -> None:
 
 
 def _wanted(task: Task, part: Any, model: str, variant: str) -> list[Any]:
-    """A part as it is asked first, and as it is asked while looks do not decide. The reference is asked at once all that
-    a variant may be asked."""
+    """A part as it is asked first, and as it is asked while looks do not decide. The reference is asked at once what
+    variants may be asked at most."""
     stops = task.stops(part) if task.stops and escalation.judged(task, model) else ()
     parts = [part.model_copy(update={task.counted[0]: stop}) for stop in stops] or [part]
     return parts[-1:] if variant == REFERENCE else parts
