@@ -195,7 +195,7 @@ def test_divergence_goes_on_at_its_window(
     assert not WORKSPACE.evaluation(variant).exists()
     capsys.readouterr()
     validate.run(tiny.MODEL, variant)
-    assert len(normalised) == 7 + 20 - 6
+    assert len(normalised) == 7 + 32 - 6
     assert said(capsys)["divergence"] == "6 items kept"
     assert {section: bytes_of(variant, section) for section in want} == want
 
