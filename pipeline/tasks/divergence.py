@@ -38,10 +38,10 @@ class DivergenceConfig(Frozen):
 
     @model_validator(mode="after")
     def _can_be_judged(self) -> DivergenceConfig:
-        few = [kind for kind, texts in self.by_kind.items() if sum(texts.values()) < 2]
-        if few or not self.by_kind:
-            raise ValueError(f"{', '.join(few) or 'the text'} has fewer than two windows, too few for an interval")
-        count, (first, *_) = len(self.kinds), WINDOW_LOOKS
+        few = [name for name, count in self.texts.items() if count < 2]
+        if few or not self.texts:
+            raise ValueError(f"{', '.join(few) or 'all text'} has fewer than two windows, too few for an interval")
+        count, (first, *_) = len(self.windows), WINDOW_LOOKS
         if count > first and count not in WINDOW_LOOKS:
             looks = " or ".join(map(str, WINDOW_LOOKS))
             raise ValueError(f"{count} windows in all: divergence is judged at {looks}; fewer than {first} only report")
@@ -58,14 +58,14 @@ class DivergenceConfig(Frozen):
         return {name: count for texts in self.by_kind.values() for name, count in texts.items()}
 
     @property
-    def kinds(self) -> list[str]:
-        """The kind of each window, in their order."""
-        return [kind for kind, texts in self.by_kind.items() for count in texts.values() for _ in range(count)]
+    def windows(self) -> list[tuple[str, str]]:
+        """Kind and name of each window's text, in their order."""
+        return [(kind, name) for kind, texts in self.by_kind.items() for name in texts for _ in range(texts[name])]
 
     @property
     def tokens(self) -> int:
         """Scored positions of all texts."""
-        return len(self.kinds) * (self.window - 1)
+        return len(self.windows) * (self.window - 1)
 
 
 def measure(subject: Subject, folder: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     found = scores.compare(logits, windows, subject.reference, folder, subject.name)
     own = scores.read_scores(subject.reference)
     return summarise_divergence(
-        found["kl"], found["top"] == own["top"], found["logprob"], own["logprob"], found["window_id"], wanted.kinds
+        found["kl"], found["top"] == own["top"], found["logprob"], own["logprob"], found["window_id"], wanted.windows
     )
 
 

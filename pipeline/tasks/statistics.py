@@ -6,7 +6,8 @@ Its decisions:
 - Tokens of one window share their context, so they are not independent. Means over tokens take their standard error
   from window totals (the linearised ratio estimator; Cochran, Sampling Techniques, 3rd ed., chapter 11) with Student's
   t on windows − 1 degrees of freedom. Shares use Wilson's interval on the effective number of tokens, n divided by the
-  design effect, because Wilson's interval stays honest at 0 % and 100 %.
+  design effect, because Wilson's interval stays honest at 0 % and 100 %. The 99th percentile inverts that
+  interval (Woodruff, JASA 47, 1952).
 - Windows of text diverge unequally, a few of them much more than the others, and Student's bound of their mean is then
   too low: bounds of divergence allow for skewness, and its looks share one error. See `WINDOW_LOOKS`.
 - An accuracy drop is paired by item. Tango's score interval (Statistics in Medicine 17, 1998) is the paired
@@ -23,7 +24,6 @@ Its decisions:
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -51,7 +51,7 @@ WINDOW_LOOKS = {32: 0.01, 64: 0.018}
 "Score more" after INCONCLUSIVE is a second chance to pass. The errors of the looks add up, whatever their texts share,
 and there is no third. They are made to add up to 2.8 %, because bounds of skewed means err more than they are made for.
 Below, in per cent: what passes at its limit, by either look; in brackets, what passes the second at 80 % of the limit.
-60,000 seeded runs of 32, then 64 other windows, a quarter of each of four kinds whose means are as .5, .7, 1 and 1.8.
+60,000 seeded runs of 32, then 64 other windows, a quarter of each of four texts whose means are as .5, .7, 1 and 1.8.
 
     upper bound, error at each look            windows lognormal, σ of                        one in 24 is larger
                                                .25         .5          .75         1          2 times     3 times
@@ -65,7 +65,7 @@ Below, in per cent: what passes at its limit, by either look; in brackets, what 
 The last is used. The larger skewness is that of the sample, which few windows show too small, or v³ + 3v, that of
 lognormal windows with the sample's coefficient of variation v. At one look of 32 and 5 %, windows with σ = .75 pass
 8 % by the bootstrap-t, 10 % by empirical likelihood or the logarithm of the mean. SmolLM2's windows (q4, demo suite)
-have a σ of .18 to .34 within a kind, the largest is 1.5 times its kind's mean. No bound allows for an outlier that no
+have a σ of .12 to .24 within a text, the largest is 1.5 times its kind's mean. No bound allows for an outlier that no
 window has shown.
 """
 _KL_ROUNDING = 1e-4  # nats; float32 softmax can make a KL divergence of equal distributions slightly negative
@@ -119,7 +119,7 @@ def wilson(successes: float, n: float, z: float = Z) -> tuple[float, float]:
 @dataclass(frozen=True)
 class _Spread:
     """How far a mean over tokens lies from the truth: `error` is its standard error, on `freedom` degrees of freedom,
-    `skewness` that of the mean, and `lognormal` what it would be if the windows of each kind were lognormal."""
+    `skewness` that of the mean, and `lognormal` what it would be if the windows of each text were lognormal."""
 
     error: float
     freedom: float
@@ -136,11 +136,11 @@ class _Spread:
         return self.error * (t + max(0.0, skewness) * (1 + 2 * t * t) / 6)
 
 
-def _spread(values: Floats, windows: Ints, kinds: Ints | None = None) -> _Spread:
-    """Windows are independent, at least two of each kind; how many there are of a kind is no chance, so kinds that
+def _spread(values: Floats, windows: Ints, texts: Ints | None = None) -> _Spread:
+    """Windows are independent, at least two of each text; how many there are of a text is no chance, so texts that
     differ do not widen the error (stratified sampling, Satterthwaite's degrees of freedom)."""
     square = third = lognormal = weight = 0.0
-    for own in [slice(None)] if kinds is None else [kinds == kind for kind in np.unique(kinds)]:
+    for own in [slice(None)] if texts is None else [texts == text for text in np.unique(texts)]:
         mine = values[own]
         _, index = np.unique(windows[own], return_inverse=True)
         off = np.bincount(index, weights=mine - mine.mean())
@@ -169,24 +169,24 @@ def mean_interval(values: Floats, windows: Ints) -> Interval:
     return Interval(mean, mean - half, mean + half, half + spread.t(1 - POWER) * spread.error)
 
 
-def skewed_interval(values: Floats, windows: Ints, kinds: Ints, alpha: float, positive: bool) -> Interval:
+def skewed_interval(values: Floats, windows: Ints, texts: Ints, alpha: float, positive: bool) -> Interval:
     """Mean over tokens whose windows may be skewed: each end reaches out to its own long tail.
 
     Args:
         values, windows: as for `mean_interval`.
-        kinds: [tokens] integer, the kind of text of each token; at least two windows of each.
+        texts: [tokens] integer, the text of each token; at least two windows of each.
         alpha: one-sided error that each end is made for.
         positive: whether values cannot be negative, so that their windows are at least as skewed as lognormal ones.
     """
-    spread, mean = _spread(values, windows, kinds), float(values.mean())
+    spread, mean = _spread(values, windows, texts), float(values.mean())
     upper = spread.reach(alpha, max(spread.skewness, spread.lognormal * positive))
     lower = spread.reach(alpha, -spread.skewness)
     return Interval(mean, mean - lower, mean + upper, upper + spread.t(1 - POWER) * spread.error)
 
 
-def share_interval(flags: Bools, windows: Ints, kinds: Ints | None = None, alpha: float = ALPHA) -> Interval:
+def share_interval(flags: Bools, windows: Ints, texts: Ints | None = None, alpha: float = ALPHA) -> Interval:
     """Share of true `flags` [tokens] bool, with windows [tokens] as the independent units; others as for a mean."""
-    spread = _spread(flags.astype(np.float64), windows, kinds)
+    spread = _spread(flags.astype(np.float64), windows, texts)
     t_alpha, t_power = spread.t(alpha), spread.t(1 - POWER)
     share, effective = float(flags.mean()), float(len(flags))
     # The number of independent tokens that would know the share as well: n over the design effect, at most n.
@@ -198,27 +198,20 @@ def share_interval(flags: Bools, windows: Ints, kinds: Ints | None = None, alpha
     return Interval(share, low, high, (t_alpha + t_power) * error)
 
 
-def quantile_interval(values: Floats, windows: Ints, kinds: Ints, level: float, alpha: float) -> Interval:
+def quantile_interval(values: Floats, windows: Ints, texts: Ints, level: float, alpha: float) -> Interval:
     """A high quantile of `values` [tokens] float64; the others as for `skewed_interval`.
 
-    Its ends are values that a bound of the share of tokens beyond them puts there (Woodruff, JASA 47, 1952): the lower
-    end by Wilson's, the upper by the skewed mean's, because tokens far out come in few windows. The upper end is
-    infinite when no observed value is sure to be high enough. `detectable` scales the distance to the lower end, the
-    side on which an excess is proved.
+    Its ends are values that a bound of the share of tokens below them puts there (Woodruff, JASA 47, 1952). The upper
+    bound is infinite when fewer than one token would lie above it. `detectable` scales the distance to the lower bound,
+    the side on which an excess is proved.
     """
-    estimate, ordered = float(np.quantile(values, level)), np.sort(values)
-    below = share_interval(values <= estimate, windows, kinds, alpha)
+    estimate = float(np.quantile(values, level))
+    flags = values <= estimate
+    below, spread = share_interval(flags, windows, texts, alpha), _spread(flags.astype(np.float64), windows, texts)
     low = float(np.quantile(values, below.low, method="lower"))
-
-    def sure(index: int) -> bool:
-        beyond = (values > ordered[index]).astype(np.float64)
-        return bool(beyond.any()) and skewed_interval(beyond, windows, kinds, alpha, True).high <= 1 - level
-
-    tail = range(math.ceil(level * len(ordered)), len(ordered) - 1)
-    found = bisect_left(tail, True, key=sure)
-    high = float(ordered[tail[found]]) if found < len(tail) else math.inf
-    spread = _spread((values <= estimate).astype(np.float64), windows, kinds)
-    return Interval(estimate, low, max(high, estimate), (estimate - low) * (1 + spread.t(1 - POWER) / spread.t(alpha)))
+    bounded = below.high < 1 - 1 / len(values)
+    high = float(np.quantile(values, below.high, method="higher")) if bounded else math.inf
+    return Interval(estimate, low, high, (estimate - low) * (1 + spread.t(1 - POWER) / spread.t(alpha)))
 
 
 # --- paired accuracy -------------------------------------------------------------------------------------------------
@@ -347,7 +340,7 @@ def summarise_divergence(
     logprob: Floats,
     logprob_reference: Floats,
     window_id: Ints,
-    kinds: Sequence[str] = (),
+    texts: Sequence[tuple[str, str]] = (),
 ) -> Metrics:
     """The `divergence` metrics of a variant, paired with the reference by token.
 
@@ -361,7 +354,7 @@ def summarise_divergence(
         top1_equal: [tokens] bool, whether both name the same most likely token.
         logprob, logprob_reference: [tokens] float64, natural log-probability of the true next token.
         window_id: [tokens] integer, the window of each token.
-        kinds: the kind of text of each window, at least two windows of each; none for a text of one kind.
+        texts: kind and name of each window's text, at least two windows of each; none where all are of one text.
 
     Raises:
         EvaluationError: shapes differ, a value is not finite, a KL is negative beyond rounding, `top1_equal` is not
@@ -372,11 +365,11 @@ def summarise_divergence(
     _require(top1_equal.dtype == np.bool_, f"divergence: top1_equal is {top1_equal.dtype}, not bool")
     _require(float(kl.min()) >= -_KL_ROUNDING, f"divergence: a KL of {kl.min():.3g} nats is negative: not a KL")
     kl, change, windows = np.maximum(kl, 0), logprob_reference - logprob, len(np.unique(window_id))
-    names = list(dict.fromkeys(kinds))
-    kind = np.array([names.index(name) for name in kinds])[window_id] if names else np.zeros_like(window_id)
+    names = list(dict.fromkeys(texts))
+    text = np.array([names.index(name) for name in texts])[window_id] if names else np.zeros_like(window_id)
 
     def figures(own: Bools, alpha: float, prefix: str = "") -> Metrics:
-        ids = window_id[own], kind[own]
+        ids = window_id[own], text[own]
         found = skewed_interval(change[own], *ids, alpha, positive=False)
         estimate, low, high = map(math.exp, (found.estimate, found.low, found.high))
         ratio = Interval(estimate, low, high, estimate * math.expm1(found.detectable))
@@ -386,11 +379,12 @@ def summarise_divergence(
             **ratio.named(f"{prefix}perplexity_ratio"),
         }
 
-    alpha, found = WINDOW_LOOKS.get(windows, ALPHA), {"tokens": len(kl), "windows": windows}
-    found |= figures(np.ones(len(kl), np.bool_), alpha)
-    found |= quantile_interval(kl, window_id, kind, 0.99, alpha).named("kl_p99")
-    for number, name in enumerate(names):
-        own = figures(kind == number, ALPHA, f"{name}_")
+    alpha = WINDOW_LOOKS.get(windows, ALPHA)
+    found: Metrics = {"tokens": len(kl), "windows": windows, **figures(np.ones(len(kl), np.bool_), alpha)}
+    found |= quantile_interval(kl, window_id, text, 0.99, alpha).named("kl_p99")
+    for kind in dict.fromkeys(kind for kind, _ in names):
+        mine = np.isin(text, [number for number, name in enumerate(names) if name[0] == kind])
+        own = figures(mine, ALPHA, f"{kind}_")
         found |= {key: value for key, value in own.items() if not key.endswith("_detectable")}
     return found | {
         "kl_max": float(kl.max()),

@@ -40,13 +40,13 @@ def test_a_shipped_suite_judges_four_kinds_alike_that_calibration_never_reads(su
     part = load_suite(suite).divergence
     windows = {kind: sum(texts.values()) for kind, texts in part.by_kind.items()}
     assert tuple(windows) == held_out.KINDS and len(set(windows.values())) == 1
-    assert len(part.kinds) in WINDOW_LOOKS
+    assert len(part.windows) in WINDOW_LOOKS
     assert not {*held_out.pins(part.by_kind)} & {*load_calibration().datasets, *load_sensitivity().datasets}
 
 
 def test_suites_are_looks_of_their_own() -> None:
     """Both at the same look would be two chances for the error of one."""
-    assert sorted(len(load_suite(suite).divergence.kinds) for suite in SUITES) == sorted(WINDOW_LOOKS)
+    assert sorted(len(load_suite(suite).divergence.windows) for suite in SUITES) == sorted(WINDOW_LOOKS)
 
 
 def test_a_chat_is_read_through_the_model_s_template(folder: Path) -> None:
@@ -75,8 +75,8 @@ def test_code_is_one_file_of_python() -> None:
             {"prose": {"text-wiki": 33}},
             "33 windows in all: divergence is judged at 32 or 64",
         ),
-        ({"prose": {"text-wiki": 31}, "code": {"text-bottle": 1}}, "code has fewer than two windows"),
-        ({}, "the text has fewer than two windows"),
+        ({"prose": {"text-wiki": 31}, "code": {"text-bottle": 1}}, "text-bottle has fewer than two windows"),
+        ({}, "all text has fewer than two windows"),
         ({"texts": {"text-wiki": 32}}, "texts"),
     ],
 )
@@ -87,5 +87,5 @@ def test_windows_that_cannot_be_judged_are_refused_before_anything_runs(texts: d
 
 def test_windows_come_kind_by_kind() -> None:
     part = DivergenceConfig(languages={"text-vietnamese": 2}, prose={"text-wiki": 3}, window=65)
-    assert part.kinds == ["prose"] * 3 + ["languages"] * 2
+    assert part.windows == [("prose", "text-wiki")] * 3 + [("languages", "text-vietnamese")] * 2
     assert (part.texts, part.tokens) == ({"text-wiki": 3, "text-vietnamese": 2}, 5 * 64)
