@@ -334,7 +334,7 @@ def test_five_shot_with_the_development_split_of_a_hub(
     tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), mmlu_mode="five-shot")
     with serve(Hub({member: dev_split()}, dataset=True)) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        fetch_dataset("mmlu-dev", load_datasets().datasets["mmlu-dev"], Store())
+        fetch_dataset(load_datasets().datasets["mmlu-dev"], Store())
     validate.run(tiny.MODEL, REFERENCE)
     found = metrics(REFERENCE)["mmlu"]
     assert (found["mode"], found["exemplars"], found["n"]) == ("five-shot", "dev", QUESTIONS)
