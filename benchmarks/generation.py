@@ -34,7 +34,7 @@ from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.machine import available_memory, cores, product_rate
 from pipeline.preflight import needs
 from pipeline.runtime.pagecache import evict
-from pipeline.runtime.side_by_side import SideBySide, fitting_texts
+from pipeline.runtime.side_by_side import SideBySide, fitting_texts, token_bytes, working_bytes
 from pipeline.tasks.humaneval import TASK
 from pipeline.tasks.registry import load_suite
 
@@ -77,7 +77,8 @@ def measure(folder: Path, wanted: int, tokens: int, passes: int) -> dict[str, An
     evict(folder)
     memory, rates = available_memory(), needs.Rates(product_rate(), cores())
     texts = fitting_texts(architecture, wanted, tokens, memory)
-    predicted = needs.side_by_side_seconds(architecture, texts, rates)
+    held = working_bytes(architecture, texts) + texts * tokens * token_bytes(architecture)
+    predicted = needs.side_by_side_seconds(architecture, weights.weight_bytes, texts, memory - held, rates)
     command = [sys.executable, "-m", "benchmarks.generation", "once", str(folder), *map(str, (texts, tokens, passes))]
     used = machine.watch(command, cwd=ROOT)
     if used.status:

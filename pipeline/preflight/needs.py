@@ -31,8 +31,11 @@ PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
 WIDENED_PER_SECOND = 0.3e9
 """Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
-PASSED_PER_SECOND = 0.3e9
-"""The same in a pass of `pipeline.runtime.side_by_side`, whose buffers stay."""
+PASS_TOKENS = 64
+"""What a pass of `pipeline.runtime.side_by_side` takes beside its texts' products, in tokens of such products: every
+weight is widened, and read as float32 by a product of few rows (20 seconds of a core with MiMo's shapes)."""
+READ_PER_SECOND = 2 * WIDENED_PER_SECOND
+"""Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
 LOGIT_COPIES = 3
@@ -229,15 +232,19 @@ def _writing(
     """All texts at their limit: a pass for every token of as many as run side by side."""
     texts = fitting_texts(architecture, cost.texts, cost.cached, memory)
     passes = math.ceil(cost.texts / texts) * cost.written // cost.texts
-    seconds = passes * side_by_side_seconds(architecture, texts, rates)
-    seconds += _product_seconds(architecture, cost.read, rates)
     held = working_bytes(architecture, texts) + texts * cost.cached * token_bytes(architecture)
+    every = side_by_side_seconds(architecture, weight_bytes, texts, memory - held, rates)
+    seconds = passes * every + _product_seconds(architecture, cost.read, rates)
     return Writing(title, texts, passes, passes * weight_bytes, held, seconds)
 
 
-def side_by_side_seconds(architecture: Architecture, texts: int, rates: Rates) -> float:
-    """A pass that gives one token to each of so many texts (`pipeline.runtime.side_by_side`)."""
-    return architecture.parameters / PASSED_PER_SECOND + _product_seconds(architecture, texts, rates)
+def side_by_side_seconds(architecture: Architecture, weight_bytes: int, texts: int, left: int, rates: Rates) -> float:
+    """A pass that gives one token to each of so many texts, beside which `left` bytes of memory can keep weights.
+
+    The disk reads ahead while a layer multiplies: the slower of the two counts.
+    """
+    disk = weight_bytes / READ_PER_SECOND if weight_bytes > left else 0
+    return max(_product_seconds(architecture, texts + PASS_TOKENS, rates), disk)
 
 
 def validate(

@@ -144,7 +144,9 @@ def test_texts_side_by_side_take_a_pass_for_each_token_of_the_longest(tmp_path: 
         assert one.read == one.passes * size
         assert one.memory - working_bytes(mimo, one.texts) == one.texts * (most + PROMPT_TOKENS) * 294_912
         assert one.memory <= memory * 10**9
-        assert one.seconds > one.passes * needs.side_by_side_seconds(mimo, one.texts, RATES)
+        every = needs.side_by_side_seconds(mimo, size, one.texts, memory * 10**9 - one.memory, RATES)
+        assert one.seconds > one.passes * every
+        assert every >= size / needs.READ_PER_SECOND or memory == 1000, "its weights do not stay in memory"
         passes.append(one.passes)
     assert passes == sorted(set(passes), reverse=True)
     assert passes[-1] == most

@@ -28,8 +28,11 @@ class Items:
     def __init__(self, number: int, dies_at: int | None = None):
         self.number, self.dies_at = number, dies_at
         self.asked: list[int] = []
+        self.found = False
 
     def __call__(self, folder: Path) -> dict[str, Any]:
+        self.found = (folder / kept.STATES).exists()
+        (folder / kept.STATES).mkdir(exist_ok=True)
         journal = Journal(folder / "items.jsonl")
         for item in range(self.number):
             if item == self.dies_at:
@@ -140,3 +143,12 @@ def test_a_damaged_record_is_none(run: Any, tmp_path: Path, record: str) -> None
     (tmp_path / "finished" / RECORD).write_text(record)
     assert run(KEY, items := Items(3)) == ("measured", {"sum": 5})
     assert items.asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("key", "found"), [(KEY, True), (MORE, True), (OTHER, False)])
+def test_what_an_item_has_on_its_way_lives_as_long_as_the_items(run: Any, key: Key, found: bool) -> None:
+    """And is gone when they are whole."""
+    with pytest.raises(Killed):
+        run(KEY, Items(3, dies_at=2))
+    run(key, again := Items(3))
+    assert again.found == found
