@@ -94,8 +94,7 @@ def _panel(axes: Axes, points: Sequence[Point], model: ModelReport, theme: Theme
         if line.name == "kl_mean" and line.limit is not None
     ]
     _scales(axes, [limit for _, limit in limits], points, theme)
-    best = front([(point["bytes"], point["kl_mean"]) for point in points])
-    line = [(points[index]["bytes"], _height(points[index])) for index in best]
+    line = [(point["bytes"], _height(point)) for point in front(points)]
     axes.plot(*zip(*line, strict=True), "--", color=theme.faint, lw=1.2, zorder=1)
     for point in points:
         _draw_point(axes, point, theme)

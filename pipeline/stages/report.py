@@ -57,5 +57,5 @@ def _row(model: str, variant: str) -> Row | None:
     if variant == REFERENCE:
         return Row(model, variant, metrics)
     refusal = bundle / CONTENT / "refusal.json"
-    refused = "; ".join(read_json(refusal)["reasons"]) if refusal.exists() else None
-    return Row(model, variant, metrics, read_verdict(workspace, variant), None if refused else str(bundle), refused)
+    delivery = f"no bundle: {'; '.join(read_json(refusal)['reasons'])}" if refusal.exists() else f"bundle: {bundle}"
+    return Row(model, variant, metrics, read_verdict(workspace, variant), delivery)

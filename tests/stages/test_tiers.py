@@ -17,7 +17,8 @@ from pipeline.judge.verdicts import PASS, GateLine, Verdict
 from pipeline.planning.devices import Figure, fitting_tiers, need, plain
 from pipeline.preflight import footprints
 from pipeline.report import plan
-from pipeline.report.phones import WIDTH, lines
+from pipeline.report.columns import WIDTH
+from pipeline.report.phones import lines
 from pipeline.workspace import Workspace
 from tests.conftest import ROOT
 from tests.real_configs import REAL_CONFIGS, architecture_of
