@@ -191,12 +191,6 @@ def rank(candidate: Candidate) -> tuple[bool, float, int, str]:
     return False, candidate.kl_mean, candidate.footprint.weights.bytes, candidate.variant
 
 
-def best(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int) -> Candidate | None:
-    """The best variant that passed its gates, or has yet to, and that the tier holds as it is made."""
-    held = (item for item in candidates if item.releasable and fits(as_made(item, context, tiers), tier, tiers))
-    return min(held, key=rank, default=None)
-
-
 # --- what would fit --------------------------------------------------------------------------------------------------
 
 
@@ -296,9 +290,9 @@ def decide(
     """One model on one tier at `context` tokens; `smaller`: other models, the largest first. What a tier refuses falls
     back to the first of them that it holds, as it is or changed."""
     needs = {candidate.variant: as_made(candidate, context, tiers) for candidate in candidates}
-    if chosen := best(candidates, tier, tiers, context):
-        return Decision(chosen, None, needs, ())
     releasable = [candidate for candidate in candidates if candidate.releasable]
+    if held := [candidate for candidate in releasable if fits(needs[candidate.variant], tier, tiers)]:
+        return Decision(min(held, key=rank), None, needs, ())
     closest = min(releasable, key=lambda candidate: needs[candidate.variant].private, default=None)
     found = suggest(candidates, tier, tiers, context)
     for model, others in (smaller or {}).items():

@@ -20,7 +20,6 @@ from pipeline.planning.devices import (
     Figure,
     Footprint,
     Way,
-    best,
     decide,
     decode_speed,
     fits,
@@ -111,11 +110,11 @@ def test_the_basis_is_the_weakest() -> None:
 
 def test_measured_quality_decides_before_size_and_a_failed_gate_excludes() -> None:
     small, big = footprint("q4", 300), footprint("q8", 500)
-    assert best([Candidate(small), Candidate(big)], SMALL, TIERS, 1000) == Candidate(big)
+    assert decide([Candidate(small), Candidate(big)], SMALL, TIERS, 1000).chosen == Candidate(big)
     judged = Candidate(small, "PASS", 0.2)
-    assert best([Candidate(big), judged], SMALL, TIERS, 1000) == judged
-    assert best([Candidate(big, "FAIL", 0.01), Candidate(small)], SMALL, TIERS, 1000) == Candidate(small)
-    assert best([Candidate(big, "INCONCLUSIVE", 0.01)], SMALL, TIERS, 1000) is None
+    assert decide([Candidate(big), judged], SMALL, TIERS, 1000).chosen == judged
+    assert decide([Candidate(big, "FAIL", 0.01), Candidate(small)], SMALL, TIERS, 1000).chosen == Candidate(small)
+    assert decide([Candidate(big, "INCONCLUSIVE", 0.01)], SMALL, TIERS, 1000).chosen is None
 
 
 def test_fitting_tiers_ask_nothing_but_memory() -> None:
