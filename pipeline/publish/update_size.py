@@ -130,8 +130,7 @@ def _figure(value: int | None) -> str:
 def _pages(path: Path) -> Iterator[bytes]:
     """A file's pages; the last may be short."""
     with open(path, "rb") as file:
-        while page := file.read(PAGE):
-            yield page
+        yield from iter(partial(file.read, PAGE), b"")
 
 
 def differing_pages(old: Path, new: Path) -> Iterator[int]:

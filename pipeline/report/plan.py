@@ -155,7 +155,7 @@ def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
 
 def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dict[str, Any]:
     efficiency = load_devices().efficiency
-    speed = runs and planning.decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
+    speed = runs and planning.decode_speed(runs.candidate.footprint, runs.need.way, device.memory_bandwidth, efficiency)
     return {
         **device.model_dump(include={"title", "tier", "memory_bandwidth"}),
         "runs": runs and _suggestion(runs, model),
@@ -173,6 +173,6 @@ def _suggestion(found: planning.Suggestion, model: str) -> dict[str, Any]:
         "model": found.model or model,
         "variant": found.candidate.variant,
         "changes": list(found.changes),
-        **asdict(found.way),
+        **asdict(found.need.way),
         "need": _need(found.need),
     }
