@@ -206,12 +206,10 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def copy_stream(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    """Copy to the end of `source`; return (bytes copied, sha256 of them)."""
+def copy_stream(source: BinaryIO, target: BinaryIO) -> str:
+    """Copy to the end of `source`; return the SHA-256 of what was copied."""
     digest = hashlib.sha256()
-    size = 0
     while chunk := source.read(_CHUNK):
         target.write(chunk)
         digest.update(chunk)
-        size += len(chunk)
-    return size, digest.hexdigest()
+    return digest.hexdigest()

@@ -19,9 +19,8 @@ from rich.table import Table
 
 from pipeline import files, machine
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.calibration import load_calibration, load_sensitivity
+from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.parity import load_parity
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import has_budget, load_recipe
 from pipeline.errors import PipelineError, ResourceError

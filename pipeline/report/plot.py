@@ -56,9 +56,9 @@ Point = Mapping[str, Any]
 def render(report: Report, theme: Theme = LIGHT) -> bytes:
     """The plot as PNG bytes; equal reports give equal bytes."""
     points = pareto_points(report)
-    height = _INCHES[1] * len(report.models) + 0.3
+    size = _INCHES[0], _INCHES[1] * len(report.models) + 0.3
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14)  # inches around each panel
-    figure = Figure(figsize=(_INCHES[0], height), dpi=_DPI, facecolor=theme.background, layout=layout)
+    figure = Figure(size, dpi=_DPI, facecolor=theme.background, layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(report.models), 2, width_ratios=(7, 1), wspace=0.03)
     panels = []

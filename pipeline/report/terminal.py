@@ -29,11 +29,9 @@ def _model(model: ModelReport) -> list[Text]:
     lines = [Text(model.model, style="bold underline"), *_facts(cells.identity(model.reference)), *_table(model)]
     for row in model.variants:
         lines += [Text(""), *_gates(row, model.reference)]
-    lines.append(Text(""))
-    read = (*cells.legends(), cells.conditions(model), model.note)
-    for sentence in (*cells.power_sentences(model), *cells.notes(model), *read):
-        lines += [Text(line) for line in textwrap.wrap(sentence, WIDTH)]
-    return [*lines, Text("")]
+    read = (*cells.power_sentences(model), *cells.notes(model), *cells.legends(), cells.conditions(model), model.note)
+    sentences = [Text(line) for sentence in read for line in textwrap.wrap(sentence, WIDTH)]
+    return [*lines, Text(""), *sentences, Text("")]
 
 
 def _table(model: ModelReport) -> list[Text]:
