@@ -7,10 +7,10 @@ from typing import Any
 
 
 def render(template: Path, *, html: bool = False, **fields: Any) -> bytes:
-    """A Jinja template filled with `fields`, as UTF-8. A missing name is an error. Only for HTML fields are escaped."""
+    """A Jinja template filled with `fields`, as UTF-8. A missing name is an error; `html` escapes the fields."""
     from jinja2 import Environment, StrictUndefined
 
     # In what is no HTML, texts that are not ours pass `one_line`, or have a pattern.
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    engine = Environment(undefined=StrictUndefined, autoescape=html, **options)
+    engine = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    engine.autoescape = html
     return engine.from_string(template.read_text(encoding="utf-8")).render(fields).encode()
