@@ -139,5 +139,5 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
 
 
 def _render(name: str, **fields: Any) -> bytes:
-    names = {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
-    return render(Path(__file__).with_name(name), **names, **fields)
+    fields |= {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
+    return render(Path(__file__).with_name(name), **fields)
