@@ -184,22 +184,32 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def require_free_space(directory: Path, needed: int, purpose: str) -> None:
     """Raise `ResourceError` unless the file system of `directory` has `needed` bytes free."""
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+    if (free := free_disk(directory)) < needed:
         raise ResourceError(
             f"not enough disk to {purpose}: {needed:,} bytes needed, {free:,} free on the file system of "
-            f"{directory}. Free at least {needed - free:,} bytes, or move the working tree to a larger disk."
+            f"{_existing(directory)}. Free at least {needed - free:,} bytes, or move the working tree to a larger disk."
         )
 
 
-def copy_stream(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    """Copy to the end of `source`; return (bytes copied, sha256 of them)."""
+def free_disk(path: Path) -> int:
+    """Bytes free for this user on the file system of `path`, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def file_system(path: Path) -> int:
+    """Number of the file system (device) of `path`, which need not exist yet: equal numbers share their free space."""
+    return _existing(path).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def copy_stream(source: BinaryIO, target: BinaryIO) -> str:
+    """Copy to the end of `source`; return the SHA-256 of what was copied."""
     digest = hashlib.sha256()
-    size = 0
     while chunk := source.read(_CHUNK):
         target.write(chunk)
         digest.update(chunk)
-        size += len(chunk)
-    return size, digest.hexdigest()
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What this machine has for us: cores, memory, disk, and how fast it multiplies.
+"""What this machine has for us: cores, memory, and how fast it multiplies.
 
 A container's limits count as the machine's: memory and CPU quotas of cgroups v1 and v2. `root` is where /proc and /sys
 hang; tests put files of their own there.
@@ -10,8 +10,7 @@ import math
 import os
 import platform
 import re
-import shutil
-import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,54 +50,26 @@ def kernel_class(root: Path = _ROOT) -> str:
     return " ".join([platform.machine(), *flags, os.environ.get("OPENBLAS_CORETYPE", "")]).strip()
 
 
-def free_disk(path: Path) -> int:
-    """Bytes free for this user on the file system of `path`, which need not exist yet."""
-    return shutil.disk_usage(_existing(path)).free
-
-
-def file_system(path: Path) -> int:
-    """Number of the file system (device) of `path`, which need not exist yet: equal numbers share their free space."""
-    return _existing(path).stat().st_dev
-
-
 def resident_memory(pid: int | str = "self", root: Path = _ROOT) -> tuple[int, int]:
     """(private, mapped) bytes that a process has in memory; zeros once it has ended.
 
     Private memory is backed by no file (RssAnon): the kernel cannot drop it. Mapped memory is a file's (RssFile,
     RssShmem), the libraries' included.
     """
-    lines = _read(root / "proc" / str(pid) / "status").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    anon, file, shared = (
-        int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem")
-    )
-    return anon, file + shared
+    status = _read(root / "proc" / str(pid) / "status")
+    sizes = {name: int(kib) * 1024 for name, kib in re.findall(r"^Rss(\w+):\s*(\d+) kB", status, re.MULTILINE)}
+    return sizes.get("Anon", 0), sizes.get("File", 0) + sizes.get("Shmem", 0)
 
 
-def private_memory(root: Path = _ROOT) -> int:
-    """Bytes of this process's private memory."""
-    return resident_memory(root=root)[0]
-
-
-def product_rate(seconds: float = 0.25) -> float:
-    """Floating-point operations per second in float32 matrix products on all cores, measured for about `seconds`."""
+def product_rate() -> float:
+    """Floating-point operations per second in float32 matrix products on all cores, measured for some 0.2 seconds."""
     import numpy as np
 
     size = 1024
     left = np.ones((size, size), np.float32)
     left @ left  # wakes the threads
-    products, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds or not products:
-        left @ left
-        products += 1
+    products, spent = timeit.Timer(lambda: left @ left).autorange()
     return products * 2 * size**3 / spent
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Self
 
-from pipeline.machine import private_memory
+from pipeline.machine import resident_memory
 
 _QUIET_SECONDS = 15.0
 _SPEED_SECONDS = 3600.0  # speed is that of the last hour: a layer of a large model takes minutes
@@ -53,7 +53,7 @@ class Progress:
         if self.total_bytes:
             parts.append(f"{task.completed / 1e9:.1f} of {self.total_bytes / 1e9:.1f} GB")
             parts.append(f"{(task.speed or 0) / 1e9:.2f} GB/s")
-        parts.append(f"{private_memory() / 1e6:,.0f} MB private")
+        parts.append(f"{resident_memory()[0] / 1e6:,.0f} MB private")
         if task.time_remaining is not None:
             parts.append(f"about {task.time_remaining:,.0f} s left")
         return " · ".join(parts)

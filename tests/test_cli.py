@@ -19,7 +19,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from pipeline import cli
-from pipeline.config.gates import ReleasedBuild, load_released
+from pipeline.config.signing import ReleasedBuild, load_released
 from pipeline.files import sha256_of, write_json
 from pipeline.judge.verdicts import GateLine, Verdict
 from pipeline.runtime.session import runtimes

@@ -107,6 +107,12 @@ def test_other_errors_keep_their_type(tmp_path: Path) -> None:
         (folder / "absent").read_bytes()
 
 
+def test_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_folder(tmp_path: Path) -> None:
+    later = tmp_path / "not" / "there"
+    assert files.file_system(later) == files.file_system(tmp_path) == tmp_path.stat().st_dev
+    assert files.free_disk(later) > 0
+
+
 def test_require_free_space_states_the_numbers(tmp_path: Path) -> None:
     files.require_free_space(tmp_path / "not" / "yet", 1, "test")
     free = shutil.disk_usage(tmp_path).free
@@ -149,7 +155,7 @@ def test_hashes(tmp_path: Path) -> None:
     expected = hashlib.sha256(data).hexdigest()
     assert files.sha256_of(tmp_path / "file") == expected
     target = io.BytesIO()
-    assert files.copy_stream(io.BytesIO(data), target) == (len(data), expected)
+    assert files.copy_stream(io.BytesIO(data), target) == expected
     assert target.getvalue() == data
 
 

@@ -20,7 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """One number: what the clock shows."""
     shown = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: shown[0])
-    monkeypatch.setattr(progress, "private_memory", lambda: 309_700_000)
+    monkeypatch.setattr(progress, "resident_memory", lambda: (309_700_000, 0))
     return shown
 
 

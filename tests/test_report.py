@@ -19,7 +19,7 @@ from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import load_gates
 from pipeline.report import cells, plot, rows
-from pipeline.report.rows import REFERENCE, Row, build
+from pipeline.report.rows import REFERENCE, Row
 from pipeline.report.terminal import show
 from pipeline.report.write import write
 from pipeline.tasks import statistics
@@ -106,9 +106,9 @@ def sample(
         )
         verdict = decide(metrics, reference, policy, PARITY)
         passed = verdict.verdict == "PASS"
-        bundle = f"artifacts/bundles/{model}/{variant}" if passed else None
-        refusal = None if passed else f"the verdict is {verdict.verdict}; see artifacts/verdicts/{model}/{variant}.json"
-        result.append(Row(model, variant, metrics, verdict, bundle, refusal))
+        bundle = f"bundle: artifacts/bundles/{model}/{variant}"
+        refusal = f"no bundle: the verdict is {verdict.verdict}; see artifacts/verdicts/{model}/{variant}.json"
+        result.append(Row(model, variant, metrics, verdict, bundle if passed else refusal))
     return result
 
 
@@ -120,6 +120,16 @@ def _answers(rng: np.random.Generator, correct: np.ndarray) -> statistics.MmluAn
 @pytest.fixture(scope="module")
 def report_rows() -> list[Row]:
     return sample()
+
+
+def build(
+    found: list[Row],
+    models: list[str],
+    variants: tuple[str, ...],
+    notes: dict[str, str] | None = None,
+    about: dict[str, str] | None = None,
+) -> rows.Report:
+    return rows.build(found, models, variants, notes or {}, about or {})
 
 
 def _shown(report: rows.Report, **options: Any) -> str:
@@ -151,7 +161,7 @@ def test_plain_text_is_complete_and_narrow(report_rows: list[Row]) -> None:
     assert max(map(len, text.splitlines())) <= 120
     for row in report_rows[1:]:
         assert f"{row.metrics['size']['bytes_on_disk']:,}" in text
-        assert (row.bundle or "no bundle: the verdict is") in text
+        assert row.delivery in text
         for line in row.verdict.lines:  # every figure of every gate is printed
             assert re.search(r"\s+".join(map(re.escape, cells.gate_cells(line))), text)
         assert f"gates of smollm2-135m/{row.variant}: {row.verdict.verdict}" in text
@@ -254,7 +264,7 @@ class _Page(HTMLParser):
 
 def test_files(report_rows: list[Row], tmp_path: Path) -> None:
     hostile = [
-        dataclasses.replace(row, bundle=None, refusal="<script>alert(1)</script>") if row.variant == "q3" else row
+        dataclasses.replace(row, delivery="no bundle: <script>alert(1)</script>") if row.variant == "q3" else row
         for row in report_rows
     ]
     page = write(build(hostile, ["smollm2-135m"], VARIANTS, about={"commit": "<b>abc"}), tmp_path)
@@ -289,7 +299,9 @@ def test_plot_is_drawn_and_repeatable(report_rows: list[Row]) -> None:
 
 
 def test_front() -> None:
-    assert rows.front([(3, 1.0), (1, 5.0), (2, 6.0), (4, 0.5), (4, 0.7), (1, 5.5)]) == [1, 0, 3]
+    sizes = [(3, 1.0), (1, 5.0), (2, 6.0), (4, 0.5), (4, 0.7), (1, 5.5)]
+    points = [{"bytes": size, "kl_mean": kl} for size, kl in sizes]
+    assert rows.front(points) == [points[1], points[0], points[3]]
     assert rows.front([]) == []
 
 

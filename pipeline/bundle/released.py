@@ -6,8 +6,7 @@ import yaml
 
 from pipeline.bundle.release import CONTENT, Release
 from pipeline.bundle.verify import verify
-from pipeline.config.gates import ReleasedBuild, load_released
-from pipeline.config.signing import load_signing
+from pipeline.config.signing import ReleasedBuild, load_released, load_signing
 from pipeline.config.typed_yaml import CONFIGS
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes

@@ -92,7 +92,7 @@ def _reason(candidate: Candidate, found: Need, budget: int) -> str:
 
 
 def _suggestion(found: Suggestion) -> TierSuggestion:
-    variant, way, need = found.candidate.variant, found.way, found.need
+    variant, way, need = found.candidate.variant, found.need.way, found.need
     takes: dict[str, Any] = {"kv_cache": way.kv_cache, "need_bytes": need.private, "mapped_bytes": need.mapped}
     return TierSuggestion(variant=variant, changes=list(found.changes), context=way.context, **takes)
 

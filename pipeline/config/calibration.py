@@ -1,4 +1,4 @@
-"""configs/calibration.yaml, configs/sensitivity.yaml"""
+"""What is measured of the full-precision model: configs/calibration.yaml, sensitivity.yaml, parity.yaml"""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ class SensitivityConfig(CalibrationConfig):
         return self
 
 
+class ParityConfig(Frozen):
+    """How the exported graph is compared with Optimum's export of the same checkpoint."""
+
+    max_relative_error: float = Field(gt=0)
+    memory_bytes: int = Field(gt=0, description="peak memory that the reference export may take")
+    prompt_tokens: int = Field(gt=1)
+
+
 def load_calibration() -> CalibrationConfig:
     """configs/calibration.yaml"""
     return load(CalibrationConfig, CONFIGS / "calibration.yaml")
@@ -51,3 +59,8 @@ def load_calibration() -> CalibrationConfig:
 def load_sensitivity() -> SensitivityConfig:
     """configs/sensitivity.yaml"""
     return load(SensitivityConfig, CONFIGS / "sensitivity.yaml")
+
+
+def load_parity() -> ParityConfig:
+    """configs/parity.yaml"""
+    return load(ParityConfig, CONFIGS / "parity.yaml")

@@ -100,9 +100,8 @@ def load_devices() -> DevicesConfig:
     for name, device in loaded.devices.items():
         known_name(device.tier, tiers, f"{path}: devices.{name}.tier", "configs/tiers.yaml")
         own = tiers[device.tier]
-        reached = {key: tier for key, tier in tiers.items() if tier.platform == own.platform}
-        reached = {key: tier for key, tier in reached.items() if tier.ram_bytes <= device.ram_bytes}
-        best = max(reached, key=lambda key: reached[key].ram_bytes, default=None)
+        edges = {tier.ram_bytes: key for key, tier in tiers.items() if tier.platform == own.platform}
+        best = edges.get(max((edge for edge in edges if edge <= device.ram_bytes), default=0))
         if best != device.tier:
             raise ConfigError(
                 f"{path}: devices.{name}: {device.ram_bytes:,} bytes of RAM are tier {best or 'none'!r} of "

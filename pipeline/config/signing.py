@@ -1,4 +1,4 @@
-"""configs/signing.yaml"""
+"""configs/signing.yaml, and what the ratchet of configs/gates.yaml remembers of releases: configs/released.yaml"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.typed_yaml import CONFIGS, Frozen, Sha256, load
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, Sha256, load
 
 
 class SigningConfig(Frozen):
@@ -37,6 +37,26 @@ class SigningConfig(Frozen):
         return self
 
 
+class ReleasedBuild(Frozen):
+    """What the ratchet remembers of a release. The reference's perplexity tells one text and reference from another."""
+
+    release: int = Field(ge=1)
+    kl_mean: float = Field(gt=0, description="nats per token")
+    tokens: int = Field(gt=0)
+    perplexity_reference: float = Field(gt=0)
+
+
+class ReleasedConfig(Frozen):
+    """Releases by model and variant, in their order; `record-release` writes it."""
+
+    models: dict[Name, dict[Name, tuple[ReleasedBuild, ...]]] = Field(default={})
+
+
 def load_signing() -> SigningConfig:
     """configs/signing.yaml"""
     return load(SigningConfig, CONFIGS / "signing.yaml")
+
+
+def load_released() -> ReleasedConfig:
+    """configs/released.yaml"""
+    return load(ReleasedConfig, CONFIGS / "released.yaml")

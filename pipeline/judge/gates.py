@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.config.gates import ReleasedBuild
+from pipeline.config.signing import ReleasedBuild
 from pipeline.judge import sequential
 from pipeline.judge.policy import Row
 from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS, REPORTED, GateLine, Verdict, overall

@@ -79,16 +79,15 @@ def ram_groups(tiers: Mapping[str, TierBundle | TierRefusal]) -> dict[str, tuple
     Raises:
         BundleError: a variant's classes lie in more ranges than Play takes in a group.
     """
-    ours = [(tier.ram_bytes, name, tier) for name, tier in tiers.items() if tier.platform == "android"]
-    android = sorted(ours, key=lambda item: item[0])
-    ends = [*(ram_bytes for ram_bytes, _, _ in android[1:]), None]
+    classes = sorted((tier.ram_bytes, name) for name, tier in tiers.items() if tier.platform == "android")
+    given = itertools.groupby(classes, key=lambda item: getattr(tiers[item[1]], "variant", None))
+    lowest = [(variant, *next(run)) for variant, run in given]
+    ends = [*(start for _, start, _ in lowest[1:]), None]
     groups: dict[str, tuple[str, list[Selector]]] = {}
     names: dict[str, str] = {}
-    classes = zip(android, ends, strict=True)
-    for variant, found in itertools.groupby(classes, key=lambda item: getattr(item[0][2], "variant", None)):
+    for (variant, start, tier), end in zip(lowest, ends, strict=True):
         if variant is not None:
-            (start, lowest, _), end = (run := list(found))[0][0], run[-1][1]
-            name = names.setdefault(variant, "ram_" + re.sub(r"[^a-z0-9]", "_", lowest.removeprefix("android-")))
+            name = names.setdefault(variant, "ram_" + re.sub(r"[^a-z0-9]", "_", tier.removeprefix("android-")))
             groups.setdefault(name, (variant, []))[1].append(Selector(min_bytes=start, max_bytes=end))
     for group, (variant, selectors) in groups.items():
         if len(selectors) > SELECTORS:
@@ -140,5 +139,5 @@ def write_android(folder: Path, index: AndroidIndex, bundles: Mapping[str, Packa
 
 
 def _render(name: str, **fields: Any) -> bytes:
-    names = {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
-    return render(Path(__file__).with_name(name), **names, **fields)
+    fields |= {"AGP": AGP, "AI_PACK": AI_PACK, "NAMESPACE": NAMESPACE, "OTHER": OTHER, "TARGETING": TARGETING}
+    return render(Path(__file__).with_name(name), **fields)

@@ -108,12 +108,15 @@ class AndroidTree(Tree[AndroidIndex]):
         return root
 
     @cached_property
-    def declared(self) -> list[tuple[str, list[ElementTree.Element]]]:
+    def declared(self) -> list[tuple[str, list[Selector | str]]]:
         """(name, selectors) of each device group in file order; nothing when the XML is damaged."""
-        if isinstance(self.targeting, str):
-            return []
-        groups = self.targeting.findall(f"{_TAG}device-group")
-        return [(group.get("name", ""), group.findall(f"{_TAG}device-selector")) for group in groups]
+        groups = [] if isinstance(self.targeting, str) else self.targeting.findall(f"{_TAG}device-group")
+        return [(group.get("name", ""), [*map(_selector, group.findall(f"{_TAG}device-selector"))]) for group in groups]
+
+    @property
+    def ranges(self) -> list[tuple[str, Selector | str]]:
+        """(group, selector) of each selector in file order."""
+        return [(name, found) for name, selectors in self.declared for found in selectors]
 
     @property
     def deliveries(self) -> dict[str, Delivery]:
@@ -123,6 +126,14 @@ class AndroidTree(Tree[AndroidIndex]):
     def pack_folder(self, name: str, pack: Pack) -> str:
         """A group's folder in a pack's module."""
         return f"{pack.name}/{ASSETS}/{pack.name}#group_{name}"
+
+
+def _selector(found: ElementTree.Element) -> Selector | str:
+    """The range of RAM, or what is wrong with its attributes."""
+    least, most = found.get("ram-min-bytes", "0"), found.get("ram-max-bytes")
+    if all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
+        return Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
+    return f"ram-min-bytes {least!r} and ram-max-bytes {most!r} must be whole numbers of bytes"
 
 
 RULES = Rules(COMMON)
@@ -250,20 +261,9 @@ def _selector_count(tree: AndroidTree) -> Iterator[str]:
             yield f"group {name!r} has {len(selectors)} selectors, allowed are 1 to {android.SELECTORS}"
 
 
-def _ranges(tree: AndroidTree) -> Iterator[tuple[str, Selector | str]]:
-    """(group, range) of each selector, or what is wrong with its attributes."""
-    for name, selectors in tree.declared:
-        for selector in selectors:
-            least, most = selector.get("ram-min-bytes", "0"), selector.get("ram-max-bytes")
-            if all(_BYTES.fullmatch(value) for value in (least, "0" if most is None else most)):
-                yield name, Selector(min_bytes=int(least), max_bytes=None if most is None else int(most))
-            else:
-                yield name, f"ram-min-bytes {least!r} and ram-max-bytes {most!r} must be whole numbers of bytes"
-
-
 @RULES.add("selector-ram", "Play: RAM from an inclusive minimum to an exclusive maximum, in bytes", _GROUPS)
 def _selector_ram(tree: AndroidTree) -> Iterator[str]:
-    for name, found in _ranges(tree):
+    for name, found in tree.ranges:
         if isinstance(found, str):
             yield f"group {name!r}: {found}"
         elif found.max_bytes is not None and found.min_bytes >= found.max_bytes:
@@ -273,7 +273,7 @@ def _selector_ram(tree: AndroidTree) -> Iterator[str]:
 
 @RULES.add("selector-overlap", "Play: the first matching group wins, so ranges must not overlap", _GROUPS)
 def _selector_overlap(tree: AndroidTree) -> Iterator[str]:
-    ranges = [(name, found) for name, found in _ranges(tree) if isinstance(found, Selector)]
+    ranges = [(name, found) for name, found in tree.ranges if isinstance(found, Selector)]
     for (first, one), (second, two) in itertools.combinations(ranges, 2):
         start = max(one.min_bytes, two.min_bytes)
         ends = [item.max_bytes for item in (one, two) if item.max_bytes is not None]
@@ -286,18 +286,16 @@ def _selector_overlap(tree: AndroidTree) -> Iterator[str]:
 def _selector_index(tree: AndroidTree) -> Iterator[str]:
     if tree.index is None or isinstance(tree.targeting, str):
         return
-    found = defaultdict(list)
-    for name, selector in _ranges(tree):
-        found[name].append(selector)
-    for name in sorted(found.keys() | tree.index.groups.keys()):
-        if found[name] != (tree.index.groups[name].selectors if name in tree.index.groups else []):
+    found, wanted = dict(tree.declared), {name: group.selectors for name, group in tree.index.groups.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name, []) != wanted.get(name, []):
             yield f"group {name!r} selects otherwise than the index says"
 
 
 @RULES.add("ram-margin", "ours: thresholds 10 to 15 % under the marketing figure", _GROUPS, note=True)
 def _ram_margin(tree: AndroidTree) -> Iterator[str]:
     sizes = f"a size that phones are sold with ({', '.join(map(str, SOLD))} GB), so such a phone may miss it"
-    for name, found in _ranges(tree):
+    for name, found in tree.ranges:
         for edge in (found.min_bytes, found.max_bytes) if isinstance(found, Selector) else ():
             if edge and not any(0.85 * sold * 10**9 <= edge <= 0.90 * sold * 10**9 for sold in SOLD):
                 yield f"group {name!r}: {edge:,} bytes is not 10 to 15 % under {sizes}"

@@ -111,10 +111,10 @@ class Way:
 class Need:
     """What a variant takes in one way, by its parts: `private` bytes at the peak, and what is mapped besides."""
 
+    way: Way
     parts: dict[str, Figure]
     private: int
     mapped: int
-    context: int
 
     @property
     def basis(self) -> Basis:
@@ -137,7 +137,7 @@ def need(footprint: Footprint, way: Way, runtime_bytes: int) -> Need:
         "runtime": Figure(runtime_bytes, "assumed"),
     }
     private = max(weights.bytes + activations.bytes + cache, loading.bytes) + runtime_bytes
-    return Need(parts, private, footprint.packed.bytes if way.prepacked else 0, way.context)
+    return Need(way, parts, private, footprint.packed.bytes if way.prepacked else 0)
 
 
 def parts_in_words(found: Need) -> str:
@@ -147,7 +147,7 @@ def parts_in_words(found: Need) -> str:
         words = [f"loading {sizes['loading']:,}"]
     else:
         words = [f"{name} {sizes[name]:,}" for name in ("weights", "activations")]
-        words.append(f"KV cache {sizes['kv_cache']:,} at {found.context:,} tokens")
+        words.append(f"KV cache {sizes['kv_cache']:,} at {found.way.context:,} tokens")
     return ", ".join([*words, f"runtime {sizes['runtime']:,}"])
 
 
@@ -167,14 +167,9 @@ def fits(found: Need, tier: Tier, tiers: TiersConfig) -> bool:
     return found.private <= budget_bytes(tier) and kept
 
 
-def plain(footprint: Footprint, context: int) -> Way:
-    """As the artifact is made, loaded by default."""
-    return Way(context, footprint.kv_cache)
-
-
 def as_made(candidate: Candidate, context: int, tiers: TiersConfig) -> Need:
-    """What a variant takes when it runs as `plain`."""
-    return need(candidate.footprint, plain(candidate.footprint, context), tiers.runtime_bytes)
+    """What a variant takes when it runs as the artifact is made, loaded by default."""
+    return need(candidate.footprint, Way(context, candidate.footprint.kv_cache), tiers.runtime_bytes)
 
 
 def fitting_tiers(candidate: Candidate, tiers: TiersConfig) -> tuple[str, ...]:
@@ -191,25 +186,18 @@ def rank(candidate: Candidate) -> tuple[bool, float, int, str]:
     return False, candidate.kl_mean, candidate.footprint.weights.bytes, candidate.variant
 
 
-def best(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int) -> Candidate | None:
-    """The best variant that passed its gates, or has yet to, and that the tier holds as it is made."""
-    held = (item for item in candidates if item.releasable and fits(as_made(item, context, tiers), tier, tiers))
-    return min(held, key=rank, default=None)
-
-
 # --- what would fit --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A variant that a tier holds after some changes, the way to run it, and what it takes then.
+    """A variant that a tier holds after some changes, and what it takes in the way that they make.
 
     `model` is another one's name, None for the model that was asked about.
     """
 
     candidate: Candidate
     changes: tuple[Change, ...]
-    way: Way
     need: Need
     model: str | None = None
 
@@ -230,14 +218,14 @@ def suggest(
                 if any(some <= set(changes) for some in as_good):
                     continue
                 if fitting := _changed(candidate.footprint, changes, tier, tiers, context):
-                    found.append(Suggestion(candidate, changes, *fitting))
+                    found.append(Suggestion(candidate, changes, fitting))
     return found
 
 
 def _changed(
     footprint: Footprint, changes: tuple[Change, ...], tier: Tier, tiers: TiersConfig, context: int
-) -> tuple[Way, Need] | None:
-    """The variant with these changes, if the tier holds it and each of them changes something."""
+) -> Need | None:
+    """What the variant takes with these changes, if the tier holds it and each of them changes something."""
     if "int8-kv" in changes and footprint.kv_cache == "int8":
         return None
     way = Way(context, "int8" if "int8-kv" in changes else footprint.kv_cache, "prepacked" in changes)
@@ -247,7 +235,7 @@ def _changed(
             return None
         way = replace(way, context=tokens)
     found = need(footprint, way, tiers.runtime_bytes)
-    return (way, found) if fits(found, tier, tiers) else None
+    return found if fits(found, tier, tiers) else None
 
 
 def longest_context(footprint: Footprint, way: Way, tier: Tier, tiers: TiersConfig) -> int:
@@ -282,8 +270,7 @@ class Decision:
         """What a phone of this tier can run: the choice without a change, else the first suggestion."""
         if self.chosen is None:
             return next(iter(self.suggestions), None)
-        found = self.needs[self.chosen.variant]
-        return Suggestion(self.chosen, (), plain(self.chosen.footprint, found.context), found)
+        return Suggestion(self.chosen, (), self.needs[self.chosen.variant])
 
 
 def decide(
@@ -296,9 +283,9 @@ def decide(
     """One model on one tier at `context` tokens; `smaller`: other models, the largest first. What a tier refuses falls
     back to the first of them that it holds, as it is or changed."""
     needs = {candidate.variant: as_made(candidate, context, tiers) for candidate in candidates}
-    if chosen := best(candidates, tier, tiers, context):
-        return Decision(chosen, None, needs, ())
     releasable = [candidate for candidate in candidates if candidate.releasable]
+    if held := [candidate for candidate in releasable if fits(needs[candidate.variant], tier, tiers)]:
+        return Decision(min(held, key=rank), None, needs, ())
     closest = min(releasable, key=lambda candidate: needs[candidate.variant].private, default=None)
     found = suggest(candidates, tier, tiers, context)
     for model, others in (smaller or {}).items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config.recipes import KvCache, RecipeConfig, RecipeRule, SplitFormat
+from pipeline.config.recipes import KvCache, RecipeConfig, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
 
@@ -124,16 +124,13 @@ def cache_of(architecture: Architecture, kv_cache: KvCache) -> Cache:
 
 
 def _rule(recipe: RecipeConfig, matrix: Matrix, layers: int) -> str | SplitFormat:
-    def matches(rule: RecipeRule) -> bool:
-        return matrix.role in rule.roles and (rule.layers == "all" or use_more_bits(matrix.layer, layers))
-
-    found = next((rule for rule in recipe.body if matches(rule)), None)
-    if found is None:
-        raise PlanError(
-            f"recipe {recipe.title!r}: no rule of `body` covers role {matrix.role!r} (tensor {matrix.name}, layer "
-            f"{matrix.layer} of {layers}). Add the role to a rule with `layers: all`."
-        )
-    return found.format
+    for rule in recipe.body:
+        if matrix.role in rule.roles and (rule.layers == "all" or use_more_bits(matrix.layer, layers)):
+            return rule.format
+    raise PlanError(
+        f"recipe {recipe.title!r}: no rule of `body` covers role {matrix.role!r} (tensor {matrix.name}, layer "
+        f"{matrix.layer} of {layers}). Add the role to a rule with `layers: all`."
+    )
 
 
 def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:

@@ -13,13 +13,11 @@ from dataclasses import replace
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
-from pipeline.config.calibration import load_calibration, load_sensitivity
-from pipeline.config.gates import load_released
+from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.parity import load_parity
 from pipeline.config.phones import load_devices, load_shapes
 from pipeline.config.recipes import has_budget
-from pipeline.config.signing import load_signing
+from pipeline.config.signing import load_released, load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row

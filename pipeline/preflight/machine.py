@@ -17,11 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import machine
+from pipeline import files, machine
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.calibration import load_calibration, load_sensitivity
+from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.parity import load_parity
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import has_budget, load_recipe
 from pipeline.errors import PipelineError, ResourceError
@@ -95,8 +94,8 @@ class Row:
 def room() -> Room:
     """What this machine has now."""
     store = Store().root
-    shared = machine.file_system(store) == machine.file_system(ARTIFACTS)
-    return Room(machine.available_memory(), machine.free_disk(ARTIFACTS), machine.free_disk(store), shared)
+    shared = files.file_system(store) == files.file_system(ARTIFACTS)
+    return Room(machine.available_memory(), files.free_disk(ARTIFACTS), files.free_disk(store), shared)
 
 
 def require(model: str, wanted: Needs) -> None:

@@ -152,7 +152,7 @@ class Folder(Place):
             left.unlink(missing_ok=True)
         files.require_free_space(Path(self.root), source.stat().st_size, f"publish {source.name}")
         with open(source, "rb") as stream, files.atomic_file(target) as copy:
-            _, digest = files.copy_stream(stream, copy)
+            digest = files.copy_stream(stream, copy)
             if digest != sha256:
                 raise BundleError(f"{source} changed while it was published: sha256 {digest}, signed is {sha256}.")
         if (found := files.sha256_of(target)) != sha256:

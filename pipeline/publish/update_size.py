@@ -27,6 +27,7 @@ from pipeline import files
 from pipeline.artifact.layout import PAGE
 from pipeline.bundle.release import CONTENT, SIGNATURE, Refusal, Release, parse
 from pipeline.errors import BundleError
+from pipeline.report.columns import aligned
 
 Status = Literal["unchanged", "renamed", "changed", "new", "gone"]
 _COLUMNS = {
@@ -89,10 +90,7 @@ class Update:
         rows = [("file", "", *_COLUMNS.values())]
         rows += [(it.name, it.status, *(_figure(getattr(it, column)) for column in _COLUMNS)) for it in self.files]
         rows.append(("total", "", *map(_figure, self.totals.values())))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.old.release.label} → {self.new.release.label}: bytes to download"]
-        for row in rows:
-            lines.append("  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]))
+        lines = [f"{self.old.release.label} → {self.new.release.label}: bytes to download", *aligned(rows, {0, 1})]
         if self.totals["delta_bytes"] is None:
             lines.append("No delta: the command zstd is not installed.")
         return "\n".join(lines)
@@ -132,8 +130,7 @@ def _figure(value: int | None) -> str:
 def _pages(path: Path) -> Iterator[bytes]:
     """A file's pages; the last may be short."""
     with open(path, "rb") as file:
-        while page := file.read(PAGE):
-            yield page
+        yield from iter(partial(file.read, PAGE), b"")
 
 
 def differing_pages(old: Path, new: Path) -> Iterator[int]:

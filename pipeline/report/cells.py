@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.judge.gates import rows
 from pipeline.judge.verdicts import REPORTED, GateLine
-from pipeline.report.rows import REFERENCE, ModelReport, Row
+from pipeline.report.rows import ModelReport, Row
 from pipeline.tasks.registry import tasks
 from pipeline.tasks.task import AT_LEAST, AT_MOST, DASH, FLOOR, LOOKS, Gate, Task, maybe, number
 
@@ -36,13 +36,6 @@ def table(model: ModelReport) -> list[list[tuple[str, str]]]:
         cells = [column.cells(row.section(name)) for name, column in shown]
         grid.append([(row.variant, ""), (total, bits), *cells, (verdict, "")])
     return grid
-
-
-def delivery(row: Row) -> str:
-    """The bundle's path, or why there is none; "" for the reference."""
-    if row.variant == REFERENCE:
-        return ""
-    return f"bundle: {row.bundle}" if row.bundle else f"no bundle: {row.refusal}"
 
 
 def identity(row: Row, beside: Row | None = None) -> dict[str, str]:

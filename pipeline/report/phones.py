@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.phones import load_devices, load_tiers
+from pipeline.report.columns import aligned, wrapped
 
-WIDTH = 118
 _VARIANTS = ("variant", "download, bytes", "weights", "activations", "KV cache", "loading", "peak", "basis", "KL, nats")
 _TIERS = ("tier", "may use", "gets")
 _DEVICES = ("phone", "tier", "GB/s", "at most", "expected", "tokens/s of")
@@ -44,7 +43,7 @@ def lines(document: Record) -> list[str]:
         f"{efficiency.low:.0%} of the first to {efficiency.high:.0%} of the second, no promise ({efficiency.source})."
     )
     sources = [f"{platform}: {source}." for platform, source in load_tiers().sources.items()]
-    return [*text, "", *(line for sentence in (*LEGEND, speed, *sources) for line in _wrapped(sentence))]
+    return [*text, "", *(line for sentence in (*LEGEND, speed, *sources) for line in wrapped(sentence))]
 
 
 def _variants(item: Record) -> list[str]:
@@ -59,17 +58,17 @@ def _variants(item: Record) -> list[str]:
         sizes = map(gigabytes, (*parts, need["private_bytes"]))
         at_most = "≤ " if download["basis"] == "bound" else ""
         rows.append((variant, f"{at_most}{download['bytes']:,}", *sizes, need["basis"], quality))
-    return _table(rows, left={0, 7, 8})
+    return aligned(rows, {0, 7, 8}, "  ")
 
 
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:
-    wide = max(map(len, (*decisions, _TIERS[0])))
-    text = [f"  {_TIERS[0].ljust(wide)}  {_TIERS[1]:>8}  {_TIERS[2]}"]
-    for name, decision in decisions.items():
-        head = f"  {name.ljust(wide)}  {gigabytes(tiers[name]['budget_bytes']):>8}  "
-        text += _wrapped(f"{head}{_gets(decision, tiers[name]['budget_bytes'])}", indent=" " * (len(head) + 2))
+    budgets = {name: tiers[name]["budget_bytes"] for name in decisions}
+    title, *heads = aligned([_TIERS[:2], *((name, gigabytes(size)) for name, size in budgets.items())], {0}, "  ")
+    text, margin = [f"{title}  {_TIERS[2]}"], " " * (len(title) + 2)
+    for head, (name, decision) in zip(heads, decisions.items(), strict=True):
+        text += wrapped(f"{head}  {_gets(decision, budgets[name])}", further=f"{margin}  ")
         for suggestion in decision["suggestions"]:
-            text += _wrapped(f"would fit: {_in_words(suggestion, model, tiers[name])}", " " * len(head))
+            text += wrapped(f"would fit: {_in_words(suggestion, model, tiers[name])}", margin, f"{margin}  ")
     return text
 
 
@@ -105,7 +104,7 @@ def _devices(model: str, devices: Record) -> list[str]:
             expected = f"{speed['low']:.1f}–{speed['high']:.1f}"
         bandwidth = f"{phone['memory_bandwidth'] / 1e9:.1f}"
         rows.append((phone["title"], phone["tier"], bandwidth, bound, expected, _runs(phone["runs"], model)))
-    return _table(rows, left={0, 1, 5}) if devices else []
+    return aligned(rows, {0, 1, 5}, "  ") if devices else []
 
 
 def _runs(runs: Record | None, model: str) -> str:
@@ -123,15 +122,3 @@ def _name(found: Record, model: str) -> str:
 def gigabytes(count: int) -> str:
     """2.41 GB, decimal."""
     return f"{count / 1e9:.2f} GB"
-
-
-def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = [str.ljust if column in left else str.rjust for column in range(len(widths))]
-    cells = [[pad(text, width) for pad, text, width in zip(align, row, widths, strict=True)] for row in rows]
-    return [f"  {'  '.join(row)}".rstrip() for row in cells]
-
-
-def _wrapped(sentence: str, first: str = "", indent: str | None = None) -> list[str]:
-    follow = f"{first}  " if indent is None else indent
-    return textwrap.wrap(sentence, WIDTH, initial_indent=first, subsequent_indent=follow, break_on_hyphens=False)

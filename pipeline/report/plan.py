@@ -84,11 +84,8 @@ def answer(
         "runtime_bytes": tiers.runtime_bytes,
         "efficiency": {"low": efficiency.low, "high": efficiency.high},
         "tiers": {
-            name: {
-                **item.model_dump(include={"platform", "ram_bytes"}),
-                "budget_bytes": planning.budget_bytes(item),
-                "resident_bytes": planning.resident_bytes(item, tiers),
-            }
+            name: item.model_dump(include={"platform", "ram_bytes"})
+            | {"budget_bytes": planning.budget_bytes(item), "resident_bytes": planning.resident_bytes(item, tiers)}
             for name, item in tiers.tiers.items()
         },
         "models": {name: _model(name, built, tiers, tokens, devices) for name in asked},
@@ -157,10 +154,8 @@ def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
 
 
 def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dict[str, Any]:
-    speed = None
-    if runs:
-        efficiency = load_devices().efficiency
-        speed = planning.decode_speed(runs.candidate.footprint, runs.way, device.memory_bandwidth, efficiency)
+    efficiency = load_devices().efficiency
+    speed = runs and planning.decode_speed(runs.candidate.footprint, runs.need.way, device.memory_bandwidth, efficiency)
     return {
         **device.model_dump(include={"title", "tier", "memory_bandwidth"}),
         "runs": runs and _suggestion(runs, model),
@@ -178,6 +173,6 @@ def _suggestion(found: planning.Suggestion, model: str) -> dict[str, Any]:
         "model": found.model or model,
         "variant": found.candidate.variant,
         "changes": list(found.changes),
-        **asdict(found.way),
+        **asdict(found.need.way),
         "need": _need(found.need),
     }

@@ -56,9 +56,9 @@ Point = Mapping[str, Any]
 def render(report: Report, theme: Theme = LIGHT) -> bytes:
     """The plot as PNG bytes; equal reports give equal bytes."""
     points = pareto_points(report)
-    height = _INCHES[1] * len(report.models) + 0.3
+    size = _INCHES[0], _INCHES[1] * len(report.models) + 0.3
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14)  # inches around each panel
-    figure = Figure(figsize=(_INCHES[0], height), dpi=_DPI, facecolor=theme.background, layout=layout)
+    figure = Figure(size, dpi=_DPI, facecolor=theme.background, layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(report.models), 2, width_ratios=(7, 1), wspace=0.03)
     panels = []
@@ -94,8 +94,7 @@ def _panel(axes: Axes, points: Sequence[Point], model: ModelReport, theme: Theme
         if line.name == "kl_mean" and line.limit is not None
     ]
     _scales(axes, [limit for _, limit in limits], points, theme)
-    best = front([(point["bytes"], point["kl_mean"]) for point in points])
-    line = [(points[index]["bytes"], _height(points[index])) for index in best]
+    line = [(point["bytes"], _height(point)) for point in front(points)]
     axes.plot(*zip(*line, strict=True), "--", color=theme.faint, lw=1.2, zorder=1)
     for point in points:
         _draw_point(axes, point, theme)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import EvaluationError
@@ -13,7 +12,6 @@ from pipeline.tasks.task import number
 
 REFERENCE = "reference"
 Facts = Mapping[str, str]
-_NONE: Facts = MappingProxyType({})
 _FIGURES = {"kl_mean": "kl_mean", "kl_low": "kl_mean_low", "kl_high": "kl_mean_high"}
 
 
@@ -22,15 +20,14 @@ class Row:
     """One model × variant, or a model's reference (`variant == REFERENCE`, no verdict, no bundle).
 
     Metrics have the shape that `pipeline.tasks.statistics` defines, plus `size` and `speed`; what a section lacks
-    is shown as a dash. `bundle` is the bundle's path, or `refusal` says why there is none.
+    is shown as a dash. `delivery` names the bundle's path, or why there is none.
     """
 
     model: str
     variant: str
     metrics: Mapping[str, Any]
     verdict: Verdict | None = None
-    bundle: str | None = None
-    refusal: str | None = None
+    delivery: str = ""
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One section of the metrics; empty where nothing was measured."""
@@ -66,9 +63,7 @@ class Report:
         return worst(row.verdict.verdict for model in self.models for row in model.variants if row.verdict)
 
 
-def build(
-    rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Facts = _NONE, about: Facts = _NONE
-) -> Report:
+def build(rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Facts, about: Facts) -> Report:
     """Order `rows` as the run does, and refuse an incomplete run: a report that omits a variant would hide it.
 
     Args:
@@ -106,11 +101,10 @@ def pareto_points(report: Report) -> list[dict[str, Any]]:
     return points
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (size, divergence) points that no other point beats on both, by increasing size."""
-    best, kept = float("inf"), []
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[index][1] < best:
-            best = points[index][1]
-            kept.append(index)
+def front(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of `pareto_points` that no other one beats in size and divergence, by increasing size."""
+    kept: list[Mapping[str, Any]] = []
+    for point in sorted(points, key=lambda one: (one["bytes"], one["kl_mean"])):
+        if not kept or point["kl_mean"] < kept[-1]["kl_mean"]:
+            kept.append(point)
     return kept

@@ -6,13 +6,14 @@ import base64
 import io
 from pathlib import Path
 
-import jinja2
 from rich.console import Console
 
+from pipeline.bundle.template import render
 from pipeline.files import write_bytes, write_json
 from pipeline.report import cells, plot
+from pipeline.report.columns import WIDTH
 from pipeline.report.rows import Report, pareto_points
-from pipeline.report.terminal import WIDTH, show
+from pipeline.report.terminal import show
 
 
 def write(report: Report, directory: Path) -> Path:
@@ -21,21 +22,13 @@ def write(report: Report, directory: Path) -> Path:
     Returns:
         The path of report.html: one file without links to anything outside it.
     """
-    light, text = plot.render(report), io.StringIO()
-    page = directory / "report.html"
-    write_bytes(directory / "pareto.png", light)
+    pictures = {"light": plot.render(report), "dark": plot.render(report, plot.DARK)}
+    page, text = directory / "report.html", io.StringIO()
+    write_bytes(directory / "pareto.png", pictures["light"])
     write_json(directory / "pareto.json", pareto_points(report))
     show(report, Console(file=text, width=WIDTH, no_color=True, force_terminal=False))
     write_bytes(directory / "report.txt", text.getvalue().encode())
-    write_bytes(page, _html(report, light, plot.render(report, plot.DARK)).encode())
+    encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
+    template = Path(__file__).with_name("page.html.j2")
+    write_bytes(page, render(template, html=True, report=report, cells=cells, **encoded))
     return page
-
-
-def _html(report: Report, light: bytes, dark: bytes) -> str:
-    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2").render(
-        report=report, cells=cells, light=base64.b64encode(light).decode(), dark=base64.b64encode(dark).decode()
-    )

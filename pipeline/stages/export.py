@@ -7,7 +7,6 @@ import shutil
 
 from pipeline.checkpoint.architecture import check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.lock import SourceLock
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
 from pipeline.files import atomic_directory, write_json
@@ -26,9 +25,11 @@ def run(model: str) -> None:
     check_tensors(architecture, checkpoint)
     graph, rope_data = build_decoder(architecture, checkpoint, entry.context)
     lock = workspace.read_lock()
+    # Names and hashes of the checkpoint's files: the same wherever they came from.
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(lock.files, key=lambda file: file.name))
     # The graph only points at weights: without their digest in it, other weights would be the same export to DVC, and
     # what was calibrated, quantized and measured on the old ones would be shipped as the new.
-    graph.metadata_props.add(key="checkpoint_sha256", value=_checkpoint_digest(lock))
+    graph.metadata_props.add(key="checkpoint_sha256", value=hashlib.sha256(listing.encode()).hexdigest())
     with atomic_directory(workspace.export) as folder:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
         write_json(folder / GENAI_CONFIG, genai_config(architecture, weights, MODEL_FILE, entry, entry.context))
@@ -39,9 +40,3 @@ def run(model: str) -> None:
         f"{model}: {architecture.family}, {architecture.layers} layers, {architecture.parameters:,} parameters, "
         f"context {entry.context:,}: graph of {graph.ByteSize():,} bytes over {len(checkpoint)} tensors in place"
     )
-
-
-def _checkpoint_digest(lock: SourceLock) -> str:
-    """SHA-256 over names and hashes of the checkpoint's files: the same wherever they came from."""
-    listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(lock.files, key=lambda file: file.name))
-    return hashlib.sha256(listing.encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.parity import load_parity
+from pipeline.config.calibration import load_parity
 from pipeline.files import link_or_copy, scratch_directory, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.parity.compare import compare, cut, cut_references

@@ -31,9 +31,10 @@ def show_report() -> None:
 
 def _collect() -> Report:
     pipeline = load_pipeline()
-    rows = [_row(model, variant) for model in pipeline.models for variant in (REFERENCE, *pipeline.variants)]
+    asked = [(Workspace(model), variant) for model in pipeline.models for variant in (REFERENCE, *pipeline.variants)]
+    rows = [_row(workspace, variant) for workspace, variant in asked if workspace.metrics(variant).exists()]
     notes = {model: note for model in pipeline.models if (note := load_model(model).note)}
-    return build([row for row in rows if row], pipeline.models, pipeline.variants, notes, _about(pipeline.suite))
+    return build(rows, pipeline.models, pipeline.variants, notes, _about(pipeline.suite))
 
 
 def _about(suite: str) -> dict[str, str]:
@@ -49,13 +50,10 @@ def _about(suite: str) -> dict[str, str]:
     }
 
 
-def _row(model: str, variant: str) -> Row | None:
-    workspace = Workspace(model)
-    if not workspace.metrics(variant).exists():
-        return None
+def _row(workspace: Workspace, variant: str) -> Row:
     metrics, bundle = read_json(workspace.metrics(variant)), workspace.bundle(variant)
     if variant == REFERENCE:
-        return Row(model, variant, metrics)
+        return Row(workspace.model, variant, metrics)
     refusal = bundle / CONTENT / "refusal.json"
-    refused = "; ".join(read_json(refusal)["reasons"]) if refusal.exists() else None
-    return Row(model, variant, metrics, read_verdict(workspace, variant), None if refused else str(bundle), refused)
+    delivery = f"no bundle: {'; '.join(read_json(refusal)['reasons'])}" if refusal.exists() else f"bundle: {bundle}"
+    return Row(workspace.model, variant, metrics, read_verdict(workspace, variant), delivery)

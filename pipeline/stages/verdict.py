@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.gates import ReleasedBuild, load_released
 from pipeline.config.models import load_model
-from pipeline.config.signing import load_signing
+from pipeline.config.signing import ReleasedBuild, load_released, load_signing
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import sha256_of, write_json
 from pipeline.judge import evidence

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.gates import ReleasedBuild
+from pipeline.config.signing import ReleasedBuild
 from pipeline.errors import EvaluationError
 from pipeline.judge import sequential
 from pipeline.judge.gates import Policy, decide

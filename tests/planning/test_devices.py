@@ -20,7 +20,6 @@ from pipeline.planning.devices import (
     Figure,
     Footprint,
     Way,
-    best,
     decide,
     decode_speed,
     fits,
@@ -28,7 +27,6 @@ from pipeline.planning.devices import (
     longest_context,
     need,
     parts_in_words,
-    plain,
     suggest,
 )
 from pipeline.planning.memory import plan_memory
@@ -64,7 +62,7 @@ def footprint(variant: str = "q4", weights: int = 700, cache: int = 200_000, loa
 
 
 def private(found: Footprint, **changes: object) -> int:
-    return need(found, replace(plain(found, 1000), **changes), TIERS.runtime_bytes).private  # type: ignore[arg-type]
+    return need(found, replace(Way(1000, found.kv_cache), **changes), TIERS.runtime_bytes).private  # type: ignore[arg-type]
 
 
 def test_the_peak_is_in_use_or_in_loading_with_the_runtime_on_top() -> None:
@@ -111,11 +109,11 @@ def test_the_basis_is_the_weakest() -> None:
 
 def test_measured_quality_decides_before_size_and_a_failed_gate_excludes() -> None:
     small, big = footprint("q4", 300), footprint("q8", 500)
-    assert best([Candidate(small), Candidate(big)], SMALL, TIERS, 1000) == Candidate(big)
+    assert decide([Candidate(small), Candidate(big)], SMALL, TIERS, 1000).chosen == Candidate(big)
     judged = Candidate(small, "PASS", 0.2)
-    assert best([Candidate(big), judged], SMALL, TIERS, 1000) == judged
-    assert best([Candidate(big, "FAIL", 0.01), Candidate(small)], SMALL, TIERS, 1000) == Candidate(small)
-    assert best([Candidate(big, "INCONCLUSIVE", 0.01)], SMALL, TIERS, 1000) is None
+    assert decide([Candidate(big), judged], SMALL, TIERS, 1000).chosen == judged
+    assert decide([Candidate(big, "FAIL", 0.01), Candidate(small)], SMALL, TIERS, 1000).chosen == Candidate(small)
+    assert decide([Candidate(big, "INCONCLUSIVE", 0.01)], SMALL, TIERS, 1000).chosen is None
 
 
 def test_fitting_tiers_ask_nothing_but_memory() -> None:
@@ -134,7 +132,7 @@ def test_only_what_fits_is_suggested_with_the_fewest_changes() -> None:
     """700 MB: 50 MB too many. An int8 cache saves 150 MB, a shorter context up to 200 MB; mapped: 500 + 700 ≤ 1,300."""
     found = suggest([Candidate(footprint())], SMALL, TIERS, 1000)
     assert [one.changes for one in found] == [("prepacked",), ("int8-kv",), ("shorter-context",)]
-    assert found[2].way.context == 750  # 1,000 − 700 − 50 − 100 = 150 MB of 200,000 bytes a token
+    assert found[2].need.way.context == 750  # 1,000 − 700 − 50 − 100 = 150 MB of 200,000 bytes a token
     assert all(fits(one.need, SMALL, TIERS) for one in found)
 
 
@@ -182,7 +180,7 @@ def test_a_refusal_falls_back_to_the_largest_smaller_model_that_fits() -> None:
 def test_a_choice_runs_as_it_is() -> None:
     decision = decide([Candidate(footprint())], LARGE, TIERS, 1000)
     assert decision.runs is not None
-    assert (decision.runs.changes, decision.runs.way) == ((), Way(1000, "float32"))
+    assert (decision.runs.changes, decision.runs.need.way) == ((), Way(1000, "float32"))
     assert decision.suggestions == ()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, machine
+from pipeline import cli, files, machine
 from pipeline.checkpoint.blobs import Store
 from pipeline.errors import ResourceError
 from pipeline.preflight import footprints, guard, needs
@@ -64,7 +64,7 @@ def table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def squeeze(monkeypatch: pytest.MonkeyPatch, memory: int = 24 * GB, disk: int = 60 * GB) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: memory)
-    monkeypatch.setattr(machine, "free_disk", lambda _: disk)
+    monkeypatch.setattr(files, "free_disk", lambda _: disk)
 
 
 def test_what_fits_is_no_problem() -> None:

@@ -14,10 +14,11 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.judge import measured
 from pipeline.judge.verdicts import PASS, GateLine, Verdict
-from pipeline.planning.devices import Figure, fitting_tiers, need, plain
+from pipeline.planning.devices import Figure, Way, fitting_tiers, need
 from pipeline.preflight import footprints
 from pipeline.report import plan
-from pipeline.report.phones import WIDTH, lines
+from pipeline.report.columns import WIDTH
+from pipeline.report.phones import lines
 from pipeline.workspace import Workspace
 from tests.conftest import ROOT
 from tests.real_configs import REAL_CONFIGS, architecture_of
@@ -61,7 +62,7 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
     for variant, kind, per_token in (("q4", "float32", 1536), ("q4_kv8", "int8", 384)):
         measure(workspace, variant, kind, per_token)
         footprint = measured.judged(workspace, variant).footprint
-        needed[variant] = need(footprint, plain(footprint, 4096), runtime_bytes=7).private
+        needed[variant] = need(footprint, Way(4096, footprint.kv_cache), runtime_bytes=7).private
     assert needed == {"q4": 2 * MB + 4096 * 1536 + 7, "q4_kv8": 2 * MB + 4096 * 384 + 7}
 
 

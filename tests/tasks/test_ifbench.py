@@ -165,9 +165,9 @@ def test_a_variant_is_measured_paired_judged_and_shown(tmp_path: Path) -> None:
     assert (verdicts[None].verdict, verdicts[None].limit) == ("REPORTED", None)
     assert (verdicts[1.0].verdict, verdicts[1.0].limit) == ("FAIL", 1.0)
     assert cells.gate_cells(verdicts[1.0])[0] == "IFBench drop"
-    model = build([Row("m", REFERENCE, reference), Row("m", "q4", metrics, verdict, bundle="b")], ["m"], ["q4"]).models[
-        0
-    ]
+    model = build(
+        [Row("m", REFERENCE, reference), Row("m", "q4", metrics, verdict, "bundle: b")], ["m"], ["q4"], {}, {}
+    ).models[0]
     assert (
         f"Of 171 IFBench prompts, all instructions followed: reference {100 * follow / 171:.1f} %"
         in cells.notes(model)[0]
