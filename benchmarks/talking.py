@@ -124,23 +124,7 @@ class Talking:
             **{f"{name}_token_id": own.get(f"{name}_token_id") for name in ("bos", "eos", "pad")},
             MARK: f"synthetic: the function of another model in these shapes; no measure of quality. {self.mark}",
         }
-        channels = _rotary(small, wide)
-        values = np.arange(wide.head_dim) % small.head_dim
-        values[wide.head_dim // small.head_dim * small.head_dim :] = -1
-        slots, group = np.arange(wide.heads), wide.heads // wide.kv_heads
-        small_group = small.heads // small.kv_heads
-        queries = slots // group % small.kv_heads * small_group + slots % group % small_group
-        keys = np.arange(wide.kv_heads) % small.kv_heads
-        neurons = np.arange(wide.intermediate) % small.intermediate
-        score = math.sqrt(wide.head_dim / small.head_dim) / wide.rope.attention_factor**2
-        self._reads = {
-            "q_proj": (_channels(queries, channels, small.head_dim), score),
-            "k_proj": (_channels(keys, channels, small.head_dim), 1.0),
-            "v_proj": (_channels(keys, values, small.head_dim), 1.0),
-            "gate_proj": (neurons, 1.0),
-            "up_proj": (neurons, 1.0),
-        }
-        self._writes = {"o_proj": _channels(queries, values, small.head_dim), "down_proj": neurons}
+        self._reads, self._writes = _places(small, wide)
 
     def values(self, name: str, shape: tuple[int, ...]) -> Embedded | None:
         """A tensor of the large model; None for one that its function does not depend on."""
@@ -244,8 +228,29 @@ def _refuse(small: Architecture, wide: Architecture) -> None:
         wrong.append(f"the small model is of family {small.family}, or not all its channels are rotated plainly")
     if wide.rope.dims < small.rope.dims or set(wide.rope.short_factor or ()) - {1.0}:
         wrong.append(f"{wide.rope.dims} rotated channels are fewer than {small.rope.dims}, or their factors not 1")
+    if wide.tied and not small.tied:
+        wrong.append("the large model's head is its embedding, the small one's is not")
     if wrong:
         raise ConfigError(f"the function does not fit into these shapes: {'; '.join(wrong)}. Name a smaller model.")
+
+
+def _places(small: Architecture, wide: Architecture) -> tuple[dict[str, tuple[Index, float]], dict[str, Index]]:
+    """Rows, and a factor, of the products that read the residual; columns of those that write to it."""
+    rotated, repeated = _rotary(small, wide), np.arange(wide.head_dim) % small.head_dim
+    repeated[wide.head_dim // small.head_dim * small.head_dim :] = -1
+    slots, group, small_group = np.arange(wide.heads), wide.heads // wide.kv_heads, small.heads // small.kv_heads
+    queries = slots // group % small.kv_heads * small_group + slots % group % small_group
+    keys = np.arange(wide.kv_heads) % small.kv_heads
+    neurons = np.arange(wide.intermediate) % small.intermediate
+    root = math.sqrt(wide.head_dim / small.head_dim) / wide.rope.attention_factor**2
+    reads = {
+        "q_proj": (_channels(queries, rotated, small.head_dim), root),
+        "k_proj": (_channels(keys, rotated, small.head_dim), 1.0),
+        "v_proj": (_channels(keys, repeated, small.head_dim), 1.0),
+        "gate_proj": (neurons, 1.0),
+        "up_proj": (neurons, 1.0),
+    }
+    return reads, {"o_proj": _channels(queries, repeated, small.head_dim), "down_proj": neurons}
 
 
 def _theta(small: Architecture, wide: Architecture) -> float:
@@ -264,7 +269,7 @@ def _rotary(small: Architecture, wide: Architecture) -> Index:
 
 
 def _channels(heads: Index, channels: Index, size: int) -> Index:
-    """Channels of all heads, from those of one head of `size` channels."""
+    """Channels of all heads, from those of one, whose small counterpart has `size` of them."""
     return np.where(channels < 0, -1, heads[:, None] * size + channels).reshape(-1)
 
 

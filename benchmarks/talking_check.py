@@ -82,22 +82,23 @@ def compare(small: Logits, large: Logits, texts: Sequence[Sequence[int]]) -> dic
     return found
 
 
-def check(large: str, small: str, tokens: int) -> dict[str, float]:
-    """`compare` for two exported models, on requests and `tokens` of the small one's answer to each."""
-    store = Store()
-    small_folder, large_folder = (Workspace(name).reference(store) for name in (small, large))
-    encode = encoder(large_folder)
+def check(large: Path, small: Path, tokens: int) -> dict[str, float]:
+    """`compare` for the graphs in two folders, on requests and `tokens` of the small one's answer to each.
+
+    `rounding_alone` and `rounding_other_token` compare the small one with itself before it was rounded.
+    """
+    encode = encoder(large)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
         rounded = Path(scratch) / "rounded"
         rounded.mkdir()
         prompts = [encode(request) for request in REQUESTS]
-        write_rounded(small_folder, rounded, max(map(len, prompts)) + tokens)
+        write_rounded(small, rounded, max(map(len, prompts)) + tokens)
         decoder = OnnxDecoder(rounded / MODEL_FILE)
         texts = [greedy(decoder, ids, tokens) for ids in prompts]
-        architecture = read_architecture(large_folder / "config.json")
-        layered = LayeredDecoder(large_folder / MODEL_FILE, architecture, Path(scratch) / "states", large)
+        architecture = read_architecture(large / "config.json")
+        layered = LayeredDecoder(large / MODEL_FILE, architecture, Path(scratch) / "states", large.parent.name)
         layered.prepare(lambda some: [some.run(text) for text in texts])
-        original = OnnxDecoder(small_folder / MODEL_FILE)
+        original = OnnxDecoder(small / MODEL_FILE)
         moved = compare(lambda ids: decoder.run(ids)[0], lambda ids: original.run(ids)[0], texts)
         figures = compare(lambda ids: decoder.run(ids)[0], lambda ids: layered.run(ids)[0], texts)
     return figures | {"rounding_alone": moved["largest_difference"], "rounding_other_token": moved["other_token"]}
@@ -110,7 +111,8 @@ def check(large: str, small: str, tokens: int) -> dict[str, float]:
 def main(large: str, small: str, tokens: int) -> None:
     """Compare LARGE, a talking model, with SMALL, whose function it holds."""
     try:
-        click.echo(json.dumps(check(large, small, tokens), indent=2))
+        large_folder, small_folder = (Workspace(name).reference(Store()) for name in (large, small))
+        click.echo(json.dumps(check(large_folder, small_folder, tokens), indent=2))
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
 

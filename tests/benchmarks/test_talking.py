@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from benchmarks import synthetic, talking
+from benchmarks import synthetic, talking, talking_check
 from benchmarks.published import MODELS
 from benchmarks.synthetic import main, tensors, write_checkpoint
 from benchmarks.talking import MARK, Talking
@@ -22,9 +22,10 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.runtime.session import OnnxDecoder
+from pipeline.stages import download, export
+from tests import tiny
 from tests.families import CASES, Case
 from tests.real_configs import REAL_CONFIGS
-from tests.tiny import make_model
 
 REAL = {name: model.config for name, model in MODELS.items()}
 CONTEXT = 64
@@ -54,7 +55,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer whose epsilon counts, and whose logits are so small that those of other ids do."""
     folder = tmp_path_factory.mktemp("small")
     config = CASES["llama-tied"].config | {"rms_norm_eps": 0.3}
-    make_model(folder, Case(config, "llama"))
+    tiny.make_model(folder, Case(config, "llama"))
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] *= 0.1
     save_file(weights, folder / "model.safetensors")
@@ -191,3 +192,18 @@ def test_what_it_adds_does_not_depend_on_how_it_is_cut(
     write_checkpoint(tmp_path / "b", "phi-4", small=small)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_check_of_two_exported_models(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "large", "mimo-8b", small=small)
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    for name, folder in (("small", small), ("large", tmp_path / "large")):
+        entry = tiny.model_entry(folder) | {"context": 256}
+        Path("configs/models", f"{name}.yaml").write_text(json.dumps(entry))
+        download.run(name)
+        export.run(name)
+    done = CliRunner().invoke(talking_check.main, ["large", "small", "--tokens", "5"])
+    found = json.loads(done.output)
+    assert found["tokens"] > 4 * 5 and found["largest_difference"] < 1e-3 < found["rounding_alone"]
+    assert found["padded"] < 1e-6 and found["other_token"] == found["near_ties"]
