@@ -46,6 +46,8 @@ from pipeline.machine import cores
 from pipeline.progress import Progress
 
 Shape = tuple[int, ...]
+Make = Callable[[str, Shape], "Values | Embedded"]
+"""A tensor's name and shape → its values."""
 
 SHARD_BYTES = 5_000_000_000  # transformers' max_shard_size when these checkpoints were published
 SIGMA = 0.02
@@ -447,9 +449,7 @@ def _ranges(shape: Shape) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _write_shards(
-    folder: Path, files: dict[str, list[str]], shapes: dict[str, Shape], values: Callable[..., Values | Embedded]
-) -> Iterator[int]:
+def _write_shards(folder: Path, files: dict[str, list[str]], shapes: dict[str, Shape], make: Make) -> Iterator[int]:
     """Write the shards one after the other, all cores on each; yield the bytes of every chunk that is written."""
     with ThreadPoolExecutor(cores()) as pool:
         for file, names in files.items():
@@ -458,7 +458,7 @@ def _write_shards(
                 stream.write(start)
                 stream.flush()
                 waiting = 0
-                tasks = _tasks(stream.fileno(), len(start), names, shapes, values)
+                tasks = _tasks(stream.fileno(), len(start), names, shapes, make)
                 for written in pool.map(lambda task: task(), tasks):
                     yield written
                     waiting += written
@@ -467,14 +467,12 @@ def _write_shards(
                         waiting = 0
 
 
-def _tasks(
-    fd: int, offset: int, names: list[str], shapes: dict[str, Shape], values: Callable[..., Values | Embedded]
-) -> Iterator[Callable[[], int]]:
+def _tasks(fd: int, offset: int, names: list[str], shapes: dict[str, Shape], make: Make) -> Iterator[Callable[[], int]]:
     """One function per chunk of a shard; each makes its rows and writes them where they belong."""
     for name in names:
-        made = values(name, shapes[name])
+        values = make(name, shapes[name])
         for start, stop in _ranges(shapes[name]):
-            yield partial(_write_chunk, fd, offset + 2 * start * shapes[name][-1], made, start, stop)
+            yield partial(_write_chunk, fd, offset + 2 * start * shapes[name][-1], values, start, stop)
         offset += _bytes(shapes[name])
 
 

@@ -102,12 +102,14 @@ class Talking:
 
         Raises:
             ConfigError: the small model does not fit into the large one, with every reason.
-            CheckpointError: `folder` is not a checkpoint that the pipeline reads.
+            CheckpointError: `folder` is not a checkpoint that the pipeline reads, or lacks a file that is copied.
         """
         self.folder, self._checkpoint = folder, Checkpoint(folder)
         self._small = small = read_architecture(folder / "config.json")
         self._wide = wide = parse_architecture(config, folder / "config.json")
         _refuse(small, wide)
+        if missing := [name for name in _NEEDED if not (folder / name).exists()]:
+            raise CheckpointError(f"{folder}: {', '.join(missing)} must be there, to be copied.")
         self.layers = small.layers
         self._copies = copies = (wide.hidden - BALLAST) // small.hidden
         covered = copies * small.hidden
@@ -145,12 +147,10 @@ class Talking:
         return self._writer(name, part) if part in self._writes else self._reader(name, part)
 
     def copy_files(self, folder: Path) -> None:
-        """Copy the tokenizer and the settings of generation. Raises CheckpointError when the small model lacks them."""
+        """Copy the tokenizer and the settings of generation."""
         for name in (*_NEEDED, "special_tokens_map.json"):
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, folder / name)
-            elif name in _NEEDED:
-                raise CheckpointError(f"{self.folder}: {name} is missing; a talking model needs the small one's.")
 
     @property
     def licence(self) -> bytes:

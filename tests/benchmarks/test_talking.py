@@ -166,8 +166,9 @@ def test_what_does_not_fit_is_refused_with_every_reason(small: Path, tmp_path: P
     (tmp_path / "small").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "small" / name).hardlink_to(small / name)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json, tokenizer\.json, .* must be there"):
         write_checkpoint(tmp_path / "out", "mimo-8b", small=tmp_path / "small")
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_marked_speaks_the_small_ones_tokens_and_bears_its_licence(small: Path, tmp_path: Path) -> None:
