@@ -2,6 +2,7 @@ r"""Checkpoints of real models' exact size and layout with synthetic weights, st
 
     python -m benchmarks.synthetic mimo-8b build/mimo-8b
     python -m benchmarks.synthetic phi-4 build/phi-4-short --layers 2 --seed 1
+    python -m benchmarks.synthetic phi-4 build/talking-phi-4 --talking artifacts/smollm2-135m/reference
 
 Names, shapes, dtype (bf16), shards and index are those of the published checkpoints: tensors in the order of the
 modules, a new shard before 5 GB would be exceeded, tensors sorted by name inside a shard. The values of config.json are
@@ -10,7 +11,8 @@ special tokens at their ids, splitting pattern); its merges are invented.
 
 Every value depends on (seed, tensor name, row, column) alone: any tensor can be made again by itself, and the files are
 the same for any number of threads. Weights are Student-t, times log-normal factors per row and per column (input
-channel): heavy-tailed, as trained ones are. With σ = 0.02 and norms near 1 a forward pass stays finite.
+channel): heavy-tailed, as trained ones are. With σ = 0.02 and norms near 1 a forward pass stays finite. A talking model
+holds a small model's function instead (`benchmarks.talking`), and that one's tokenizer.
 
 The index is written last, so its existence means that the checkpoint is complete.
 """
@@ -35,6 +37,8 @@ import click
 import numpy as np
 
 from benchmarks.published import MODELS, Model, Vocabulary
+from benchmarks.talking import Embedded, Talking
+from pipeline.checkpoint.architecture import read_architecture
 from pipeline.compiled import compiled
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.files import atomic_file, disk_full, read_json, require_free_space, write_bytes, write_json
@@ -42,6 +46,8 @@ from pipeline.machine import cores
 from pipeline.progress import Progress
 
 Shape = tuple[int, ...]
+Make = Callable[[str, Shape], "Values | Embedded"]
+"""A tensor's name and shape → its values."""
 
 SHARD_BYTES = 5_000_000_000  # transformers' max_shard_size when these checkpoints were published
 SIGMA = 0.02
@@ -51,10 +57,16 @@ _SYNC = 1 << 28  # bytes between two waits for the disk
 _SMALL_FILES = 1 << 25  # bytes, at least those of everything beside the weights
 _BESIDE = ("LICENSE", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
-_NOTICE = """Synthetic weights for benchmarks: seeded random numbers in the layout of a published model.
+_OURS = b"Synthetic weights for benchmarks: "  # how the LICENSE begins that this command writes
+_NOTICE = """seeded random numbers in the layout of a published model.
 
 They hold nothing of that model, compute nothing useful, and may be used for any purpose (CC0-1.0).
 Only the names, shapes and configuration values are the published ones.
+"""
+_TALKING_NOTICE = """the function of a small model in the layout of a large one.
+
+They hold nothing of the large model. The licence of the small model's weights follows.
+
 """
 
 
@@ -345,14 +357,19 @@ def _tokenizer_settings(vocabulary: Vocabulary, tokenizer: dict[str, Any]) -> di
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, model: str, seed: int = 0, layers: int | None = None) -> bool:
+def write_checkpoint(
+    folder: Path, model: str, seed: int = 0, layers: int | None = None, small: Path | None = None
+) -> bool:
     """Write a checkpoint of `model` to `folder`; return False if it is there already, complete, with the same seed.
 
-    Memory: a megabyte or two per core and the factors of one shard's tensors (5 MB), whatever the model. What a killed
-    run or another seed left is replaced.
+    Memory: a megabyte or two per core and the factors of one shard's tensors (5 MB), whatever the model; for a talking
+    one also the small model's tensors that are in work. What a killed run or another seed left is replaced.
+
+    Args:
+        small: a checkpoint whose function the model computes, so that it talks.
 
     Raises:
-        ConfigError: an unknown model, or more layers than it has.
+        ConfigError: an unknown model, more layers than it has, or a small model that does not fit into it.
         CheckpointError: `folder` holds files that this function did not write; they are left alone.
         ResourceError: the disk is too small, or not writable.
     """
@@ -360,6 +377,9 @@ def write_checkpoint(folder: Path, model: str, seed: int = 0, layers: int | None
     files = shards(shapes)
     total = sum(map(_bytes, shapes.values()))
     mark = f"{model}, {config['num_hidden_layers']} layers, seed {seed}, version {_VERSION}"
+    talking = Talking(small, config) if small else None
+    if talking:
+        mark += f", talking: {talking.mark}"
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": total, "synthetic": mark}, "weight_map": weight_map}
     if _is_complete(folder, index, files, shapes):
@@ -367,13 +387,17 @@ def write_checkpoint(folder: Path, model: str, seed: int = 0, layers: int | None
     with disk_full(f"write a synthetic {model} to {folder}"):
         _clear(folder)
         require_free_space(folder, total + _SMALL_FILES, f"write a synthetic {model} to {folder}")
-        _write_small_files(folder, config, MODELS[model])
+        _write_small_files(folder, config, MODELS[model], talking)
         chunks = sum(len(_ranges(shape)) for shape in shapes.values())
         with Progress(f"synthetic {model}", chunks, "chunks", total) as progress:
-            for written in _write_shards(folder, files, shapes, seed):
+            for written in _write_shards(folder, files, shapes, partial(_values, seed=seed, talking=talking)):
                 progress.advance(read=written)
         write_json(folder / _INDEX, index)
     return True
+
+
+def _values(name: str, shape: Shape, seed: int, talking: Talking | None) -> Values | Embedded:
+    return (talking and talking.values(name, shape)) or Values(name, shape, seed)
 
 
 def _is_complete(folder: Path, index: Any, files: dict[str, list[str]], shapes: dict[str, Shape]) -> bool:
@@ -393,21 +417,25 @@ def _clear(folder: Path) -> None:
     if not folder.exists():
         return
     licence = folder / "LICENSE"
-    ours = folder.is_dir() and licence.is_file() and licence.read_bytes() == _NOTICE.encode()
+    ours = folder.is_dir() and licence.is_file() and licence.read_bytes().startswith(_OURS)
     if not ours and not (folder.is_dir() and all(path.name.startswith(".LICENSE.") for path in folder.iterdir())):
         raise CheckpointError(
             f"{folder} exists and was not written by this command; a synthetic checkpoint would overwrite what is "
             f"there. Name a new folder, or remove this one yourself."
         )
     (folder / _INDEX).unlink(missing_ok=True)
-    for pattern in ("model-*.safetensors", ".model*", ".*.json.*", ".LICENSE.*"):
+    for pattern in ("model-*.safetensors", ".model*", ".*.json.*", ".LICENSE.*", "special_tokens_map.json"):
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def _write_small_files(folder: Path, config: dict[str, Any], model: Model) -> None:
-    write_bytes(folder / "LICENSE", _NOTICE.encode())  # first: it marks the folder as ours
-    write_json(folder / "config.json", config)
+def _write_small_files(folder: Path, config: dict[str, Any], model: Model, talking: Talking | None = None) -> None:
+    notice = _TALKING_NOTICE.encode() + talking.licence if talking else _NOTICE.encode()
+    write_bytes(folder / "LICENSE", _OURS + notice)  # first: it marks the folder as ours
+    write_json(folder / "config.json", talking.config if talking else config)
+    if talking:
+        talking.copy_files(folder)
+        return
     write_json(folder / "generation_config.json", model.generation)
     tokenizer = tokenizer_json(model.vocabulary)
     write_bytes(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False).encode())
@@ -421,7 +449,7 @@ def _ranges(shape: Shape) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _write_shards(folder: Path, files: dict[str, list[str]], shapes: dict[str, Shape], seed: int) -> Iterator[int]:
+def _write_shards(folder: Path, files: dict[str, list[str]], shapes: dict[str, Shape], make: Make) -> Iterator[int]:
     """Write the shards one after the other, all cores on each; yield the bytes of every chunk that is written."""
     with ThreadPoolExecutor(cores()) as pool:
         for file, names in files.items():
@@ -430,7 +458,7 @@ def _write_shards(folder: Path, files: dict[str, list[str]], shapes: dict[str, S
                 stream.write(start)
                 stream.flush()
                 waiting = 0
-                tasks = _tasks(stream.fileno(), len(start), names, shapes, seed)
+                tasks = _tasks(stream.fileno(), len(start), names, shapes, make)
                 for written in pool.map(lambda task: task(), tasks):
                     yield written
                     waiting += written
@@ -439,16 +467,16 @@ def _write_shards(folder: Path, files: dict[str, list[str]], shapes: dict[str, S
                         waiting = 0
 
 
-def _tasks(fd: int, offset: int, names: list[str], shapes: dict[str, Shape], seed: int) -> Iterator[Callable[[], int]]:
+def _tasks(fd: int, offset: int, names: list[str], shapes: dict[str, Shape], make: Make) -> Iterator[Callable[[], int]]:
     """One function per chunk of a shard; each makes its rows and writes them where they belong."""
     for name in names:
-        values = Values(name, shapes[name], seed)
+        values = make(name, shapes[name])
         for start, stop in _ranges(shapes[name]):
-            yield partial(_write_chunk, fd, offset + 2 * start * values.columns, values, start, stop)
+            yield partial(_write_chunk, fd, offset + 2 * start * shapes[name][-1], values, start, stop)
         offset += _bytes(shapes[name])
 
 
-def _write_chunk(fd: int, offset: int, values: Values, start: int, stop: int) -> int:
+def _write_chunk(fd: int, offset: int, values: Values | Embedded, start: int, stop: int) -> int:
     data = memoryview(values.make(start, stop)).cast("B")
     size = len(data)
     while data:
@@ -462,17 +490,25 @@ def _write_chunk(fd: int, offset: int, values: Values, start: int, stop: int) ->
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Another seed gives other weights.")
 @click.option("--layers", type=int, help="Only the first so many decoder layers (default: all).")
-def main(model: str, folder: Path, seed: int, layers: int | None) -> None:
+@click.option(
+    "--talking",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkpoint and tokenizer of a small model, whose function MODEL's shapes then compute.",
+)
+def main(model: str, folder: Path, seed: int, layers: int | None, talking: Path | None) -> None:
     """Write a synthetic checkpoint with the exact size and layout of MODEL to FOLDER."""
     start = time.monotonic()
     try:
-        made = write_checkpoint(folder, model, seed, layers)
+        made = write_checkpoint(folder, model, seed, layers, talking)
+        needed = read_architecture(talking / "config.json").layers if talking else 0
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
     shapes = tensors(model, layers)
     total, seconds = sum(map(_bytes, shapes.values())), time.monotonic() - start
     done = f"written in {seconds:.0f} s, {total / seconds / 1e6:,.0f} MB/s" if made else "already there"
     click.echo(f"{folder}: {len(shapes)} tensors, {total:,} bytes, {len(shards(shapes))} shards, {done}")
+    if layers and layers < needed:
+        click.echo(f"With {layers} of {needed} layers it computes the small model's first ones, and does not talk.")
 
 
 if __name__ == "__main__":
