@@ -30,5 +30,5 @@ def write(report: Report, directory: Path) -> Path:
     write_bytes(directory / "report.txt", text.getvalue().encode())
     encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
     template = Path(__file__).with_name("page.html.j2")
-    write_bytes(page, render(template, html=True, report=report, cells=cells, **encoded))
+    write_bytes(page, render(template, report=report, cells=cells, **encoded))
     return page
