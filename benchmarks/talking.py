@@ -22,7 +22,7 @@ vocabulary     the rows after the small one's read nothing but the ballast: -819
 =============  =====================================================================================================
 
 Such a model tests machinery at full size. Its quantized figures say nothing of the large model's quality, nor of the
-small one's: each value is held by many weights. So its config.json has a key `talking` (`MARK`), which no published
+small one's: each value is held by many weights. So its config.json has a key `talking` (`architecture.TALKING`), which no published
 model has.
 """
 
@@ -39,12 +39,11 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from pipeline.checkpoint.architecture import Architecture, parse_architecture, read_architecture, read_config
+from pipeline.checkpoint.architecture import TALKING, Architecture, parse_architecture, read_architecture, read_config
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import sha256_of
 
-MARK = "talking"
 VERSION = 1  # of the values: raise it when they change
 BALLAST = 64  # channels at least: a block of a quantized matrix of their own
 _SILENCE = 8192.0
@@ -124,7 +123,7 @@ class Talking:
             "rope_theta": _theta(small, wide),
             "rms_norm_eps": (squares - spare * self._constant**2) / wide.hidden,
             **{f"{name}_token_id": own.get(f"{name}_token_id") for name in ("bos", "eos", "pad")},
-            MARK: f"synthetic: the function of another model in these shapes; no measure of quality. {self.mark}",
+            TALKING: f"synthetic: the function of another model in these shapes; no measure of quality. {self.mark}",
         }
         self._reads, self._writes = _places(small, wide)
 

@@ -15,6 +15,7 @@ from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
 from pipeline.graph.nodes import OPSET
 from pipeline.judge.measured import judged
+from pipeline.judge.policy import load_gates
 from pipeline.judge.verdicts import PASS, describe_line, read_verdict
 from pipeline.planning.devices import fitting_tiers
 from pipeline.workspace import PLAN_FILE, Workspace
@@ -24,6 +25,11 @@ def run(model: str, variant: str) -> None:
     """Write artifacts/bundles/<model>/<variant>/content: artifact, documents, release.json; or refusal.json alone."""
     entry, signing, workspace = load_model(model), load_signing(), Workspace(model)
     verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
+    if load_gates().classes[entry.gate_class].talking and signing.channel != "development":
+        raise BundleError(
+            f"{model}: gate class {entry.gate_class!r} judges machinery, so nothing of it is released. Take the model out of "
+            f"`models` in configs/pipeline.yaml, or set `channel: development` in configs/signing.yaml."
+        )
     common: dict[str, Any] = {
         "model": model,
         "title": entry.title,

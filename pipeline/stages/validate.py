@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import machine
-from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.architecture import TALKING, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.files import sha256_of, write_json
+from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge import escalation
 from pipeline.partial import open_partial
 from pipeline.runtime.generate import Writer
@@ -124,6 +124,8 @@ def _facts(subject: Subject) -> dict[str, Any]:
     workspace, parameters = Workspace(subject.model), subject.architecture.parameters
     system = f"{platform.system()} {platform.machine()}"
     identity = {"revision": workspace.read_lock().revision, **runtimes(), "system": system}
+    if mark := read_json(subject.folder / "config.json").get(TALKING):
+        identity[TALKING] = mark
     if subject.variant == REFERENCE:
         total = subject.graph.stat().st_size + Checkpoint(subject.folder).weight_bytes
         size = {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}

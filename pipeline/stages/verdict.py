@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.checkpoint.architecture import TALKING
 from pipeline.config.models import load_model
 from pipeline.config.signing import ReleasedBuild, load_released, load_signing
 from pipeline.errors import ConfigError, EvaluationError
@@ -14,11 +15,13 @@ from pipeline.judge.policy import gate_row, load_gates
 from pipeline.runtime.session import runtimes
 from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 
+_KINDS = {False: "real", True: "talking"}
+
 
 def run(model: str, variant: str) -> None:
     """Write artifacts/verdicts/<model>/<variant>.json. Any verdict is a result: the stage succeeds.
 
-    Raises ConfigError when the model is judged by the limits of another size.
+    Raises ConfigError when the model is judged by the limits of another size, or a talking one as a real one.
     """
     workspace = Workspace(model)
     metrics = workspace.read(workspace.metrics(variant), "validate", variant)
@@ -38,18 +41,22 @@ def run(model: str, variant: str) -> None:
 def _check_class(model: str, metrics: Any) -> None:
     classes, name = load_gates().classes, load_model(model).gate_class
     try:
-        parameters = int(metrics["size"]["parameters"])
-    except (KeyError, TypeError, ValueError):
+        parameters, talking = int(metrics["size"]["parameters"]), TALKING in (metrics.get("identity") or {})
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise EvaluationError(
             f"the metrics of {model} do not say how many parameters it has. Validate again."
         ) from None
-    fitting = [other for other, row in classes.items() if row.parameters[0] <= parameters <= row.parameters[1]]
+    fitting = [
+        other
+        for other, row in classes.items()
+        if row.parameters[0] <= parameters <= row.parameters[1] and row.talking == talking
+    ]
     if name not in fitting:
         least, most = classes[name].parameters
         way_out = f"Use {' or '.join(fitting)}." if fitting else "Add a class to configs/gates.yaml."
         raise ConfigError(
-            f"configs/models/{model}.yaml: gate_class {name!r} judges models of {least:,} to {most:,} parameters, and "
-            f"this one has {parameters:,}. {way_out}"
+            f"configs/models/{model}.yaml: gate_class {name!r} judges {_KINDS[classes[name].talking]} models of {least:,} "
+            f"to {most:,} parameters, and this {_KINDS[talking]} one has {parameters:,}. {way_out}"
         )
 
 

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from benchmarks import synthetic, talking, talking_check
 from benchmarks.published import MODELS
 from benchmarks.synthetic import main, tensors, write_checkpoint
-from benchmarks.talking import MARK, Talking
+from benchmarks.talking import Talking
 from benchmarks.talking_check import compare, write_rounded
-from pipeline.checkpoint.architecture import check_tensors, parse_architecture, read_architecture
+from pipeline.checkpoint.architecture import TALKING, check_tensors, parse_architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.graph.decoder import build_decoder, save_decoder
@@ -174,14 +174,14 @@ def test_what_does_not_fit_is_refused_with_every_reason(small: Path, tmp_path: P
 def test_it_is_marked_speaks_the_small_ones_tokens_and_bears_its_licence(small: Path, tmp_path: Path) -> None:
     assert write_checkpoint(tmp_path, "mimo-8b", small=small)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert "no measure of quality" in config[MARK] and "3 layers of 128 channels" in config[MARK]
+    assert "no measure of quality" in config[TALKING] and "3 layers of 128 channels" in config[TALKING]
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes()
     assert (tmp_path / "LICENSE").read_bytes().endswith(b"the small one's terms")
     assert not write_checkpoint(tmp_path, "mimo-8b", small=small)
     assert write_checkpoint(tmp_path, "mimo-8b")
-    assert MARK not in json.loads((tmp_path / "config.json").read_text())
+    assert TALKING not in json.loads((tmp_path / "config.json").read_text())
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"][0] == "Ġ e"
 
 

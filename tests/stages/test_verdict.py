@@ -37,7 +37,7 @@ def judge(workspace: Workspace, metrics: dict[str, Any]) -> None:
 
 def test_a_model_of_another_size_is_not_judged(workspace: Workspace) -> None:
     for parameters, way_out in ((7_600_000_000, "Use 7b-and-up"), (3_800_000_000, "Use 3b-to-4b"), (10**12, "Add a")):
-        with pytest.raises(ConfigError, match=rf"'random' judges models of 0 to 1,000,000 .*{way_out}"):
+        with pytest.raises(ConfigError, match=rf"'random' judges real models of 0 to 1,000,000 .*{way_out}"):
             judge(workspace, {"size": {"parameters": parameters}})
     assert not workspace.verdict("q4").exists()
 
@@ -46,6 +46,21 @@ def test_a_size_that_nobody_measured_judges_nothing(workspace: Workspace) -> Non
     for metrics in ({}, {"size": {}}, {"size": {"parameters": "many"}}):
         with pytest.raises(EvaluationError, match="do not say how many parameters"):
             judge(workspace, metrics)
+
+
+@pytest.mark.parametrize(
+    ("own", "mark", "way_out"),
+    [
+        ("under-1b", {"talking": "synthetic"}, "this talking one has 500,000. Use talking."),
+        ("talking", {}, "'talking' judges talking models .* this real one has 500,000. Use .*under-1b"),
+    ],
+)
+def test_talking_models_and_real_ones_are_judged_by_classes_of_their_own(
+    workspace: Workspace, own: str, mark: dict[str, str], way_out: str
+) -> None:
+    tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), gate_class=own)
+    with pytest.raises(ConfigError, match=way_out):
+        judge(workspace, {"size": {"parameters": 500_000}, "identity": mark})
 
 
 def test_without_measurements_the_verdict_is_an_error(workspace: Workspace) -> None:
