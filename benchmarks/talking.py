@@ -22,8 +22,8 @@ vocabulary     the rows after the small one's read nothing but the ballast: -819
 =============  =====================================================================================================
 
 Such a model tests machinery at full size. Its quantized figures say nothing of the large model's quality, nor of the
-small one's: each value is held by many weights. So its config.json has a key `talking` (`architecture.TALKING`), which no published
-model has.
+small one's: each value is held by many weights. So its config.json has a key `talking`
+(`architecture.TALKING`), which no published model has.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from pipeline.errors import CheckpointError
 # What an untrusted config may claim at most: several times the largest decoders, and small enough that nothing sized
 # by it alone (lists of tensors, rotary tables) can fill the memory.
 TALKING = "talking"
-"""Key of config.json that marks a model of `benchmarks.synthetic --talking`: machinery is tested with it, nothing else."""
+"""Key of config.json that marks a model of `benchmarks.synthetic --talking`, which tests machinery and nothing else."""
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1_000
 MAX_HEAD_DIM = 4_096

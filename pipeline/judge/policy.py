@@ -38,8 +38,8 @@ class GateClass(Frozen):
     parameters: tuple[int, int] = Field(description="least and most that a model judged by it may have")
     talking: bool = Field(
         default=False,
-        description="judges models of `benchmarks.synthetic --talking` and no others: they test machinery, and no release "
-        "is made of them",
+        description="judges models of `benchmarks.synthetic --talking` and no others: they test machinery, and no "
+        "release is made of them",
     )
     variants: dict[Name, GateLimits] = Field(  # type: ignore[valid-type]  # a class all the same: made of the tasks' gates
         description="rows by the variant they judge, or the `gate` of its recipe"

@@ -27,8 +27,8 @@ def run(model: str, variant: str) -> None:
     verdict, lock = read_verdict(workspace, variant), workspace.read_lock()
     if load_gates().classes[entry.gate_class].talking and signing.channel != "development":
         raise BundleError(
-            f"{model}: gate class {entry.gate_class!r} judges machinery, so nothing of it is released. Take the model out of "
-            f"`models` in configs/pipeline.yaml, or set `channel: development` in configs/signing.yaml."
+            f"{model}: gate class {entry.gate_class!r} judges machinery, so nothing of it is released. Take the model "
+            f"out of `models` in configs/pipeline.yaml, or set `channel: development` in configs/signing.yaml."
         )
     common: dict[str, Any] = {
         "model": model,

@@ -55,8 +55,8 @@ def _check_class(model: str, metrics: Any) -> None:
         least, most = classes[name].parameters
         way_out = f"Use {' or '.join(fitting)}." if fitting else "Add a class to configs/gates.yaml."
         raise ConfigError(
-            f"configs/models/{model}.yaml: gate_class {name!r} judges {_KINDS[classes[name].talking]} models of {least:,} "
-            f"to {most:,} parameters, and this {_KINDS[talking]} one has {parameters:,}. {way_out}"
+            f"configs/models/{model}.yaml: gate_class {name!r} judges {_KINDS[classes[name].talking]} models of "
+            f"{least:,} to {most:,} parameters, and this {_KINDS[talking]} one has {parameters:,}. {way_out}"
         )
 
 

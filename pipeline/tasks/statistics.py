@@ -9,7 +9,7 @@ Its decisions:
   design effect, because Wilson's interval stays honest at 0 % and 100 %. The 99th percentile inverts that
   interval (Woodruff, JASA 47, 1952).
 - Windows of text diverge unequally, a few of them much more than the others, and Student's bound of their mean is then
-  too low: bounds of divergence allow for skewness, and its looks share one error. See `WINDOW_LOOKS`.
+  too low: bounds of divergence allow for skewness, and are one-sided 95 % over its looks together (`WINDOW_LOOKS`).
 - An accuracy drop is paired by item. Tango's score interval (Statistics in Medicine 17, 1998) is the paired
   counterpart of Wilson's: twenty items without a flip do not look like proof, and its error stays what it claims where
   flips are few. (An exact loss of 2 points among 2.5 % of flips passes the four looks of `sequential` 4.4 % of the
