@@ -6,7 +6,7 @@ goes through the summaries of `tasks.statistics` and `judge.gates.decide`, looks
 - KL, its 99th percentile, disagreement of the top token and the excess of the perplexity ratio are at `OF_LIMIT` of
   their limits. Tokens' KL is lognormal, with the width that the two limits of KL imply; windows differ by a lognormal
   factor of `WINDOWS`; the change of a token's log-probability has a variance of 2.2 times its KL. Measured on
-  SmolLM2's q4, q4_k_m and q3 (6,000 tokens in 24 windows): windows .20 to .25 of one text, change 2.1 to 2.4.
+  SmolLM2's q4, q4_k_m and q3: windows .12 to .25 within a text, the change 2.1 to 2.4.
 - `FLIPS` of the answers flip without a drop: 9.2 % was measured on published results of Q4_K_M (Llama-3.1-8B, MMLU).
   What is written may flip more often, as one token changes all that follow: `MORE_FLIPS`.
 - The reference has the accuracy that its entry calls `published`, or `TYPICAL`.
@@ -30,7 +30,7 @@ from pipeline.files import read_json, write_json
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import Row, gate_row
 from pipeline.judge.sequential import next_look
-from pipeline.judge.verdicts import INCONCLUSIVE, PASS
+from pipeline.judge.verdicts import INCONCLUSIVE, PASS, Verdict
 from pipeline.tasks import statistics
 from pipeline.tasks.registry import Suite, load_suite
 from pipeline.tasks.task import FLOOR, LOOKS, Task
@@ -39,7 +39,7 @@ DRAWS = 200
 """Simulated releases: a chance of 80 % is known to 3 points."""
 HOPELESS = 0.05
 """A suite that lets fewer pass cannot decide."""
-OF_LIMIT, WINDOWS, FLIPS, MORE_FLIPS, TYPICAL = 0.8, 0.3, 0.092, 0.20, 0.65
+OF_LIMIT, WINDOWS, FLIPS, MORE_FLIPS, TYPICAL = 0.8, 0.25, 0.092, 0.20, 0.65
 _LOGPROB_VARIANCE = 2.2  # of a token's change, in its KL
 _PARITY = {"passed": True, "max_relative_error": 0.0, "limit": 1.0}
 Sections = dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
@@ -139,7 +139,9 @@ def simulated(
     return Chance(passed / draws, shares, {task: float(np.mean(counts)) for task, counts in asked.items()})
 
 
-def _release(policy: Policy, suite: Suite, published: Mapping[str, float], flips: float, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+def _release(
+    policy: Policy, suite: Suite, published: Mapping[str, float], flips: float, rng: np.random.Generator
+) -> tuple[Verdict, dict[str, int]]:
     """One verdict at the look that ends it, and how many items that took by task."""
     sections: Sections = {}
     looking: dict[str, tuple[Task, int, np.ndarray]] = {}
@@ -147,6 +149,7 @@ def _release(policy: Policy, suite: Suite, published: Mapping[str, float], flips
         kinds = {gate.kind for gate in task.gates if gate.limit and getattr(policy.limits, gate.limit) is not None}
         accuracy = published.get(task.name, TYPICAL)
         if LOOKS in kinds:
+            assert task.stops, "what is judged at looks has stops"
             stops = task.stops(part)
             looking[task.name] = task, stops[0], rng.integers(0, _QUESTIONS, stops[-1])
         elif FLOOR in kinds:
@@ -242,7 +245,7 @@ def _questions(drawn: np.ndarray, accuracy: float) -> tuple[dict[str, Any], dict
 
 
 def _divergence(part: Any, limits: Row, rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
-    windows = len(part.kinds)
+    windows = len(part.windows)
     window = np.repeat(np.arange(windows), part.window - 1)
     factor = _lognormal(WINDOWS, rng.normal(size=windows))
     mean, high = (OF_LIMIT * getattr(limits, f"kl_{name}_max") for name in ("mean", "p99"))
@@ -257,7 +260,7 @@ def _divergence(part: Any, limits: Row, rng: np.random.Generator) -> tuple[dict[
     own = np.full(len(window), -2.0)
     nothing = np.zeros(len(window))
     return (
-        statistics.summarise_divergence(kl, equal, own - change, own, window, part.kinds),
+        statistics.summarise_divergence(kl, equal, own - change, own, window, part.windows),
         statistics.summarise_reference_divergence(own, nothing, nothing, window),
     )
 
