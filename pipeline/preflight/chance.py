@@ -26,6 +26,7 @@ from scipy.optimize import brentq
 from pipeline import keys
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import load_model
+from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import Row, gate_row
@@ -100,7 +101,11 @@ def forbidden(model: str, variant: str) -> str | None:
 def outlook(model: str, variant: str, suite: str) -> str:
     """What a suite can decide about a variant of a model, in a sentence."""
     begin = f"{model} {variant}, suite {suite}"
-    if reason := forbidden(model, variant):
+    try:
+        reason = forbidden(model, variant)
+    except ConfigError as error:
+        reason = str(error)
+    if reason:
         return f"{begin}: {reason}."
     usual, worse = (chance(model, variant, suite, flips) for flips in (FLIPS, MORE_FLIPS))
     return (

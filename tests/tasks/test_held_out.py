@@ -19,7 +19,7 @@ from pipeline.tasks.statistics import WINDOW_LOOKS
 from tests import tiny
 from tests.conftest import dataset
 
-SUITES = ("demo", "full")
+SUITES = ("smoke", "release")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _texts(kind: str) -> dict[str, list[str]]:
-    wanted = load_suite("demo").divergence.by_kind
+    wanted = load_suite("smoke").divergence.by_kind
     for name in held_out.pins(wanted):
         dataset(name)
     return dict(held_out.texts({kind: wanted[kind]}, Store()))

@@ -12,6 +12,7 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import load_model
 from pipeline.keys.closure import Closure
 from pipeline.tasks import sections as keys
+from pipeline.tasks.ifbench import IfbenchConfig
 from pipeline.tasks.registry import load_suite, suite_type, tasks
 from pipeline.tasks.sections import Key, key_of
 from pipeline.tasks.subject import Subject
@@ -38,9 +39,13 @@ def changed(before: Key, after: Key) -> tuple[set[str], set[str]]:
     return first, second
 
 
+IFBENCH = IfbenchConfig(prompts=10, max_new_tokens=8, max_chat_tokens=8, max_think_tokens=8)
+SUITE = load_suite("release").model_copy(update={"ifbench": IFBENCH})
+
+
 def asked(subject: Subject, task: Task, **changes: Any) -> Subject:
     """The subject as a task of the release suite sees it."""
-    return replace(subject, wanted=getattr(load_suite("release"), task.part).model_copy(update=changes))
+    return replace(subject, wanted=getattr(SUITE, task.part).model_copy(update=changes))
 
 
 def test_every_part_of_a_suite_is_a_task_s() -> None:
