@@ -1,7 +1,7 @@
 """Held-out text of four kinds, as a model reads it. Quantization is never tuned on it (`pipeline.tasks.unseen`).
 
 One kind does not speak for the others: SmolLM2's q4 diverges by 0.16 nats a token on prose, 0.12 on chat, 0.13 on code,
-0.40 on Vietnamese and 0.22 on Chinese (demo suite).
+0.40 on Vietnamese and 0.22 on Chinese (smoke suite).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ Below, in per cent: what passes at its limit, by either look; in brackets, what 
 
 The last is used. The larger skewness is that of the sample, which few windows show too small, or v³ + 3v, that of
 lognormal windows with the sample's coefficient of variation v. At one look of 32 and 5 %, windows with σ = .75 pass
-8 % by the bootstrap-t, 10 % by empirical likelihood or the logarithm of the mean. SmolLM2's windows (q4, demo suite)
+8 % by the bootstrap-t, 10 % by empirical likelihood or the logarithm of the mean. SmolLM2's windows (q4, smoke suite)
 have a σ of .12 to .24 within a text, the largest is 1.5 times its kind's mean. No bound allows for an outlier that no
 window has shown.
 """
