@@ -140,6 +140,16 @@ def write_record(stages: dict[str, Any]) -> None:
     materials.LOCK.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
 
+def test_nothing_of_a_talking_model_is_released(project: Path) -> None:
+    entry, signing = (Path(f"configs/{name}.yaml") for name in (f"models/{MODEL}", "signing"))
+    entry.write_text(yaml.safe_dump(yaml.safe_load(entry.read_text()) | {"gate_class": "talking"}))
+    own = yaml.safe_load(signing.read_text())
+    signing.write_text(yaml.safe_dump(own | {"channel": "release", "key_id": "a" * 64}))
+    with pytest.raises(BundleError, match="judges machinery, so nothing of it is released"):
+        bundle.run(MODEL, VARIANT)
+    assert not WORKSPACE.bundle(VARIANT).exists()
+
+
 # --- what a bundle holds ---------------------------------------------------------------------------------------------
 
 
