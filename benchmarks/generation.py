@@ -104,7 +104,9 @@ def measure(folder: Path, wanted: int, tokens: int, passes: int) -> dict[str, An
 @click.group(invoke_without_command=True)
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Scratch folder: 16 or 30 GB.")
 @click.option("--model", "models", multiple=True, type=click.Choice(list(synthetic.MODELS)), default=("mimo-8b",))
-@click.option("--suite", default="release", show_default=True, help="Whose HumanEval says how many texts, and how long.")
+@click.option(
+    "--suite", default="release", show_default=True, help="Whose HumanEval says how many texts, and how long."
+)
 @click.option("--passes", default=8, show_default=True)
 @click.pass_context
 def main(context: click.Context, work: Path, models: tuple[str, ...], suite: str, passes: int) -> None:
