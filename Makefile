@@ -39,6 +39,7 @@ bench: $(READY)  ## full-size models converted, loaded and run; searches beside 
 	python -m benchmarks.searches --out benchmarks/results/searches.json
 	python -m benchmarks.conversion $(BENCH)
 	python -m benchmarks.reference
+	python -m benchmarks.generation
 	python -m benchmarks.tables
 
 bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, on the same text: benchmarks/README.md
