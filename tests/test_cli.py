@@ -434,9 +434,9 @@ def test_escalate_says_what_each_look_costs_and_how_to_ask(project: Path, comman
     assert "tiny q4_k_m: MMLU is INCONCLUSIVE at 570 questions; next look 1,425, 1,368 more" in outcome.out
     assert "q3" not in outcome.out
     assert "5,472 new questions in all" in outcome.out
-    assert "dvc exp run -S 'configs/evaluation/seconds.yaml:mmlu.questions=1425'" in outcome.out
+    assert "dvc exp run -S 'configs/evaluation/seconds.yaml:mmlu.most=1425'" in outcome.out
     alone = command("escalate", "--variant", "q4").out
-    assert "q4_k_m" not in alone and "mmlu.questions=570'" in alone
+    assert "q4_k_m" not in alone and "mmlu.most=570'" in alone
 
 
 def test_escalate_ends_with_the_questions(project: Path, command: Command) -> None:

@@ -428,6 +428,7 @@ def test_more_questions_ask_only_the_new_ones(project: Project) -> None:
     assert grown.read_bytes().startswith(content)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("built", "undo")
 def test_a_machine_without_the_references_memory_pulls_its_results(project: Project, tmp_path: Path) -> None:
     """Another clone, with a cache of its own, measures a new variant against what the first machine measured."""

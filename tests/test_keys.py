@@ -117,7 +117,7 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
     [
         ("stages/download.py", {"download", "bundle"}),
         ("checkpoint/hub.py", {"download", "bundle"}),
-        ("graph/decoder.py", {"export", "parity", "quantize", "bundle"}),
+        ("graph/decoder.py", {"export", "parity", "quantize", *MEASURED, "bundle"}),
         ("graph/genai.py", {"export", "bundle"}),
         ("stages/calibrate.py", {"calibrate", "bundle"}),
         ("calibrate/damage.py", {"sensitivity", "bundle"}),
@@ -127,7 +127,7 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
         ("runtime/generate.py", {*MEASURED, *TASKS}),
         ("tasks/mmlu_scoring.py", {*MEASURED, *TASKS}),
         ("stages/validate.py", {*MEASURED, "bundle"}),
-        ("judge/policy.py", TASKS),  # which row of limits judges
+        ("judge/policy.py", {*MEASURED, *TASKS}),  # which limits judge, and whether looks go on: items are kept
         ("bundle/bom.py", {"bundle"}),
         ("stages/tiers.py", {"tiers"}),
         ("packs/android.py", {"packs"}),
@@ -152,7 +152,7 @@ def test_a_module_makes_the_stages_stale_that_import_it(
             {"download", "export", "sign", "packs"},
         ),
         ("graph/nodes.py", {"export", "parity", "quantize"}, {"download", "sign", "packs", "tiers"}),
-        ("judge/gates.py", {"verdict"}, {*MEASURED, "quantize", "calibrate", "export"}),
+        ("judge/gates.py", {"verdict", "validate"}, {"quantize", "calibrate", "export"}),
     ],
 )
 def test_what_reaches_far_does_not_reach_everything(
@@ -197,8 +197,8 @@ def test_a_default_makes_the_stages_stale_that_read_it(edited: Callable[..., set
     ("file", "change", "stale"),
     [
         ("models/tiny.yaml", lambda entry: entry.update(mmlu_close_think=True), {*MEASURED, *TASKS}),
-        ("models/tiny.yaml", lambda entry: entry.update(note="Read this."), {"verdict", "bundle", "report"}),
-        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"quantize", *TASKS}),
+        ("models/tiny.yaml", lambda entry: entry.update(note="Read this."), {*MEASURED, "verdict", "bundle", "report"}),
+        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"quantize", "validate", *TASKS}),
         ("gates.yaml", lambda gates: gates.update(ratchet=1.5), {"verdict", "bundle"}),
         (
             "signing.yaml",

@@ -103,6 +103,7 @@ def negative_log_likelihoods(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return total - logits[np.arange(len(logits)), ids[1:]]
 
 
+@pytest.mark.long
 def test_perplexity_on_held_out_text_equals_transformers(smollm2_export: Path, reference: Any) -> None:
     import torch
 

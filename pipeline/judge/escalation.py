@@ -7,7 +7,7 @@ import math
 
 from pipeline.config.models import load_pipeline
 from pipeline.judge.gates import Policy, decide
-from pipeline.judge.policy import gate_row
+from pipeline.judge.policy import class_rows, gate_row
 from pipeline.judge.sequential import next_look
 from pipeline.judge.verdicts import FAIL, INCONCLUSIVE, GateLine, read_verdict
 from pipeline.tasks.registry import load_suite
@@ -16,10 +16,9 @@ from pipeline.workspace import REFERENCE, Workspace
 
 
 def judged(task: Task, model: str) -> bool:
-    """Whether the gates of a variant of the run judge a task at looks."""
-    limits = [gate_row(model, variant)[1] for variant in load_pipeline().variants]
+    """Whether a row that may judge the model's variants judges a task at looks."""
     gates = [gate for gate in task.gates if gate.kind == LOOKS]
-    return any(getattr(row, gate.limit) is not None for row in limits for gate in gates)
+    return any(getattr(row, gate.limit) is not None for row in class_rows(model).values() for gate in gates)
 
 
 def waits(task: Task, model: str, variant: str, metrics: Metrics) -> bool:

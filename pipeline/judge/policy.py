@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, create_model
@@ -58,15 +59,21 @@ def load_gates() -> GatesConfig:
     return load(GatesConfig, CONFIGS / "gates.yaml")
 
 
-def gate_row(model: str, variant: str) -> tuple[str, Row]:
-    """Class/row of configs/gates.yaml that judges a variant, and its limits. Raises ConfigError when there is none."""
+def class_rows(model: str) -> Mapping[str, Row]:
+    """All rows that may judge a model's variants. Raises ConfigError for a class that configs/gates.yaml has not."""
     classes, gate_class = load_gates().classes, load_model(model).gate_class
     if gate_class not in classes:
         raise ConfigError(
             f"configs/models/{model}.yaml: gate_class {gate_class!r} is not in configs/gates.yaml "
             f"(there: {', '.join(classes)})"
         )
-    rows, name = classes[gate_class].variants, load_recipe(variant).gate or variant
+    return classes[gate_class].variants
+
+
+def gate_row(model: str, variant: str) -> tuple[str, Row]:
+    """Class/row of configs/gates.yaml that judges a variant, and its limits. Raises ConfigError when there is none."""
+    rows, gate_class = class_rows(model), load_model(model).gate_class
+    name = load_recipe(variant).gate or variant
     if name not in rows:
         raise ConfigError(
             f"configs/gates.yaml: class {gate_class!r} of {model} has no limits for {name!r} (there: "

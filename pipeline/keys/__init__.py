@@ -74,6 +74,7 @@ def refresh() -> None:
     """Write the record of every stage that configs/pipeline.yaml selects; a file that is right is left alone."""
     value_of.cache_clear()
     for stage, module, model, variant in instances():
-        path, now = path_of(stage, model, variant), record(f"pipeline.stages.{module}", model, variant)
+        path, own = path_of(stage, model, variant), "" if stage == "reference" else variant
+        now = record(f"pipeline.stages.{module}", model, own)
         if not path.exists() or read_json(path) != now:
             write_bytes(path, json.dumps(now, indent=1, sort_keys=True, ensure_ascii=False).encode())

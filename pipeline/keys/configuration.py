@@ -23,7 +23,8 @@ _BY_VALUE = "load_datasets"  # its entries count where their name is mentioned
 
 @dataclass(frozen=True)
 class Item:
-    """A model and a variant that a stage runs for; None for a stage that runs for all of them."""
+    """A model and a variant that a stage runs for; None for a stage that runs for all of them, "" for one that runs for
+    the reference, which no recipe decides."""
 
     model: str | None
     variant: str | None
@@ -43,7 +44,9 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         values = [reach.cut(fields_read(value, closure.attributes)) for value in _calls(loaders[name], item)]
         found[name] = values[0] if len(values) == 1 else values
         reach.mentioned |= set(_strings(found[name]))
-    for chosen in ("models",) * bool(item.model) + ("variants",) * bool(item.variant):  # others change nothing for it
+    for chosen in ("models",) * bool(item.model) + ("variants",) * (
+        item.variant is not None
+    ):  # others change nothing for it
         found.get("load_pipeline", {}).pop(chosen, None)
     return found | closure.methods()
 
@@ -58,10 +61,11 @@ def _loaders(closure: Closure) -> Iterator[tuple[str, Callable[..., Any]]]:
 def _calls(loader: Callable[..., Any], item: Item) -> list[Any]:
     """What a loader gives: for the item's model and variant, or for each that is selected."""
     selected = value_of(load_pipeline)
+    variants = selected.variants if item.variant is None else tuple(filter(None, [item.variant]))
     choices: dict[str, Iterable[Any]] = {
         "model": [item.model] if item.model else selected.models,
-        "variant": [item.variant] if item.variant else selected.variants,
-        "variants": [(item.variant,) if item.variant else selected.variants],
+        "variant": variants,
+        "variants": [variants],
         "suite": [selected.suite],
     }
     parameter = next(iter(inspect.signature(loader).parameters), None)

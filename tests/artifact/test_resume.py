@@ -71,6 +71,7 @@ def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["q4", "q3"])
 def test_killed_many_times(recipe: str, middle: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments: each run continues, none computes what the journal had, the bytes are the same."""

@@ -20,7 +20,7 @@ def test_passes_are_measured_in_a_process_of_their_own_beside_the_prediction(tmp
 
 
 def test_the_suite_says_how_many_texts_and_how_long() -> None:
-    texts, tokens = generation.asked("phi-4", "full")
+    texts, tokens = generation.asked("phi-4", "release")
     assert (texts, tokens > 768) == (164, True)
 
 

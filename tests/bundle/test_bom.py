@@ -68,7 +68,7 @@ def test_metrics_are_strings_with_their_intervals() -> None:
 def test_limits_are_told() -> None:
     told = card()["considerations"]["technicalLimitations"]
     assert "No phone was used" in told[0]
-    assert f"MMLU drop: {NOTE}." in told
+    assert f"MMLU graded drop: {NOTE}." in told
     assert "A caveat." in told
     assert [sentence for sentence in told if "was not measured." in sentence] == ["IFBench was not measured."]
 

@@ -171,6 +171,7 @@ def test_draws_follow_the_probabilities_within_top_p() -> None:
 # --- the real small model ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_smollm2_writes_what_it_writes_in_memory(smollm2_export: Path, tmp_path: Path) -> None:
     """But for near ties, where texts part and stay apart. Here, 144 tokens, none was seen."""
     whole = Writer(smollm2_export)
