@@ -22,7 +22,7 @@ CEILINGS = {
     "confine": 430,
     "graph": 400,
     "judge": 530,
-    "keys": 290,
+    "keys": 300,
     "modules": 690,
     "packs": 920,
     "parity": 140,
@@ -35,7 +35,7 @@ CEILINGS = {
     "stages": 840,
     "tasks": 1980,
 }
-WHOLE = 14_960
+WHOLE = 14_970
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -44,10 +44,9 @@ def resolved(closure: Closure, item: Item) -> dict[str, Any]:
         values = [reach.cut(fields_read(value, closure.attributes)) for value in _calls(loaders[name], item)]
         found[name] = values[0] if len(values) == 1 else values
         reach.mentioned |= set(_strings(found[name]))
-    for chosen in ("models",) * bool(item.model) + ("variants",) * (
-        item.variant is not None
-    ):  # others change nothing for it
-        found.get("load_pipeline", {}).pop(chosen, None)
+    own = {"models": bool(item.model), "variants": item.variant is not None}
+    for name in (name for name, one in own.items() if one):  # others change nothing for it
+        found.get("load_pipeline", {}).pop(name, None)
     return found | closure.methods()
 
 
