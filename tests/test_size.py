@@ -33,9 +33,9 @@ CEILINGS = {
     "report": 630,
     "runtime": 1000,
     "stages": 840,
-    "tasks": 1980,
+    "tasks": 1990,
 }
-WHOLE = 14_970
+WHOLE = 14_980
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.config.sources import load_datasets
 from pipeline.runtime.chat import rendered
 
+_MOST, _PIECES = 128_000, 16  # characters that are tokenized of a text, in so many pieces
 CHAT = "chat"
 KINDS = ("prose", CHAT, "code", "languages")
 """Kinds of text. A chat is written by the model's own template; `languages` are others than English."""
@@ -38,7 +39,7 @@ def scored_ids(wanted: Wanted, window: int, folder: Path, store: Store) -> list[
     for kind, texts in wanted.items():
         for name, count in texts.items():
             text = rendered(folder, _conversations(name, store)) if kind == CHAT else _text(name, store)
-            found += scored_windows(text, encode, count * (window - 1), window)
+            found += scored_windows(_excerpt(text), encode, count * (window - 1), window)
     return found
 
 
@@ -47,6 +48,15 @@ def texts(wanted: Wanted, store: Store) -> Iterator[tuple[str, list[str]]]:
     for kind, named in wanted.items():
         for name in named:
             yield name, [*chain(*_conversations(name, store))] if kind == CHAT else [_text(name, store)]
+
+
+def _excerpt(text: str) -> str:
+    """At most `_MOST` characters, in pieces at even distances: a novel takes longer to tokenize than to judge."""
+    if len(text) <= _MOST:
+        return text
+    piece, last = _MOST // _PIECES, _PIECES - 1
+    starts = [number * (len(text) - piece) // last for number in range(_PIECES)]
+    return "\n".join(text[start : start + piece] for start in starts)
 
 
 def _text(name: str, store: Store) -> str:
