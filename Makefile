@@ -2,6 +2,8 @@
 PYTHON  ?= python3.11
 VENV    ?= .venv
 MODELS  ?=
+VARIANTS ?=
+SUITE   ?=
 PIP_ARGS ?=
 BENCH   ?=
 ARM64   ?= $(wildcard artifacts/smollm2-135m/variants/*)
@@ -26,8 +28,13 @@ demo: $(READY)  ## the whole pipeline on the embedded small model, then its tabl
 	python -m pipeline show
 	@echo; echo 'Commands of the pipeline in this shell: source $(VENV)/bin/activate'
 
-repro: $(READY)  ## dvc repro; with MODELS="mimo-8b phi-4" for these models too
-	$(if $(MODELS),dvc exp run -S 'configs/pipeline.yaml:models=[$(subst $(space),$(comma),smollm2-135m $(strip $(MODELS)))]',dvc repro)
+set = $(if $(2),-S 'configs/pipeline.yaml:$(1)=$(2)')
+list = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(1)))])
+CHANGES = $(strip $(call set,models,$(call list,$(if $(MODELS),smollm2-135m $(MODELS)))) \
+  $(call set,variants,$(call list,$(VARIANTS))) $(call set,suite,$(SUITE)))
+
+repro: $(READY)  ## dvc repro; MODELS="mimo-8b phi-4" for these models too, VARIANTS="q4 q4_k_m" and SUITE=release instead
+	$(if $(CHANGES),dvc exp run $(CHANGES),dvc repro)
 	python -m pipeline show
 
 validate-release: $(READY)  ## the release's evidence: 65,000 tokens, 570 to 2,850 MMLU questions, 164 HumanEval problems

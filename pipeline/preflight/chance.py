@@ -121,8 +121,8 @@ def hopeless(model: str, variant: str, suite: str) -> str | None:
     if (found := chance(model, variant, suite)).passes >= HOPELESS:
         return None
     return (
-        f"{model} {variant}: the suite {suite!r} cannot decide: a variant without a loss {found.describe()}. Choose "
-        f"one that can, `dvc exp run -S configs/pipeline.yaml:suite=release`."
+        f"{model} {variant}: the suite {suite!r} cannot decide: a variant without a loss {found.describe()}. Set "
+        f"`suite: release` in configs/pipeline.yaml, or give `make repro` SUITE=release."
     )
 
 

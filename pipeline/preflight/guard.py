@@ -111,16 +111,15 @@ def _require_context(workspace: Workspace, variant: str) -> None:
 
 
 def _require_decision(model: str, variant: str) -> None:
-    """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS: of one variant, or of all.
-    Raises PipelineError."""
+    """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS: of the stage's variant, or
+    of any in the run, so that a run ends at its first stage and not at that variant's. Raises PipelineError."""
     run, store = load_pipeline(), Store()
     if run.undecided or find_source(model, store) is None or known(model).architecture.parameters < HOURS_FROM:
         return
     variants = (variant,) if variant and variant != REFERENCE else run.variants
-    reasons = [hopeless(model, one, run.suite) for one in variants]
-    if all(reasons):
+    if reasons := list(filter(None, (hopeless(model, one, run.suite) for one in variants))):
         raise PipelineError(
-            f"{reasons[0]} To do these hours of work all the same: dvc exp run -S configs/pipeline.yaml:undecided=true"
+            f"{' '.join(reasons)} To do this work all the same, set `undecided: true` in configs/pipeline.yaml."
         )
 
 

@@ -100,7 +100,7 @@ def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPat
         dataclasses.make_dataclass("Shape", ["parameters"])(7_600_000_000)
     )
     monkeypatch.setattr(guard, "known", lambda model: large)
-    with pytest.raises(PipelineError, match=r"opt_in.*configs/pipeline.yaml:undecided=true"):
+    with pytest.raises(PipelineError, match=r"opt_in.*undecided: true"):
         guard._require_decision("mimo-8b", "q3")
     run = guard.load_pipeline()
     monkeypatch.setattr(guard, "load_pipeline", lambda: run.model_copy(update={"undecided": True}))
