@@ -17,8 +17,7 @@ from rich.table import Table
 from scipy.optimize import brentq
 from scipy.special import softmax
 
-from pipeline.tasks import statistics
-from pipeline.tasks.statistics import MmluAnswers
+from pipeline.tasks.statistics import MmluAnswers, graded
 
 QUESTIONS, FLIPS, DROP = 200_000, 0.092, 2.0
 CONFIDENCES = (0.85, 0.90, 0.95)
@@ -85,8 +84,7 @@ def figures(scores: Scores) -> dict[str, np.ndarray]:
     known = MmluAnswers(scores.argmax(axis=1) == 0, scores, np.zeros(len(scores), np.int64))
     found = {"accuracy": known.correct.astype(float), "probability": softmax(scores, axis=1)[:, 0]}
     for confidence in CONFIDENCES:
-        statistics.CONFIDENCE = confidence
-        found[f"graded {confidence}"] = statistics.graded(known)
+        found[f"graded {confidence}"] = graded(known, confidence)
     return found
 
 

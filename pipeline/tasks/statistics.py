@@ -447,11 +447,11 @@ class MmluAnswers:
         return MmluAnswers(self.correct[:n], self.scores[:n], self.answers[:n])
 
 
-def graded(found: MmluAnswers) -> Floats:
+def graded(found: MmluAnswers, confidence: float = CONFIDENCE) -> Floats:
     """How right each answer is, float64 [n] in 0 to 1: a probability of the correct one, with accuracy's meaning.
 
     It is the probability of the correct answer when all scores are multiplied by one number, chosen so that the
-    likeliest answer has a probability of `CONFIDENCE` on average. Accuracy is the same at a confidence of 1; a lower
+    likeliest answer has a probability of `confidence` on average. Accuracy is the same at a confidence of 1; a lower
     one turns the flips of near ties into small changes, so the mean change varies less. Both models are brought to one
     confidence because quantization changes it: as it stands, the probability of the correct answer hides a loss behind
     a sharper model. Simulated (three wrong answers, heavy-tailed noise that flips 9.2 % without a drop, a reference
@@ -471,7 +471,7 @@ def graded(found: MmluAnswers) -> Floats:
     """
 
     def excess(log_scale: float) -> float:
-        return float(softmax(math.exp(log_scale) * found.scores, axis=1).max(axis=1).mean()) - CONFIDENCE
+        return float(softmax(math.exp(log_scale) * found.scores, axis=1).max(axis=1).mean()) - confidence
 
     sharpest = 12.0
     scale = math.exp(brentq(excess, -sharpest, sharpest, xtol=1e-9) if excess(sharpest) > 0 else sharpest)
