@@ -22,6 +22,10 @@ class Row(Frozen):
         default=None, description="models that may be released in this row; None: all"
     )
 
+    def permits(self, model: str) -> bool | None:
+        """Whether a model may be released in this row at all; None where no permission is needed."""
+        return None if self.opt_in is None else model in self.opt_in
+
 
 # A limit for each gate that has one. A margin of None means: reported, gates nothing.
 _fields: dict[str, Any] = {

@@ -93,7 +93,7 @@ def chance(model: str, variant: str, suite: str, flips: float = FLIPS, draws: in
 def forbidden(model: str, variant: str) -> str | None:
     """Why a variant of a model can only be refused, whatever is measured; None where it may pass."""
     name, row = gate_row(model, variant)
-    if row.opt_in is None or model in row.opt_in:
+    if row.permits(model) is not False:
         return None
     return f"its verdict can only be FAIL: `opt_in` of {name} in configs/gates.yaml does not name {model}"
 

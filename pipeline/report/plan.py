@@ -137,10 +137,9 @@ def _variant(found: planning.Candidate, model: str) -> dict[str, Any]:
 def _permitted(model: str, variant: str) -> bool:
     """Whether configs/gates.yaml has limits for a variant and lets it be released for this model."""
     try:
-        allowed = gate_row(model, variant)[1].opt_in
+        return gate_row(model, variant)[1].permits(model) is not False
     except ConfigError:
         return False
-    return allowed is None or model in allowed
 
 
 def _tier(found: planning.Decision, model: str) -> dict[str, Any]:

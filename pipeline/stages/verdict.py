@@ -28,8 +28,7 @@ def run(model: str, variant: str) -> None:
     reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
     _check_class(model, metrics)
     row, limits = gate_row(model, variant)
-    permitted = None if limits.opt_in is None else model in limits.opt_in
-    policy = Policy(row, limits, permitted, load_gates().ratchet, _last_release(model, variant))
+    policy = Policy(row, limits, limits.permits(model), load_gates().ratchet, _last_release(model, variant))
     verdict = decide(metrics, reference, policy, workspace.read(workspace.parity, "parity"))
     plan = workspace.require(workspace.artifact(variant) / PLAN_FILE, "quantize", variant)
     if problem := evidence.problem_of(metrics, reference, sha256_of(plan), runtimes()):
