@@ -40,7 +40,7 @@ TUNED = ("q4", "q4_k_m", "q3")
 RELEASED = "q4_gptq"
 VARIANTS = (NEAREST, *TUNED)
 # The statistics only steer the search, which takes the same time whatever they are: one short window is enough here.
-CALIBRATION = {"texts": {"text-c4": 64}, "chats": {}, "window": 64}
+CALIBRATION = {"texts": {"text-c4": 64}, "chats": {}, "window": 64, "per_channel": 0}
 SENSITIVITY = {"texts": {"text-c4": 16}, "window": 16}
 # Phi-4's source twice, while it is copied into the store: later peaks are lower. What is there already counts.
 PEAK_BYTES = {"small": 2_000_000_000, "large": 60_000_000_000}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import ResourceError
-from pipeline.files import disk_full, fsync, remove_leftovers, replace_directory
+from pipeline.files import disk_full, fsync, remove_leftovers, replace_directory, sha256_of
 from pipeline.journal import Journal
 
 _KEY = ""  # no unit has this name
@@ -49,6 +49,11 @@ class Partial:
     def record(self, unit: str, digest: str) -> None:
         """Note that `unit` is written."""
         self._journal.record(unit, digest)
+
+    def whole(self, name: str) -> bool:
+        """Whether the file of that name is there as it was recorded."""
+        path = self.folder / name
+        return path.is_file() and sha256_of(path) == self.digests.get(name)
 
     def finish(self, target: Path) -> None:
         """Everything is written and on the disk: make the folder `target`, replacing what was there."""

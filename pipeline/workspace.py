@@ -57,6 +57,10 @@ class Workspace:
         self.tiers = ARTIFACTS / "tiers" / model
         self.packs = ARTIFACTS / "packs" / model
 
+    def correlations(self, name: str) -> Path:
+        """Correlations of the inputs of a layer, `layers.0`, or of the layer of an input, `layers.0.mlp`."""
+        return self.moments.with_name(".".join(name.split(".")[:2]) + ".safetensors")
+
     def artifact(self, variant: str) -> Path:
         """Folder of a variant's quantized graph and data."""
         return self.root / "variants" / variant

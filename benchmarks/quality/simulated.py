@@ -9,7 +9,7 @@ scales, 3-bit zero points.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from itertools import groupby
@@ -17,32 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
 import pipeline
-from benchmarks.quality.measure import REFERENCE_GRAPH, OnnxFile
+from benchmarks.quality.measure import OnnxFile
 from benchmarks.quality.peer import Peer
 from benchmarks.quality.subjects import Prepared
-from pipeline.calibrate.texts import input_ids
+from pipeline.calibrate.results import read_products
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.calibration import load_calibration
-from pipeline.files import read_json, scratch_directory, write_json
-from pipeline.graph.slices import DecoderSlices
+from pipeline.files import read_json, write_json
 from pipeline.machine import cores
+from pipeline.quantize.factor import Factor, factor
 from pipeline.quantize.formats import FourBits, TensorFormat
-from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
+from pipeline.quantize.gptq import TILE, compensated
 from pipeline.quantize.search import weighted
-from pipeline.runtime.stream import Hessians
+from pipeline.workspace import Workspace
 
 BITS = 3
 BLOCKS = (64, 32)
 _TABLE = TensorFormat.parse("w6b64a")
 _SIZE = "size.json"
-_CODE = ("quantize/gptq.py", "quantize/search.py", "quantize/formats.py", "runtime/stream.py", "graph/slices.py")
+_CODE = (
+    "quantize/gptq.py",
+    "quantize/factor.py",
+    "quantize/search.py",
+    "quantize/formats.py",
+    "calibrate/correlations.py",
+)
 
 
 class _HalfByte(FourBits):
@@ -87,10 +90,10 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
     head, moments = architecture.head, load_file(prepared.moments)
     table = weighted(checkpoint.rows(head.name), moments[head.input], _TABLE)
     _replace(folder, checkpoint, head.name, table.dequantize())
-    with threadpool_limits(1, "blas"), scratch_directory(prepared.project.work / "states") as states:
-        factors = _factors(prepared, states)
+    with threadpool_limits(1, "blas"):
         for name, sharing in groupby(_body(architecture), key=lambda matrix: matrix.input):
-            found = factors(name)
+            with chdir(prepared.project.folder):
+                found = factor(*read_products(Workspace(prepared.subject.model), name, moments[name]))
             for matrix in sharing:
                 _replace(folder, checkpoint, matrix.name, compensated_3_bit(checkpoint.rows(matrix.name), found, block))
     body = sum(matrix.rows * matrix.columns for matrix in _body(architecture))
@@ -98,20 +101,6 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
     bits = bits_per_weight(block)
     stored = sum(array.nbytes for array in table.stored()) + norms + int(body * bits / 8)
     write_json(folder / _SIZE, {"bytes": stored, "body_bits": bits})
-
-
-def _factors(prepared: Prepared, states: Path) -> Callable[[str], Factor]:
-    """The factor of Σ x·xᵀ over the calibration text by an input's name, as the quantize stage has it."""
-    graph = onnx.load(prepared.reference / REFERENCE_GRAPH, load_external_data=False)
-    with chdir(prepared.project.folder):
-        windows = input_ids(load_calibration(), prepared.reference, Store(prepared.project.store))
-    hessians = Hessians(DecoderSlices(graph, prepared.architecture), prepared.reference, windows, states)
-
-    def of(name: str) -> Factor:
-        hessian = hessians(name)
-        return factor(hessian, damping_for(len(hessian), sum(map(len, windows))))
-
-    return of
 
 
 def _body(architecture: Architecture) -> Iterator[Matrix]:

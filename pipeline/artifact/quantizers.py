@@ -16,8 +16,9 @@ from pipeline.artifact.graph import channel_names
 from pipeline.errors import PlanError
 from pipeline.planning.recipes import TABLES, Plan, PlannedMatrix
 from pipeline.quantize.descent import descended
+from pipeline.quantize.factor import Factor, factor
 from pipeline.quantize.formats import Quantized
-from pipeline.quantize.gptq import TILE, Factor, compensated, damping_for, factor
+from pipeline.quantize.gptq import TILE, compensated
 from pipeline.quantize.search import nearest, weighted
 
 Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
@@ -70,16 +71,15 @@ class Compensated(Search):
     `Search`.
 
     Args:
-        hessian: Σ x·xᵀ of an input by its name, float32 [channels, channels]; asked for in the order of execution.
-        tokens: how many tokens are summed there.
+        products: E[x·xᵀ] of an input by its name, float32 [channels, channels], and its damping.
     """
 
     tile = TILE
     by_layer = True
 
-    def __init__(self, moments: Moments, hessian: Callable[[str], np.ndarray], tokens: int):
+    def __init__(self, moments: Moments, products: Callable[[str], tuple[np.ndarray, float]]):
         super().__init__(moments)
-        self._hessian, self._tokens = hessian, tokens
+        self._products = products
         self._lock = Lock()
         self._kept: tuple[str, np.ndarray, Factor] | None = None
 
@@ -97,15 +97,15 @@ class Compensated(Search):
         return quantize
 
     def _statistics(self, name: str, order: np.ndarray | None) -> tuple[str, np.ndarray, Factor]:
-        """Σ x·xᵀ with its channels in `order`, and its factor. Those of the input asked for last are kept: matrices
+        """E[x·xᵀ] with its channels in `order`, and its factor. Those of the input asked for last are kept: matrices
         that share it follow one another."""
         with self._lock:
             if self._kept is None or self._kept[0] != name:
                 self._kept = None  # more than two such matrices at a time would be the peak of memory
-                hessian = self._hessian(name)
+                hessian, damping = self._products(name)
                 if order is not None:
                     hessian = hessian[np.ix_(order, order)]
-                self._kept = name, hessian, factor(hessian, damping_for(len(hessian), self._tokens))
+                self._kept = name, hessian, factor(hessian, damping)
             return self._kept
 
 

@@ -197,8 +197,9 @@ def _record(partial: Partial, copies: Copies) -> None:
 def _resume(partial: Partial, architecture: Architecture) -> Copies | None:
     """The copies before the last layer that is whole on the disk; None for the start."""
     for layer in range(architecture.layers, 0, -1):
-        path = partial.folder / _file(layer)
-        if path.is_file() and sha256_of(path) == partial.digests.get(path.name):
+        if partial.whole(_file(layer)):
             done = [matrix.name for before in range(layer) for matrix in architecture.body(before)]
-            return Copies([architecture.tables[0].name, *done], np.load(path, allow_pickle=False), layer)
+            return Copies(
+                [architecture.tables[0].name, *done], np.load(partial.folder / _file(layer), allow_pickle=False), layer
+            )
     return None

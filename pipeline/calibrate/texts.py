@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.calibrate.windows import scored_windows
+from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.lock import dataset_path
 from pipeline.config.calibration import CalibrationConfig
@@ -47,7 +48,8 @@ def read_text(name: str, store: Store) -> str:
 
 
 def input_ids(calibration: CalibrationConfig, folder: Path, store: Store) -> list[np.ndarray]:
-    """Calibration windows, int64 [window]."""
+    """Calibration windows, int64 [window], as many as the model in `folder` is wide (`CalibrationConfig.grown`)."""
+    calibration = calibration.grown(read_architecture(folder / "config.json").widest)
     encode = encoder(folder)
     sources = [(read_text(name, store), tokens) for name, tokens in calibration.texts.items()]
     sources += [(transcript(folder, dataset(name, store)), tokens) for name, tokens in calibration.chats.items()]

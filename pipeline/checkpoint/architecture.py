@@ -112,6 +112,11 @@ class Architecture:
         """Channels of the keys of one token in one layer; values have as many."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def widest(self) -> int:
+        """Channels of the widest input of a layer."""
+        return max(matrix.columns for matrix in self.body(0))
+
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
         prefix, hidden, inner = f"model.layers.{layer}.", self.hidden, self.intermediate

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +18,7 @@ class CalibrationConfig(Frozen):
     texts: dict[Name, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     chats: dict[Name, Annotated[int, Field(gt=0)]] = Field(default={})
     window: int = Field(gt=1, description="tokens per sequence")
+    per_channel: float = Field(default=0, ge=0, description="at least so many tokens for a channel of the widest input")
 
     @property
     def datasets(self) -> frozenset[str]:
@@ -27,6 +29,15 @@ class CalibrationConfig(Frozen):
     def tokens(self) -> int:
         """Tokens of all windows."""
         return sum(self.texts.values()) + sum(self.chats.values())
+
+    def grown(self, channels: int) -> Self:
+        """What a model reads whose widest input has so many channels: texts grow alike, in whole windows, until
+        `per_channel` is met. Chats stay: few are conversations."""
+        factor = (self.per_channel * channels - sum(self.chats.values())) / sum(self.texts.values())
+        if factor <= 1:
+            return self
+        windows = {name: math.ceil(tokens * factor / self.window) for name, tokens in self.texts.items()}
+        return self.model_copy(update={"texts": {name: count * self.window for name, count in windows.items()}})
 
 
 class SensitivityConfig(CalibrationConfig):

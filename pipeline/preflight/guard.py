@@ -22,6 +22,7 @@ from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row
 from pipeline.preflight.chance import hopeless, outlook
+from pipeline.preflight.compensation import futile
 from pipeline.preflight.footprints import find_source, known
 from pipeline.preflight.machine import download_needs, misfits, require, room, stage_needs
 from pipeline.tasks.registry import load_suite
@@ -111,13 +112,14 @@ def _require_context(workspace: Workspace, variant: str) -> None:
 
 
 def _require_decision(model: str, variant: str) -> None:
-    """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS: of the stage's variant, or
-    of any in the run, so that a run ends at its first stage and not at that variant's. Raises PipelineError."""
+    """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS, or that compensates
+    nothing: of the stage's variant, or of any in the run, so that a run ends at its first stage and not at that
+    variant's. Raises PipelineError."""
     run, store = load_pipeline(), Store()
     if run.undecided or find_source(model, store) is None or known(model).architecture.parameters < HOURS_FROM:
         return
     variants = (variant,) if variant and variant != REFERENCE else run.variants
-    if reasons := list(filter(None, (hopeless(model, one, run.suite) for one in variants))):
+    if reasons := list(filter(None, (*(hopeless(model, one, run.suite) for one in variants), futile(model, variants)))):
         raise PipelineError(
             f"{' '.join(reasons)} To do this work all the same, set `undecided: true` in configs/pipeline.yaml."
         )

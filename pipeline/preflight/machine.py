@@ -27,6 +27,7 @@ from pipeline.errors import PipelineError, ResourceError
 from pipeline.parity.compare import cut, cut_references
 from pipeline.preflight import needs
 from pipeline.preflight.chance import outlook
+from pipeline.preflight.compensation import damping
 from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
 from pipeline.runtime.session import runs_layered
@@ -156,7 +157,7 @@ def stage_needs(
     artifacts = [computed(found, variant, context) for variant in variants]
     for one in artifacts:
         search = load_recipe(one.variant).search
-        yield needs.quantize(one.variant, one.download.bytes, architecture, search, calibration, rates)
+        yield needs.quantize(one.variant, one.download.bytes, architecture, search, rates)
     if runs_layered(asked.reference, found.weight_bytes, architecture.parameters, memory):
         yield needs.layered_reference(architecture, found.weight_bytes, asked, entry, memory, rates)
     else:
@@ -190,6 +191,7 @@ def run(models: tuple[str, ...] = ()) -> int:
     print(_table(rows), end="\n\n")
     texts = [sentence for row in rows if not row.there for sentence in _writing(row)]
     run = load_pipeline()
+    texts += filter(None, (damping(model, run.variants) for model in models or run.models))
     decided = [outlook(model, variant, run.suite) for model in models or run.models for variant in run.variants]
     said = (*texts, *_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown)
     for sentence in said:

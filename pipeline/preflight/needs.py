@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
+from pipeline.calibrate.correlations import stored_bytes
 from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
@@ -38,6 +39,8 @@ READ_PER_SECOND = 2 * WIDENED_PER_SECOND
 """Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
+DAMPINGS = 3
+"""Of an input are tried at least (`quantize.factor.held_out_damping`), on all cores."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
@@ -117,14 +120,18 @@ def export(architecture: Architecture, context: int) -> Needs:
 
 def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates = UNMEASURED) -> Needs:
     """The text run through the model layer by layer (`pipeline.runtime.stream`): one layer's weights in float32."""
-    window, tokens = calibration.window, calibration.tokens
+    window, tokens = calibration.window, calibration.grown(architecture.widest).tokens
+    widths = _input_widths(architecture)
+    products = sum(4 * columns**2 for columns in widths)
+    # Half of each Σ x·xᵀ is added up; a damping is tried with half a factorisation, and three are.
+    each = tokens * sum(columns**2 for columns in widths) + DAMPINGS * sum(columns**3 / 3 for columns in widths)
     return Needs(
         "calibrate",
-        PROCESS_BYTES + _layer_bytes(architecture, window),
-        2 * 4 * tokens * architecture.hidden + SMALL_FILES_BYTES,
-        f"one layer in float32 and {window:,} tokens of activations; hidden states of {tokens:,} tokens",
-        seconds=_pass_seconds(architecture, tokens, rates),
-        scratch=True,
+        PROCESS_BYTES + products + max(_layer_bytes(architecture, window), 2 * 4 * architecture.widest**2),
+        2 * 4 * tokens * architecture.hidden + architecture.layers * sum(map(stored_bytes, widths)) + SMALL_FILES_BYTES,
+        f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
+        f"{tokens:,} tokens, correlations",
+        seconds=_pass_seconds(architecture, tokens, rates) + architecture.layers * each / rates.flops,
     )
 
 
@@ -164,23 +171,18 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
     )
 
 
-def quantize(
-    variant: str, size: int, architecture: Architecture, search: str, calibration: CalibrationConfig, rates: Rates
-) -> Needs:
+def quantize(variant: str, size: int, architecture: Architecture, search: str, rates: Rates = UNMEASURED) -> Needs:
     """A recipe applied: `size` is the plan's exact bytes.
 
-    GPTQ runs a layer as `calibrate` does, beside the second moments of its inputs. When they are factored, the layer's
-    weights are gone: the widest input's are held twice then, in order and as a factor, and more was measured (3.9 GB on
-    two layers of Phi-4's widths), so the room of a third is counted.
+    GPTQ holds the widest input's second moments as they were read, in the plan's order, and as a factor.
     """
     seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) + 0 * rates.flops
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
-        moments = [4 * columns**2 for columns in {m.input: m.columns for m in architecture.body(0)}.values()]
-        memory += max(_layer_bytes(architecture, calibration.window) + sum(moments), sum(moments) + 2 * max(moments))
-        why = "a layer in float32 and its inputs' second moments; the plan's exact bytes"
-        products = calibration.tokens * architecture.layers * sum(moments) / 4
-        seconds += _pass_seconds(architecture, calibration.tokens, rates) + products / rates.flops
+        memory += 3 * 4 * architecture.widest**2
+        why = "the widest input's second moments three times; the plan's exact bytes"
+        factors = sum(columns**3 / 3 for columns in _input_widths(architecture))
+        seconds += architecture.layers * factors / rates.flops
     return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
 
 
@@ -282,6 +284,11 @@ def _most(costs: Iterable[Cost], what: str) -> int:
 def _codes_bytes(architecture: Architecture, costs: Iterable[Cost]) -> int:
     """The reference's kept log-probabilities."""
     return 2 * architecture.vocab * sum(cost.kept for cost in costs)
+
+
+def _input_widths(architecture: Architecture) -> list[int]:
+    """Channels of each input of a layer's matrices."""
+    return list({matrix.input: matrix.columns for matrix in architecture.body(0)}.values())
 
 
 def _layer_bytes(architecture: Architecture, window: int) -> int:

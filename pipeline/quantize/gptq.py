@@ -20,131 +20,22 @@ Rows are independent: callers work on many at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from pipeline.compiled import compiled
-from pipeline.errors import PlanError
+from pipeline.quantize.factor import Factor, inverse
 from pipeline.quantize.formats import Quantized, TensorFormat, stacked
 from pipeline.quantize.search import LANES, round_scales, set_grid, weighted
 
 TILE = 512  # rows of a product
 _PANEL = 128  # columns of a product
-_FACTOR_PANEL = 256
 # What is tried once errors are compensated, as shares of the searched scale and nudges of its zero point, and how
 # often the best one's scale is solved for. On correlated inputs it leaves 1 to 9 % less error than the searched grid.
 _SHARES = [(share, 0) for share in (1, 0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12, 1.16)]
 _STARTS = {True: np.array(_SHARES, np.float32), False: np.array([*_SHARES, (1, -1), (1, 1)], np.float32)}
 _REFITS = 2
-
-
-@dataclass(frozen=True)
-class Factor:
-    """H + λ·diag(H) = N D Nᵀ.
-
-    `unit`: N, float32 [columns, columns], zero below its diagonal of ones. `pivots`: D, float64 [columns]. `moments`:
-    the diagonal of H, float32 [columns]. `damping`: the λ that was used.
-    """
-
-    unit: np.ndarray
-    pivots: np.ndarray
-    moments: np.ndarray
-    damping: float
-
-
-def damping_for(columns: int, tokens: int) -> float:
-    """The share of each channel's own moment that is added to it, for Σ x xᵀ of so many channels over `tokens` tokens.
-
-    The fewer tokens say what each channel has to do with the others, the less of it holds for other text. On SmolLM2's
-    layers, 576 and 1,536 channels under 512 to 6,144 tokens, the share that left the least output error on held-out
-    text was always near 4 · columns / tokens; a fixed .3 left up to 30 % more of it, and .1 up to twice as much.
-    """
-    return 4 * columns / tokens
-
-
-@threadpool_limits.wrap(limits=1, user_api="blas")
-def factor(hessian: np.ndarray, damping: float) -> Factor:
-    """Factor Σ x xᵀ of a matrix's inputs, float32 [columns, columns], symmetric; it is left as it is.
-
-    `damping` (> 0) is the share of each channel's own moment that is added to it: the mean's, as in the paper, is that
-    of a few outlier channels and drowns all others. It is raised to 1 if the sum is not positive definite. Channels
-    that were never excited are uncorrelated with all others.
-
-    Memory: one more matrix of the same size and 6 KiB a column.
-
-    Raises PlanError when the matrix is not finite, or not positive definite under the largest damping.
-    """
-    columns = len(hessian)
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"a square matrix is needed, not {hessian.shape}")
-    moments = hessian.diagonal().astype(np.float32)
-    alive = moments[moments > 0].astype(np.float64)
-    mean = float(alive.mean()) if len(alive) else 1.0
-    for share in sorted({damping, max(damping, 1.0)}) if np.isfinite(mean) else ():
-        unit = np.array(hessian, np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # refused below
-            pivots = _factor_in_place(unit, moments, mean, share)
-        if pivots is not None:
-            return Factor(unit, pivots, np.maximum(moments, np.float32(0)), share)
-    raise PlanError(
-        f"the second moments of {columns} input channels (mean {mean:.4g}) are not finite or not positive definite, "
-        f"even with their diagonal doubled: the calibration is damaged. Calibrate again."
-    )
-
-
-def _factor_in_place(matrix: np.ndarray, moments: np.ndarray, mean: float, share: float) -> np.ndarray | None:
-    """H to N, and D × mean as the result; None when not positive definite. Panels run from the last to the first."""
-    # Relative to the mean, so that products neither overflow nor vanish whatever the number of tokens.
-    matrix *= np.float32(1 / mean)
-    matrix[moments == 0, :] = 0
-    matrix[:, moments == 0] = 0
-    own = np.where(moments == 0, 1, moments / mean).astype(np.float32)
-    matrix[np.diag_indices(len(matrix))] += np.float32(share) * own
-    pivots = np.empty(len(matrix), np.float64)
-    for stop in range(len(matrix), 0, -_FACTOR_PANEL):
-        start = max(0, stop - _FACTOR_PANEL)
-        panel = matrix[:stop, start:stop]
-        # N D Nᵀ of the columns behind: what is already factored.
-        panel -= matrix[:stop, stop:] @ (matrix[start:stop, stop:] * pivots[stop:].astype(np.float32)).T
-        corner = panel[start:].astype(np.float64)
-        if not np.isfinite(corner).all() or not _factor_corner(corner, pivots[start:stop]):
-            return None
-        panel[start:] = corner.T
-        panel[:start] = panel[:start] @ (_inverse(corner) / pivots[start:stop]).astype(np.float32)
-        matrix[stop:, start:stop] = 0
-    pivots *= mean
-    return pivots
-
-
-@compiled(nogil=True)
-def _factor_corner(a, pivots):
-    """The lower triangle of float64 [n, n] to Nᵀ, `pivots` to D, from the last column on; False: not definite."""
-    for j in range(len(a) - 1, -1, -1):
-        pivots[j] = a[j, j]
-        if not (pivots[j] > 0 and np.isfinite(pivots[j])):
-            return False
-        for i in range(j):
-            share = a[j, i] / pivots[j]
-            for k in range(i + 1):
-                a[i, k] -= share * a[j, k]
-        a[j, :j] /= pivots[j]
-        a[j, j] = 1
-        a[j, j + 1 :] = 0
-    return True
-
-
-@compiled(nogil=True)
-def _inverse(lower):
-    """Of a lower triangular matrix with ones on its diagonal, float64 [n, n]."""
-    inverse = np.eye(len(lower))
-    for j in range(len(lower)):
-        for i in range(j):
-            for k in range(i + 1):
-                inverse[j, k] -= lower[j, i] * inverse[i, k]
-    return inverse
 
 
 def compensated(weights: np.ndarray, factor: Factor, formats: Sequence[tuple[TensorFormat, int]]) -> list[Quantized]:
@@ -233,7 +124,7 @@ def _round_block(
     moves = np.ascontiguousarray(factor.unit[block, block].T)
     # Where the paper's weights stand when a block is reached: all of it is moved to make up for the columns before, not
     # each column for itself.
-    aim = original + _inverse(moves).astype(np.float32) @ (now - original)
+    aim = original + inverse(moves).astype(np.float32) @ (now - original)
     grid = weighted(np.ascontiguousarray(aim.T), factor.moments[block], fmt)
     # Without correlations inside the block the search has had the last word.
     starts = _STARTS[fmt.symmetric][: None if np.tril(moves, -1).any() else 1]

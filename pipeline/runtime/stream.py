@@ -2,8 +2,7 @@
 
 All windows pass one layer before the next is loaded. Between layers their hidden states lie in a file, float32
 [tokens, hidden], the windows one after another; so work goes on at any layer whose file is there. What is wanted on
-the way are statistics of the products' inputs x: E[x²] of every channel (calibration), and Σ x·xᵀ (GPTQ), which is too
-large to keep for more than a layer.
+the way is Σ x·xᵀ of the products' inputs x, and some tokens of them as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
@@ -27,7 +26,31 @@ from pipeline.runtime.session import open_slice
 
 Windows = Sequence[np.ndarray]
 """Token ids, int64 [tokens] each."""
+SAMPLE_TOKENS = 1024  # of each input that are kept as they are, in whole windows
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a layer showed of the text.
+
+    Attributes:
+        products: input name → Σ x·xᵀ over all tokens, float32 [channels, channels], symmetric to the bit: 1.3 GB for
+            Phi-4's widest.
+        samples: input name → x of some windows (`sampled`), float32 [tokens, channels].
+        ranges: `layers.0.key` → of cached keys and values (`quantize.cache.magnitudes`), float32 [channels]; empty
+            unless the slices give those.
+    """
+
+    products: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray]
+    ranges: dict[str, np.ndarray]
+
+
+def sampled(windows: Windows) -> frozenset[int]:
+    """Which windows are kept: a quarter at most, spread over the text, of `SAMPLE_TOKENS` together."""
+    count = min(len(windows) // 4, max(1, SAMPLE_TOKENS // max(map(len, windows))))
+    return frozenset((2 * k + 1) * len(windows) // (2 * count) for k in range(count))
 
 
 class LayerStream:
@@ -68,12 +91,9 @@ class LayerStream:
         """Name of the file of hidden states before `layer`, in the folder of states."""
         return f"hidden.{layer}"
 
-    def advance(self, full: bool = False) -> dict[str, np.ndarray]:
-        """Pass the current layer: of each of its products' inputs, E[x²] over all tokens, float32 [channels].
-
-        With `full`, Σ x·xᵀ in its place, float32 [channels, channels], symmetric to the bit: 1.6 GB for Phi-4. Slices
-        that give keys and values add their ranges (`quantize.cache.magnitudes`) over all tokens as `layers.0.key`. The
-        states before the layer stay until the next call: a killed run can go on from them. The head is the last.
+    def advance(self) -> Passed:
+        """Pass the current layer; the head is the last. The states before the layer stay until the next call: a killed
+        run can go on from them.
 
         Raises:
             EvaluationError: ONNX Runtime refuses the layer.
@@ -83,19 +103,24 @@ class LayerStream:
             (self._states / self.states_file(old)).unlink(missing_ok=True)
         arch, part = self._slices.architecture, self._slices.layer(self.layer)
         channels = {name: self._slices.columns[name] for name in part.taps}
-        sums = {name: np.zeros((n, n), np.float32) if full else np.zeros(n) for name, n in channels.items()}
-        ranges = {name: np.zeros(arch.cache_channels, np.float32) for name in part.cached}
-        for values in self._run(part, self.layer + 1):
+        found = Passed(
+            {name: np.zeros((count, count), np.float32) for name, count in channels.items()},
+            {name: np.empty((0, count), np.float32) for name, count in channels.items()},
+            {name: np.zeros(arch.cache_channels, np.float32) for name in part.cached},
+        )
+        kept = sampled(self._windows)
+        for number, values in enumerate(self._run(part, self.layer + 1)):
             for name, value in part.taps.items():
-                _add(sums[name], values[value])
+                _add(found.products[name], values[value])
+                if number in kept:
+                    found.samples[name] = np.concatenate([found.samples[name], values[value]])
             for name, value in part.cached.items():
-                found = magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0)
-                np.maximum(ranges[name], found, out=ranges[name])
+                reached = magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0)
+                np.maximum(found.ranges[name], reached, out=found.ranges[name])
         self.layer += 1
-        tokens = sum(map(len, self._windows))
-        return ranges | {
-            name: _mirrored(total) if full else (total / tokens).astype(np.float32) for name, total in sums.items()
-        }
+        for total in found.products.values():
+            _mirror(total)
+        return found
 
     def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
@@ -126,37 +151,8 @@ class LayerStream:
                 yield np.fromfile(file, np.float32, len(ids) * width).reshape(len(ids), width)
 
 
-class Hessians:
-    """Σ x·xᵀ by input name, as GPTQ asks for them: a stream that advances to each input's layer.
-
-    Asked for once each and in the order of execution, every layer passes once; anything else starts the stream again.
-    """
-
-    def __init__(self, slices: DecoderSlices, weights: Path, windows: Windows, states: Path):
-        """As `LayerStream`. No weight is read before the first call."""
-        self._start = partial(LayerStream, slices, weights, windows, states)
-        self._layers = {name: layer for layer in range(slices.architecture.layers) for name in slices.inputs(layer)}
-        self._stream: LayerStream | None = None
-        self._ready: dict[str, np.ndarray] = {}
-
-    def __call__(self, name: str) -> np.ndarray:
-        """float32 [channels, channels]. Raises EvaluationError as `LayerStream` does."""
-        if name not in self._ready:
-            layer = self._layers[name]
-            self._ready.clear()
-            if self._stream is None or self._stream.layer > layer:
-                self._stream = self._start()
-            while self._stream.layer < layer:
-                self._stream.advance()
-            self._ready = self._stream.advance(full=True)
-        return self._ready.pop(name)
-
-
 def _add(total: np.ndarray, x: np.ndarray) -> None:
-    """Add Σ x² to [channels], or xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]."""
-    if total.ndim == 1:
-        total += np.einsum("tc,tc->c", x, x)
-        return
+    """Add xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]."""
 
     def add(panel: tuple[int, int]) -> None:
         start, stop = panel  # no second matrix is made
@@ -167,13 +163,12 @@ def _add(total: np.ndarray, x: np.ndarray) -> None:
         list(pool.map(add, _panels(total)))
 
 
-def _mirrored(total: np.ndarray) -> np.ndarray:
-    """`total` with its upper triangle copied to the lower one."""
+def _mirror(total: np.ndarray) -> None:
+    """Copy the upper triangle to the lower one."""
     for start, stop in _panels(total):
         block = total[start:stop, start:stop]
         block[:] = np.triu(block) + np.triu(block, 1).T
         total[stop:, start:stop] = total[start:stop, stop:].T
-    return total
 
 
 def _panels(total: np.ndarray) -> Iterator[tuple[int, int]]:

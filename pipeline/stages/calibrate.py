@@ -13,6 +13,8 @@ import onnx
 from safetensors.numpy import load_file, save
 
 from pipeline import keys, machine
+from pipeline.calibrate.correlations import packed
+from pipeline.calibrate.results import DAMPING
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
@@ -22,33 +24,36 @@ from pipeline.files import sha256_of, write_bytes
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import Partial, open_partial
 from pipeline.progress import Progress
-from pipeline.runtime.stream import LayerStream
+from pipeline.quantize.factor import held_out_damping
+from pipeline.runtime.stream import LayerStream, Passed
 from pipeline.workspace import MODEL_FILE, Workspace
 
 Statistics = dict[str, np.ndarray]
 
 
 def run(model: str) -> None:
-    """Write artifacts/<model>/calibration/moments.safetensors: E[x²] by input, float32 [channels].
+    """Write artifacts/<model>/calibration: moments.safetensors, E[x²] by input, float32 [channels].
 
     Beside it ranges.safetensors: what int8 scales of the KV cache need, `layers.0.key` and `layers.0.value` of every
-    layer, float32 [kv_heads · head_dim] (`quantize.cache.magnitudes`).
+    layer, float32 [kv_heads · head_dim] (`quantize.cache.magnitudes`); and layers.0.safetensors, … for GPTQ: by input
+    of a layer, `calibrate.correlations` of its channels and the damping that held-out text asks for, float64 [].
     """
     store, workspace = Store(), Workspace(model)
     folder = workspace.reference(store)
     architecture = read_architecture(folder / "config.json")
     windows = input_ids(load_calibration(), folder, store)
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture, cache=True)
-    tokens = sum(map(len, windows))
-    with open_partial(workspace.partial("calibration"), _key(workspace, windows)) as partial:
-        found = _measure(slices, folder, windows, partial, model)
+    key = _key(workspace, windows)
+    with open_partial(workspace.partial("calibration"), key) as partial:
+        found = _measure(slices, folder, windows, partial, workspace)
         moments = {name: found.pop(name) for name in slices.columns}
-        for leftover in partial.folder.iterdir():
+        for leftover in (*partial.folder.glob("hidden.*"), *partial.folder.glob("statistics.*")):
             leftover.unlink()
         for path, values in ((workspace.moments, moments), (workspace.ranges, found)):
-            write_bytes(partial.folder / path.name, save(values, metadata={"tokens": str(tokens)}))
+            # Whoever reads this file's digest knows what made the correlations too.
+            write_bytes(partial.folder / path.name, save(values, metadata={"key": key}))
         partial.finish(workspace.moments.parent)
-    print(f"{model}: second moments of {len(moments)} inputs over {tokens:,} tokens")
+    print(f"{model}: second moments of {len(moments)} inputs over {sum(map(len, windows)):,} tokens")
 
 
 def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
@@ -61,25 +66,44 @@ def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
 
 
 def _measure(
-    slices: DecoderSlices, folder: Path, windows: list[np.ndarray], partial: Partial, model: str
+    slices: DecoderSlices, folder: Path, windows: list[np.ndarray], partial: Partial, workspace: Workspace
 ) -> Statistics:
-    """Of all layers and the head, those that an earlier run finished included."""
-    layers = slices.architecture.layers
-    done, found = _resume(partial, layers)
+    """Moments and ranges of all layers and the head, those that an earlier run finished included; correlations are
+    written."""
+    layers, tokens, model = slices.architecture.layers, sum(map(len, windows)), workspace.model
+    done, found = _resume(partial, layers, workspace)
     with Progress(f"calibrate {model}", layers + 1, "layers") as progress:
         stream = LayerStream(slices, folder, windows, partial.folder, done)
         progress.advance(stream.layer, kept=True)
         while stream.layer <= layers:
-            measured = stream.advance()
+            passed = stream.advance()
+            measured = passed.ranges | {name: total.diagonal() / tokens for name, total in passed.products.items()}
             if bad := [name for name, values in measured.items() if not np.isfinite(values).all()]:
                 raise EvaluationError(
                     f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
                 )
             found |= measured
             if stream.layer <= layers:
+                _write(partial, workspace.correlations(next(iter(passed.products))).name, _correlations(passed, tokens))
                 _record(partial, stream, found)
             progress.advance()
     return found
+
+
+def _correlations(passed: Passed, tokens: int) -> Statistics:
+    """Of a layer's inputs, with their damping; the products are used up."""
+    found: Statistics = {}
+    for name, products in passed.products.items():
+        found[name] = packed(products)
+        damping = held_out_damping(products, passed.samples[name], tokens)
+        found[f"{name}.{DAMPING}"] = np.array(damping)
+    return found
+
+
+def _write(partial: Partial, name: str, values: Statistics) -> None:
+    data = save(values)
+    write_bytes(partial.folder / name, data)
+    partial.record(name, hashlib.sha256(data).hexdigest())
 
 
 def _statistics_file(layer: int) -> str:
@@ -87,19 +111,19 @@ def _statistics_file(layer: int) -> str:
 
 
 def _record(partial: Partial, stream: LayerStream, found: Statistics) -> None:
-    """Note that everything before the stream's layer is finished. Not flushed: digests tell what a power cut lost."""
-    data = save(found)
-    (partial.folder / _statistics_file(stream.layer)).write_bytes(data)
-    partial.record(_statistics_file(stream.layer), hashlib.sha256(data).hexdigest())
+    """Note that everything before the stream's layer is finished. States are not flushed: digests tell what a power
+    cut lost."""
+    _write(partial, _statistics_file(stream.layer), found)
     partial.record(stream.states_file(stream.layer), stream.digest)
     (partial.folder / _statistics_file(stream.layer - 1)).unlink(missing_ok=True)
 
 
-def _resume(partial: Partial, layers: int) -> tuple[int | None, Statistics]:
+def _resume(partial: Partial, layers: int, workspace: Workspace) -> tuple[int | None, Statistics]:
     """The layer to go on at, None for the start, and the statistics before it: the last that is whole on the disk."""
-    for layer in range(layers, 0, -1):
-        names = LayerStream.states_file(layer), _statistics_file(layer)
-        files = {name: partial.folder / name for name in names}
-        if all(file.is_file() and sha256_of(file) == partial.digests.get(name) for name, file in files.items()):
-            return layer, load_file(files[_statistics_file(layer)])
+    whole = 0
+    while whole < layers and partial.whole(workspace.correlations(f"layers.{whole}").name):
+        whole += 1
+    for layer in range(whole, 0, -1):
+        if all(map(partial.whole, (LayerStream.states_file(layer), _statistics_file(layer)))):
+            return layer, load_file(partial.folder / _statistics_file(layer))
     return None, {}

@@ -13,19 +13,15 @@ from pipeline import keys, machine
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND, Compensated, Search
 from pipeline.artifact.write import write_artifact
-from pipeline.calibrate.results import read_moments, read_ranges
-from pipeline.calibrate.texts import input_ids
-from pipeline.checkpoint.architecture import Architecture, read_architecture
+from pipeline.calibrate.results import read_moments, read_products, read_ranges
+from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.calibration import load_calibration
 from pipeline.config.recipes import Recipe, load_recipe
 from pipeline.errors import PlanError
-from pipeline.files import read_json, remove_leftovers, scratch_directory, sha256_of, write_bytes, write_json
+from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
-from pipeline.graph.slices import DecoderSlices
-from pipeline.partial import Partial, discard, open_partial
-from pipeline.runtime.stream import Hessians
+from pipeline.partial import discard, open_partial
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
 
@@ -56,7 +52,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
         return
     with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
-        search = _search(recipe, workspace, architecture, partial, stack)
+        search = _search(recipe, workspace, stack)
         ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
         write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)
         _make_runnable(partial.folder, workspace, drafted.model_file)
@@ -69,24 +65,16 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     print(f"{model} {variant}: {written:,} bytes written, as planned")
 
 
-def _search(
-    recipe: Recipe, workspace: Workspace, architecture: Architecture, partial: Partial, stack: ExitStack
-) -> Search:
-    """What `search` of a recipe names. Error compensation streams the calibration text through the model again."""
+def _search(recipe: Recipe, workspace: Workspace, stack: ExitStack) -> Search:
+    """What `search` of a recipe names."""
     if recipe.search == "nearest":
         return Search()
     moments = read_moments(workspace)
     if recipe.search == "weighted":
         return Search(moments)
-    store = Store()
-    folder = workspace.reference(store)
-    graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    windows = input_ids(load_calibration(), folder, store)
-    states = stack.enter_context(scratch_directory(partial.folder.with_name(f"{partial.folder.name}.states")))
     # Units of rows keep all cores busy; a product that took them all too would only get in their way.
     stack.enter_context(threadpool_limits(1, "blas"))
-    hessians = Hessians(DecoderSlices(graph, architecture), folder, windows, states)
-    return Compensated(moments, hessians, sum(map(len, windows)))
+    return Compensated(moments, lambda name: read_products(workspace, name, moments[name]))
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -107,14 +95,16 @@ def _intact(folder: Path, key: str) -> dict[str, str] | None:
 
 
 def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
-    """What decides an artifact's bytes: unfinished work goes on only under the same. 64 hex digits."""
+    """What decides an artifact's bytes: unfinished work goes on only under the same. 64 hex digits.
+
+    The moments' file names what made the correlations beside it.
+    """
     statistics = [workspace.moments] * (recipe.search != "nearest") + [workspace.ranges] * (recipe.kv_cache == "int8")
     inputs = {
         "source": [file.sha256 for file in workspace.read_lock().files],  # by hand, nobody may have exported it again
         "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
         "statistics": [sha256_of(workspace.require(file, "calibrate")) for file in statistics],
         "search": recipe.search,
-        "calibration": load_calibration().model_dump(mode="json") if recipe.search == "gptq" else None,
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
     }

@@ -21,7 +21,7 @@ from benchmarks.quality.peers_onnx import with_plain_products
 from benchmarks.quality.subjects import grid_steps
 from benchmarks.quality.tables import files, targets
 from benchmarks.quality.targets import evaluate, interpolated
-from pipeline.quantize.gptq import factor
+from pipeline.quantize.factor import factor
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 

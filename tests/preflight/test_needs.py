@@ -83,7 +83,7 @@ def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:
     assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
     calibration = CalibrationConfig(texts={"text-c4": 1024}, window=512)
     assert 2.334e9 <= needs.calibrate(architecture, calibration).memory <= 1.1 * 2.334e9
-    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", calibration, RATES).memory <= 1.2 * 3.895e9
+    assert 3.895e9 <= needs.quantize("q4", 10**6, architecture, "gptq", RATES).memory <= 1.2 * 3.895e9
 
 
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
@@ -95,16 +95,15 @@ def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) -> None:
     phi = architecture_of("phi-4", tmp_path)
-    few, calibration = replace(phi, layers=1), load_calibration()
+    few = replace(phi, layers=1)
     for search in ("nearest", "weighted", "gptq"):
         small, large = (
-            needs.quantize("q4", size, model, search, calibration, RATES)
-            for size, model in ((10**6, few), (10**10, phi))
+            needs.quantize("q4", size, model, search, RATES) for size, model in ((10**6, few), (10**10, phi))
         )
         assert small.memory == large.memory <= 6e9
         assert large.disk - small.disk == 10**10 - 10**6
     searches = ("nearest", "weighted", "gptq")
-    seconds = [needs.quantize("q4", 10**6, phi, search, calibration, RATES).seconds for search in searches]
+    seconds = [needs.quantize("q4", 10**6, phi, search, RATES).seconds for search in searches]
     assert seconds == sorted(seconds)
 
 

@@ -189,7 +189,8 @@ TWO = TensorFormat.parse("w2b64a")
 
 def test_a_new_format_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named, searched, compensated, stored and described by nothing but its class."""
-    from pipeline.quantize.gptq import compensated, factor
+    from pipeline.quantize.factor import factor
+    from pipeline.quantize.gptq import compensated
     from pipeline.quantize.search import weighted
 
     monkeypatch.setitem(FORMATS, 3, ThreeBits)

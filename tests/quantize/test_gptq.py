@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PlanError
+from pipeline.quantize import factor as factors
 from pipeline.quantize import gptq
+from pipeline.quantize.factor import Factor, expected_damping, held_out_damping
 from pipeline.quantize.formats import Quantized, TensorFormat
-from pipeline.quantize.gptq import Factor, compensated, damping_for
+from pipeline.quantize.gptq import compensated
 from pipeline.quantize.search import weighted
 
 WHOLE = ["w2b32s", "w2b64a", "w4b32a", "w4b64s", "w4b256a", "w8b32s", "w8b64a"]
@@ -55,7 +57,7 @@ def sample(seed: int = 0, rows: int = 24, columns: int = COLUMNS) -> np.ndarray:
 
 
 def factor(matrix: np.ndarray, damping: float = DAMPING) -> Factor:
-    return gptq.factor(matrix, damping)
+    return factors.factor(matrix, damping)
 
 
 def damped(matrix: np.ndarray, share: float = DAMPING) -> np.ndarray:
@@ -213,7 +215,7 @@ def test_the_result_does_not_depend_on_chunks_or_threads() -> None:
 def test_the_result_does_not_depend_on_blas_threads() -> None:
     """Sizes at which OpenBLAS does use its threads."""
     program = (
-        "import hashlib, numpy as np; from pipeline.quantize.gptq import *\n"
+        "import hashlib, numpy as np; from pipeline.quantize.factor import *; from pipeline.quantize.gptq import *\n"
         "from pipeline.quantize.formats import TensorFormat\n"
         "rng = np.random.default_rng(0); x = rng.standard_normal((960, 960)).astype(np.float32)\n"
         "x += np.roll(x, 1, axis=0) + 3 * np.eye(960, dtype=np.float32)\n"
@@ -283,8 +285,13 @@ def test_damping_is_what_held_out_inputs_ask_for() -> None:
         return float(output_error(weights, values(compensated(weights, factor(seen, damping), pieces)), judge).sum())
 
     few, many = 64, 4000
-    assert held_out(few, damping_for(256, few)) < held_out(few, damping_for(256, many))
-    assert held_out(many, damping_for(256, many)) < held_out(many, damping_for(256, few))
+    assert held_out(few, expected_damping(256, few)) < held_out(few, expected_damping(256, many))
+    assert held_out(many, expected_damping(256, many)) < held_out(many, expected_damping(256, few))
+    for tokens in (few, 512, many):
+        held = inputs[:tokens:4].astype(np.float32)
+        chosen = held_out_damping((inputs[:tokens].T @ inputs[:tokens]).astype(np.float32), held, tokens)
+        tried = [held_out(tokens, chosen * 10.0**power) for power in (-2, -1, 0, 1, 2)]
+        assert tried[2] <= 1.02 * min(tried), (tokens, chosen, tried)
 
 
 @pytest.mark.parametrize(("correlation", "damping"), [(0.9, 0.3), (1.25, 0.3), (1.5, 1.0)])

@@ -11,7 +11,7 @@ from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, product_inputs
 from pipeline.runtime import stream as module
-from pipeline.runtime.stream import Hessians, LayerStream
+from pipeline.runtime.stream import LayerStream, sampled
 from tests.activations import make_decoder, run_whole
 from tests.families import CASES
 
@@ -35,21 +35,12 @@ def start(slices: DecoderSlices, folder: Path, layer: int | None = None, states:
 
 
 def finish(stream: LayerStream) -> dict[str, np.ndarray]:
-    moments: dict[str, np.ndarray] = {}
+    """Sums and ranges of all layers from the stream's on."""
+    found: dict[str, np.ndarray] = {}
     while stream.layer <= 3:
-        moments |= stream.advance()
-    return moments
-
-
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
-def test_second_moments_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Path) -> None:
-    slices, inputs = whole(tmp_path, name, dtype)
-    moments = finish(start(slices, tmp_path))
-    assert list(moments) == list(inputs)
-    for key, x in inputs.items():
-        assert moments[key].dtype == np.float32
-        want = np.square(x.astype(np.float64)).mean(axis=0)
-        np.testing.assert_allclose(moments[key], want, rtol=1e-4, atol=1e-6 * want.max())
+        passed = stream.advance()
+        found |= passed.products | passed.ranges
+    return found
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
@@ -60,7 +51,7 @@ def test_ranges_are_those_of_the_whole_graphs_cache(name: str, dtype: str, tmp_p
     names = {f"layers.{n}.{part}": f"present.{n}.{part}" for n in range(3) for part in ("key", "value")}
     plain = finish(start(DecoderSlices(model, architecture), tmp_path, states="plain"))
     assert found.keys() == plain.keys() | names.keys()
-    assert all((found[key] == values).all() for key, values in plain.items())  # moments do not notice
+    assert all((found[key] == values).all() for key, values in plain.items())  # sums do not notice
     runs = [run_whole(tmp_path, model, names.values(), ids) for ids in WINDOWS]
     half = architecture.rope.dims // 2
     for key, value in names.items():
@@ -74,34 +65,45 @@ def test_ranges_are_those_of_the_whole_graphs_cache(name: str, dtype: str, tmp_p
         np.testing.assert_allclose(found[key], np.sqrt(squares.max(axis=1)).reshape(-1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("panel_bytes", [module._PANEL_BYTES, 7 * 4 * 128])  # in one panel; in many, the last shorter
-def test_hessians_are_those_of_the_whole_graph(
-    panel_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_PANEL_BYTES", panel_bytes)
-    slices, inputs = whole(tmp_path, "qwen2")
-    stream, plain = start(slices, tmp_path), start(slices, tmp_path, states="plain")
-    for _ in range(4):
-        moments = plain.advance()
-        for name, got in stream.advance(full=True).items():
-            x = inputs[name].astype(np.float64)
-            assert got.dtype == np.float32
-            assert (got == got.T).all()
-            want = x.T @ x
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * want.max())
-            assert np.allclose(got.diagonal() / TOKENS, moments[name], rtol=1e-5)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
+def test_sums_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Path) -> None:
+    slices, inputs = whole(tmp_path, name, dtype)
+    found = finish(start(slices, tmp_path))
+    assert list(found) == list(inputs)
+    for key, x in inputs.items():
+        want = x.astype(np.float64).T @ x.astype(np.float64)
+        assert found[key].dtype == np.float32
+        assert (found[key] == found[key].T).all()
+        np.testing.assert_allclose(found[key], want, rtol=1e-4, atol=1e-5 * want.max())
+        np.testing.assert_allclose(found[key].diagonal(), want.diagonal(), rtol=1e-4, atol=1e-6 * want.max())
 
 
-def test_hessians_are_asked_for_by_name(tmp_path: Path) -> None:
-    """In the order of execution and in any other: the same matrices, the model passed once or again."""
-    slices = DecoderSlices(*make_decoder(tmp_path, "llama-tied"))
-    stream, want = start(slices, tmp_path), dict[str, np.ndarray]()
-    while stream.layer < 3:
-        want |= stream.advance(full=True)
-    (tmp_path / "again").mkdir()
-    ask = Hessians(slices, tmp_path, WINDOWS, tmp_path / "again")
-    for name in [*want, *reversed(want), "layers.1.mlp"]:
-        np.testing.assert_array_equal(ask(name), want[name])
+def test_panels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one panel; in many, the last shorter."""
+    slices = DecoderSlices(*make_decoder(tmp_path, "qwen2"))
+    want = finish(start(slices, tmp_path))
+    monkeypatch.setattr(module, "_PANEL_BYTES", 7 * 4 * 128)
+    for name, values in finish(start(slices, tmp_path, states="panels")).items():
+        assert (values == values.T).all()
+        np.testing.assert_allclose(values, want[name], rtol=1e-4, atol=1e-6 * want[name].max())
+
+
+def test_samples_are_some_windows_inputs(tmp_path: Path) -> None:
+    """A quarter of the windows, spread over the text."""
+    slices, inputs = whole(tmp_path, "llama-tied")
+    (kept,) = sampled(WINDOWS)
+    first = sum(map(len, WINDOWS[:kept]))
+    stream = start(slices, tmp_path)
+    for _ in range(3):
+        for name, values in stream.advance().samples.items():
+            np.testing.assert_allclose(values, inputs[name][first : first + len(WINDOWS[kept])], rtol=2e-4, atol=1e-5)
+
+
+def test_windows_that_are_kept() -> None:
+    even = [np.zeros(512)] * 14
+    assert sorted(sampled(even)) == [3, 10]
+    assert sampled(even[:3]) == frozenset()
+    assert len(sampled([np.zeros(5000)] * 100)) == 1
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])

@@ -10,35 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
 from pipeline.artifact import work, write
 from pipeline.artifact.quantizers import Compensated
-from pipeline.calibrate.results import read_moments
-from pipeline.calibrate.texts import input_ids
+from pipeline.calibrate.results import read_moments, read_products
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.calibration import load_calibration
 from pipeline.config.recipes import load_recipe
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.files import read_json, write_json
-from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import make_plan
 from pipeline.preflight import guard
 from pipeline.quantize.search import weighted
 from pipeline.runtime.session import OnnxDecoder
-from pipeline.runtime.stream import Hessians
 from pipeline.stages import calibrate, download, export, quantize, sensitivity
 from pipeline.workspace import Workspace
 from tests import tiny
@@ -72,21 +67,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage in (download, export, calibrate, sensitivity):
             stage.run(tiny.MODEL)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _text_is_tokenized_once() -> Iterator[None]:
-    """Its tokens take longer than the rest of a run, and depend on nothing that these tests change."""
-    windows: list[np.ndarray] = []
-
-    def once(*arguments: Any) -> list[np.ndarray]:
-        if not windows:
-            windows.extend(input_ids(*arguments))
-        return windows
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "input_ids", once)
-        yield
 
 
 @pytest.fixture
@@ -337,7 +317,7 @@ def test_one_process_at_a_time(workspace: Workspace, computed: list[str]) -> Non
 
 @pytest.mark.parametrize("variant", ["q4", "q3"])
 def test_compensation_goes_on(variant: str, workspace: Workspace, computed: list[str]) -> None:
-    """Interrupted half-way, the layers that are finished are passed again but not quantized again: the same bytes."""
+    """Interrupted half-way, what is finished is not quantized again: the same bytes."""
     expected = whole(workspace, variant)
     stop = computed[len(computed) // 2]
 
@@ -363,20 +343,15 @@ def test_the_body_is_compensated_and_the_head_is_searched(workspace: Workspace) 
     store = Store()
     folder = workspace.reference(store)
     architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
-    slices = DecoderSlices(onnx.load(folder / "model.onnx", load_external_data=False), architecture)
-    Path("states").mkdir()
-    windows = input_ids(load_calibration(), folder, store)
-    hessians = Hessians(slices, folder, windows, Path("states"))
-    asked: dict[str, np.ndarray] = {}
-    tokens = sum(map(len, windows))
-    search = Compensated(read_moments(workspace), lambda name: asked.setdefault(name, hessians(name)), tokens)
+    moments, asked = read_moments(workspace), dict[str, tuple[np.ndarray, float]]()
+    search = Compensated(moments, lambda name: asked.setdefault(name, read_products(workspace, name, moments[name])))
     plan = make_plan(architecture, load_recipe("q4"))
     for item in plan.body:
         weights, fmt = checkpoint.rows(item.matrix.name), item.pieces[0].format
         losses = []
         for (found,) in (search.of(item, {})(weights), [weighted(weights, search.moments[item.matrix.input], fmt)]):
             error = weights - found.dequantize()
-            losses.append(np.einsum("ri,ij,rj->", error, asked[item.matrix.input], error, optimize=True))
+            losses.append(np.einsum("ri,ij,rj->", error, asked[item.matrix.input][0], error, optimize=True))
         assert losses[0] < losses[1], item.matrix.name
     (head,) = search.of(plan.head, {})(checkpoint.rows(plan.head.matrix.name))
     plain = weighted(checkpoint.rows(plan.head.matrix.name), search.moments["head"], plan.head.pieces[0].format)
