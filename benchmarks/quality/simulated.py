@@ -39,13 +39,7 @@ BITS = 3
 BLOCKS = (64, 32)
 _TABLE = TensorFormat.parse("w6b64a")
 _SIZE = "size.json"
-_CODE = (
-    "quantize/gptq.py",
-    "quantize/factor.py",
-    "quantize/search.py",
-    "quantize/formats.py",
-    "calibrate/correlations.py",
-)
+_CODE = (*(f"quantize/{name}.py" for name in ("gptq", "factor", "search", "formats")), "calibrate/correlations.py")
 
 
 class _HalfByte(FourBits):
