@@ -91,21 +91,23 @@ def chance(model: str, variant: str, suite: str, flips: float = FLIPS, draws: in
 
 
 def forbidden(model: str, variant: str) -> str | None:
-    """Why a variant of a model can only be refused, whatever is measured; None where it may pass."""
-    name, row = gate_row(model, variant)
+    """Why a variant of a model can only be refused, whatever is measured, and what to do; None where it may pass."""
+    try:
+        name, row = gate_row(model, variant)
+    except ConfigError as error:
+        return str(error)
     if row.permits(model) is not False:
         return None
-    return f"its verdict can only be FAIL: `opt_in` of {name} in configs/gates.yaml does not name {model}"
+    return (
+        f"its verdict can only be FAIL: `opt_in` of {name} in configs/gates.yaml does not name {model}. Name it there, "
+        f"or leave {variant} out of `variants`"
+    )
 
 
 def outlook(model: str, variant: str, suite: str) -> str:
     """What a suite can decide about a variant of a model, in a sentence."""
     begin = f"{model} {variant}, suite {suite}"
-    try:
-        reason = forbidden(model, variant)
-    except ConfigError as error:
-        reason = str(error)
-    if reason:
+    if reason := forbidden(model, variant):
         return f"{begin}: {reason}."
     usual, worse = (chance(model, variant, suite, flips) for flips in (FLIPS, MORE_FLIPS))
     return (
@@ -117,7 +119,7 @@ def outlook(model: str, variant: str, suite: str) -> str:
 def hopeless(model: str, variant: str, suite: str) -> str | None:
     """Why no measuring under a suite can end in PASS, in one paragraph with what to do; None where it can."""
     if reason := forbidden(model, variant):
-        return f"{model} {variant}: {reason}. Name it there, or leave {variant} out of `variants`."
+        return f"{model} {variant}: {reason}."
     if (found := chance(model, variant, suite)).passes >= HOPELESS:
         return None
     return (
@@ -184,7 +186,8 @@ def _solutions(
     task: Task, n: int, accuracy: float, flips: float, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Items that are right or wrong, of which a share of `flips` flips, as many up as down."""
-    kind = rng.choice(4, n, p=_shares(accuracy, flips))  # both right, lost, won, both wrong
+    half = min(flips / 2, accuracy, 1 - accuracy)
+    kind = rng.choice(4, n, p=[accuracy - half, half, half, 1 - accuracy - half])  # both right, lost, won, both wrong
     variant, reference = np.isin(kind, (0, 2))[:, None], np.isin(kind, (0, 1))[:, None]
     key = next(gate.key for gate in task.gates if gate.kind == FLOOR)
     of = (task.title, task.unit, key)
@@ -192,11 +195,6 @@ def _solutions(
         statistics.summarise_samples(*of, variant, reference),
         statistics.summarise_samples(*of, reference, None),
     )
-
-
-def _shares(accuracy: float, flips: float) -> list[float]:
-    half = min(flips / 2, accuracy, 1 - accuracy)
-    return [accuracy - half, half, half, 1 - accuracy - half]
 
 
 # --- MMLU ------------------------------------------------------------------------------------------------------------

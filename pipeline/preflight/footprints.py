@@ -7,7 +7,7 @@ knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -117,16 +117,9 @@ def known(model: str) -> Known:
     )
 
 
-def candidates(found: Known, variants: Sequence[str], context: int) -> list[Candidate]:
-    """Every variant of a model; `context` in tokens, for budgets that name none.
-
-    Raises PipelineError for a recipe that cannot be planned.
-    """
-    return [candidate(found, variant, context) for variant in variants]
-
-
 def candidate(found: Known, variant: str, context: int) -> Candidate:
-    """Measured if `validate` has run for the variant, else computed; with its verdict if there is one."""
+    """A variant, measured if `validate` has run for it, else computed; with its verdict if there is one. `context` in
+    tokens, for a budget that names none. Raises PipelineError for a recipe that cannot be planned."""
     workspace = Workspace(found.model)
     if not workspace.metrics(variant).exists():
         return Candidate(computed(found, variant, context))
