@@ -45,7 +45,7 @@ def cli() -> None:
     Try it         make demo
     Phones         python -m pipeline plan --model phi-4 --device galaxy-s24-ultra
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
-    Full size      make repro MODELS="mimo-8b phi-4"
+    Full size      make repro MODELS="mimo-8b phi-4" VARIANTS="q4 q4_k_m" SUITE=release
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
     """
 

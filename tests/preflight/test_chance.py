@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.config.models import load_model
+from pipeline.config.models import load_model, load_pipeline
+from pipeline.config.phones import ShapesConfig
 from pipeline.errors import PipelineError
 from pipeline.judge.gates import Policy
 from pipeline.judge.policy import gate_row
-from pipeline.preflight import chance, guard
+from pipeline.preflight import chance, footprints, guard
 from pipeline.tasks.registry import Suite, load_suite
 
 
@@ -94,14 +94,20 @@ def test_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Non
     assert chance.chance("smollm2-135m", "q4", "smoke", draws=2) == first
 
 
-def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "find_source", lambda *_: object())
-    large = dataclasses.make_dataclass("Known", ["architecture"])(
-        dataclasses.make_dataclass("Shape", ["parameters"])(7_600_000_000)
-    )
-    monkeypatch.setattr(guard, "known", lambda model: large)
+@pytest.mark.parametrize(("stage", "variant"), [("download", ""), ("quantize", "q3")])
+def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPatch, stage: str, variant: str) -> None:
+    """From shapes alone, before the first byte of a checkpoint of 15 GB."""
+    monkeypatch.setattr(guard, "load_pipeline", lambda: _run)
+    monkeypatch.setattr(guard, "fetch_dataset", lambda *_: pytest.fail("fetched"))
+    _run = load_pipeline().model_copy(update={"variants": ("q3",)})
     with pytest.raises(PipelineError, match=r"opt_in.*undecided: true"):
-        guard._require_decision("mimo-8b", "q3")
-    run = guard.load_pipeline()
-    monkeypatch.setattr(guard, "load_pipeline", lambda: run.model_copy(update={"undecided": True}))
-    guard._require_decision("mimo-8b", "q3")
+        guard.before(stage, "mimo-8b", variant)
+    _run = _run.model_copy(update={"undecided": True})
+    guard._require_decision("mimo-8b", variant)
+
+
+def test_a_model_of_unknown_shapes_is_downloaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_pipeline().model_copy(update={"variants": ("q3",)})
+    monkeypatch.setattr(guard, "load_pipeline", lambda: run)
+    monkeypatch.setattr(footprints, "load_shapes", lambda: ShapesConfig(models={}))
+    guard._require_decision("mimo-8b", "")
