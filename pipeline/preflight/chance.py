@@ -110,10 +110,10 @@ def outlook(model: str, variant: str, suite: str) -> str:
     if reason := forbidden(model, variant):
         return f"{begin}: {reason}."
     usual, worse = (chance(model, variant, suite, flips) for flips in (FLIPS, MORE_FLIPS))
-    return (
-        f"{begin}: a variant without a loss {usual.describe()}; {100 * worse.passes:.0f} % if "
-        f"{100 * MORE_FLIPS:.0f} % of what is written flips."
-    )
+    said = f"{begin}: a variant without a loss {usual.describe()}"
+    if worse.passes != usual.passes:  # equal where nothing that is written has a limit, or can decide
+        said += f"; {100 * worse.passes:.0f} % if {100 * MORE_FLIPS:.0f} % of what is written flips"
+    return f"{said}."
 
 
 def hopeless(model: str, variant: str, suite: str) -> str | None:

@@ -87,6 +87,13 @@ def test_a_variant_that_its_row_does_not_name_is_said_to_fail() -> None:
     assert reason and "leave q3 out of `variants`" in reason
 
 
+@pytest.mark.parametrize(("worse", "said"), [(0.9, ""), (0.8, "; 80 % if 20 % of what is written flips")])
+def test_flips_are_spoken_of_where_they_decide(monkeypatch: pytest.MonkeyPatch, worse: float, said: str) -> None:
+    passes = {chance.FLIPS: 0.9, chance.MORE_FLIPS: worse}
+    monkeypatch.setattr(chance, "chance", lambda *asked: chance.Chance(passes[asked[-1]], {}, {}))
+    assert chance.outlook("phi-4", "q4", "release").endswith(f"passes 90 % of the time{said}.")
+
+
 def test_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path))
     first = chance.chance("smollm2-135m", "q4", "smoke", draws=2)
