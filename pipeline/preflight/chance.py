@@ -203,43 +203,45 @@ _QUESTIONS = 100_000  # of the population that a release draws from
 
 
 @cache
-def _population(accuracy: float, flips: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the reference and of a variant without a drop, float64 [questions, 4]; the first answer is correct.
+def population(
+    accuracy: float, questions: int = _QUESTIONS, seed: int = 7
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the reference, of a variant without a drop, and the variant's errors, float64 [questions, 4]. The first
+    answer is correct; `FLIPS` of the answers flip.
 
-    A question is hard or easy, its wrong answers are equally tempting, and the variant's errors have heavy tails that
-    some questions feel more than others. What its errors cost on average it has back everywhere alike.
+    A question is hard or easy, its wrong answers are equally tempting, and the errors have heavy tails that some
+    questions feel more than others. What they cost on average the variant has back everywhere alike, in the score of
+    the correct answer.
     """
-    rng = np.random.default_rng(7)
-    wrong, ease = rng.normal(size=(_QUESTIONS, 4)), rng.normal(size=_QUESTIONS)
-    errors = rng.standard_t(4, size=(_QUESTIONS, 4)) * np.exp(0.4 * rng.normal(size=(_QUESTIONS, 1)))
-
-    def scores(shift: float) -> np.ndarray:
-        return wrong + np.outer(shift + 1.6 * ease, np.eye(4)[0])
-
-    reference = scores(brentq(lambda shift: _right(scores(shift)).mean() - accuracy, -6, 12, xtol=1e-4))
-    right = _right(reference)
+    rng = np.random.default_rng(seed)
+    wrong, ease = rng.normal(size=(questions, 4)), rng.normal(size=questions)
+    errors = rng.standard_t(4, size=(questions, 4)) * np.exp(0.4 * rng.normal(size=(questions, 1)))
+    hard = better(wrong, 1.6 * ease)
+    scores = better(hard, brentq(lambda shift: right(better(hard, shift)).mean() - accuracy, -6, 12, xtol=1e-4))
+    own = right(scores)
 
     def level(noise: float) -> np.ndarray:
-        worse = reference + noise * errors
-        lost = brentq(lambda shift: _right(_better(worse, shift)).mean() - right.mean(), -20, 40, xtol=1e-4)
-        return _better(worse, lost)
+        worse = scores + noise * errors
+        return better(worse, brentq(lambda shift: right(better(worse, shift)).mean() - own.mean(), -20, 40, xtol=1e-4))
 
-    noise = brentq(lambda noise: (_right(level(noise)) != right).mean() - flips, 1e-3, 2, xtol=1e-3)
-    return reference, level(noise)
+    noise = brentq(lambda noise: (right(level(noise)) != own).mean() - FLIPS, 1e-3, 2, xtol=1e-3)
+    return scores, level(noise), noise * errors
 
 
-def _right(scores: np.ndarray) -> np.ndarray:
+def right(scores: np.ndarray) -> np.ndarray:
+    """Whether the first answer has the best score, bool [questions]."""
     return scores.argmax(axis=1) == 0
 
 
-def _better(scores: np.ndarray, shift: float) -> np.ndarray:
-    return scores + shift * np.eye(4)[0]
+def better(scores: np.ndarray, shift: float | np.ndarray) -> np.ndarray:
+    """Scores where the first answer's is higher by `shift`, for all questions or for each."""
+    return scores + np.outer(shift, np.eye(4)[0])
 
 
 def _questions(drawn: np.ndarray, accuracy: float) -> tuple[dict[str, Any], dict[str, Any]]:
     reference, variant = (
-        statistics.MmluAnswers(_right(scores), scores, np.zeros(len(scores), np.int64))
-        for scores in (population[drawn] for population in _population(accuracy, FLIPS))
+        statistics.MmluAnswers(right(scores), scores, np.zeros(len(scores), np.int64))
+        for scores in (scores[drawn] for scores in population(accuracy)[:2])
     )
     return statistics.summarise_mmlu(variant, reference, ""), statistics.summarise_mmlu(reference, None, "")
 

@@ -75,7 +75,7 @@ def test_solutions_flip_as_asked() -> None:
 
 
 def test_the_population_has_the_accuracy_and_flips_of_its_name() -> None:
-    reference, variant = (chance._right(scores) for scores in chance._population(0.712, chance.FLIPS))
+    reference, variant = (chance.right(scores) for scores in chance.population(0.712)[:2])
     assert reference.mean() == pytest.approx(0.712, abs=1e-3)
     assert variant.mean() == pytest.approx(0.712, abs=1e-3)
     assert (reference != variant).mean() == pytest.approx(chance.FLIPS, abs=2e-3)
