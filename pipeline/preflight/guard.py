@@ -28,7 +28,6 @@ from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
 
-_GUARDED = ("download", "calibrate", "sensitivity", "parity", "quantize", "validate")
 HOURS_FROM = 1_000_000_000
 """Parameters of a model whose stages take hours; smaller ones are shown even where they are refused."""
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
@@ -37,7 +36,7 @@ _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 def guarded(
     stage: str,
     run: Callable[..., None],
-    model: str = "",
+    model: str,
     variant: str = "",
     dry_run: bool = False,
     if_needed: bool = False,
@@ -53,8 +52,7 @@ def guarded(
         Workspace(model).sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")
     else:
-        if model and stage in _GUARDED:
-            before(stage, model, variant)
+        before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
             for one in load_pipeline().variants:
