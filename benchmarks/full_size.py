@@ -17,7 +17,7 @@ from pipeline import machine
 from pipeline.files import write_bytes
 from pipeline.preflight.chance import FLIPS, MORE_FLIPS, chance, forbidden
 from pipeline.preflight.machine import stage_needs
-from pipeline.preflight.needs import Needs, Rates
+from pipeline.preflight.needs import Rates
 
 PAGE = Path("docs/full-size.md")
 MODELS, SUITES, VARIANTS = ("mimo-8b", "phi-4"), ("smoke", "release"), ("q4", "q4_k_m")
@@ -25,13 +25,9 @@ MACHINES = ((2, 24), (16, 128), (64, 256))
 """Cores, and GB of memory."""
 
 
-def hours(wanted: Needs) -> str:
-    """`0.4 h`, or a dash for what no rate foretells."""
-    return (
-        "\N{EN DASH}"
-        if math.isnan(wanted.seconds)
-        else f"{wanted.seconds / 3600:.{0 if wanted.seconds > 36000 else 1}f}"
-    )
+def hours(seconds: float) -> str:
+    """`0.4` or `21`, or a dash for what no rate foretells."""
+    return "\N{EN DASH}" if math.isnan(seconds) else f"{seconds / 3600:.{0 if seconds >= 36000 else 1}f}"
 
 
 def price(model: str, suite: str, per_core: float) -> str:
@@ -41,12 +37,12 @@ def price(model: str, suite: str, per_core: float) -> str:
         for cores, gigabytes in MACHINES
     ]
     rows = [
-        [f"{stage.stage} {stage.variant or ''}".strip(), *map(hours, same)]
+        [f"{stage.stage} {stage.variant or ''}".strip(), *(hours(one.seconds) for one in same)]
         for stage, *same in zip(needs[0], *needs, strict=True)
         if not math.isnan(stage.seconds) and stage.seconds > 180
     ]
     sums = [sum(one.seconds for one in column if not math.isnan(one.seconds)) for column in needs]
-    rows.append(["all stages", *(f"{total / 3600:.0f}" for total in sums)])
+    rows.append(["all stages", *map(hours, sums)])
     head = [f"{model}, `{suite}`: hours", *(f"{cores} cores, {memory} GB" for cores, memory in MACHINES)]
     return table(head, rows)
 

@@ -91,33 +91,35 @@ def chance(model: str, variant: str, suite: str, flips: float = FLIPS, draws: in
 
 
 def forbidden(model: str, variant: str) -> str | None:
-    """Why a variant of a model can only be refused, whatever is measured; None where it may pass."""
-    name, row = gate_row(model, variant)
+    """Why a variant of a model can only be refused, whatever is measured, and what to do; None where it may pass."""
+    try:
+        name, row = gate_row(model, variant)
+    except ConfigError as error:
+        return str(error)
     if row.permits(model) is not False:
         return None
-    return f"its verdict can only be FAIL: `opt_in` of {name} in configs/gates.yaml does not name {model}"
+    return (
+        f"its verdict can only be FAIL: `opt_in` of {name} in configs/gates.yaml does not name {model}. Name it there, "
+        f"or leave {variant} out of `variants`"
+    )
 
 
 def outlook(model: str, variant: str, suite: str) -> str:
     """What a suite can decide about a variant of a model, in a sentence."""
     begin = f"{model} {variant}, suite {suite}"
-    try:
-        reason = forbidden(model, variant)
-    except ConfigError as error:
-        reason = str(error)
-    if reason:
+    if reason := forbidden(model, variant):
         return f"{begin}: {reason}."
     usual, worse = (chance(model, variant, suite, flips) for flips in (FLIPS, MORE_FLIPS))
-    return (
-        f"{begin}: a variant without a loss {usual.describe()}; {100 * worse.passes:.0f} % if "
-        f"{100 * MORE_FLIPS:.0f} % of what is written flips."
-    )
+    said = f"{begin}: a variant without a loss {usual.describe()}"
+    if worse.passes != usual.passes:  # equal where nothing that is written has a limit, or can decide
+        said += f"; {100 * worse.passes:.0f} % if {100 * MORE_FLIPS:.0f} % of what is written flips"
+    return f"{said}."
 
 
 def hopeless(model: str, variant: str, suite: str) -> str | None:
     """Why no measuring under a suite can end in PASS, in one paragraph with what to do; None where it can."""
     if reason := forbidden(model, variant):
-        return f"{model} {variant}: {reason}. Name it there, or leave {variant} out of `variants`."
+        return f"{model} {variant}: {reason}."
     if (found := chance(model, variant, suite)).passes >= HOPELESS:
         return None
     return (
@@ -184,7 +186,8 @@ def _solutions(
     task: Task, n: int, accuracy: float, flips: float, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Items that are right or wrong, of which a share of `flips` flips, as many up as down."""
-    kind = rng.choice(4, n, p=_shares(accuracy, flips))  # both right, lost, won, both wrong
+    half = min(flips / 2, accuracy, 1 - accuracy)
+    kind = rng.choice(4, n, p=[accuracy - half, half, half, 1 - accuracy - half])  # both right, lost, won, both wrong
     variant, reference = np.isin(kind, (0, 2))[:, None], np.isin(kind, (0, 1))[:, None]
     key = next(gate.key for gate in task.gates if gate.kind == FLOOR)
     of = (task.title, task.unit, key)
@@ -194,54 +197,51 @@ def _solutions(
     )
 
 
-def _shares(accuracy: float, flips: float) -> list[float]:
-    half = min(flips / 2, accuracy, 1 - accuracy)
-    return [accuracy - half, half, half, 1 - accuracy - half]
-
-
 # --- MMLU ------------------------------------------------------------------------------------------------------------
 
 _QUESTIONS = 100_000  # of the population that a release draws from
 
 
 @cache
-def _population(accuracy: float, flips: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the reference and of a variant without a drop, float64 [questions, 4]; the first answer is correct.
+def population(
+    accuracy: float, questions: int = _QUESTIONS, seed: int = 7
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the reference, of a variant without a drop, and the variant's errors, float64 [questions, 4]. The first
+    answer is correct; `FLIPS` of the answers flip.
 
-    A question is hard or easy, its wrong answers are equally tempting, and the variant's errors have heavy tails that
-    some questions feel more than others. What its errors cost on average it has back everywhere alike.
+    A question is hard or easy, its wrong answers are equally tempting, and the errors have heavy tails that some
+    questions feel more than others. What they cost on average the variant has back everywhere alike, in the score of
+    the correct answer.
     """
-    rng = np.random.default_rng(7)
-    wrong, ease = rng.normal(size=(_QUESTIONS, 4)), rng.normal(size=_QUESTIONS)
-    errors = rng.standard_t(4, size=(_QUESTIONS, 4)) * np.exp(0.4 * rng.normal(size=(_QUESTIONS, 1)))
-
-    def scores(shift: float) -> np.ndarray:
-        return wrong + np.outer(shift + 1.6 * ease, np.eye(4)[0])
-
-    reference = scores(brentq(lambda shift: _right(scores(shift)).mean() - accuracy, -6, 12, xtol=1e-4))
-    right = _right(reference)
+    rng = np.random.default_rng(seed)
+    wrong, ease = rng.normal(size=(questions, 4)), rng.normal(size=questions)
+    errors = rng.standard_t(4, size=(questions, 4)) * np.exp(0.4 * rng.normal(size=(questions, 1)))
+    hard = better(wrong, 1.6 * ease)
+    scores = better(hard, brentq(lambda shift: right(better(hard, shift)).mean() - accuracy, -6, 12, xtol=1e-4))
+    own = right(scores)
 
     def level(noise: float) -> np.ndarray:
-        worse = reference + noise * errors
-        lost = brentq(lambda shift: _right(_better(worse, shift)).mean() - right.mean(), -20, 40, xtol=1e-4)
-        return _better(worse, lost)
+        worse = scores + noise * errors
+        return better(worse, brentq(lambda shift: right(better(worse, shift)).mean() - own.mean(), -20, 40, xtol=1e-4))
 
-    noise = brentq(lambda noise: (_right(level(noise)) != right).mean() - flips, 1e-3, 2, xtol=1e-3)
-    return reference, level(noise)
+    noise = brentq(lambda noise: (right(level(noise)) != own).mean() - FLIPS, 1e-3, 2, xtol=1e-3)
+    return scores, level(noise), noise * errors
 
 
-def _right(scores: np.ndarray) -> np.ndarray:
+def right(scores: np.ndarray) -> np.ndarray:
+    """Whether the first answer has the best score, bool [questions]."""
     return scores.argmax(axis=1) == 0
 
 
-def _better(scores: np.ndarray, shift: float) -> np.ndarray:
-    return scores + shift * np.eye(4)[0]
+def better(scores: np.ndarray, shift: float | np.ndarray) -> np.ndarray:
+    """Scores where the first answer's is higher by `shift`, for all questions or for each."""
+    return scores + np.outer(shift, np.eye(4)[0])
 
 
 def _questions(drawn: np.ndarray, accuracy: float) -> tuple[dict[str, Any], dict[str, Any]]:
     reference, variant = (
-        statistics.MmluAnswers(_right(scores), scores, np.zeros(len(scores), np.int64))
-        for scores in (population[drawn] for population in _population(accuracy, FLIPS))
+        statistics.MmluAnswers(right(scores), scores, np.zeros(len(scores), np.int64))
+        for scores in (scores[drawn] for scores in population(accuracy)[:2])
     )
     return statistics.summarise_mmlu(variant, reference, ""), statistics.summarise_mmlu(reference, None, "")
 

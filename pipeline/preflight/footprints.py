@@ -7,7 +7,7 @@ knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,15 +38,16 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose config.json is on this machine; `missing` of its bytes are not in the store yet."""
+    """A checkpoint whose shapes are known: from the config.json on this machine, or where there is none from
+    configs/shapes.yaml. `missing` of its bytes are not in the store yet."""
 
-    config: Path
+    config: Path | None
     weight_bytes: int
     missing: int
 
 
 def find_source(model: str, store: Store) -> Source | None:
-    """From the source lock, or from a local folder; None for what only a download can tell."""
+    """From the source lock, a local folder, or configs/shapes.yaml; None for what only a download can tell."""
     workspace, source = Workspace(model), load_model(model).source
     with suppress(SourceError):  # no lock, a damaged one, or a store that lost its blobs: downloading mends them all
         lock = workspace.read_lock()
@@ -54,10 +55,13 @@ def find_source(model: str, store: Store) -> Source | None:
         sizes = {file.name: file.size for file in lock.files}
         return Source(store.path(lock.file(_CONFIG).sha256), _weight_bytes(sizes), missing)
     folder = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
-    if folder is None or not (folder / _CONFIG).is_file():
+    if folder is not None and (folder / _CONFIG).is_file():
+        weights = _weight_bytes({file.name: file.stat().st_size for file in folder.iterdir()})
+        return Source(folder / _CONFIG, weights, weights)
+    if (shapes := load_shapes().models.get(model)) is None:
         return None
-    weights = _weight_bytes({file.name: file.stat().st_size for file in folder.iterdir()})
-    return Source(folder / _CONFIG, weights, weights)
+    weights = ITEM_BYTES["BF16"] * expected_architecture(shapes).parameters
+    return Source(None, weights, weights)
 
 
 def _weight_bytes(sizes: Mapping[str, int]) -> int:
@@ -105,28 +109,19 @@ def known(model: str) -> Known:
 
     Raises PlanError when there is neither.
     """
-    context, source = load_model(model).context, find_source(model, Store())
-    if source is not None:
-        return Known(model, read_architecture(source.config), source.weight_bytes, True, context)
-    if (shapes := load_shapes().models.get(model)) is not None:
-        architecture = expected_architecture(shapes)
-        return Known(model, architecture, 2 * architecture.parameters, False, context)
-    raise PlanError(
-        f"{model}: its config.json is not on this machine and configs/shapes.yaml has no entry for it. Run `python "
-        f"-m pipeline download {model}`, or add its shapes."
-    )
-
-
-def candidates(found: Known, variants: Sequence[str], context: int) -> list[Candidate]:
-    """Every variant of a model; `context` in tokens, for budgets that name none.
-
-    Raises PipelineError for a recipe that cannot be planned.
-    """
-    return [candidate(found, variant, context) for variant in variants]
+    if (source := find_source(model, Store())) is None:
+        raise PlanError(
+            f"{model}: its config.json is not on this machine and configs/shapes.yaml has no entry for it. Run `python "
+            f"-m pipeline download {model}`, or add its shapes."
+        )
+    config, shapes = source.config, load_shapes().models
+    architecture = read_architecture(config) if config else expected_architecture(shapes[model])
+    return Known(model, architecture, source.weight_bytes, config is not None, load_model(model).context)
 
 
 def candidate(found: Known, variant: str, context: int) -> Candidate:
-    """Measured if `validate` has run for the variant, else computed; with its verdict if there is one."""
+    """A variant, measured if `validate` has run for it, else computed; with its verdict if there is one. `context` in
+    tokens, for a budget that names none. Raises PipelineError for a recipe that cannot be planned."""
     workspace = Workspace(found.model)
     if not workspace.metrics(variant).exists():
         return Candidate(computed(found, variant, context))

@@ -29,7 +29,6 @@ from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
 
-_GUARDED = ("download", "calibrate", "sensitivity", "parity", "quantize", "validate")
 HOURS_FROM = 1_000_000_000
 """Parameters of a model whose stages take hours; smaller ones are shown even where they are refused."""
 _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
@@ -38,7 +37,7 @@ _TUNED = {"calibrate": (load_calibration,), "sensitivity": (load_sensitivity,)}
 def guarded(
     stage: str,
     run: Callable[..., None],
-    model: str = "",
+    model: str,
     variant: str = "",
     dry_run: bool = False,
     if_needed: bool = False,
@@ -54,8 +53,7 @@ def guarded(
         Workspace(model).sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")
     else:
-        if model and stage in _GUARDED:
-            before(stage, model, variant)
+        before(stage, model, variant)
         run(*filter(None, (model, variant)))
         if stage == "download":
             for one in load_pipeline().variants:
@@ -71,12 +69,14 @@ def before(stage: str, model: str, variant: str = "") -> None:
         ConfigError: before `download`, for anything in the configuration of the whole run.
         ResourceError: this machine has too little memory or disk for the stage.
         PipelineError: the model was made for another context than its entry has, or takes hours that can only end in a
-            refusal.
+            refusal: before its download if its shapes are known.
         EvaluationError: what the stage tunes by, or before the reference all that tunes, is text that judges.
     """
     store = Store()
     if stage == "download":
         check_all()
+    _require_decision(model, variant)
+    if stage == "download":
         wanted = download_needs(find_source(model, store), room())
         require(model, replace(wanted, store_disk=0))  # fetching checks the store's share: it knows what is there
     for source in needed_datasets().values():  # what is in the store is not fetched again
@@ -84,7 +84,6 @@ def before(stage: str, model: str, variant: str = "") -> None:
     if stage == "download":
         return
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
-    _require_decision(model, variant)
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
         folder, suite = Workspace(model).reference(store), load_suite(load_pipeline().suite)
@@ -113,10 +112,13 @@ def _require_context(workspace: Workspace, variant: str) -> None:
 
 def _require_decision(model: str, variant: str) -> None:
     """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS, or that compensates
-    nothing: of the stage's variant, or of any in the run, so that a run ends at its first stage and not at that
-    variant's. Raises PipelineError."""
-    run, store = load_pipeline(), Store()
-    if run.undecided or find_source(model, store) is None or known(model).architecture.parameters < HOURS_FROM:
+    nothing: of the stage's variant, or of any in the run, so that a run ends before its download, where shapes are
+    known, or after it, and not at that variant's stages. Raises PipelineError."""
+    run = load_pipeline()
+    try:
+        if run.undecided or known(model).architecture.parameters < HOURS_FROM:
+            return
+    except PipelineError:  # unknown shapes or a damaged config.json: the stage says so, or mends it
         return
     variants = (variant,) if variant and variant != REFERENCE else run.variants
     if reasons := list(filter(None, (*(hopeless(model, one, run.suite) for one in variants), futile(model, variants)))):
@@ -126,7 +128,7 @@ def _require_decision(model: str, variant: str) -> None:
 
 
 def _require_room(stage: str, model: str, variant: str, store: Store) -> None:
-    """Nothing is asked of a model that was not downloaded: the stage itself says so."""
+    """Nothing is asked of a model of unknown shapes: the stage itself says that it was not downloaded."""
     if find_source(model, store) is None:
         return
     name = "reference" if variant == REFERENCE else stage

@@ -129,10 +129,9 @@ def problem(model: str, wanted: Needs, has: Room) -> str | None:
 
 
 def download_needs(source: Source | None, has: Room) -> Needs:
-    """For a source that is not known yet, only what the stage itself takes."""
-    if source is None:
-        return needs.download(0, 0)
-    return needs.download(source.missing, 0 if has.shared else source.weight_bytes)
+    """For a model of unknown shapes, only what the stage itself takes."""
+    missing, weights = (source.missing, source.weight_bytes) if source else (0, 0)
+    return needs.download(missing, 0 if has.shared else weights)
 
 
 def stage_needs(
@@ -183,10 +182,11 @@ def run(models: tuple[str, ...] = ()) -> int:
             failed.append(f"{model}: {error}")
         elif len(own) == 1:
             unknown.append(
-                f"{model}: its config.json is not on this machine, so nothing else can be said of it: run `python -m "
-                f"pipeline download {model}` first. That refuses before the first large byte if the store's disk is "
-                f"too small, and says at its end which stages do not fit here."
+                f"{model}: its shapes are unknown, so nothing else can be said: add them to configs/shapes.yaml or run "
+                f"`python -m pipeline download {model}`: it refuses what the disk cannot hold and says what cannot run."
             )
+        elif not (found := known(model)).downloaded:
+            unknown.append(f"{model}: its shapes, and so all figures, are from {found.origin}.")
     refusals = [row.refusal for row in rows if row.refusal] + failed
     print(_table(rows), end="\n\n")
     texts = [sentence for row in rows if not row.there for sentence in _writing(row)]
@@ -206,7 +206,7 @@ def misfits(model: str) -> list[str]:
 
 
 def _survey(model: str, rates: Rates, has: Room) -> tuple[list[Row], str | None]:
-    """The rows of one model, the download alone while its source is not known, and why there are no more, if not
+    """The rows of one model, the download alone while its shapes are not known, and why there are no more, if not
     for that."""
     rows: list[Row] = []
     source = find_source(model, Store())

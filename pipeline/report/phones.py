@@ -17,8 +17,7 @@ LEGEND = (
     "devices.md).",
     "Basis: measured on the written file in this runtime; computed from shapes; bound: at most so much, because a "
     "recipe with a budget is solved only after the sensitivity stage. Measured figures include the test's own process.",
-    "A variant that no gate has judged is chosen by its size, and may still be refused for its quality. No opt_in: "
-    "configs/gates.yaml does not let it be released for this model.",
+    "A variant that no gate has judged is chosen by its size, and may still be refused for its quality.",
 )
 _CHANGES = {
     "prepacked": "weights mapped from a prepacked file",
@@ -37,7 +36,9 @@ def lines(document: Record) -> list[str]:
     text = [f"At {context:,} tokens of context, {document['runtime_bytes']:,} bytes for runtime and app (assumed)."]
     for model, item in document["models"].items():
         text += ["", f"{model}: {item['title']}, {item['parameters']:,} parameters, shapes from {item['shapes']}"]
-        text += _variants(item) + _tiers(model, item["tiers"], document["tiers"]) + _devices(model, item["devices"])
+        text += _variants(item)
+        text += [line for one, why in item["forbidden"].items() for line in wrapped(f"  {one}: {why}.", further="    ")]
+        text += _tiers(model, item["tiers"], document["tiers"]) + _devices(model, item["devices"])
     speed = (
         f"Tokens/s: memory bandwidth ÷ bytes that a token reads, with a full and an empty cache: a bound. Expected: "
         f"{efficiency.low:.0%} of the first to {efficiency.high:.0%} of the second, no promise ({efficiency.source})."
@@ -53,7 +54,6 @@ def _variants(item: Record) -> list[str]:
         need, download = needs[variant], found["download"]
         quality = "not measured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
         quality += f", {found['verdict']}" if found["verdict"] else ""
-        quality += "" if found["permitted"] else ", no opt_in"
         parts = [need["parts"][name]["bytes"] for name in ("weights", "activations", "kv_cache", "loading")]
         sizes = map(gigabytes, (*parts, need["private_bytes"]))
         at_most = "≤ " if download["basis"] == "bound" else ""

@@ -3,15 +3,16 @@
 `--json` prints one object. Sizes are bytes, contexts tokens, speeds tokens per second; a FIGURE is {"bytes", "basis"},
 its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.Figure`):
 
-    schema          2; raised when a key changes its meaning or goes
+    schema          3; raised when a key changes its meaning or goes
     context         tokens that everything is planned for
     runtime_bytes   what counts for runtime, tokenizer and app
     efficiency      {low, high}: shares of the roofline that speeds are expected between
     tiers           name → {platform, ram_bytes, budget_bytes, resident_bytes}
-    models          name → {title, parameters, shapes, variants, tiers, devices}
+    models          name → {title, parameters, shapes, variants, forbidden, tiers, devices}
       variants      name → {download, weights, activations, loading, packed, read: FIGURE,
-                    kv_cache: {type, bytes_per_token}, permitted, verdict, kl_mean}; permitted: configs/gates.yaml lets
-                    it be released for this model; the last two are null where nothing was measured
+                    kv_cache: {type, bytes_per_token}, verdict, kl_mean}; the last two are null where nothing
+                    was measured
+      forbidden     name → why configs/gates.yaml lets no such variant of this model be released; it stands nowhere else
       tiers         name → {decision: "bundle" or "refuse", variant, needs, closest, suggestions}
                     needs: variant → NEED; variant is null for a refusal, closest (the variant of the smallest need that
                     may be released) for a bundle
@@ -33,12 +34,12 @@ from pipeline.config.models import load_model, load_pipeline, model_names
 from pipeline.config.phones import Device, TiersConfig, load_devices, load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.judge.policy import gate_row
 from pipeline.planning import devices as planning
-from pipeline.preflight.footprints import Known, candidates, known
+from pipeline.preflight.chance import forbidden
+from pipeline.preflight.footprints import Known, candidate, known
 from pipeline.report.phones import lines
 
-SCHEMA = 2
+SCHEMA = 3
 Built = Mapping[str, tuple[Known, list[planning.Candidate]]]
 """Models, each with its variants."""
 
@@ -74,7 +75,8 @@ def answer(
     for name in caps:
         try:
             found = known(name)
-            built[name] = found, candidates(found, load_pipeline().variants, tokens)
+            allowed = [one for one in load_pipeline().variants if not forbidden(name, one)]
+            built[name] = found, [candidate(found, one, tokens) for one in allowed]
         except PipelineError:
             if name in asked:
                 raise
@@ -116,30 +118,22 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
         "title": load_model(model).title,
         "parameters": found.architecture.parameters,
         "shapes": found.origin,
-        "variants": {one.variant: _variant(one, model) for one in variants},
+        "variants": {one.variant: _variant(one) for one in variants},
+        "forbidden": {one: why for one in load_pipeline().variants if (why := forbidden(model, one))},
         "tiers": {name: _tier(decision, model) for name, decision in decisions.items()},
         "devices": {name: _device(device, decisions[device.tier].runs, model) for name, device in devices.items()},
     }
 
 
-def _variant(found: planning.Candidate, model: str) -> dict[str, Any]:
+def _variant(found: planning.Candidate) -> dict[str, Any]:
     footprint = found.footprint
     figures = ("download", "weights", "activations", "loading", "packed", "read")
     return {
         **{name: asdict(getattr(footprint, name)) for name in figures},
         "kv_cache": {"type": footprint.kv_cache, "bytes_per_token": footprint.cache_bytes},
-        "permitted": _permitted(model, found.variant),
         "verdict": found.verdict,
         "kl_mean": found.kl_mean,
     }
-
-
-def _permitted(model: str, variant: str) -> bool:
-    """Whether configs/gates.yaml has limits for a variant and lets it be released for this model."""
-    try:
-        return gate_row(model, variant)[1].permits(model) is not False
-    except ConfigError:
-        return False
 
 
 def _tier(found: planning.Decision, model: str) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.config.models import load_model
+from pipeline.config.models import load_model, load_pipeline
+from pipeline.config.phones import ShapesConfig
 from pipeline.errors import PipelineError
 from pipeline.judge.gates import Policy
 from pipeline.judge.policy import gate_row
-from pipeline.preflight import chance, guard
+from pipeline.preflight import chance, footprints, guard
 from pipeline.tasks.registry import Suite, load_suite
 
 
@@ -75,7 +75,7 @@ def test_solutions_flip_as_asked() -> None:
 
 
 def test_the_population_has_the_accuracy_and_flips_of_its_name() -> None:
-    reference, variant = (chance._right(scores) for scores in chance._population(0.712, chance.FLIPS))
+    reference, variant = (chance.right(scores) for scores in chance.population(0.712)[:2])
     assert reference.mean() == pytest.approx(0.712, abs=1e-3)
     assert variant.mean() == pytest.approx(0.712, abs=1e-3)
     assert (reference != variant).mean() == pytest.approx(chance.FLIPS, abs=2e-3)
@@ -87,6 +87,13 @@ def test_a_variant_that_its_row_does_not_name_is_said_to_fail() -> None:
     assert reason and "leave q3 out of `variants`" in reason
 
 
+@pytest.mark.parametrize(("worse", "said"), [(0.9, ""), (0.8, "; 80 % if 20 % of what is written flips")])
+def test_flips_are_spoken_of_where_they_decide(monkeypatch: pytest.MonkeyPatch, worse: float, said: str) -> None:
+    passes = {chance.FLIPS: 0.9, chance.MORE_FLIPS: worse}
+    monkeypatch.setattr(chance, "chance", lambda *asked: chance.Chance(passes[asked[-1]], {}, {}))
+    assert chance.outlook("phi-4", "q4", "release").endswith(f"passes 90 % of the time{said}.")
+
+
 def test_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path))
     first = chance.chance("smollm2-135m", "q4", "smoke", draws=2)
@@ -94,14 +101,20 @@ def test_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Non
     assert chance.chance("smollm2-135m", "q4", "smoke", draws=2) == first
 
 
-def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "find_source", lambda *_: object())
-    large = dataclasses.make_dataclass("Known", ["architecture"])(
-        dataclasses.make_dataclass("Shape", ["parameters"])(7_600_000_000)
-    )
-    monkeypatch.setattr(guard, "known", lambda model: large)
+@pytest.mark.parametrize(("stage", "variant"), [("download", ""), ("quantize", "q3")])
+def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPatch, stage: str, variant: str) -> None:
+    """From shapes alone, before the first byte of a checkpoint of 15 GB."""
+    monkeypatch.setattr(guard, "load_pipeline", lambda: _run)
+    monkeypatch.setattr(guard, "fetch_dataset", lambda *_: pytest.fail("fetched"))
+    _run = load_pipeline().model_copy(update={"variants": ("q3",)})
     with pytest.raises(PipelineError, match=r"opt_in.*undecided: true"):
-        guard._require_decision("mimo-8b", "q3")
-    run = guard.load_pipeline()
-    monkeypatch.setattr(guard, "load_pipeline", lambda: run.model_copy(update={"undecided": True}))
-    guard._require_decision("mimo-8b", "q3")
+        guard.before(stage, "mimo-8b", variant)
+    _run = _run.model_copy(update={"undecided": True})
+    guard._require_decision("mimo-8b", variant)
+
+
+def test_a_model_of_unknown_shapes_is_downloaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_pipeline().model_copy(update={"variants": ("q3",)})
+    monkeypatch.setattr(guard, "load_pipeline", lambda: run)
+    monkeypatch.setattr(footprints, "load_shapes", lambda: ShapesConfig(models={}))
+    guard._require_decision("mimo-8b", "")

@@ -181,9 +181,23 @@ def test_a_stage_with_an_output_neither_refuses_nor_counts(
 def test_a_model_that_only_a_download_can_describe_says_so(
     project: Path, table: Callable[..., tuple[int, str]]
 ) -> None:
+    tiny.edit(project / "configs/shapes.yaml", models={})
     status, text = table("--model", "phi-4")
     assert status == 0
     assert "python -m pipeline download phi-4" in " ".join(text.split())
+
+
+def test_a_model_of_known_shapes_is_planned_before_its_download(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeeze(monkeypatch)
+    tiny.edit(project / "configs/pipeline.yaml", variants=["q4"], suite="smoke")
+    status, text = table("--model", "phi-4")
+    assert status == 0, text
+    assert [line.split()[:2] for line in text.splitlines() if "quantize" in line] == [["quantize", "q4"]]
+    assert "29.35 GB" in next(line for line in text.splitlines() if "download" in line)  # 2 bytes a parameter
+    assert "HumanEval of phi-4, layer by layer" in text
+    assert "configs/shapes.yaml: not downloaded yet" in " ".join(text.split())
 
 
 def test_a_recipe_that_cannot_be_planned_is_a_refusal(project: Path, table: Callable[..., tuple[int, str]]) -> None:

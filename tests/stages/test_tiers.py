@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def plan_json(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, A
     return json.loads(capsys.readouterr().out)
 
 
+def allow_q3(desk: Path, model: str) -> None:
+    """Name a model in every row's `opt_in`, in a copy of the configurations."""
+    (desk / "configs").unlink()
+    shutil.copytree(ROOT / "configs", desk / "configs")
+    gates = desk / "configs/gates.yaml"
+    gates.write_text(gates.read_text().replace("opt_in: []", f"opt_in: [{model}]"))
+
+
 def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, models=("mimo-8b", "phi-4", "phi-4-mini"))
     got = {
@@ -136,17 +145,28 @@ def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.Captur
     assert got == {
         "mimo-8b": nothing | {"android-16gb": "q4_k_m", "android-24gb": "q4_k_m", "ios-12gb": "q4"},
         "phi-4": nothing | {"android-24gb": "q4"},
-        "phi-4-mini": nothing
-        | dict.fromkeys(("android-12gb", "android-16gb", "android-24gb", "ios-12gb"), "q4_k_m")
-        | {"ios-8gb": "q3"},
+        "phi-4-mini": nothing | dict.fromkeys(("android-12gb", "android-16gb", "android-24gb", "ios-12gb"), "q4_k_m"),
     }
+
+
+def test_what_no_phone_can_get_stands_in_no_table_but_is_explained(desk: Path) -> None:
+    """q3 of every model whose row does not name it; with the remedy, and in the tables once the row does."""
+    models = plan.answer()["models"]
+    assert models and all("opt_in" in item["forbidden"].pop("q3") for item in models.values())
+    assert "q3" not in json.dumps(models)
+    text = " ".join(" ".join(lines(plan.answer(["phi-4-mini"]))).split())
+    assert "does not name phi-4-mini. Name it there, or leave q3 out of `variants`." in text
+    allow_q3(desk, "phi-4-mini")
+    found = plan.answer(["phi-4-mini"])["models"]["phi-4-mini"]
+    assert (found["forbidden"], found["tiers"]["ios-8gb"]["variant"]) == ({}, "q3")
+    assert any("≤ " in line for line in lines(plan.answer(["phi-4-mini"])))
 
 
 def test_the_answer_for_a_phone_has_a_roofline_and_a_way_out(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, models=("mimo-8b",), device="galaxy-s24-ultra")
     assert list(found["tiers"]) == ["android-12gb"]
     row = found["models"]["mimo-8b"]["tiers"]["android-12gb"]
-    assert (row["decision"], row["closest"]) == ("refuse", "q3")
+    assert (row["decision"], row["closest"]) == ("refuse", "q4")
     first = row["suggestions"][0]
     assert (first["variant"], first["changes"], first["context"]) == ("q4", ["prepacked"], 2048)
     assert first["need"]["private_bytes"] < found["tiers"]["android-12gb"]["budget_bytes"]
@@ -177,7 +197,7 @@ def test_what_was_measured_is_not_computed(desk: Path, capsys: pytest.CaptureFix
 def test_people_read_lines_of_a_page(desk: Path) -> None:
     text = lines(plan.answer())
     assert max(map(len, text)) <= WIDTH
-    assert any("nothing: q3 needs" in line for line in text)
+    assert any("nothing: q4 needs" in line for line in text)
 
 
 @pytest.mark.parametrize(
