@@ -6,7 +6,6 @@ VARIANTS ?=
 SUITE   ?=
 PIP_ARGS ?=
 BENCH   ?=
-REHEARSED ?= mimo-8b
 CUTS    ?= 1 2
 ARM64   ?= $(wildcard artifacts/smollm2-135m/variants/*)
 
@@ -56,9 +55,10 @@ bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.
 	python -m benchmarks.quality
 	python -m benchmarks.tables
 
-rehearsal: $(READY)  ## a full-size model that talks, through all stages to bundles that speak: benchmarks/README.md; VARIANTS=q4
-	$(foreach layers,$(CUTS),python -m benchmarks.rehearsal --model $(REHEARSED) --layers $(layers) --kills 0 &&) \
-	  python -m benchmarks.rehearsal --model $(REHEARSED) $(VARIANTS:%=--variant %)
+rehearsal: $(READY)  ## a full-size model that talks (MODELS=mimo-8b) through all stages to bundles that speak: benchmarks/README.md
+	set -e; $(foreach model,$(or $(MODELS),mimo-8b),$(foreach layers,$(CUTS), \
+	  python -m benchmarks.rehearsal --model $(model) --layers $(layers) --kills 0;) \
+	  python -m benchmarks.rehearsal --model $(model) $(VARIANTS:%=--variant %);)
 	python -m benchmarks.tables
 
 crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 at full precision

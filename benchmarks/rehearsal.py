@@ -232,7 +232,10 @@ class Rehearsal:
     # --- the pipeline ---
 
     def stages(self) -> None:
-        """Every stage, killed where it is drawn; the source goes as soon as the store has it."""
+        """Every stage, killed where it is drawn; the source goes as soon as the store has it.
+
+        DVC brings all that a stage depends on up to date, so what an earlier start has recorded need not run again.
+        """
         wanted, record = self.wanted, self.record
         seconds = {target_of(one, wanted.name): one["seconds"] for one in record["predicted"]}
         due = moments(seconds, wanted.kills, wanted.seed)
@@ -240,7 +243,7 @@ class Rehearsal:
             done = {kill["stage"] for kill in record["kills"]}
             if target in due and target not in done and not self.noted(target):
                 self.kill(target, due[target])
-            self.stage(target)
+            self.once(target, self.project.repro(target))
             if target.startswith("download@"):
                 shutil.rmtree(self.source, ignore_errors=True)
 
@@ -254,13 +257,6 @@ class Rehearsal:
         if not killed:
             self.note(target, {"wall_seconds": kill["after_seconds"]})
         self.save()
-
-    def stage(self, target: str) -> None:
-        """Bring a stage up to date. What an earlier start measured of it stays if there is nothing to do."""
-        before = dict(self.noted(target) or {})
-        used = self.step(target, self.project.repro(target))
-        if before and "Running stage" not in used.output:
-            self.note(target, before)
 
     # --- what it made ---
 
