@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,16 @@ class DvcProject(Project):
         """The command that brings a stage and all that it depends on up to date."""
         return [sys.executable, "-m", "dvc", "repro", target]
 
-    def kill_group(self, command: Sequence[str], after: float) -> bool:
-        """Start a command and SIGKILL it and all that it started `after` so many seconds; whether it ran so long."""
+    def kill_group(self, command: Sequence[str], after: float) -> int | None:
+        """Start a command and SIGKILL it and all that it started `after` so many seconds; its status if it ended."""
         process = subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            process.wait(after)
+            return process.wait(after)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return True
-        return False

@@ -154,6 +154,11 @@ class Rehearsal:
         self.place = self.work / "place"
         if (self.work / "record.json").exists() and not self.project.new:
             self.record = read_json(self.work / "record.json")
+            if (begun := tuple(self.record["variants"])) != self.wanted.variants:
+                raise PipelineError(
+                    f"{self.work} holds a rehearsal of {', '.join(begun)}. Name these variants to go on with it, or "
+                    f"remove the folder."
+                )
 
     def save(self) -> None:
         """Keep what is known."""
@@ -251,10 +256,10 @@ class Rehearsal:
         """Kill a stage, and record after how many seconds, and whether it still ran then."""
         click.echo(f"== {target}, to be killed after {after:.0f} s", err=True)
         start = time.monotonic()
-        killed = self.project.kill_group(self.project.repro(target), after)
-        kill = {"stage": target, "after_seconds": time.monotonic() - start, "killed": killed}
+        status = self.project.kill_group(self.project.repro(target), after)
+        kill = {"stage": target, "after_seconds": time.monotonic() - start, "killed": status is None}
         self.record["kills"].append(kill)
-        if not killed:
+        if status == 0:
             self.note(target, {"wall_seconds": kill["after_seconds"]})
         self.save()
 
@@ -287,10 +292,10 @@ class Rehearsal:
 
     def speak(self, variant: str, content: Path) -> None:
         """Answers of a fetched bundle, and how far they are the full-precision ones."""
-        said = self.once(f"decode {variant}", [sys.executable, "-m", "benchmarks.speaking", str(content)], ROOT)
-        if said is None:
+        if variant in self.record["answers"]:
             return
-        found = json.loads(said)
+        said = self.step(f"decode {variant}", [sys.executable, "-m", "benchmarks.speaking", str(content)], ROOT)
+        found = json.loads(said.output)
         rows = speaking.beside(self.project.weights(SMALL), content, found.pop("answers"), self.wanted.layers)
         self.record["answers"][variant] = found | {"rows": rows}
         self.save()

@@ -15,6 +15,7 @@ from benchmarks import project as projects
 from benchmarks import rehearsal, rehearsed, speaking
 from benchmarks.rehearsal import Rehearsal, Wanted, configure, moments, served
 from benchmarks.talking_check import write_rounded
+from pipeline.errors import PipelineError
 from pipeline.judge.policy import gate_row
 from pipeline.preflight.guard import check_all
 from pipeline.runtime.session import OnnxDecoder
@@ -73,18 +74,20 @@ def test_kills_are_drawn_from_long_stages() -> None:
 
 def test_a_kill_ends_all_that_a_command_started(own: Rehearsal, tmp_path: Path) -> None:
     alive = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    assert own.project.kill_group([sys.executable, "-c", alive], after=0.5)
-    assert not own.project.kill_group([sys.executable, "-c", ""], after=60)
+    assert own.project.kill_group([sys.executable, "-c", alive], after=0.5) is None
+    assert own.project.kill_group([sys.executable, "-c", "raise SystemExit(3)"], after=60) == 3
 
 
 def test_steps_are_recorded_once_and_in_their_order(own: Rehearsal) -> None:
-    own.record = {"steps": []}
+    own.record = {"steps": [], "variants": ["q4", "q3"]}
     said = [own.once(name, [sys.executable, "-c", f"print('{name}')"]) for name in ("second", "first", "second")]
     assert said == ["second\n", "first\n", None]
     own.project.commit()
     again = Rehearsal(WANTED, own.work)
     assert [step["name"] for step in again.record["steps"]] == ["second", "first"]
     assert again.once("first", ["false"]) is None
+    with pytest.raises(PipelineError, match="holds a rehearsal of q4, q3"):
+        Rehearsal(Wanted("mimo-8b", ("q4",), layers=2), own.work)
 
 
 def test_what_was_published_is_served(tmp_path: Path) -> None:
