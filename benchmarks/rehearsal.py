@@ -364,7 +364,10 @@ def main(
 @click.argument("model")
 def predict_command(model: str) -> None:
     """Print what preflight predicts in the current folder as JSON."""
-    click.echo(json.dumps(predict(model)))
+    try:
+        click.echo(json.dumps(predict(model)))
+    except PipelineError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":
