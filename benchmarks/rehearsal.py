@@ -296,7 +296,9 @@ class Rehearsal:
             return
         said = self.step(f"decode {variant}", [sys.executable, "-m", "benchmarks.speaking", str(content)], ROOT)
         found = json.loads(said.output)
-        rows = speaking.beside(self.project.weights(SMALL), content, found.pop("answers"), self.wanted.layers)
+        rows = speaking.beside(
+            self.project.weights(SMALL), content, found.pop("answers"), self.work, self.wanted.layers
+        )
         self.record["answers"][variant] = found | {"rows": rows}
         self.save()
 

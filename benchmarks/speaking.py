@@ -69,12 +69,12 @@ class Answer:
 
 
 def beside(
-    small: Path, folder: Path, found: Sequence[Sequence[int]], layers: int | None = None
+    small: Path, folder: Path, found: Sequence[Sequence[int]], work: Path, layers: int | None = None
 ) -> list[dict[str, Any]]:
-    """The answers of the bundle in `folder` as `Answer`s; `layers`: of a cut model."""
+    """The answers of the bundle in `folder` as `Answer`s; `work`: for files meanwhile; `layers`: of a cut model."""
     encode, tokenizer = encoder(folder), read_tokenizer(folder)
     prompts = [encode(request) for request in REQUESTS]
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
         longest = max(len(prompt) + len(text) for prompt, text in zip(prompts, found, strict=True))
         write_rounded(small, Path(scratch), longest, layers)
         decoder = OnnxDecoder(Path(scratch) / MODEL_FILE)

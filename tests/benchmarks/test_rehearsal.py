@@ -99,7 +99,6 @@ def test_what_was_published_is_served(tmp_path: Path) -> None:
 
 
 def test_answers_are_compared_up_to_the_first_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
     small = tiny.make_model(tmp_path / "small")
     requests = ("<|im_start|>user\nHello", "def add(a, b):")
     monkeypatch.setattr(speaking, "REQUESTS", requests)
@@ -110,7 +109,7 @@ def test_answers_are_compared_up_to_the_first_difference(tmp_path: Path, monkeyp
     texts = [speaking.greedy(decoder, prompt, 8)[len(prompt) :] for prompt in prompts]
     logits = decoder.run([*prompts[1], *texts[1][:3]])[0][-1]
     other = int(np.argsort(logits)[-2])
-    first, second = speaking.beside(small, small, [texts[0], [*texts[1][:3], other, 5]])
+    first, second = speaking.beside(small, small, [texts[0], [*texts[1][:3], other, 5]], tmp_path)
     assert (first["same"], first["tokens"], first["margin"]) == (8, 8, None)
     assert (second["same"], second["tokens"]) == (3, 5)
     assert second["margin"] == pytest.approx(logits.max() - logits[other], abs=1e-5)
