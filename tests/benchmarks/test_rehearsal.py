@@ -127,7 +127,7 @@ def test_a_cut_models_text_is_that_of_the_small_ones_first_layers(tmp_path: Path
 def record(layers: int | None, scale: float) -> dict[str, Any]:
     """A rehearsal as it is recorded."""
     name = Wanted("mimo-8b", ("q4",), layers).name
-    used = {"private_bytes": 2e9, "disk_before_bytes": 1e9, "disk_growth_bytes": 3e9}
+    used = {"cpu_seconds": 70.0, "private_bytes": 2e9, "disk_before_bytes": 1e9, "disk_growth_bytes": 3e9}
     need = {"memory": 1e9, "disk": 3e9, "store_disk": 0, "products_per_second": 1e11}
     wanted = [need | {"stage": "calibrate", "variant": None, "seconds": 50.0}]
     wanted += [need | {"stage": "quantize", "variant": "q4", "seconds": 100.0}]
@@ -144,7 +144,7 @@ def record(layers: int | None, scale: float) -> dict[str, Any]:
 
 def test_tables_set_what_was_measured_beside_what_was_predicted() -> None:
     text = rehearsed.everything([record(None, 5.0), record(1, 1.0), record(2, 1.5)])
-    assert "| calibrate | 50 | 50 | 1.00 | 2.00 | 1.00 | 2.00 | 3.00 | 3.00 | 4.00 |" in text
+    assert "| calibrate | 70 | 50 | 50 | 1.00 | 2.00 | 1.00 | 2.00 | 3.00 | 3.00 | 4.00 |" in text
     assert "| quantize q4 | 30 | 100 | 1.30 |" in text  # killed: together ÷ predicted
     assert "| quantize q4 | 20 | 30 | 10.0 | 370 | 100 | 3.70 |" in text  # 1 layer, 2 layers, one, 36
     assert "| q4 | a &lt;b> | one\\|two | 9 | 4 | 0.25 |" in text
