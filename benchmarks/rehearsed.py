@@ -60,8 +60,8 @@ def _short(step: str, record: Record) -> str:
 def stages(record: Record) -> str:
     """Every step: seconds, memory and disk, beside what preflight said before."""
     head = (
-        "stage", "CPU, s", "s", "predicted, s", "÷", "private, GB", "predicted, GB", "÷", "disk grew, GB", "predicted, GB",
-        "disk in all, GB",
+        "stage", "CPU, s", "s", "predicted, s", "÷", "private, GB", "predicted, GB", "÷", "disk grew, GB",
+        "predicted, GB", "disk in all, GB",
     )  # fmt: skip
     predicted, rows = _predictions(record), []
     for step, used in _steps(record).items():
@@ -69,8 +69,8 @@ def stages(record: Record) -> str:
         disk = own["disk"] + own["store_disk"] if own else None
         memory, peak = used.get("private_bytes"), used.get("disk_growth_bytes")
         rows.append([
-            _short(step, record), _seconds(used.get("cpu_seconds")), _seconds(used["wall_seconds"]), _seconds(own.get("seconds")),
-            _ratio(used["wall_seconds"], own.get("seconds")), _gigabytes(memory), _gigabytes(own.get("memory")),
+            _short(step, record), _seconds(used.get("cpu_seconds")), _seconds(used["wall_seconds"]),
+            _seconds(own.get("seconds")), _ratio(used["wall_seconds"], own.get("seconds")), _gigabytes(memory), _gigabytes(own.get("memory")),
             _ratio(memory, own.get("memory")), _gigabytes(peak), _gigabytes(disk),
             _gigabytes(None if peak is None else used["disk_before_bytes"] + peak),
         ])  # fmt: skip
