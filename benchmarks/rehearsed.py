@@ -70,7 +70,8 @@ def stages(record: Record) -> str:
         memory, peak = used.get("private_bytes"), used.get("disk_growth_bytes")
         rows.append([
             _short(step, record), _seconds(used.get("cpu_seconds")), _seconds(used["wall_seconds"]),
-            _seconds(own.get("seconds")), _ratio(used["wall_seconds"], own.get("seconds")), _gigabytes(memory), _gigabytes(own.get("memory")),
+            _seconds(own.get("seconds")), _ratio(used["wall_seconds"], own.get("seconds")),
+            _gigabytes(memory), _gigabytes(own.get("memory")),
             _ratio(memory, own.get("memory")), _gigabytes(peak), _gigabytes(disk),
             _gigabytes(None if peak is None else used["disk_before_bytes"] + peak),
         ])  # fmt: skip
