@@ -6,6 +6,7 @@ VARIANTS ?=
 SUITE   ?=
 PIP_ARGS ?=
 BENCH   ?=
+CUTS    ?= 1 2
 ARM64   ?= $(wildcard artifacts/smollm2-135m/variants/*)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -14,7 +15,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help shell demo repro validate-release bench bench-quality crosscheck arm64 show check test test-long lint clean
+.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck arm64 show check test test-long lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,6 +53,12 @@ bench: $(READY)  ## full-size models converted, loaded and run; searches beside 
 bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, on the same text: benchmarks/README.md
 	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.quality
+	python -m benchmarks.tables
+
+rehearsal: $(READY)  ## a full-size model that talks (MODELS=mimo-8b) through all stages to bundles that speak: benchmarks/README.md
+	set -e; $(foreach model,$(or $(MODELS),mimo-8b),$(foreach layers,$(CUTS), \
+	  python -m benchmarks.rehearsal --model $(model) --layers $(layers) --kills 0;) \
+	  python -m benchmarks.rehearsal --model $(model) $(VARIANTS:%=--variant %);)
 	python -m benchmarks.tables
 
 crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 at full precision

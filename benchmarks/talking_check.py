@@ -10,7 +10,6 @@ Comparing each step's best token is comparing greedy texts up to where they firs
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import SINGLE, Checkpoint
 from pipeline.errors import PipelineError
+from pipeline.files import read_json, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.session import OnnxDecoder
@@ -40,11 +40,14 @@ REQUESTS = (
 Logits = Callable[[Sequence[int]], np.ndarray]
 
 
-def write_rounded(folder: Path, out: Path, context: int) -> None:
-    """Write a checkpoint rounded to bfloat16, and its graph for `context` tokens."""
-    checkpoint = Checkpoint(folder)
-    shutil.copyfile(folder / "config.json", out / "config.json")
-    save_file({name: checkpoint.rows(name).astype(bfloat16) for name in checkpoint}, out / SINGLE)
+def write_rounded(folder: Path, out: Path, context: int, layers: int | None = None) -> None:
+    """Write a checkpoint rounded to bfloat16, and its graph for `context` tokens; `layers`: only the first so many."""
+    checkpoint, config = Checkpoint(folder), read_json(folder / "config.json")
+    count = min(layers or config["num_hidden_layers"], config["num_hidden_layers"])
+    write_json(out / "config.json", config | {"num_hidden_layers": count})
+    later = tuple(f"model.layers.{number}." for number in range(count, config["num_hidden_layers"]))
+    kept = [name for name in checkpoint if not name.startswith(later)]
+    save_file({name: checkpoint.rows(name).astype(bfloat16) for name in kept}, out / SINGLE)
     graph, rope = build_decoder(read_architecture(out / "config.json"), Checkpoint(out), context)
     save_decoder(out, graph, rope, MODEL_FILE)
 

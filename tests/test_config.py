@@ -250,6 +250,7 @@ def test_a_missing_file_suggests_its_neighbour() -> None:
         ("models/smollm2-135m.yaml", {"gate_class": "tiny"}, "gate_class 'tiny' is not in"),
         ("calibration.yaml", {"texts": {"text-c5": 10}}, "no entry for text-c5"),
         ("calibration.yaml", {"chats": {"chat-c5": 10}}, "no entry for chat-c5"),
+        ("pipeline.yaml", {"suite": "rehearsal"}, "for talking models only, which test machinery, and smollm2-135m"),
     ],
 )
 def test_files_must_fit_together(

@@ -27,7 +27,7 @@ CEILINGS = {
     "packs": 920,
     "parity": 140,
     "planning": 550,
-    "preflight": 830,
+    "preflight": 840,
     "publish": 790,
     "quantize": 710,
     "report": 630,

@@ -20,7 +20,7 @@ from pipeline.config.recipes import has_budget
 from pipeline.config.signing import load_released, load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.judge.policy import gate_row
+from pipeline.judge.policy import gate_row, load_gates
 from pipeline.preflight.chance import hopeless, outlook
 from pipeline.preflight.compensation import futile
 from pipeline.preflight.footprints import find_source, known
@@ -66,7 +66,7 @@ def before(stage: str, model: str, variant: str = "") -> None:
     """Refuse what cannot end well, before the first byte.
 
     Raises:
-        ConfigError: before `download`, for anything in the configuration of the whole run.
+        ConfigError: the suite is not for the run's models; before `download`, anything in its configuration.
         ResourceError: this machine has too little memory or disk for the stage.
         PipelineError: the model was made for another context than its entry has, or takes hours that can only end in a
             refusal: before its download if its shapes are known.
@@ -83,6 +83,7 @@ def before(stage: str, model: str, variant: str = "") -> None:
         fetch_dataset(source, store)
     if stage == "download":
         return
+    _require_suite()
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
@@ -108,6 +109,18 @@ def _require_context(workspace: Workspace, variant: str) -> None:
                 f"{folder} was made for a context of {context:,} tokens, and `context` in the model's entry is "
                 f"{wanted:,}. Run `{again}` again, or `dvc repro` for everything."
             )
+
+
+def _require_suite() -> None:
+    """Refuse a suite for talking models where a model of the run is a real one. Raises ConfigError."""
+    run, classes = load_pipeline(), load_gates().classes
+    talking = {name for name, one in classes.items() if one.talking}
+    real = [model for model in run.models if load_model(model).gate_class not in talking]
+    if real and load_suite(run.suite).talking:
+        raise ConfigError(
+            f"configs/evaluation/{run.suite}.yaml decides for talking models only, which test machinery, and "
+            f"{', '.join(real)} would be judged by it. Name another `suite` in configs/pipeline.yaml."
+        )
 
 
 def _require_decision(model: str, variant: str) -> None:
@@ -155,6 +168,7 @@ def needed_datasets() -> dict[str, HubFile | WheelSource]:
 def check_all() -> None:
     """Load everything that the selected run will read, so that a typo fails before the first download."""
     pipeline = load_pipeline()
+    _require_suite()
     for model in pipeline.models:
         for variant in pipeline.variants:
             gate_row(model, variant)

@@ -36,6 +36,7 @@ class Suite(Frozen):
         default="auto",
         description="whole in memory; layer by layer, without speed; auto: in memory where it fits",
     )
+    talking: bool = Field(default=False, description="for runs whose models are all of a gate class for talking models")
 
     def by_task(self) -> list[tuple[Task, Any]]:
         """The tasks that it measures, each with its part."""
