@@ -39,8 +39,8 @@ READ_PER_SECOND = 2 * WIDENED_PER_SECOND
 """Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-DAMPINGS = 2
-"""Of an input are tried at least (`quantize.factor.held_out_damping`), side by side."""
+FACTOR_RATE = 0.6
+"""Share of the rate of products at which a core factors second moments (8,192 channels)."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
@@ -121,17 +121,18 @@ def export(architecture: Architecture, context: int) -> Needs:
 def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates: Rates = UNMEASURED) -> Needs:
     """The text run through the model layer by layer (`pipeline.runtime.stream`): one layer's weights in float32."""
     window, tokens = calibration.window, calibration.grown(architecture.widest).tokens
-    widths = _input_widths(architecture)
+    widths, body = _input_widths(architecture), _body_weights(architecture)
     products = sum(4 * columns**2 for columns in widths)
-    # Half of each Σ x·xᵀ is added up; a factorisation runs at 0.6 of the rate of products.
-    each = tokens * sum(columns**2 for columns in widths) + DAMPINGS * sum(columns**3 / 3 / 0.6 for columns in widths)
+    # Half of each Σ x·xᵀ is added up; dampings are tried side by side.
+    tried = [columns for columns in widths if columns <= tokens]
+    each = tokens * sum(columns**2 for columns in widths) / rates.flops + _factor_seconds(tried, rates)
     return Needs(
         "calibrate",
         PROCESS_BYTES + products + max(_layer_bytes(architecture, window), 2 * 4 * architecture.widest**2),
         2 * 4 * tokens * architecture.hidden + architecture.layers * sum(map(stored_bytes, widths)) + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",
-        seconds=_pass_seconds(architecture, tokens, rates) + architecture.layers * each / rates.flops,
+        seconds=body / WIDENED_PER_SECOND + 2 * body * tokens / rates.flops + architecture.layers * each,
     )
 
 
@@ -176,13 +177,14 @@ def quantize(variant: str, size: int, architecture: Architecture, search: str, r
 
     GPTQ holds the widest input's second moments as they were read, in the plan's order, and as a factor.
     """
-    seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[search] * rates.cores) + 0 * rates.flops
+    body = _body_weights(architecture)
+    rate, tables_rate = (WEIGHTS_PER_CORE_SECOND[name] for name in (search, "weighted" if search == "gptq" else search))
+    seconds = (body / rate + (architecture.parameters - body) / tables_rate) / rates.cores + 0 * rates.flops
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
         memory += 3 * 4 * architecture.widest**2
         why = "the widest input's second moments three times; the plan's exact bytes"
-        factors = sum(columns**3 / 3 for columns in _input_widths(architecture))
-        seconds += architecture.layers * factors / rates.flops
+        seconds += architecture.layers * _factor_seconds(_input_widths(architecture), rates)
     return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
 
 
@@ -286,9 +288,19 @@ def _codes_bytes(architecture: Architecture, costs: Iterable[Cost]) -> int:
     return 2 * architecture.vocab * sum(cost.kept for cost in costs)
 
 
+def _body_weights(architecture: Architecture) -> int:
+    """Weights of all layers' matrices."""
+    return architecture.layers * sum(matrix.rows * matrix.columns for matrix in architecture.body(0))
+
+
 def _input_widths(architecture: Architecture) -> list[int]:
     """Channels of each input of a layer's matrices."""
     return list({matrix.input: matrix.columns for matrix in architecture.body(0)}.values())
+
+
+def _factor_seconds(widths: Iterable[int], rates: Rates) -> float:
+    """Second moments of so many channels factored, one after another on one core."""
+    return sum(columns**3 / 3 for columns in widths) / (FACTOR_RATE * rates.flops / rates.cores)
 
 
 def _layer_bytes(architecture: Architecture, window: int) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg.blas import strsm
 from threadpoolctl import threadpool_limits
 
 from pipeline.compiled import compiled
@@ -45,13 +45,15 @@ def held_out_damping(hessian: np.ndarray, held: np.ndarray, tokens: int) -> floa
 
     Under it channels of held-out tokens are predicted best from those after them: their errors are what GPTQ moves
     along the same predictions. The fewer tokens say what each channel has to do with the others, the less of it holds
-    for other text.
+    for other text. Of fewer tokens than channels the sum is singular: nothing is tried then.
 
     Args:
         hessian: Σ x xᵀ over `tokens` tokens, float32 [columns, columns]. It loses those of `held`.
         held: x of some of these tokens, float32 [tokens, columns].
     """
     first = expected_damping(len(hessian), tokens)
+    if tokens < len(hessian):
+        return first
     lost: list[float] = []
     hessian -= held.T @ held
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
@@ -64,7 +66,7 @@ def held_out_damping(hessian: np.ndarray, held: np.ndarray, tokens: int) -> floa
 def _unpredicted(hessian: np.ndarray, held: np.ndarray, damping: float) -> float:
     """What those after it leave of a channel's moment, Σ over all channels."""
     found = factor(hessian, damping)
-    left = solve_triangular(found.unit, held.T, unit_diagonal=True, check_finite=False) ** 2
+    left = strsm(1, found.unit.T, held.T, lower=1, trans_a=1, diag=1) ** 2  # N⁻¹ x; scipy's solver would copy N
     alive = found.moments > 0
     return float((left[alive].sum(axis=1, dtype=np.float64) / found.moments[alive]).sum())
 
