@@ -43,7 +43,6 @@ from functools import cache
 import numpy as np
 from numpy.polynomial.legendre import leggauss
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from pipeline.tasks.statistics import ALPHA, LOOKS
@@ -111,6 +110,8 @@ def boundaries(information: Sequence[float], spent: Sequence[float]) -> tuple[fl
         information: of each look, increasing, in any unit: Corr(Z_j, Z_k) = sqrt(I_j / I_k) for j < k.
         spent: cumulative one-sided error, increasing, in (0, 1).
     """
+    from scipy.optimize import brentq
+
     found: list[float] = []
     for look, (before, total) in enumerate(itertools.pairwise((0.0, *spent)), 1):
 

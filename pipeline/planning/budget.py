@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from itertools import groupby, product
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import Budget, KvCache, Pin, SplitFormat
@@ -195,6 +194,8 @@ def _over(chosen: Sequence[Option], limits: Mapping[str, int]) -> dict[str, int]
 
 def _knapsack(choices: Choices, limits: Mapping[str, int]) -> tuple[list[Option], float]:
     """One option of each group, and the least cost that any choice could have."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     flat = [option for options in choices for option in options]
     owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     costs = np.array([option.cost for option in flat])

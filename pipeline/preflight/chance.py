@@ -21,7 +21,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 from pipeline import keys
 from pipeline.checkpoint.blobs import Store
@@ -213,6 +212,8 @@ def population(
     questions feel more than others. What they cost on average the variant has back everywhere alike, in the score of
     the correct answer.
     """
+    from scipy.optimize import brentq
+
     rng = np.random.default_rng(seed)
     wrong, ease = rng.normal(size=(questions, 4)), rng.normal(size=questions)
     errors = rng.standard_t(4, size=(questions, 4)) * np.exp(0.4 * rng.normal(size=(questions, 1)))

@@ -173,11 +173,13 @@ def run(models: tuple[str, ...] = ()) -> int:
     """Print what every stage of `models` (default: those of configs/pipeline.yaml) takes; 1 if one cannot run here."""
     rates = Rates(machine.product_rate(), machine.cores())
     rows: list[Row] = []
-    failed, unknown = [], []
+    failed, unknown, run = [], [], load_pipeline()
+    texts: list[str] = []
     has = start = room()
-    for model in models or load_pipeline().models:
+    for model in models or run.models:
         own, error = _survey(model, rates, has)
         rows, has = rows + own, own[-1].left
+        texts += [sentence for row in own if not row.there for sentence in _writing(row)]
         if error:
             failed.append(f"{model}: {error}")
         elif len(own) == 1:
@@ -185,13 +187,12 @@ def run(models: tuple[str, ...] = ()) -> int:
                 f"{model}: its shapes are unknown, so nothing else can be said: add them to configs/shapes.yaml or run "
                 f"`python -m pipeline download {model}`: it refuses what the disk cannot hold and says what cannot run."
             )
-        elif not (found := known(model)).downloaded:
-            unknown.append(f"{model}: its shapes, and so all figures, are from {found.origin}.")
+        else:
+            texts += filter(None, [damping(model, run.variants)])
+            if not (found := known(model)).downloaded:
+                unknown.append(f"{model}: its shapes, and so all figures, are from {found.origin}.")
     refusals = [row.refusal for row in rows if row.refusal] + failed
     print(_table(rows), end="\n\n")
-    texts = [sentence for row in rows if not row.there for sentence in _writing(row)]
-    run = load_pipeline()
-    texts += filter(None, (damping(model, run.variants) for model in models or run.models))
     decided = [outlook(model, variant, run.suite) for model in models or run.models for variant in run.variants]
     said = (*texts, *_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown)
     for sentence in said:

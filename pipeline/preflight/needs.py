@@ -17,6 +17,7 @@ from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
 from pipeline.graph.decoder import activation_bytes
+from pipeline.runtime import stream
 from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
 from pipeline.tasks.registry import Suite
@@ -123,12 +124,13 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     window, tokens = calibration.window, calibration.grown(architecture.widest).tokens
     widths, body = _input_widths(architecture), _body_weights(architecture)
     products = sum(4 * columns**2 for columns in widths)
+    held = 4 * (stream.SAMPLE_TOKENS + 2 * stream.BATCH_TOKENS) * sum(widths)
     # Half of each Σ x·xᵀ is added up; dampings are tried side by side.
     tried = [columns for columns in widths if columns <= tokens]
     each = tokens * sum(columns**2 for columns in widths) / rates.flops + _factor_seconds(tried, rates)
     return Needs(
         "calibrate",
-        PROCESS_BYTES + products + max(_layer_bytes(architecture, window), 2 * 4 * architecture.widest**2),
+        PROCESS_BYTES + products + held + max(_layer_bytes(architecture, window), 2 * 4 * architecture.widest**2),
         2 * 4 * tokens * architecture.hidden + architecture.layers * sum(map(stored_bytes, widths)) + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",

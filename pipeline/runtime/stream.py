@@ -27,6 +27,7 @@ from pipeline.runtime.session import open_slice
 Windows = Sequence[np.ndarray]
 """Token ids, int64 [tokens] each."""
 SAMPLE_TOKENS = 1024  # of each input that are kept as they are, in whole windows
+BATCH_TOKENS = 2048  # whose products are added at a time: each addition passes over the whole sum
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
 
 
@@ -108,12 +109,16 @@ class LayerStream:
             {name: np.empty((0, count), np.float32) for name, count in channels.items()},
             {name: np.zeros(arch.cache_channels, np.float32) for name in part.cached},
         )
-        kept = sampled(self._windows)
+        kept, last = sampled(self._windows), len(self._windows) - 1
+        waiting: dict[str, list[np.ndarray]] = {name: [] for name in channels}
         for number, values in enumerate(self._run(part, self.layer + 1)):
             for name, value in part.taps.items():
-                _add(found.products[name], values[value])
+                waiting[name].append(values[value])
                 if number in kept:
                     found.samples[name] = np.concatenate([found.samples[name], values[value]])
+                if number == last or sum(map(len, waiting[name])) >= BATCH_TOKENS:
+                    _add(found.products[name], np.concatenate(waiting[name]))
+                    waiting[name].clear()
             for name, value in part.cached.items():
                 reached = magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0)
                 np.maximum(found.ranges[name], reached, out=found.ranges[name])

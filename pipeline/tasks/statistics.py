@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import ndtri, softmax, stdtrit
 
 from pipeline.errors import EvaluationError
@@ -254,6 +253,8 @@ def paired_interval(n: int, lost: float, won: float, z: float = Z) -> Interval:
 
     An upper bound lies within a margin just when `drop_score(margin, ...)` is at most -z.
     """
+    from scipy.optimize import brentq  # half a second, which most stages never need
+
     estimate, edge = (lost - won) / n, 1 - 1e-12
 
     def bound(sign: int) -> float:
@@ -469,6 +470,7 @@ def graded(found: MmluAnswers, confidence: float = CONFIDENCE) -> Floats:
     same certainty takes 1.5 times fewer questions than accuracy. The published 2 to 20 times are those of the second
     line, which says nothing about accuracy where a model grew sharper.
     """
+    from scipy.optimize import brentq
 
     def excess(log_scale: float) -> float:
         return float(softmax(math.exp(log_scale) * found.scores, axis=1).max(axis=1).mean()) - confidence

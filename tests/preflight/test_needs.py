@@ -66,13 +66,16 @@ def test_calibration_takes_what_was_measured(
     assert measured <= wanted.memory <= 1.1 * measured + needs.PROCESS_BYTES
 
 
-def test_calibration_does_not_grow_with_layers_and_leaves_no_hidden_states(tmp_path: Path) -> None:
+def test_calibration_grows_with_layers_on_the_disk_alone(tmp_path: Path) -> None:
+    """Hidden states of two layers at a time, and every layer's correlations, which stay."""
     architecture, calibration = architecture_of("phi-4", tmp_path), load_calibration()
     few, many = (needs.calibrate(replace(architecture, layers=layers), calibration, RATES) for layers in (1, 40))
     assert few.memory == many.memory
     assert many.seconds > 10 * few.seconds
-    assert many.scratch
-    assert many.disk - needs.SMALL_FILES_BYTES == 2 * 4 * calibration.tokens * 5120
+    assert not many.scratch
+    correlations = (many.disk - few.disk) // 39
+    assert few.disk - correlations - needs.SMALL_FILES_BYTES == 2 * 4 * calibration.grown(17_920).tokens * 5120
+    assert correlations == pytest.approx(2 * (3 * 5120**2 + 17_920**2) / 2, rel=0.05)
 
 
 def test_two_layers_of_phi_4_take_what_was_measured(tmp_path: Path) -> None:

@@ -78,11 +78,12 @@ def test_sums_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Path
         np.testing.assert_allclose(found[key].diagonal(), want.diagonal(), rtol=1e-4, atol=1e-6 * want.max())
 
 
-def test_panels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one panel; in many, the last shorter."""
+def test_panels_and_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one panel; in many, the last shorter; all windows in one product, two in each, and the rest."""
     slices = DecoderSlices(*make_decoder(tmp_path, "qwen2"))
     want = finish(start(slices, tmp_path))
     monkeypatch.setattr(module, "_PANEL_BYTES", 7 * 4 * 128)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 100)
     for name, values in finish(start(slices, tmp_path, states="panels")).items():
         assert (values == values.T).all()
         np.testing.assert_allclose(values, want[name], rtol=1e-4, atol=1e-6 * want[name].max())
