@@ -70,23 +70,34 @@ def _measure(
 ) -> Statistics:
     """Moments and ranges of all layers and the head, those that an earlier run finished included; correlations are
     written."""
-    layers, tokens, model = slices.architecture.layers, sum(map(len, windows)), workspace.model
+    layers, tokens = slices.architecture.layers, sum(map(len, windows))
     done, found = _resume(partial, layers, workspace)
-    with Progress(f"calibrate {model}", layers + 1, "layers") as progress:
+    with Progress(f"calibrate {workspace.model}", layers + 1, "layers") as progress:
         stream = LayerStream(slices, folder, windows, partial.folder, done)
         progress.advance(stream.layer, kept=True)
-        while stream.layer <= layers:
-            passed = stream.advance()
-            measured = passed.ranges | {name: total.diagonal() / tokens for name, total in passed.products.items()}
-            if bad := [name for name, values in measured.items() if not np.isfinite(values).all()]:
-                raise EvaluationError(
-                    f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
-                )
-            found |= measured
-            if stream.layer <= layers:
-                _write(partial, workspace.correlations(next(iter(passed.products))).name, _correlations(passed, tokens))
-                _record(partial, stream, found)
+        while stream.layer < layers:
+            found |= _pass_layer(stream, tokens, partial, workspace)
+            _record(partial, stream, found)
             progress.advance()
+        found |= _statistics(stream.advance(), tokens, workspace.model)
+        progress.advance()
+    return found
+
+
+def _pass_layer(stream: LayerStream, tokens: int, partial: Partial, workspace: Workspace) -> Statistics:
+    """A layer's moments and ranges; its correlations are written. Its products, which are large, end here."""
+    name, passed = workspace.correlations(f"layers.{stream.layer}").name, stream.advance()
+    found = _statistics(passed, tokens, workspace.model)
+    _write(partial, name, _correlations(passed, tokens))
+    return found
+
+
+def _statistics(passed: Passed, tokens: int, model: str) -> Statistics:
+    found = passed.ranges | {name: total.diagonal() / tokens for name, total in passed.products.items()}
+    if bad := [name for name, values in found.items() if not np.isfinite(values).all()]:
+        raise EvaluationError(
+            f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
+        )
     return found
 
 
