@@ -14,28 +14,28 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 590,
+    "artifact": 595,
     "bundle": 1630,
-    "calibrate": 220,
+    "calibrate": 250,
     "checkpoint": 1500,
-    "config": 380,
+    "config": 385,
     "confine": 430,
     "graph": 400,
     "judge": 530,
     "keys": 300,
-    "modules": 690,
+    "modules": 700,
     "packs": 920,
     "parity": 140,
     "planning": 550,
-    "preflight": 840,
+    "preflight": 905,
     "publish": 790,
-    "quantize": 710,
+    "quantize": 735,
     "report": 630,
     "runtime": 1000,
-    "stages": 840,
+    "stages": 845,
     "tasks": 1990,
 }
-WHOLE = 14_980
+WHOLE = 15_130
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -25,18 +25,22 @@ from pipeline.tasks.task import Cost
 
 PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
+MEASURING_BYTES = 700_000_000
+"""The same where tasks run: their data, tokenizers and results, and what two runtimes keep (a rehearsal of MiMo)."""
 QUANTIZE_BYTES = 300_000_000
 """The whole quantize stage but for GPTQ's statistics: its peak of 217 MB at Phi-4's shapes (q3), and a third more."""
 EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
-WIDENED_PER_SECOND = 0.3e9
-"""Half-precision weights read and widened per second (Phi-4's shapes, 29 GB on 24 GB of memory)."""
+WIDENED_PER_SECOND = 0.08e9
+"""Half-precision weights read, widened and packed by the runtime per second, on one core (a layer of MiMo's shapes)."""
+STORED_PER_SECOND = 130e6
+"""Bytes of correlations that are mirrored, packed, hashed and written per second (11,008 channels)."""
 PASS_TOKENS = 64
 """What a pass of `pipeline.runtime.side_by_side` takes beside its texts' products, in tokens of such products: every
 weight is widened, and read as float32 by a product of few rows (20 seconds of a core with MiMo's shapes)."""
-READ_PER_SECOND = 2 * WIDENED_PER_SECOND
+READ_PER_SECOND = 0.6e9
 """Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
@@ -125,13 +129,15 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     widths, body = _input_widths(architecture), _body_weights(architecture)
     products = sum(4 * columns**2 for columns in widths)
     held = 4 * (stream.SAMPLE_TOKENS + 2 * stream.BATCH_TOKENS) * sum(widths)
+    stored = sum(map(stored_bytes, widths))
     # Half of each Σ x·xᵀ is added up; dampings are tried side by side.
     tried = [columns for columns in widths if columns <= tokens]
     each = tokens * sum(columns**2 for columns in widths) / rates.flops + _factor_seconds(tried, rates)
+    each += stored / STORED_PER_SECOND
     return Needs(
         "calibrate",
-        PROCESS_BYTES + products + held + max(_layer_bytes(architecture, window), 2 * 4 * architecture.widest**2),
-        2 * 4 * tokens * architecture.hidden + architecture.layers * sum(map(stored_bytes, widths)) + SMALL_FILES_BYTES,
+        PROCESS_BYTES + products + held + stored + max(_layer_bytes(architecture, window), 8 * architecture.widest**2),
+        2 * 4 * tokens * architecture.hidden + architecture.layers * stored + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",
         seconds=body / WIDENED_PER_SECOND + 2 * body * tokens / rates.flops + architecture.layers * each,
@@ -184,7 +190,7 @@ def quantize(variant: str, size: int, architecture: Architecture, search: str, r
     seconds = (body / rate + (architecture.parameters - body) / tables_rate) / rates.cores + 0 * rates.flops
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
-        memory += 3 * 4 * architecture.widest**2
+        memory += 3 * 4 * architecture.widest**2 + stored_bytes(architecture.widest)
         why = "the widest input's second moments three times; the plan's exact bytes"
         seconds += architecture.layers * _factor_seconds(_input_widths(architecture), rates)
     return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
@@ -221,7 +227,7 @@ def layered_reference(
     decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
     return Needs(
         "reference",
-        PROCESS_BYTES + max(decoding, *(one.memory for one in writing), 0),
+        MEASURING_BYTES + max(decoding, *(one.memory for one in writing), 0),
         2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, asked) + SMALL_FILES_BYTES,
         f"one layer or the head in float32, or keys and values of texts; hidden states of {longest:,} tokens; 2 bytes "
         f"per token and vocabulary entry kept",
@@ -264,7 +270,7 @@ def validate(
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
-        PROCESS_BYTES + round(PREPACKED * size) + logits + _most(costs, "cached") * cache,
+        MEASURING_BYTES + round(PREPACKED * size) + logits + _most(costs, "cached") * cache,
         SMALL_FILES_BYTES,
         f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
         variant,
