@@ -106,6 +106,11 @@ def test_configuration_is_immutable() -> None:
             suite_with(samples=5, temperature=0.8, k=[1, 10]),
             ["pass@10 needs 10 samples of each problem, not 5"],
         ),
+        (
+            suite_type(),
+            changed("evaluation/release.yaml", mmlu={"questions": 56}),
+            ["56 questions, and one a subject is 57", "only a suite with `talking: true`"],
+        ),
         (suite_type(), suite_with(problems=1), ["humaneval.problems", "greater than or equal to 2"]),
         (suite_type(), suite_with(alow_unsafe=True), ["did you mean 'allow_unsafe'"]),
         (ModelConfig, changed("models/phi-4.yaml", humaneval_prompt="cht"), ["did you mean 'chat'"]),

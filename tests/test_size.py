@@ -27,15 +27,15 @@ CEILINGS = {
     "packs": 920,
     "parity": 140,
     "planning": 550,
-    "preflight": 905,
+    "preflight": 910,
     "publish": 790,
     "quantize": 735,
     "report": 630,
     "runtime": 1000,
     "stages": 845,
-    "tasks": 1990,
+    "tasks": 1995,
 }
-WHOLE = 15_130
+WHOLE = 15_145
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -136,7 +136,11 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     each += stored / STORED_PER_SECOND
     return Needs(
         "calibrate",
-        PROCESS_BYTES + products + held + stored + max(_layer_bytes(architecture, window), 8 * architecture.widest**2),
+        PROCESS_BYTES
+        + products
+        + held
+        + stored
+        + max(_layer_bytes(architecture, window), 8 * max(tried, default=0) ** 2),
         2 * 4 * tokens * architecture.hidden + architecture.layers * stored + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",

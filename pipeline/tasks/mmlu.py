@@ -45,6 +45,12 @@ class MmluConfig(Frozen):
         description="held-out: test questions that are never asked; dev: the official development split, from the Hub",
     )
 
+    @property
+    def shallow(self) -> str:
+        """Why no real model may be asked so little; "" where it may."""
+        least = mmlu.SUBJECTS
+        return "" if self.questions >= least else f"mmlu: {self.questions} questions, and one a subject is {least}"
+
 
 def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     """`mmlu` metrics. Items (number, subject, answer, scores [4], correct) by name lie in `folder`.

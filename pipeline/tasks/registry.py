@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 import pipeline.tasks as package
 from pipeline.config.typed_yaml import CONFIGS, Frozen, load
@@ -37,6 +37,13 @@ class Suite(Frozen):
         description="whole in memory; layer by layer, without speed; auto: in memory where it fits",
     )
     talking: bool = Field(default=False, description="for runs whose models are all of a gate class for talking models")
+
+    @model_validator(mode="after")
+    def _asks_enough(self) -> Self:
+        reasons = [getattr(part, "shallow", "") for _, part in self.by_task()]
+        if any(reasons) and not self.talking:
+            raise ValueError(f"{next(filter(None, reasons))}; only a suite with `talking: true` may ask less")
+        return self
 
     def by_task(self) -> list[tuple[Task, Any]]:
         """The tasks that it measures, each with its part."""

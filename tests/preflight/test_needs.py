@@ -53,7 +53,7 @@ def test_calibration_takes_what_was_measured(
 ) -> None:
     architecture = replace(architecture_of(model, tmp_path), layers=2)
     wanted = needs.calibrate(architecture, CalibrationConfig(texts={"text-c4": tokens}, window=window))
-    assert measured <= wanted.memory <= 1.2 * measured
+    assert measured <= wanted.memory <= 1.1 * measured + needs.PROCESS_BYTES
 
 
 def test_calibration_grows_with_layers_on_the_disk_alone(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_two_layers_take_what_was_measured(tmp_path: Path) -> None:
     sensitivity = needs.sensitivity(architecture, load_sensitivity().model_copy(update=text))
     assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
     mimo = replace(architecture_of("mimo-8b", tmp_path), layers=2)
-    assert 1.783e9 <= needs.quantize("q4", 10**6, mimo, "gptq", RATES).memory <= 1.3 * 1.783e9
+    assert 1.783e9 <= needs.quantize("q4", 10**6, mimo, "gptq", RATES).memory <= 1.2 * 1.783e9
 
 
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
