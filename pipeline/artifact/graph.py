@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from pipeline.artifact.layout import Layout
 from pipeline.errors import GraphError
+from pipeline.graph.decoder import LAST_TOKEN
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
 from pipeline.quantize.formats import Node, Operand, Stored
@@ -110,7 +111,9 @@ class QuantizedGraph(GraphWriter):
                 self._keep_inputs(inner)
 
     def _typed(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-        """An input or output; the cache's in the plan's type."""
+        """An input or output; the cache's in the plan's type, logits of one token."""
+        if value.name == "logits":
+            return value_info("logits", TensorProto.FLOAT, ["batch", 1, self._plan.head.matrix.rows])
         cached = self._plan.cache.type == "int8" and value.name.startswith(("past_key_values.", "present."))
         return value_info(value.name, TensorProto.INT8, _shape(value)) if cached else value
 
@@ -138,6 +141,8 @@ class QuantizedGraph(GraphWriter):
     def _product(self, node: onnx.NodeProto) -> None:
         planned = self._planned[self._widened.get(node.input[1], node.input[1])]
         x, output, halves = node.input[0], node.output[0], []
+        if planned is self._plan.head:
+            x = self._last_token(x)
         for piece, prefix, channels in zip(planned.pieces, piece_names(planned), channel_names(planned), strict=False):
             source, result = x, output
             if planned.split:
@@ -148,6 +153,10 @@ class QuantizedGraph(GraphWriter):
             halves.append(self._compute(nodes, planned, piece, prefix, source, result))
         if planned.split:
             self.node("Add", halves, output)
+
+    def _last_token(self, x: str) -> str:
+        """A phone samples from the last token's logits: the others would be most of the memory of reading a prompt."""
+        return self.node("Gather", [x, self.constant("last", np.array([-1], np.int64))], LAST_TOKEN, axis=1)
 
     def _compute(
         self, nodes: Sequence[Node], planned: PlannedMatrix, piece: Piece, prefix: str, x: str, output: str

@@ -14,13 +14,15 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
 from pipeline.planning.budget import Bound, Solution, bound, groups, smallest, solve
-from pipeline.planning.devices import budget_bytes
-from pipeline.planning.memory import Memory, plan_memory, use_memory
-from pipeline.planning.recipes import Plan, make_plan
+from pipeline.planning.devices import PREPACKED_PRIVATE, room
+from pipeline.planning.memory import Memory, packed_memory, plan_memory, use_memory
+from pipeline.planning.recipes import Plan, apply_format, make_plan
 from pipeline.planning.sensitivity import Sensitivity, read_sensitivity
 from pipeline.workspace import Workspace
 
+SMALLEST = "smallest"  # the tier of a budget that is the smallest which can hold the model
 _ATTEMPTS = 8
+_LEAST_BITS = 3.2  # per weight of the body in memory: fewer are hardly better than a smaller model
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _solve(
 ) -> Planned:
     context = recipe.budget.context or load_tiers().context
     choices, limits = groups(architecture, recipe.budget, measured), _limits(recipe, architecture, context)
-    room, used = dict(limits), sum(use_memory(architecture, context, recipe.kv_cache))
+    room, used = dict(limits), sum(use_memory(architecture, context, recipe.kv_cache)[:2])
     if "bytes" in limits:
         least = smallest(architecture, choices, recipe.kv_cache)
         room["bytes"] -= drafts(least).bytes - sum(item.bytes for item in least.tables)
@@ -86,21 +88,41 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     if budget.body_bits is not None:
         weights = sum(matrix.rows * matrix.columns for matrix in architecture.matrices[:-1])
         limits["body"] = int(budget.body_bits * weights / 8)
-    memory = [budget.memory] if budget.memory is not None else []
+    used = sum(use_memory(architecture, context, recipe.kv_cache)[:2])
+    if budget.memory is not None:
+        limits["memory"] = budget.memory - used
     if budget.tier is not None:
-        tiers = load_tiers()
-        if budget.tier not in tiers.tiers:
-            raise PlanError(f"tier {budget.tier!r} is not in configs/tiers.yaml (there: {', '.join(tiers.tiers)}).")
-        memory.append(budget_bytes(tiers.tiers[budget.tier]) - tiers.runtime_bytes)
-    if memory:
-        used = sum(use_memory(architecture, context, recipe.kv_cache))
-        limits["memory"] = min(memory) - used
-        if limits["memory"] <= 0:
+        name, room = _tier_room(recipe, architecture, used)
+        limits[name] = min(limits.get(name, room), room)
+    for name in ("memory", "packed"):
+        if limits.get(name, 1) <= 0:
             raise PlanError(
-                f"{min(memory):,} bytes of memory are less than the KV cache and activations at {context:,} tokens "
-                f"({used:,} bytes). Lower `context`."
+                f"the KV cache and activations at {context:,} tokens ({used:,} bytes) leave {limits[name]:,} bytes of "
+                f"memory for weights. Lower `context`, or name a larger budget."
             )
     return limits
+
+
+def _tier_room(recipe: BudgetRecipe, architecture: Architecture, used: int) -> tuple[str, int]:
+    """What a budget's tier leaves for weights, and the figure of an option that this limits; cache and activations take
+    `used` bytes."""
+    budget, config = recipe.budget, load_tiers()
+    mapped = budget.weights == "mapped"
+    beside = used + config.runtime_bytes + (PREPACKED_PRIVATE if mapped else 0)
+    rooms = {name: room(tier, config, budget.weights) - beside for name, tier in config.tiers.items()}
+    if budget.tier == SMALLEST:
+        head = min(packed_memory(apply_format(name, architecture.head)) for name in budget.tables)
+        body = sum(matrix.rows * matrix.columns for matrix in architecture.matrices[:-1])
+        least = head + _LEAST_BITS * body / 8
+        enough = [size for size in rooms.values() if size >= least]
+        found = min(enough, default=max(rooms.values()))
+    elif budget.tier in rooms:
+        found = rooms[budget.tier]
+    else:
+        raise PlanError(
+            f"tier {budget.tier!r} is not in configs/tiers.yaml (there: {', '.join(rooms)}), nor is it {SMALLEST!r}."
+        )
+    return ("packed" if mapped else "memory"), found
 
 
 def budget_bound(recipe: BudgetRecipe, architecture: Architecture, context: int | None = None) -> Bound:

@@ -16,10 +16,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from pipeline import files as file_tools
 from pipeline.checkpoint.untrusted import parse_json
+from pipeline.config.phones import Weights
 from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
@@ -27,6 +37,7 @@ from pipeline.errors import BundleError
 
 CONTENT = "content"
 SIGNATURE = "model.sig"
+FORMAT = 2  # of the signed documents; raised when a field changes its meaning, appears or goes
 SMALL = 16 << 20  # bytes; no signature and no document of ours comes near it
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 TELEMETRY = (
@@ -86,6 +97,21 @@ class SourceRecord(Record):
     files: dict[str, Sha256]
 
 
+class WayRecord(Record):
+    """How an app runs a variant on a class of devices.
+
+    `context` and `prefill_chunk` are in tokens; mapped weights are those that the phone has prepacked. `genai` is what
+    onnxruntime-genai's Config.overlay takes to make it so.
+    """
+
+    context: int = Field(gt=0)
+    kv_cache: KvCache
+    weights: Weights
+    prefill_chunk: int = Field(gt=0)
+    threads: int = Field(gt=0)
+    genai: dict[str, JsonValue]
+
+
 class Stamp(Record):
     """What every signed document carries, so that an old, foreign or development one is recognised.
 
@@ -95,6 +121,7 @@ class Stamp(Record):
 
     file_name: ClassVar[str]
 
+    format: Literal[2]
     model: Name
     release: int = Field(ge=1)
     channel: Literal["development", "release"]
@@ -105,6 +132,14 @@ class Stamp(Record):
     key: KeyIdentity
     next_key_id: Sha256 | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_this_format(cls, data: Any) -> Any:
+        """Say what an old document is, rather than list the fields that differ."""
+        if isinstance(data, dict) and (found := data.get("format", 1)) != FORMAT:
+            raise ValueError(f"it is of format {found!a}; this verifier reads {FORMAT}: fetch a release made for it")
+        return data
+
     @property
     def label(self) -> str:
         """Such as `demo q4 release 7`, or `demo tiers release 7`."""
@@ -114,9 +149,8 @@ class Stamp(Record):
 class Release(Stamp):
     """release.json: one variant of one model, fit to ship. `context` is in tokens; `files` is all but this file.
 
-    `kv_cache` is the type of the graph's keys and values, which an app without onnxruntime-genai must feed; releases
-    from before it was a choice have float32. `tiers` names the classes of devices (configs/tiers.yaml) whose memory
-    budget holds this variant.
+    `kv_cache` is the type of the graph's keys and values, which an app without onnxruntime-genai must feed. `tiers`
+    names the classes of devices (configs/tiers.yaml) whose memory holds this variant, each with the way.
     """
 
     file_name: ClassVar[str] = "release.json"
@@ -128,8 +162,8 @@ class Release(Stamp):
     source: SourceRecord
     licence: str
     context: int = Field(gt=0)
-    kv_cache: KvCache = "float32"
-    tiers: list[Name] = []
+    kv_cache: KvCache
+    tiers: dict[Name, WayRecord]
     verdict: dict[str, JsonValue]
     files: dict[FileName, FileEntry] = Field(min_length=1)
     telemetry: str
@@ -213,7 +247,7 @@ def make(
         expires = created.astimezone(UTC) + timedelta(days=signing.expires_days)
         times = {"created": created.astimezone(UTC).strftime(_TIME), "expires": expires.strftime(_TIME)}
         signed = {"model": model, "key": key} | signing.model_dump(include=set(Stamp.model_fields))
-        return kind.model_validate(signed | times | fields)
+        return kind.model_validate(signed | times | fields | {"format": FORMAT})
     except OverflowError:
         late = f"{signing.expires_days} days after {created.isoformat()} is beyond the year 9999"
         raise BundleError(f"model {model}: {late}. Lower expires_days in configs/signing.yaml.") from None
@@ -240,8 +274,8 @@ def describe_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
 def build_release(**fields: Any) -> Release:
     """release.json for a variant that passed its gates: `make` with the fields of `Release`, except for `telemetry`.
 
-    `source` holds `revision` and `files` (name → SHA-256), `tiers` are those whose budget holds the variant (see
-    `planning.devices.fitting_tiers`), `verdict` is the gates' as plain JSON, without timings.
+    `source` holds `revision` and `files` (name → SHA-256), `tiers` are those whose memory holds the variant (see
+    `planning.devices.ways`), `verdict` is the gates' as plain JSON, without timings.
 
     Raises:
         BundleError: as `make`.

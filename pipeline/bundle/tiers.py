@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.bundle.release import Record, Stamp, make
+from pipeline.bundle.release import Record, Stamp, WayRecord, make
 from pipeline.config.phones import Tier, TiersConfig
-from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
+from pipeline.graph.genai import overlay
 from pipeline.planning import devices
-from pipeline.planning.devices import Candidate, Change, Need, Suggestion
+from pipeline.planning.devices import Candidate, Way
 
+PREPACKED_FILE = "prepacked.onnx"  # the graph whose weights a phone maps
 Bytes = Annotated[int, Field(ge=0)]
 
 
@@ -31,37 +33,25 @@ class _Budget(Record):
 
 
 class TierBundle(_Budget):
-    """The tier gets `variant`, which needs `need_bytes` of its `budget_bytes`."""
+    """The tier gets `variant`, run in a `way`: `need_bytes` are private, of the `budget_bytes`; `mapped_bytes` of
+    weights have to stay in RAM besides."""
 
     decision: Literal["bundle"] = "bundle"
     variant: Name
+    way: WayRecord
     need_bytes: Bytes
+    mapped_bytes: Bytes
     bundle_bytes: Bytes
     kl_mean: float
 
 
-class TierSuggestion(Record):
-    """A way to run a variant that the tier does hold: its changes, the fewest first, and what it takes then.
-
-    `need_bytes` are private; `mapped_bytes` of weights in a prepacked file must stay in RAM besides.
-    """
-
-    variant: Name
-    changes: list[Change] = Field(min_length=1)
-    context: int = Field(gt=0)
-    kv_cache: KvCache
-    need_bytes: Bytes
-    mapped_bytes: Bytes
-
-
 class TierRefusal(_Budget):
-    """The tier gets nothing. `smallest_need_bytes` is None when no variant passed its gates."""
+    """The tier gets nothing. `shortfall_bytes` are what is missing for the variant that comes nearest, in the way that
+    comes nearest; None when no variant passed its gates."""
 
     decision: Literal["refuse"] = "refuse"
-    smallest_need_bytes: Bytes | None
     shortfall_bytes: Bytes | None
     reasons: list[str] = Field(min_length=1)
-    suggestions: list[TierSuggestion] = Field(default=[])
 
 
 Decisions = dict[str, TierBundle | TierRefusal]
@@ -75,7 +65,8 @@ class BundleReference(Record):
 
 
 class TiersDocument(Stamp):
-    """tiers.json: a decision for every tier, and the bundles that the decisions name. `context` is in tokens."""
+    """tiers.json: a decision for every tier, and the bundles that the decisions name. `context` is in tokens: what a
+    tier gets where its memory allows."""
 
     file_name: ClassVar[str] = "tiers.json"
 
@@ -85,34 +76,34 @@ class TiersDocument(Stamp):
     bundles: dict[Name, BundleReference]
 
 
-def _reason(candidate: Candidate, found: Need, budget: int) -> str:
-    over = f", {found.private - budget:,} over the budget" if found.private > budget else ""
-    takes = f"needs {found.private:,} bytes{over} ({devices.parts_in_words(found)})"
-    return f"{candidate.variant}: verdict {candidate.verdict}, {takes}"
+def way_record(way: Way) -> WayRecord:
+    """A way as it is signed, with what makes onnxruntime-genai run it."""
+    file = PREPACKED_FILE if way.weights == "mapped" else None
+    return WayRecord(**asdict(way), genai=overlay(way.context, way.prefill_chunk, way.threads, file))
 
 
-def _suggestion(found: Suggestion) -> TierSuggestion:
-    variant, way, need = found.candidate.variant, found.need.way, found.need
-    takes: dict[str, Any] = {"kv_cache": way.kv_cache, "need_bytes": need.private, "mapped_bytes": need.mapped}
-    return TierSuggestion(variant=variant, changes=list(found.changes), context=way.context, **takes)
+def _reason(candidate: Candidate, tier: Tier, tiers: TiersConfig) -> str:
+    found = devices.nearest(candidate.footprint, tier, tiers)
+    over = devices.excess(found, tier, tiers)
+    lacks = f", {over:,} bytes too many with weights {found.way.weights}" if over > 0 else ""
+    return f"{candidate.variant}: verdict {candidate.verdict}{lacks} ({devices.parts_in_words(found)})"
 
 
 def _decide(tier: Tier, tiers: TiersConfig, candidates: Sequence[Candidate]) -> TierBundle | TierRefusal:
     budget, found = devices.budget_bytes(tier), devices.decide(candidates, tier, tiers, tiers.context)
     common: dict[str, Any] = {"platform": tier.platform, "ram_bytes": tier.ram_bytes, "budget_bytes": budget}
-    needs = {variant: need.private for variant, need in found.needs.items()}
-    if (chosen := found.chosen) and chosen.kl_mean is not None:  # `assign` refused candidates without
-        common |= {"variant": chosen.variant, "need_bytes": needs[chosen.variant]}
-        return TierBundle(**common, bundle_bytes=chosen.footprint.download.bytes, kl_mean=chosen.kl_mean)
-    smallest = needs[found.closest.variant] if found.closest else None
-    common |= {"smallest_need_bytes": smallest, "shortfall_bytes": None if smallest is None else smallest - budget}
-    reasons = [_reason(candidate, found.needs[candidate.variant], budget) for candidate in candidates]
-    suggestions = [_suggestion(suggestion) for suggestion in found.suggestions]
-    return TierRefusal(**common, reasons=reasons or ["no variant was built"], suggestions=suggestions)
+    if (chosen := found.chosen) and chosen.candidate.kl_mean is not None:  # `assign` refused candidates without
+        one, need = chosen.candidate, chosen.need
+        common |= {"variant": one.variant, "way": way_record(need.way), "kl_mean": one.kl_mean}
+        common |= {"need_bytes": need.private, "mapped_bytes": need.mapped}
+        return TierBundle(**common, bundle_bytes=one.footprint.download.bytes)
+    lacks = devices.excess(found.closest.need, tier, tiers) if found.closest else None
+    reasons = [_reason(candidate, tier, tiers) for candidate in candidates]
+    return TierRefusal(**common, shortfall_bytes=lacks, reasons=reasons or ["no variant was built"])
 
 
 def assign(tiers: TiersConfig, candidates: Sequence[Candidate]) -> Decisions:
-    """For each tier the passing candidate of lowest mean KL that fits its budget, else a refusal with the numbers.
+    """For each tier the passing candidate of lowest mean KL that fits in any way, else a refusal with the numbers.
 
     What a candidate needs is the arithmetic of `pipeline.planning.devices`; ties go to the lighter weights.
     Independent of the candidates' order. Each is another variant, and has a verdict.

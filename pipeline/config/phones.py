@@ -10,6 +10,7 @@ from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, known_name, load
 from pipeline.errors import ConfigError
 
 Platform = Literal["android", "ios"]
+Weights = Literal["private", "mapped"]
 
 
 class Tier(Frozen):
@@ -18,6 +19,7 @@ class Tier(Frozen):
     platform: Platform
     ram_bytes: int = Field(gt=0, description="lower edge of the class, bytes of physical memory")
     usable_fraction: float = Field(gt=0, le=1, description="share of RAM that the app may use at its peak")
+    threads: int = Field(default=4, gt=0, description="that an app computes with: the phone's fast cores")
 
 
 class TiersConfig(Frozen):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from pipeline.config.phones import Weights
 from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check, read
 from pipeline.errors import ConfigError
 
@@ -46,13 +47,19 @@ class Budget(Frozen):
     """What an artifact may take, one limit at least, and the formats that may be chosen to stay within it.
 
     `memory` and `tier` count the peak in use: weights as loaded, the KV cache at `context`, activations, loading; and,
-    for a tier, `runtime_bytes` of configs/tiers.yaml.
+    for a tier, `runtime_bytes` of configs/tiers.yaml. Where `weights` are mapped, a tier's limit is what may stay in
+    RAM, and weights count as the kernels keep them.
     """
 
     bytes: int | None = Field(default=None, gt=0, description="graph and parts on disk, exactly as written")
     body_bits: float | None = Field(default=None, gt=0, description="bits per weight of the body, scales included")
     memory: int | None = Field(default=None, gt=0, description="peak private bytes in use")
-    tier: Name | None = Field(default=None, description="row of configs/tiers.yaml: its memory is the limit")
+    tier: Name | None = Field(
+        default=None,
+        description="row of configs/tiers.yaml: its memory is the limit; `smallest`: the row of least RAM that leaves "
+        "the body 3.2 bits per weight in its kernels' memory",
+    )
+    weights: Weights = Field(default="private", description="how the tier's app holds them: private or mapped")
     context: int | None = Field(default=None, gt=0, description="tokens of KV cache; configs/tiers.yaml's by default")
     formats: tuple[FormatName, ...] = Field(default=("w2b64a", "w4b64a", "w4b32a", "w6b64a", "w8b32s"), min_length=1)
     tables: tuple[FormatName, ...] = Field(default=("w4b32a", "w6b64a", "w8b32s"), min_length=1)

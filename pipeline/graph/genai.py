@@ -12,7 +12,7 @@ from pipeline.checkpoint.architecture import Architecture, read_config
 from pipeline.checkpoint.untrusted import shown
 from pipeline.config.models import ModelConfig
 from pipeline.errors import CheckpointError
-from pipeline.graph.decoder import PREFILL_CHUNK
+from pipeline.graph.decoder import PREFILL_CHUNKS
 
 
 def _token_id(value: Any, key: str, path: Path) -> int:
@@ -85,7 +85,7 @@ def genai_config(
     # before the switch would still take the short ones, so whole prompts are run where the context reaches it.
     switches = architecture.rope.long_factor and context > architecture.rope.original_max_position
     search = {
-        "chunk_size": 0 if switches else PREFILL_CHUNK,
+        "chunk_size": 0 if switches else PREFILL_CHUNKS[0],
         "do_sample": bool(entry.temperature or defaults.get("do_sample", False)),
         "max_length": context,
         "past_present_share_buffer": True,
@@ -93,3 +93,10 @@ def genai_config(
         **{key: _number(value, key, where) for key, value in sampling.items()},
     }
     return {"model": model, "search": search}
+
+
+def overlay(context: int, prefill_chunk: int, threads: int, model_file: str | None = None) -> dict[str, Any]:
+    """What genai's Config.overlay lays over genai_config.json for a way: tokens of context, tokens of a prompt that are
+    read at a time, threads, and another graph, where weights are mapped."""
+    decoder = {"session_options": {"intra_op_num_threads": threads}} | ({"filename": model_file} if model_file else {})
+    return {"model": {"decoder": decoder}, "search": {"chunk_size": prefill_chunk, "max_length": context}}

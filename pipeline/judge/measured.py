@@ -36,6 +36,7 @@ def measured(variant: str, metrics: Metrics, read: Figure | None = None) -> Foot
         download=Figure(size["bytes_on_disk"], "measured"),
         weights=Figure(loaded, "measured"),
         activations=Figure(max(0, speed["peak_memory_bytes"] - loaded), "measured"),
+        prompt_token=size["prompt_token_bytes"],
         loading=Figure(loaded + speed["load_peak_mapped_bytes"], "measured"),
         packed=Figure(loaded, "measured"),
         kv_cache=size["kv_cache"]["type"],

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.bundle.release import Record
+from pipeline.bundle.release import Record, WayRecord
 from pipeline.bundle.template import render
 from pipeline.bundle.tiers import TierBundle, TiersDocument
 from pipeline.config.typed_yaml import Name
@@ -35,15 +35,20 @@ POLICY: dict[str, dict[str, str]] = {"onDemand": {}}
 
 
 class Choice(Record):
-    """A row of the table that the app goes through from the top: the first that fits is taken.
+    """A row of the table that the app goes through from the top: the first that fits is taken, and run in its way.
 
-    It fits when `os_proc_available_memory()` is at least `need_bytes`: the measured peak with the KV cache at the
-    tiers' context and the app's own share. `kl_mean` is in nats per token.
+    It fits when `os_proc_available_memory()` is at least `need_bytes`: the measured peak with the KV cache at the way's
+    context and the app's own share. `kl_mean` is in nats per token.
     """
 
     variant: Name
+    way: WayRecord
     need_bytes: int = Field(ge=0)
     kl_mean: float
+
+    def order(self) -> tuple[float, str, int]:
+        """The best first; of one variant, what needs most: it has more context, or loads what was downloaded."""
+        return self.kl_mean, self.variant, -self.need_bytes
 
 
 class IosIndex(Record):
@@ -75,17 +80,16 @@ def plan_ios(document: TiersDocument, bundles: Mapping[str, Packable], pack_byte
         BundleError: a file is larger than a pack, or two variants would share an id.
     """
     ours = [tier for tier in document.tiers.values() if isinstance(tier, TierBundle) and tier.platform == "ios"]
-    # Should two classes count one variant differently, the larger need is the later and stays.
-    given = {tier.variant: tier for tier in sorted(ours, key=lambda tier: tier.need_bytes)}
     deliveries = {}
-    for variant in sorted(given):
+    for variant in sorted({tier.variant for tier in ours}):
         name = partial(pack_id, document.model, variant, document.release)
         deliveries[variant] = deliver(bundles[variant], name, pack_bytes)
     names = [pack.name for delivery in deliveries.values() for pack in delivery.packs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BundleError(f"{document.model}: asset packs {', '.join(twice)} would be two. Rename one of the variants.")
-    rows = sorted(given.values(), key=lambda tier: (tier.kl_mean, tier.need_bytes, tier.variant))
-    choices = [Choice(variant=it.variant, need_bytes=it.need_bytes, kl_mean=it.kl_mean) for it in rows]
+    found = {(tier.variant, tier.need_bytes): tier for tier in ours}.values()
+    rows = [Choice(**tier.model_dump(include=set(Choice.model_fields))) for tier in found]
+    choices = sorted(rows, key=Choice.order)
     return IosIndex(model=document.model, release=document.release, deliveries=deliveries, choices=choices)
 
 

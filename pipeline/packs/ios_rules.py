@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.checkpoint.untrusted import parse_json
 from pipeline.packs.delivery import INDEX, Delivery, Pack
-from pipeline.packs.ios import COMMANDS, ENTITLEMENT, ENTITLEMENTS, MANIFESTS, IosIndex, pack_id
+from pipeline.packs.ios import COMMANDS, ENTITLEMENT, ENTITLEMENTS, MANIFESTS, Choice, IosIndex, pack_id
 from pipeline.packs.rules import COMMON, Found, Problem, Rules, Tree
 
 TOTAL_LIMIT = 200_000_000_000
@@ -214,9 +214,9 @@ def _total(tree: IosTree) -> Iterator[str]:
 @RULES.add("choices", "ours: the table to pick by is complete and sorted", INDEX)
 def _choices(tree: IosTree) -> Iterator[str]:
     rows = tree.index.choices if tree.index else []
-    if sorted(row.variant for row in rows) != sorted(tree.deliveries):
+    if {row.variant for row in rows} != set(tree.deliveries):
         yield "choices and deliveries name different variants: the app could pick one that is not there"
-    if rows != sorted(rows, key=lambda row: (row.kl_mean, row.need_bytes, row.variant)):
+    if rows != sorted(rows, key=Choice.order):
         yield "choices must go from the lowest KL to the highest: the app takes the first that fits"
 
 

@@ -26,7 +26,7 @@ from pipeline.quantize.formats import TensorFormat
 _SPLIT_STEPS = 8  # shares of an input's channels at more bits: eighths
 _SOLVER_SECONDS = 60.0
 _RELATIVE_GAP = 1e-4
-_OF = {"bytes": "", "body": " of the body", "memory": " of memory"}
+_OF = {"bytes": "", "body": " of the body", "memory": " of memory", "packed": " as kernels keep them"}
 _CHANNEL_BYTES = 4  # an int32 index per gathered channel
 _BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of three tensors on their own pages, and nodes
 
@@ -35,13 +35,15 @@ _BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of thre
 class Option:
     """One way to store the matrices that share an input.
 
-    `bytes` on disk, `body` those that count as the body's, `memory` in bytes once loaded, `cost` in nats.
+    `bytes` on disk, `body` those that count as the body's, `memory` in bytes once loaded, `packed`: of them, what a
+    token reads; `cost` in nats.
     """
 
     planned: tuple[PlannedMatrix, ...]
     bytes: int
     body: int
     memory: int
+    packed: int
     cost: float
 
 
@@ -132,6 +134,7 @@ def _option(planned: tuple[PlannedMatrix, ...], sensitivity: Sensitivity) -> Opt
         sum(item.bytes for item in planned) + gathered,
         sum(item.bytes for item in planned if item.matrix.role not in TABLES),
         sum(weight_memory(item) for item in planned) + gathered,
+        sum(packed_memory(item) for item in planned) + gathered,
         sum(sensitivity.cost(item) for item in planned),
     )
 
@@ -140,7 +143,7 @@ def _front(options: Sequence[Option]) -> list[Option]:
     """Options that no other one beats in every figure at once, the smallest first."""
 
     def figures(option: Option) -> tuple[float, ...]:
-        return option.bytes, option.body, option.memory, option.cost
+        return option.bytes, option.body, option.memory, option.packed, option.cost
 
     kept: list[Option] = []
     for option in sorted(options, key=figures):
@@ -166,7 +169,7 @@ def solve(
     architecture: Architecture, choices: Choices, limits: Mapping[str, int], kv_cache: KvCache = "float32"
 ) -> Solution:
     """The plan of least cost among `groups` whose options together stay within `limits`: bytes by the name of an
-    option's figure, `bytes`, `body` or `memory`.
+    option's figure, `bytes`, `body`, `memory` or `packed`.
 
     Raises PlanError, with the least that is possible, when none fits.
     """
@@ -243,10 +246,12 @@ def bound(
     beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
     size = min(limits.get("bytes", 1 << 62), sum(largest[:tables]) + body_bytes + beside)
     packed_body = int(body_bytes * max(weight_memory(item) / item.bytes for found in kinds[tables:] for item in found))
+    packed = min(limits.get("packed", 1 << 62), packed_body + max(map(packed_memory, kinds[tables - 1])))
+    packed_body = min(packed_body, packed)
     table_memory = sum(max(map(weight_memory, choices)) for choices in kinds[:tables])
     weights = min(limits.get("memory", 1 << 62), packed_body + table_memory)
     memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
-    packed = min(weights, packed_body + max(map(packed_memory, kinds[tables - 1])))
+    packed = min(weights, packed)
     return Bound(size, memory, packed, min(size, largest[tables - 1] + body_bytes + beside))
 
 

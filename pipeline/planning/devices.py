@@ -1,35 +1,33 @@
-"""Phones: what a model needs there, what fits a tier, what would make it fit, how fast it can decode at most.
+"""Phones: the way that a tier runs a variant in, what that takes, how fast it can decode at most.
 
 One arithmetic for `python -m pipeline plan`, tiers.json and release.json. An app's peak is
 
     max(weights + activations + KV cache at the context, loading) + runtime
 
-in private bytes, which the system can only take back by killing the app. Every figure says where it comes from. What
-does not fit is tried in the other ways that an app can run it (a shorter context, int8 keys and values, weights mapped
-from a prepacked file); only what the arithmetic finds to fit is suggested.
+in private bytes, which the system can only take back by killing the app. Weights that the phone has prepacked are
+mapped from its storage: they are not private, but have to stay in RAM. Every figure says where it comes from. A tier
+gets the best variant that fits in any way; a refusal is what is left when none does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Literal
 
-from pipeline.config.phones import Efficiency, Tier, TiersConfig
+from pipeline.config.phones import Efficiency, Tier, TiersConfig, Weights
 from pipeline.config.recipes import KvCache
+from pipeline.graph.decoder import PREFILL_CHUNKS
 
 # Private bytes of a process whose weights are mapped from a prepacked file, activations and cache aside. Measured: 34
 # to 148 MB from 0.1 to 14.7 billion parameters (benchmarks/README.md).
 PREPACKED_PRIVATE = 150_000_000
-# Tokens below which no shorter context is suggested: one chunk of prefill.
+# Tokens below which no context is worth a download: four of the longest chunks of prefill.
 LEAST_CONTEXT = 256
-_INT8_SHARE = 4  # float32 keys and values take so many times the bytes of int8 ones
 
 Basis = Literal["measured", "computed", "bound", "assumed"]
-Change = Literal["shorter-context", "int8-kv", "prepacked", "smaller-model"]
-WAYS: tuple[Change, ...] = ("prepacked", "int8-kv", "shorter-context")
+WEIGHTS: tuple[Weights, ...] = ("private", "mapped")
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a variant takes, before a context is chosen.
+    """What a variant takes, before a way is chosen.
 
     Attributes:
         download: graph and data parts.
         weights: private bytes once loaded.
-        activations: what use adds without the cache: a chunk of prefill with its logits.
+        activations: what use adds without the cache, with chunks of `PREFILL_CHUNKS[0]` tokens.
+        prompt_token: of the activations, bytes for each token of a chunk.
         loading: the peak while it loads, weights included.
-        packed: of the weights, what each token reads; a prepacked file maps it.
+        packed: of the weights, what each token reads; a phone that has prepacked them maps it.
         kv_cache: type of the keys and values.
         cache_bytes: of one token's keys and values.
         read: bytes that decoding one token reads at least, its cache aside; None where nobody asks for speed.
@@ -63,17 +62,12 @@ class Footprint:
     download: Figure
     weights: Figure
     activations: Figure
+    prompt_token: int
     loading: Figure
     packed: Figure
     kv_cache: KvCache
     cache_bytes: int
     read: Figure | None = None
-
-    def token_bytes(self, kv_cache: KvCache) -> int:
-        """Bytes of one token's keys and values of a type; int8 is what its recipe would have with `kv_cache: int8`."""
-        if kv_cache == self.kv_cache:
-            return self.cache_bytes
-        return self.cache_bytes // _INT8_SHARE if kv_cache == "int8" else self.cache_bytes * _INT8_SHARE
 
 
 @dataclass(frozen=True)
@@ -100,11 +94,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Way:
-    """How an app runs a variant: tokens of context, the type of keys and values, weights private or mapped."""
+    """How an app runs a variant: tokens of context, the type of its keys and values, weights private or mapped, tokens
+    of a prompt that are read at a time, threads."""
 
     context: int
     kv_cache: KvCache
-    prepacked: bool = False
+    weights: Weights
+    prefill_chunk: int
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -125,19 +122,23 @@ class Need:
 
 def need(footprint: Footprint, way: Way, runtime_bytes: int) -> Need:
     """The peak of a variant that runs in this way."""
-    cache = footprint.token_bytes(way.kv_cache) * way.context
-    activations, loading, weights = footprint.activations, footprint.loading, footprint.weights
-    if way.prepacked:
+    cache, loading, weights = footprint.cache_bytes * way.context, footprint.loading, footprint.weights
+    saved = footprint.prompt_token * (PREFILL_CHUNKS[0] - way.prefill_chunk)
+    activations = replace(footprint.activations, bytes=max(0, footprint.activations.bytes - saved))
+    mapped = Figure(0, "measured")
+    if way.weights == "mapped":
         weights = loading = Figure(PREPACKED_PRIVATE, "computed")
+        mapped = footprint.packed
     parts = {
         "weights": weights,
         "activations": activations,
         "kv_cache": Figure(cache, "computed"),
         "loading": loading,
         "runtime": Figure(runtime_bytes, "assumed"),
+        "mapped": mapped,
     }
     private = max(weights.bytes + activations.bytes + cache, loading.bytes) + runtime_bytes
-    return Need(way, parts, private, footprint.packed.bytes if way.prepacked else 0)
+    return Need(way, parts, private, mapped.bytes)
 
 
 def parts_in_words(found: Need) -> str:
@@ -148,7 +149,8 @@ def parts_in_words(found: Need) -> str:
     else:
         words = [f"{name} {sizes[name]:,}" for name in ("weights", "activations")]
         words.append(f"KV cache {sizes['kv_cache']:,} at {found.way.context:,} tokens")
-    return ", ".join([*words, f"runtime {sizes['runtime']:,}"])
+    words.append(f"runtime {sizes['runtime']:,}")
+    return ", ".join(words) + (f", and {found.mapped:,} mapped" if found.mapped else "")
 
 
 def budget_bytes(tier: Tier) -> int:
@@ -161,21 +163,15 @@ def resident_bytes(tier: Tier, tiers: TiersConfig) -> int:
     return math.floor(tier.ram_bytes * tiers.resident_fraction)
 
 
-def fits(found: Need, tier: Tier, tiers: TiersConfig) -> bool:
-    """Whether a tier holds a need."""
-    kept = not found.mapped or found.private + found.mapped <= resident_bytes(tier, tiers)
-    return found.private <= budget_bytes(tier) and kept
+def room(tier: Tier, tiers: TiersConfig, weights: Weights) -> int:
+    """Bytes that private and mapped memory may take together, where weights are mapped, or private memory alone."""
+    return resident_bytes(tier, tiers) if weights == "mapped" else budget_bytes(tier)
 
 
-def as_made(candidate: Candidate, context: int, tiers: TiersConfig) -> Need:
-    """What a variant takes when it runs as the artifact is made, loaded by default."""
-    return need(candidate.footprint, Way(context, candidate.footprint.kv_cache), tiers.runtime_bytes)
-
-
-def fitting_tiers(candidate: Candidate, tiers: TiersConfig) -> tuple[str, ...]:
-    """Tiers that hold a variant at the tiers' context, in their order, whatever is best there."""
-    found = as_made(candidate, tiers.context, tiers)
-    return tuple(name for name, tier in tiers.tiers.items() if fits(found, tier, tiers))
+def excess(found: Need, tier: Tier, tiers: TiersConfig) -> int:
+    """Bytes by which a need exceeds what the tier holds; negative where there is room."""
+    together = found.private + found.mapped - room(tier, tiers, found.way.weights)
+    return max(found.private - budget_bytes(tier), together)
 
 
 def rank(candidate: Candidate) -> tuple[bool, float, int, str]:
@@ -186,91 +182,81 @@ def rank(candidate: Candidate) -> tuple[bool, float, int, str]:
     return False, candidate.kl_mean, candidate.footprint.weights.bytes, candidate.variant
 
 
-# --- what would fit --------------------------------------------------------------------------------------------------
+# --- ways ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """A variant that a tier holds after some changes, and what it takes in the way that they make.
-
-    `model` is another one's name, None for the model that was asked about.
-    """
-
-    candidate: Candidate
-    changes: tuple[Change, ...]
-    need: Need
-    model: str | None = None
+def needs(footprint: Footprint, tier: Tier, tiers: TiersConfig, context: int) -> Iterator[Need]:
+    """What a variant takes in every way with so much context, the ways in order of preference: private weights load
+    from what was downloaded; longer chunks read a prompt faster."""
+    for weights in WEIGHTS:
+        for chunk in PREFILL_CHUNKS:
+            yield need(footprint, Way(context, footprint.kv_cache, weights, chunk, tier.threads), tiers.runtime_bytes)
 
 
-def suggest(
-    candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int, fewest: int = 1
-) -> list[Suggestion]:
-    """Ways to run this model on a tier with at least `fewest` changes, the fewest first.
-
-    A way is left out when a variant at least as good fits with some of its changes alone.
-    """
-    ordered = sorted((candidate for candidate in candidates if candidate.releasable), key=rank)
-    found: list[Suggestion] = []
-    for count in range(fewest, len(WAYS) + 1):
-        for candidate in ordered:
-            for changes in combinations(WAYS, count):
-                as_good = (set(other.changes) for other in found if rank(other.candidate) <= rank(candidate))
-                if any(some <= set(changes) for some in as_good):
-                    continue
-                if fitting := _changed(candidate.footprint, changes, tier, tiers, context):
-                    found.append(Suggestion(candidate, changes, fitting))
-    return found
-
-
-def _changed(
-    footprint: Footprint, changes: tuple[Change, ...], tier: Tier, tiers: TiersConfig, context: int
-) -> Need | None:
-    """What the variant takes with these changes, if the tier holds it and each of them changes something."""
-    if "int8-kv" in changes and footprint.kv_cache == "int8":
+def fitting(footprint: Footprint, tier: Tier, tiers: TiersConfig, context: int) -> Need | None:
+    """The first way with `context` tokens that the tier holds, or else the one with most tokens; None if that has fewer
+    than `LEAST_CONTEXT`."""
+    for found in needs(footprint, tier, tiers, context):
+        if excess(found, tier, tiers) <= 0:
+            return found
+    lengths = {weights: _tokens(footprint, tier, tiers, weights) for weights in WEIGHTS}
+    weights = max(WEIGHTS, key=lambda one: lengths[one])
+    if lengths[weights] < LEAST_CONTEXT:
         return None
-    way = Way(context, "int8" if "int8-kv" in changes else footprint.kv_cache, "prepacked" in changes)
-    if "shorter-context" in changes:
-        tokens = longest_context(footprint, way, tier, tiers)
-        if not LEAST_CONTEXT <= tokens < context:
-            return None
-        way = replace(way, context=tokens)
-    found = need(footprint, way, tiers.runtime_bytes)
-    return found if fits(found, tier, tiers) else None
+    way = Way(lengths[weights], footprint.kv_cache, weights, PREFILL_CHUNKS[-1], tier.threads)
+    return need(footprint, way, tiers.runtime_bytes)
 
 
-def longest_context(footprint: Footprint, way: Way, tier: Tier, tiers: TiersConfig) -> int:
-    """Tokens of context that a tier holds when the variant runs otherwise as in `way`; 0 when not even one."""
-    empty = need(footprint, replace(way, context=0), tiers.runtime_bytes)
-    if not fits(empty, tier, tiers):
-        return 0
+def _tokens(footprint: Footprint, tier: Tier, tiers: TiersConfig, weights: Weights) -> int:
+    """The most tokens of context that the tier holds with the shortest chunks; negative when not even none."""
+    way = Way(0, footprint.kv_cache, weights, PREFILL_CHUNKS[-1], tier.threads)
+    empty = need(footprint, way, tiers.runtime_bytes)
+    if excess(empty, tier, tiers) > 0:
+        return -1
     used = empty.parts["weights"].bytes + empty.parts["activations"].bytes + tiers.runtime_bytes
-    left = budget_bytes(tier) - used
-    if empty.mapped:
-        left = min(left, resident_bytes(tier, tiers) - used - empty.mapped)
-    return max(0, left) // footprint.token_bytes(way.kv_cache)
+    left = min(budget_bytes(tier) - used, room(tier, tiers, weights) - used - empty.mapped)
+    return left // footprint.cache_bytes
+
+
+def nearest(footprint: Footprint, tier: Tier, tiers: TiersConfig) -> Need:
+    """What a variant takes in the way that comes nearest to fitting, with as little context as makes sense."""
+    return min(needs(footprint, tier, tiers, LEAST_CONTEXT), key=lambda found: excess(found, tier, tiers))
+
+
+def ways(candidate: Candidate, tiers: TiersConfig) -> dict[str, Way]:
+    """The way in which each tier that holds a variant runs it, at the tiers' context or less, be it the best or not."""
+    found = {name: fitting(candidate.footprint, tier, tiers, tiers.context) for name, tier in tiers.tiers.items()}
+    return {name: held.way for name, held in found.items() if held}
 
 
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a tier gets of a model: `chosen` as it is made, or nothing and what would fit.
+class Choice:
+    """A variant and what it takes in the way that a tier runs it; `model` is another one's name, None for the model
+    that was asked about."""
 
-    `closest` is what comes nearest to fitting: the variant of the smallest need, of those that may be released.
+    candidate: Candidate
+    need: Need
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a tier gets of a model: `chosen`, or nothing and the smaller model that it holds (`instead`), if any.
+
+    `closest` is what comes nearest to fitting, of the variants that may be released.
     """
 
-    chosen: Candidate | None
-    closest: Candidate | None
-    needs: dict[str, Need]
-    suggestions: tuple[Suggestion, ...]
+    chosen: Choice | None
+    closest: Choice | None
+    instead: Choice | None
 
     @property
-    def runs(self) -> Suggestion | None:
-        """What a phone of this tier can run: the choice without a change, else the first suggestion."""
-        if self.chosen is None:
-            return next(iter(self.suggestions), None)
-        return Suggestion(self.chosen, (), self.needs[self.chosen.variant])
+    def runs(self) -> Choice | None:
+        """What a phone of this tier can run."""
+        return self.chosen or self.instead
 
 
 def decide(
@@ -280,19 +266,24 @@ def decide(
     context: int,
     smaller: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> Decision:
-    """One model on one tier at `context` tokens; `smaller`: other models, the largest first. What a tier refuses falls
-    back to the first of them that it holds, as it is or changed."""
-    needs = {candidate.variant: as_made(candidate, context, tiers) for candidate in candidates}
+    """One model on one tier: the best variant that it holds at `context` tokens, else the one with the longest context.
+
+    `smaller`: other models, the largest first. What a tier refuses falls back to the first of them that it holds.
+    """
     releasable = [candidate for candidate in candidates if candidate.releasable]
-    if held := [candidate for candidate in releasable if fits(needs[candidate.variant], tier, tiers)]:
-        return Decision(min(held, key=rank), None, needs, ())
-    closest = min(releasable, key=lambda candidate: needs[candidate.variant].private, default=None)
-    found = suggest(candidates, tier, tiers, context)
-    for model, others in (smaller or {}).items():
-        if ways := suggest(others, tier, tiers, context, fewest=0):
-            found.append(replace(ways[0], changes=("smaller-model", *ways[0].changes), model=model))
-            break
-    return Decision(None, closest, needs, tuple(found))
+    if chosen := _best(releasable, tier, tiers, context):
+        return Decision(chosen, None, None)
+    all_nearest = [Choice(one, nearest(one.footprint, tier, tiers)) for one in releasable]
+    closest = min(all_nearest, key=lambda choice: excess(choice.need, tier, tiers), default=None)
+    held = ((model, _best(others, tier, tiers, context)) for model, others in (smaller or {}).items())
+    instead = next((replace(choice, model=model) for model, choice in held if choice), None)
+    return Decision(None, closest, instead)
+
+
+def _best(candidates: Sequence[Candidate], tier: Tier, tiers: TiersConfig, context: int) -> Choice | None:
+    found = [(one, fitting(one.footprint, tier, tiers, context)) for one in candidates if one.releasable]
+    held = [Choice(one, taken) for one, taken in found if taken]
+    return min(held, key=lambda choice: (-choice.need.way.context, rank(choice.candidate)), default=None)
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -311,11 +302,11 @@ class Speed:
     high: float
 
 
-def decode_speed(footprint: Footprint, way: Way, bandwidth: int, efficiency: Efficiency) -> Speed | None:
-    """Bandwidth, in bytes per second, over the bytes that a token reads (`pipeline.runtime.roofline`); None without
-    them."""
+def decode_speed(footprint: Footprint, context: int, bandwidth: int, efficiency: Efficiency) -> Speed | None:
+    """Bandwidth, in bytes per second, over the bytes that a token reads (`pipeline.runtime.roofline`) with up to
+    `context` tokens in the cache; None without them."""
     if footprint.read is None:
         return None
     empty = bandwidth / footprint.read.bytes
-    full = bandwidth / (footprint.read.bytes + footprint.token_bytes(way.kv_cache) * way.context)
+    full = bandwidth / (footprint.read.bytes + footprint.cache_bytes * context)
     return Speed(empty, full, efficiency.low * full, efficiency.high * empty)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.recipes import KvCache
-from pipeline.graph.decoder import PREFILL_CHUNK, activation_bytes
+from pipeline.graph.decoder import PREFILL_CHUNKS, activation_bytes
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 
 
@@ -30,11 +30,13 @@ def packed_memory(planned: PlannedMatrix) -> int:
 @dataclass(frozen=True)
 class Memory:
     """Private bytes at the peak of use: `weights` as loaded, `cache` of keys and values at the context, `activations`
-    of a chunk of prefill with its logits, `loading` what packing holds twice for a moment."""
+    of a chunk of prefill with its last token's logits, of which `prompt_token` for each token of the chunk, `loading`
+    what packing holds twice for a moment."""
 
     weights: int
     cache: int
     activations: int
+    prompt_token: int
     loading: int
 
     @property
@@ -56,11 +58,12 @@ def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
 
 def use_memory(
     architecture: Architecture, context: int, kv_cache: KvCache = "float32", results: int = 3
-) -> tuple[int, int]:
-    """Bytes of the KV cache at `context` tokens, and of the activations and logits of a chunk of prefill.
+) -> tuple[int, int, int]:
+    """Bytes of the KV cache at `context` tokens, of the activations of a chunk of prefill with its last token's logits,
+    and of these for each token of the chunk.
 
     The head's format holds `results` times the logits; three, of two products and their sum, is the most.
     """
     cache = cache_of(architecture, kv_cache).bytes * context
-    tokens = min(PREFILL_CHUNK, context)
-    return cache, activation_bytes(architecture, tokens) + 4 * architecture.vocab * results * tokens
+    tokens, logits = min(PREFILL_CHUNKS[0], context), 4 * architecture.vocab * results
+    return cache, activation_bytes(architecture, tokens) + logits, activation_bytes(architecture, 1)

@@ -148,6 +148,7 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
         download=Figure(size, basis),
         weights=Figure(memory.weights, basis),
         activations=Figure(memory.activations, "computed"),
+        prompt_token=memory.prompt_token,
         loading=Figure(memory.weights + memory.loading, basis),
         packed=Figure(packed, basis),
         kv_cache=recipe.kv_cache,

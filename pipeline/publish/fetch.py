@@ -205,8 +205,8 @@ def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str
         raise BundleError(f"{model} has no tier {tier!r}. Its tiers: {', '.join(sorted(document.tiers))}.")
     if isinstance(decision, TierRefusal):
         need, share = "no variant passed its gates", f"{decision.budget_bytes:,} of its {decision.ram_bytes:,} bytes"
-        if (smallest := decision.smallest_need_bytes) is not None:
-            need = f"the smallest need is {smallest:,} bytes, {decision.shortfall_bytes:,} more than that"
+        if (missing := decision.shortfall_bytes) is not None:
+            need = f"the variant that comes nearest lacks {missing:,} bytes"
         given = f"{tier} gets no bundle of {model} release {document.release}: an app may use {share} of memory"
         raise BundleError(f"{given}; {need}. {'; '.join(decision.reasons)}.")
     if (reference := document.bundles.get(decision.variant)) is None:

@@ -8,22 +8,17 @@ from typing import Any
 from pipeline.config.phones import load_devices, load_tiers
 from pipeline.report.columns import aligned, wrapped
 
-_VARIANTS = ("variant", "download, bytes", "weights", "activations", "KV cache", "loading", "peak", "basis", "KL, nats")
-_TIERS = ("tier", "may use", "gets")
+_VARIANTS = ("variant", "download, bytes", "weights", "KV cache", "private", "mapped", "basis", "KL, nats")
+_TIERS = ("tier", "private", "resident", "gets", "at, takes")
 _DEVICES = ("phone", "tier", "GB/s", "at most", "expected", "tokens/s of")
 LEGEND = (
-    "Peak: the larger of loading, and of weights as loaded, activations and KV cache together; then the runtime. Only "
-    "private memory counts against a tier; weights mapped from a prepacked file have to stay in RAM besides (docs/"
-    "devices.md).",
+    "Private: the peak of an app that loads the download; mapped: private + mapped, once the phone has prepacked the "
+    "weights (docs/devices.md). Both at the context, with chunks of 16 tokens. Private memory counts against what an "
+    "app may use; private and mapped together have to stay in RAM.",
     "Basis: measured on the written file in this runtime; computed from shapes; bound: at most so much, because a "
     "recipe with a budget is solved only after the sensitivity stage. Measured figures include the test's own process.",
     "A variant that no gate has judged is chosen by its size, and may still be refused for its quality.",
 )
-_CHANGES = {
-    "prepacked": "weights mapped from a prepacked file",
-    "int8-kv": "int8 KV cache",
-    "shorter-context": "a shorter context",
-}
 
 
 Record = Mapping[str, Any]
@@ -48,51 +43,43 @@ def lines(document: Record) -> list[str]:
 
 
 def _variants(item: Record) -> list[str]:
-    needs = next(iter(item["tiers"].values()))["needs"]
     rows = [_VARIANTS]
     for variant, found in item["variants"].items():
-        need, download = needs[variant], found["download"]
+        private, mapped = (found["ways"][weights] for weights in ("private", "mapped"))
         quality = "not measured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
         quality += f", {found['verdict']}" if found["verdict"] else ""
-        parts = [need["parts"][name]["bytes"] for name in ("weights", "activations", "kv_cache", "loading")]
-        sizes = map(gigabytes, (*parts, need["private_bytes"]))
-        at_most = "≤ " if download["basis"] == "bound" else ""
-        rows.append((variant, f"{at_most}{download['bytes']:,}", *sizes, need["basis"], quality))
-    return aligned(rows, {0, 7, 8}, "  ")
+        sizes = [found["weights"]["bytes"], private["parts"]["kv_cache"]["bytes"], private["private_bytes"]]
+        both = f"{mapped['private_bytes'] / 1e9:.2f} + {gigabytes(mapped['mapped_bytes'])}"
+        at_most = "≤ " if found["download"]["basis"] == "bound" else ""
+        download = f"{at_most}{found['download']['bytes']:,}"
+        rows.append((variant, download, *map(gigabytes, sizes), both, private["basis"], quality))
+    return aligned(rows, {0, 6, 7}, "  ")
 
 
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:
-    budgets = {name: tiers[name]["budget_bytes"] for name in decisions}
-    title, *heads = aligned([_TIERS[:2], *((name, gigabytes(size)) for name, size in budgets.items())], {0}, "  ")
-    text, margin = [f"{title}  {_TIERS[2]}"], " " * (len(title) + 2)
-    for head, (name, decision) in zip(heads, decisions.items(), strict=True):
-        text += wrapped(f"{head}  {_gets(decision, budgets[name])}", further=f"{margin}  ")
-        for suggestion in decision["suggestions"]:
-            text += wrapped(f"would fit: {_in_words(suggestion, model, tiers[name])}", margin, f"{margin}  ")
-    return text
+    rows: list[tuple[str, ...]] = [_TIERS]
+    for name, decision in decisions.items():
+        sizes = [tiers[name][key] for key in ("budget_bytes", "resident_bytes")]
+        rows.append((name, *map(gigabytes, sizes), *_gets(decision, model, *sizes)))
+    return aligned(rows, {0, 3, 4}, "  ")
 
 
-def _gets(decision: Record, budget: int) -> str:
-    variant = decision["variant"] or decision["closest"]
-    if variant is None:
-        return "nothing: no variant passed its gates"
-    need = decision["needs"][variant]
-    private, basis = need["private_bytes"], need["basis"]
-    if decision["variant"]:
-        return f"{variant}: peak {gigabytes(private)} ({basis})"
-    return f"nothing: {variant} needs {gigabytes(private)} ({basis}), {gigabytes(private - budget)} too much"
-
-
-def _in_words(found: Record, model: str, tier: Record) -> str:
-    """`q4 with weights mapped from a prepacked file: 1.37 GB private, 6.4 of 6.8 GB with what is mapped`."""
-    need, said = found["need"], _CHANGES | {"shorter-context": f"a context of {found['context']:,} tokens"}
-    changes = [said[change] for change in found["changes"] if change in said]
-    text = f"{_name(found, model)} with {', '.join(changes)}" if changes else _name(found, model)
-    text += f": {gigabytes(need['private_bytes'])} private"
-    if need["mapped_bytes"]:
-        total = need["private_bytes"] + need["mapped_bytes"]
-        text += f", {gigabytes(total)} with what is mapped, of {gigabytes(tier['resident_bytes'])}"
-    return f"{text} ({need['basis']})"
+def _gets(decision: Record, model: str, budget: int, resident: int) -> tuple[str, str]:
+    """What a tier gets and what that takes, or what it lacks."""
+    if runs := decision["chosen"]:
+        need = runs["need"]
+        way, mapped = need["way"], need["mapped_bytes"]
+        takes = (
+            f"{need['private_bytes'] / 1e9:.2f} + {mapped / 1e9:.2f}" if mapped else gigabytes(need["private_bytes"])
+        )
+        return _runs(runs, model), f"{way['context']:,} tokens, {takes} ({need['basis']})"
+    instead = f"nothing; {_runs(decision['instead'], model)}" if decision["instead"] else "nothing"
+    if (closest := decision["closest"]) is None:
+        return instead, "no variant passed its gates"
+    need = closest["need"]
+    together = need["private_bytes"] + need["mapped_bytes"] - (resident if need["mapped_bytes"] else budget)
+    lacks = max(together, need["private_bytes"] - budget)
+    return instead, f"{_runs(closest, model)} lacks {gigabytes(lacks)}"
 
 
 def _devices(model: str, devices: Record) -> list[str]:
@@ -110,9 +97,7 @@ def _devices(model: str, devices: Record) -> list[str]:
 def _runs(runs: Record | None, model: str) -> str:
     if runs is None:
         return "nothing fits"
-    shorter = {"shorter-context": f"{runs['context']:,} tokens"}
-    changes = [shorter.get(change, change) for change in runs["changes"] if change in _CHANGES]
-    return ", ".join([_name(runs, model), *changes])
+    return f"{_name(runs, model)} {runs['need']['way']['weights']}"
 
 
 def _name(found: Record, model: str) -> str:

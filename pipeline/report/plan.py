@@ -3,23 +3,23 @@
 `--json` prints one object. Sizes are bytes, contexts tokens, speeds tokens per second; a FIGURE is {"bytes", "basis"},
 its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.Figure`):
 
-    schema          3; raised when a key changes its meaning or goes
+    schema          4; raised when a key changes its meaning or goes
     context         tokens that everything is planned for
     runtime_bytes   what counts for runtime, tokenizer and app
     efficiency      {low, high}: shares of the roofline that speeds are expected between
     tiers           name → {platform, ram_bytes, budget_bytes, resident_bytes}
     models          name → {title, parameters, shapes, variants, forbidden, tiers, devices}
       variants      name → {download, weights, activations, loading, packed, read: FIGURE,
-                    kv_cache: {type, bytes_per_token}, verdict, kl_mean}; the last two are null where nothing
-                    was measured
+                    kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, verdict, kl_mean}; the last
+                    two are null where nothing was measured
       forbidden     name → why configs/gates.yaml lets no such variant of this model be released; it stands nowhere else
-      tiers         name → {decision: "bundle" or "refuse", variant, needs, closest, suggestions}
-                    needs: variant → NEED; variant is null for a refusal, closest (the variant of the smallest need that
-                    may be released) for a bundle
-      devices       name → {title, tier, memory_bandwidth, runs, tokens_per_second}; runs, a SUGGESTION with no changes
-                    for a bundle, and the speeds are null where nothing runs
-    NEED            {private_bytes, mapped_bytes, basis, parts: name → FIGURE}
-    SUGGESTION      {model, variant, changes, context, kv_cache, prepacked, need: NEED}
+      tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null}; closest comes
+                    nearest to fitting, instead is a smaller model, and both are null for a bundle
+      devices       name → {title, tier, memory_bandwidth, runs, tokens_per_second}; runs is a CHOICE; it and the speeds
+                    are null where nothing runs
+    NEED            {way: {context, kv_cache, weights, prefill_chunk, threads}, private_bytes, mapped_bytes, basis,
+                    parts: name → FIGURE}
+    CHOICE          {model, variant, need: NEED}
     tokens_per_second   {most_empty, most_full, low, high}: the roofline with an empty and a full cache, and the range
 """
 
@@ -39,7 +39,7 @@ from pipeline.preflight.chance import forbidden
 from pipeline.preflight.footprints import Known, candidate, known
 from pipeline.report.phones import lines
 
-SCHEMA = 3
+SCHEMA = 4
 Built = Mapping[str, tuple[Known, list[planning.Candidate]]]
 """Models, each with its variants."""
 
@@ -118,54 +118,50 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
         "title": load_model(model).title,
         "parameters": found.architecture.parameters,
         "shapes": found.origin,
-        "variants": {one.variant: _variant(one) for one in variants},
+        "variants": {one.variant: _variant(one, tiers, tokens) for one in variants},
         "forbidden": {one: why for one in load_pipeline().variants if (why := forbidden(model, one))},
         "tiers": {name: _tier(decision, model) for name, decision in decisions.items()},
         "devices": {name: _device(device, decisions[device.tier].runs, model) for name, device in devices.items()},
     }
 
 
-def _variant(found: planning.Candidate) -> dict[str, Any]:
-    footprint = found.footprint
+def _variant(found: planning.Candidate, tiers: TiersConfig, tokens: int) -> dict[str, Any]:
+    footprint, tier = found.footprint, next(iter(tiers.tiers.values()))
+    # Of each kind of weights the last, with the shortest chunks.
+    ways = {one.way.weights: _need(one) for one in planning.needs(footprint, tier, tiers, tokens)}
     figures = ("download", "weights", "activations", "loading", "packed", "read")
     return {
         **{name: asdict(getattr(footprint, name)) for name in figures},
         "kv_cache": {"type": footprint.kv_cache, "bytes_per_token": footprint.cache_bytes},
+        "ways": ways,
         "verdict": found.verdict,
         "kl_mean": found.kl_mean,
     }
 
 
 def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
-    return {
-        "decision": "bundle" if found.chosen else "refuse",
-        "variant": found.chosen and found.chosen.variant,
-        "needs": {variant: _need(need) for variant, need in found.needs.items()},
-        "closest": found.closest and found.closest.variant,
-        "suggestions": [_suggestion(one, model) for one in found.suggestions],
-    }
+    choices = {name: _choice(getattr(found, name), model) for name in ("chosen", "closest", "instead")}
+    return {"decision": "bundle" if found.chosen else "refuse", **choices}
 
 
-def _device(device: Device, runs: planning.Suggestion | None, model: str) -> dict[str, Any]:
-    efficiency = load_devices().efficiency
-    speed = runs and planning.decode_speed(runs.candidate.footprint, runs.need.way, device.memory_bandwidth, efficiency)
+def _device(device: Device, runs: planning.Choice | None, model: str) -> dict[str, Any]:
+    speed = runs and planning.decode_speed(
+        runs.candidate.footprint, runs.need.way.context, device.memory_bandwidth, load_devices().efficiency
+    )
     return {
         **device.model_dump(include={"title", "tier", "memory_bandwidth"}),
-        "runs": runs and _suggestion(runs, model),
+        "runs": _choice(runs, model),
         "tokens_per_second": speed and asdict(speed),
     }
 
 
 def _need(found: planning.Need) -> dict[str, Any]:
     parts = {name: asdict(figure) for name, figure in found.parts.items()}
-    return {"private_bytes": found.private, "mapped_bytes": found.mapped, "basis": found.basis, "parts": parts}
+    sizes = {"private_bytes": found.private, "mapped_bytes": found.mapped, "basis": found.basis}
+    return {"way": asdict(found.way), **sizes, "parts": parts}
 
 
-def _suggestion(found: planning.Suggestion, model: str) -> dict[str, Any]:
-    return {
-        "model": found.model or model,
-        "variant": found.candidate.variant,
-        "changes": list(found.changes),
-        **asdict(found.need.way),
-        "need": _need(found.need),
-    }
+def _choice(found: planning.Choice | None, model: str) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"model": found.model or model, "variant": found.candidate.variant, "need": _need(found.need)}

@@ -123,6 +123,23 @@ def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.
         raise EvaluationError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
 
 
+def _open_every_token(path: Path) -> ort.InferenceSession:
+    """As `open_session`, with the logits of every token. Raises EvaluationError when the file is no graph."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from pipeline.graph.decoder import LAST_TOKEN, every_token
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise EvaluationError(
+            f"{path} cannot be read as a graph ({error}). Run the stage that writes it again."
+        ) from None
+    shortened = any(node.name == LAST_TOKEN for node in model.graph.node)
+    return open_graph(every_token(model), path.parent) if shortened else open_session(path)
+
+
 @dataclass(frozen=True)
 class State:
     """Keys and values of `length` tokens. Never modified, so one prefix serves many continuations."""
@@ -132,13 +149,14 @@ class State:
 
 
 class OnnxDecoder:
-    """A decoder graph as a function from tokens to logits.
+    """A decoder graph as a function from tokens to logits: a file's, which it opens with the logits of every token, or
+    one that is open.
 
     It feeds the inputs that the graph declares: Optimum's exports take position_ids, ours do not.
     """
 
-    def __init__(self, path: Path):
-        self.session = open_session(path)
+    def __init__(self, model: Path | ort.InferenceSession):
+        self.session = _open_every_token(model) if isinstance(model, Path) else model
         inputs = self.session.get_inputs()
         self._places = any(value.name == "position_ids" for value in inputs)
         cache = [value for value in inputs if value.name.startswith("past_key_values.")]

@@ -2,7 +2,7 @@
 
 A pass widens one layer after the other from the checkpoint to float32, always into the same buffers, and runs all texts
 through it: those that are being written as one batch of a token each, those that begin through their whole prompt, in
-the chunks that a phone runs it in. One session serves all layers: their weights are its inputs. Memory is a layer, a
+chunks. One session serves all layers: their weights are its inputs. Memory is a layer, a
 chunk's activations, and the texts' keys and values, to which attention adds in place.
 
 New texts join as others end, at any pass: Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based
@@ -22,11 +22,13 @@ import onnxruntime as ort
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.graph.decoder import PREFILL_CHUNK, activation_bytes
+from pipeline.graph.decoder import activation_bytes
 from pipeline.graph.slices import DecoderSlices
 from pipeline.machine import cores
 from pipeline.runtime.session import open_graph, open_slice
 
+CHUNK = 256
+"""Tokens of a prompt that are run at a time."""
 _BLOCK = 1 << 20  # weights that a core widens at a time: few enough for its cache
 _USED = 0.75  # of the memory that is available; the rest is left to the page cache and everyone else
 
@@ -39,7 +41,7 @@ def token_bytes(architecture: Architecture) -> int:
 def working_bytes(architecture: Architecture, texts: int) -> int:
     """What a pass takes beside keys and values: a layer in float32, the activations of a chunk, the texts' logits."""
     layer = sum(matrix.rows * matrix.columns for matrix in architecture.body(0))
-    tokens = max(texts, PREFILL_CHUNK)
+    tokens = max(texts, CHUNK)
     return 4 * layer + activation_bytes(architecture, tokens) + 2 * 4 * architecture.vocab * texts
 
 
@@ -127,7 +129,7 @@ class SideBySide:
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[_Batch]:
         """What is there goes together, unless LongRoPE chooses its tables by a batch's total length."""
-        there, longest = len(self.lengths), max(map(len, ids)) if self.switch else PREFILL_CHUNK
+        there, longest = len(self.lengths), max(map(len, ids)) if self.switch else CHUNK
         self.lengths += [0] * (len(ids) - there)
         if there and not self.switch:
             yield self._batch(slice(0, there), ids[:there])

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.bundle import documents, release
 from pipeline.bundle.keys import announced_key
+from pipeline.bundle.tiers import way_record
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_tiers
 from pipeline.config.signing import load_signing
@@ -17,7 +18,7 @@ from pipeline.graph.nodes import OPSET
 from pipeline.judge.measured import judged
 from pipeline.judge.policy import load_gates
 from pipeline.judge.verdicts import PASS, describe_line, read_verdict
-from pipeline.planning.devices import fitting_tiers
+from pipeline.planning.devices import ways
 from pipeline.workspace import PLAN_FILE, Workspace
 
 
@@ -64,7 +65,7 @@ def run(model: str, variant: str) -> None:
             licence=lock.licence,
             context=entry.context,
             kv_cache=plan["kv_cache"]["type"],
-            tiers=list(fitting_tiers(judged(workspace, variant), load_tiers())),
+            tiers={name: way_record(way) for name, way in ways(judged(workspace, variant), load_tiers()).items()},
             files=entries,
         )
         release.assemble(content, files, document)

@@ -162,6 +162,7 @@ def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, dig
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
         "kv_cache": {"type": drafted.plan.cache.type, "bytes_per_token": drafted.plan.cache.bytes},
+        "prompt_token_bytes": planned.memory.prompt_token,
         "tensors": {
             item.matrix.name: {"role": item.matrix.role, "format": item.formats, "bytes": item.bytes}
             for item in drafted.plan.tables

@@ -131,7 +131,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
         size = {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
     else:
         plan = workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
-        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache")}
+        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache", "prompt_token_bytes")}
         size = {"bytes_on_disk": plan["bytes"], **copied}
         identity["plan_sha256"] = sha256_of(subject.folder / PLAN_FILE)
     return {"identity": identity, "size": size}
