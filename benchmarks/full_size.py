@@ -9,12 +9,10 @@ Other machines are so many of this machine's cores, with the memory that they us
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
-from benchmarks.markdown import table
+from benchmarks.markdown import fill, table
 from pipeline import machine
-from pipeline.files import write_bytes
 from pipeline.preflight.chance import FLIPS, MORE_FLIPS, chance, forbidden
 from pipeline.preflight.machine import stage_needs
 from pipeline.preflight.needs import Rates
@@ -69,14 +67,7 @@ def main() -> None:
     per_core = machine.product_rate() / machine.cores()
     parts = {"rate": f"{per_core / 1e9:.0f} GFLOP/s a core", "chances": chances()}
     parts |= {f"{model}-{suite}": price(model, suite, per_core) for model in MODELS for suite in SUITES}
-    text = PAGE.read_text(encoding="utf-8")
-    for name, new in parts.items():
-        found = re.search(rf"<!-- {name} -->(.*?)<!-- /{name} -->", text, re.DOTALL)
-        if not found:
-            raise SystemExit(f"{PAGE}: no place for {name!r}.")
-        inline = "" if name == "rate" else "\n"
-        text = f"{text[: found.start(1)]}{inline}{new}{inline}{text[found.end(1) :]}"
-    write_bytes(PAGE, text.encode())
+    fill(PAGE, parts)
 
 
 if __name__ == "__main__":

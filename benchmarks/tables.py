@@ -5,19 +5,17 @@ python -m benchmarks.tables
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import arm64, rehearsed
 from benchmarks.conversion import MODELS
-from benchmarks.markdown import table
+from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS
 from benchmarks.quality.tables import TABLES as QUALITY_TABLES
 from benchmarks.searches import BESIDE, pooled, ratio
-from pipeline.files import read_json, write_bytes
+from pipeline.files import read_json
 
 README = Path(__file__).with_name("README.md")
 
@@ -266,10 +264,6 @@ BY_FILE = {
 """Tables of the benchmarks that run by themselves, by their file in results."""
 
 
-def _fill(found: re.Match[str], new: str) -> str:
-    return f"{found[1]}{new}\n{found[2]}"
-
-
 def main() -> None:
     """Rewrite every marked table of README.md."""
     records = [read_json(file) for name in MODELS if (file := RESULTS / f"conversion-{name}.json").exists()]
@@ -281,13 +275,7 @@ def main() -> None:
             tables |= {name: render(found) for name, render in own.items()}
     if rehearsals := [read_json(file) for file in sorted(RESULTS.glob("rehearsal-*.json"))]:
         tables["rehearsal"] = rehearsed.everything(rehearsals)
-    text = README.read_text(encoding="utf-8")
-    for name, new in tables.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not marked.search(text):
-            raise SystemExit(f"{README}: no place for the table {name!r}.")
-        text = marked.sub(partial(_fill, new=new), text)
-    write_bytes(README, text.encode())
+    fill(README, tables)
 
 
 if __name__ == "__main__":

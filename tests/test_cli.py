@@ -363,7 +363,7 @@ def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
     cache = {"type": "float32", "bytes_per_token": 512}
     plan = project / "artifacts/tiny/variants" / variant / "plan.json"
     metrics = {
-        "size": {"bytes_on_disk": 10**6, "kv_cache": cache},
+        "size": {"bytes_on_disk": 10**6, "kv_cache": cache, "prompt_token_bytes": 100},
         "speed": {"peak_memory_bytes": 10**7, "load_peak_private_bytes": 10**6, "load_peak_mapped_bytes": 10**6},
         "divergence": divergence,
         "identity": runtimes() | {"plan_sha256": sha256_of(plan) if plan.exists() else ""},

@@ -215,7 +215,7 @@ def _tokens(footprint: Footprint, tier: Tier, tiers: TiersConfig, weights: Weigh
         return -1
     used = empty.parts["weights"].bytes + empty.parts["activations"].bytes + tiers.runtime_bytes
     left = min(budget_bytes(tier) - used, room(tier, tiers, weights) - used - empty.mapped)
-    return left // footprint.cache_bytes
+    return left // max(1, footprint.cache_bytes)
 
 
 def nearest(footprint: Footprint, tier: Tier, tiers: TiersConfig) -> Need:

@@ -18,7 +18,9 @@ from pipeline.bundle import keys, release
 from pipeline.bundle.keys import SigningKey
 from pipeline.bundle.release import KeyIdentity
 from pipeline.bundle.signing import sign
+from pipeline.bundle.tiers import way_record
 from pipeline.config.signing import SigningConfig
+from pipeline.planning.devices import Way
 
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 FILES = {
@@ -29,6 +31,7 @@ FILES = {
     "tokenizer.json": b'{"version": "1.0"}\n',
     "LICENSE": b"Terms.\n",
 }
+WAY = way_record(Way(2048, "float32", "private", 64, 4))
 RELEASE = {
     "title": "Demo",
     "variant": "q4",
@@ -36,7 +39,8 @@ RELEASE = {
     "source": {"revision": "a" * 40, "files": {"model.safetensors": "b" * 64}},
     "licence": "MIT",
     "context": 2048,
-    "tiers": ["android-8gb", "ios-8gb"],
+    "kv_cache": "float32",
+    "tiers": {"android-8gb": WAY, "ios-8gb": WAY},
     "verdict": {"verdict": "PASS", "kl_mean": 0.05},
 }
 

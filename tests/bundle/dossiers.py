@@ -17,7 +17,11 @@ from pipeline.judge.verdicts import PASS, REPORTED, GateLine, Verdict
 REVISION = "c" * 40
 NOTE = "gates nothing: the reference has 25.0 %, no more than chance"
 METRICS = {
-    "size": {"bytes_on_disk": 10**6, "kv_cache": {"type": "float32", "bytes_per_token": 512}},
+    "size": {
+        "bytes_on_disk": 10**6,
+        "kv_cache": {"type": "float32", "bytes_per_token": 512},
+        "prompt_token_bytes": 100,
+    },
     "speed": {
         "tokens_per_second": 123.456,
         "peak_memory_bytes": 10**7,

@@ -8,26 +8,29 @@ from typing import Any
 
 import pytest
 
-from pipeline.bundle.tiers import TierBundle, TierRefusal, TierSuggestion, assign, build_tiers
+from pipeline.bundle.tiers import TierBundle, TierRefusal, assign, build_tiers, way_record
 from pipeline.config.phones import Tier, TiersConfig, load_tiers
 from pipeline.errors import BundleError
-from pipeline.planning.devices import Candidate, Figure, Footprint, budget_bytes
+from pipeline.planning.devices import Candidate, Figure, Footprint, Way, budget_bytes
 
 TIERS = TiersConfig(
     context=2048,
     runtime_bytes=100,
+    resident_fraction=0.001,  # nothing is mapped, unless a test allows it
     tiers={
-        "small": Tier(platform="android", ram_bytes=1_000, usable_fraction=0.5),
-        "middle": Tier(platform="android", ram_bytes=2_000, usable_fraction=0.5),
-        "large": Tier(platform="ios", ram_bytes=5_000, usable_fraction=0.6),
+        "small": Tier(platform="android", ram_bytes=1_000_000, usable_fraction=0.0005),
+        "middle": Tier(platform="android", ram_bytes=2_000_000, usable_fraction=0.0005),
+        "large": Tier(platform="ios", ram_bytes=5_000_000, usable_fraction=0.0006),
     },
 )
 
 
 def candidate(variant: str, download: int, memory: int, verdict: str, kl_mean: float | None) -> Candidate:
     """A measured variant: all its memory is weights but 40 of activations; a token's cache takes nothing."""
-    figures = (Figure(size, "measured") for size in (download, memory - 40, 40, memory - 40, memory - 40))
-    return Candidate(Footprint(variant, *figures, kv_cache="float32", cache_bytes=0), verdict, kl_mean)
+    size, weights, used, loading, packed = (
+        Figure(size, "measured") for size in (download, memory - 40, 40, memory - 40, memory - 40)
+    )
+    return Candidate(Footprint(variant, size, weights, used, 0, loading, packed, "float32", 0), verdict, kl_mean)
 
 
 Q3 = candidate("q3", 600, 700, "PASS", 0.12)
@@ -40,26 +43,27 @@ def test_each_tier_gets_the_best_that_fits(order: tuple[Candidate, ...]) -> None
     decisions = assign(TIERS, order)
     assert decisions["small"] == TierRefusal(
         platform="android",
-        ram_bytes=1_000,
+        ram_bytes=1_000_000,
         budget_bytes=500,
-        smallest_need_bytes=800,
         shortfall_bytes=300,
         reasons=[
-            "q3: verdict PASS, needs 800 bytes, 300 over the budget (weights 660, activations 40, KV cache 0 at 2,048 "
+            "q3: verdict PASS, 300 bytes too many with weights private (weights 660, activations 40, KV cache 0 at 256 "
             "tokens, runtime 100)",
-            "q4: verdict PASS, needs 1,000 bytes, 500 over the budget (weights 860, activations 40, KV cache 0 at "
-            "2,048 tokens, runtime 100)",
-            "q4_k_m: verdict PASS, needs 1,100 bytes, 600 over the budget (weights 960, activations 40, KV cache 0 at "
-            "2,048 tokens, runtime 100)",
+            "q4: verdict PASS, 500 bytes too many with weights private (weights 860, activations 40, KV cache 0 at 256 "
+            "tokens, runtime 100)",
+            "q4_k_m: verdict PASS, 600 bytes too many with weights private (weights 960, activations 40, KV cache 0 at "
+            "256 tokens, runtime 100)",
         ],
     )
     # q4 needs exactly the budget of 1,000 and fits; q4_k_m is better but 100 over.
     assert decisions["middle"] == TierBundle(
         platform="android",
-        ram_bytes=2_000,
+        ram_bytes=2_000_000,
         budget_bytes=1_000,
         variant="q4",
+        way=way_record(Way(2048, "float32", "private", 64, 4)),
         need_bytes=1_000,
+        mapped_bytes=0,
         bundle_bytes=800,
         kl_mean=0.08,
     )
@@ -71,10 +75,9 @@ def test_only_a_pass_ships(verdict: str) -> None:
     best = candidate("q4_k_m", 900, 1_000, verdict, None if verdict == "ERROR" else 0.001)
     assert assign(TIERS, [best, Q4])["large"].variant == "q4"
     refusal = assign(TIERS, [best])["large"]
-    assert refusal.smallest_need_bytes is None and refusal.shortfall_bytes is None
-    figures = "weights 960, activations 40, KV cache 0 at 2,048 tokens, runtime 100"
-    assert refusal.reasons == [f"q4_k_m: verdict {verdict}, needs 1,100 bytes ({figures})"]
-    assert refusal.suggestions == []
+    assert refusal.shortfall_bytes is None
+    figures = "weights 960, activations 40, KV cache 0 at 256 tokens, runtime 100"
+    assert refusal.reasons == [f"q4_k_m: verdict {verdict} ({figures})"]
 
 
 def test_nothing_built_is_a_refusal() -> None:
@@ -106,16 +109,24 @@ def test_the_document_pins_the_bundles_it_names(maker: Any) -> None:
     assert type(document).model_validate_json(document.model_dump_json()) == document
 
 
-def test_a_refusal_says_what_would_fit() -> None:
-    """An int8 cache of 100 tokens takes 100 bytes in place of 400, which is what the tier lacks."""
-    tiers = TIERS.model_copy(update={"context": 100})
-    figures = (Figure(size, "measured") for size in (600, 600, 40, 600, 600))
-    found = Candidate(Footprint("q4", *figures, kv_cache="float32", cache_bytes=4), "PASS", 0.1)
-    refusal = assign(tiers, [found])["middle"]
-    assert (refusal.smallest_need_bytes, refusal.shortfall_bytes) == (1_140, 140)
-    assert refusal.suggestions == [
-        TierSuggestion(variant="q4", changes=["int8-kv"], context=100, kv_cache="int8", need_bytes=840, mapped_bytes=0)
-    ]
+def test_a_way_is_signed_with_what_makes_it_so() -> None:
+    """An app hands `genai` to onnxruntime-genai's Config.overlay, as it is."""
+    mapped = way_record(Way(1024, "int8", "mapped", 16, 2))
+    assert (mapped.weights, mapped.context, mapped.prefill_chunk, mapped.threads) == ("mapped", 1024, 16, 2)
+    assert mapped.genai == {
+        "model": {"decoder": {"filename": "prepacked.onnx", "session_options": {"intra_op_num_threads": 2}}},
+        "search": {"chunk_size": 16, "max_length": 1024},
+    }
+    assert "filename" not in way_record(Way(1024, "int8", "private", 16, 2)).genai["model"]["decoder"]
+
+
+def test_a_large_variant_is_mapped_where_it_stays_in_ram() -> None:
+    """Of 900 MB: 150 private of the runtime's, 100 for the app, 600 mapped."""
+    mb = 10**6
+    tier = Tier(platform="android", ram_bytes=1000 * mb, usable_fraction=0.4)
+    config = TiersConfig(context=256, runtime_bytes=100 * mb, resident_fraction=0.9, tiers={"one": tier})
+    found = assign(config, [candidate("q4", 500 * mb, 600 * mb, "PASS", 0.1)])["one"]
+    assert (found.way.weights, found.need_bytes, found.mapped_bytes) == ("mapped", 250 * mb + 40, 600 * mb - 40)
 
 
 def test_the_shipped_tiers_keep_their_classes_apart() -> None:

@@ -22,6 +22,7 @@ from pipeline.bundle.release import FileEntry
 from pipeline.bundle.trust import ReleaseMemory
 from pipeline.bundle.verify import Finding, Kind, Report, verify, verify_tiers
 from pipeline.errors import BundleError
+from tests.bundle.conftest import WAY
 
 CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 NOW = CREATED + timedelta(days=30)
@@ -421,7 +422,7 @@ def test_app_versions(
 def test_a_bundle_for_another_tier(
     maker: Any, public_key: Path, tmp_path: Path, tiers_named: list[str], tier: str, message: str | None
 ) -> None:
-    report = check(maker.bundle(tmp_path / "made", tiers=tiers_named), public_key, tier=tier)
+    report = check(maker.bundle(tmp_path / "made", tiers=dict.fromkeys(tiers_named, WAY)), public_key, tier=tier)
     assert kinds(report) == (["swapped-tier"] if message else [])
     assert message is None or message in report.describe()
 
@@ -604,7 +605,15 @@ def test_what_cannot_be_answered_is_an_error(good_bundle: Path, public_key: Path
 @pytest.fixture
 def tiers_folder(maker: Any, tmp_path: Path) -> Path:
     bundle = tiers.TierBundle(
-        platform="ios", ram_bytes=8, budget_bytes=4, variant="q4", need_bytes=3, bundle_bytes=2, kl_mean=0.1
+        platform="ios",
+        ram_bytes=8,
+        budget_bytes=4,
+        variant="q4",
+        way=WAY,
+        need_bytes=3,
+        mapped_bytes=0,
+        bundle_bytes=2,
+        kl_mean=0.1,
     )
     document = tiers.build_tiers(
         **maker.stamp, context=2048, decisions={"ios-8gb": bundle}, signatures={"q4": "e" * 64}

@@ -28,7 +28,7 @@ from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
 from pipeline.files import write_json
-from pipeline.graph.decoder import PREFILL_CHUNK, build_decoder, save_decoder
+from pipeline.graph.decoder import PREFILL_CHUNKS, build_decoder, save_decoder
 from pipeline.graph.genai import genai_config
 from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model
@@ -127,7 +127,7 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama-untied", "mimo", "phi3-partial-tied"])
 def test_a_prompt_longer_than_the_chunk(name: str, tmp_path: Path) -> None:
-    length = PREFILL_CHUNK + 50
+    length = PREFILL_CHUNKS[0] + 50
     case = longer(CASES[name], 512)
     folder, ids = export(tmp_path, case, 512), prompt(length)
     written = greedy(folder, ids, NEW)

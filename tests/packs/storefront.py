@@ -13,7 +13,7 @@ from pipeline.files import sha256_of
 from pipeline.packs.android import AndroidIndex, plan_android, write_android
 from pipeline.packs.delivery import Packable, packable
 from pipeline.packs.ios import IosIndex, plan_ios, write_ios
-from tests.bundle.conftest import CREATED, FILES
+from tests.bundle.conftest import CREATED, FILES, WAY
 
 MODEL = "demo"
 PACK_BYTES = 30_000  # one data part of 16,384 bytes and the small files
@@ -51,9 +51,9 @@ def tier(platform: str, ram: float, variant: str | None) -> TierBundle | TierRef
     """A class from `ram` GB on that gets `variant`, or nothing."""
     common: dict[str, Any] = {"platform": platform, "ram_bytes": round(ram * GB), "budget_bytes": round(ram * GB) // 2}
     if variant is None:
-        return TierRefusal(**common, smallest_need_bytes=9 * GB, shortfall_bytes=GB, reasons=["q3: needs 9 GB"])
+        return TierRefusal(**common, shortfall_bytes=GB, reasons=["q3: needs 9 GB"])
     need, kl = {"q3": (2 * GB, 0.2), "q4": (4 * GB, 0.1)}[variant]
-    return TierBundle(**common, variant=variant, need_bytes=need, bundle_bytes=GB, kl_mean=kl)
+    return TierBundle(**common, variant=variant, way=WAY, need_bytes=need, mapped_bytes=0, bundle_bytes=GB, kl_mean=kl)
 
 
 TIERS = {

@@ -17,6 +17,7 @@ from pipeline.bundle.tiers import TiersDocument
 from pipeline.errors import BundleError
 from pipeline.packs.ios import Choice, manifest, pack_id, plan_ios, write_ios
 from pipeline.packs.ios_rules import RULES, check_ios, describe_ios
+from tests.bundle.conftest import WAY
 from tests.packs.storefront import GB, PACK_BYTES, Shop, tier
 from tests.packs.test_android import STRANGER, add, edit_index, grow, swap
 
@@ -58,8 +59,8 @@ def test_the_app_picks_the_best_that_fits(shop: Shop) -> None:
     """From the top of the table, by what os_proc_available_memory() says."""
     choices = shop.ios.choices
     assert choices == [
-        Choice(variant="q4", need_bytes=4 * GB, kl_mean=0.1),
-        Choice(variant="q3", need_bytes=2 * GB, kl_mean=0.2),
+        Choice(variant="q4", way=WAY, need_bytes=4 * GB, kl_mean=0.1),
+        Choice(variant="q3", way=WAY, need_bytes=2 * GB, kl_mean=0.2),
     ]
 
     def pick(available: int) -> str | None:

@@ -19,15 +19,15 @@ from pipeline.planning.devices import (
     Candidate,
     Figure,
     Footprint,
+    Need,
     Way,
     decide,
     decode_speed,
-    fits,
-    fitting_tiers,
-    longest_context,
+    excess,
+    fitting,
     need,
     parts_in_words,
-    suggest,
+    ways,
 )
 from pipeline.planning.memory import plan_memory
 from tests.planning.measured import measured
@@ -47,12 +47,14 @@ SMALL, LARGE = TIERS.tiers.values()
 
 
 def footprint(variant: str = "q4", weights: int = 700, cache: int = 200_000, loading: int = 0) -> Footprint:
-    """Megabytes; 50 of activations, half as much to download as to load, the cache in bytes per token."""
+    """Megabytes; 50 of activations, of which half a megabyte for each token of a chunk; half as much to download as to
+    load, the cache in bytes per token."""
     return Footprint(
         variant,
         download=Figure(weights * MB // 2, "computed"),
         weights=Figure(weights * MB, "computed"),
         activations=Figure(50 * MB, "computed"),
+        prompt_token=MB // 2,
         loading=Figure(max(weights, loading) * MB, "computed"),
         packed=Figure(weights * MB, "computed"),
         kv_cache="float32",
@@ -61,127 +63,121 @@ def footprint(variant: str = "q4", weights: int = 700, cache: int = 200_000, loa
     )
 
 
-def private(found: Footprint, **changes: object) -> int:
-    return need(found, replace(Way(1000, found.kv_cache), **changes), TIERS.runtime_bytes).private  # type: ignore[arg-type]
+AS_LOADED = Way(1000, "float32", "private", 64, 4)
+MAPPED = replace(AS_LOADED, weights="mapped")
+
+
+def taken(found: Footprint, way: Way = AS_LOADED) -> Need:
+    return need(found, way, TIERS.runtime_bytes)
 
 
 def test_the_peak_is_in_use_or_in_loading_with_the_runtime_on_top() -> None:
-    assert private(footprint()) == (700 + 50 + 200 + 100) * MB
-    assert private(footprint(loading=1200)) == (1200 + 100) * MB
-    assert private(footprint(), kv_cache="int8") == (700 + 50 + 50 + 100) * MB
-    mapped = need(footprint(), Way(1000, "float32", prepacked=True), TIERS.runtime_bytes)
+    assert taken(footprint()).private == (700 + 50 + 200 + 100) * MB
+    assert taken(footprint(loading=1200)).private == (1200 + 100) * MB
+    assert taken(footprint(), replace(AS_LOADED, prefill_chunk=16)).private == (700 + 26 + 200 + 100) * MB
+    mapped = taken(footprint(loading=1200), MAPPED)
     assert (mapped.private, mapped.mapped) == (PREPACKED_PRIVATE + (50 + 200 + 100) * MB, 700 * MB)
 
 
-def test_an_int8_variant_stays_one() -> None:
-    found = replace(footprint(cache=50_000), kv_cache="int8")
-    assert found.token_bytes("int8") == 50_000
-    assert found.token_bytes("float32") == 200_000
-    assert private(found) == (700 + 50 + 50 + 100) * MB
-
-
 def test_a_budget_is_held_to_the_byte() -> None:
-    exact = need(footprint(weights=650), Way(1000, "float32"), TIERS.runtime_bytes)
-    assert exact.private == 1000 * MB and fits(exact, SMALL, TIERS)
-    assert not fits(replace(exact, private=exact.private + 1), SMALL, TIERS)
+    exact = taken(footprint(weights=650))
+    assert exact.private == 1000 * MB and excess(exact, SMALL, TIERS) == 0
+    assert excess(replace(exact, private=exact.private + 1), SMALL, TIERS) == 1
     # Mapped weights count only against what stays in RAM: 1,300 MB of 2,000.
-    assert fits(replace(exact, private=900 * MB, mapped=400 * MB), SMALL, TIERS)
-    assert not fits(replace(exact, private=900 * MB, mapped=400 * MB + 1), SMALL, TIERS)
+    mapped = taken(footprint(), MAPPED)
+    assert excess(replace(mapped, private=900 * MB, mapped=400 * MB), SMALL, TIERS) == 0
+    assert excess(replace(mapped, private=900 * MB, mapped=400 * MB + 1), SMALL, TIERS) == 1
+    assert excess(replace(mapped, private=1000 * MB + 1, mapped=0), SMALL, TIERS) == 1
 
 
 def test_the_words_are_the_sum() -> None:
-    found = need(footprint(), Way(1000, "float32"), TIERS.runtime_bytes)
-    assert parts_in_words(found) == (
+    assert parts_in_words(taken(footprint())) == (
         "weights 700,000,000, activations 50,000,000, KV cache 200,000,000 at 1,000 tokens, runtime 100,000,000"
     )
-    loading = need(footprint(loading=1200), Way(1000, "float32"), TIERS.runtime_bytes)
-    assert parts_in_words(loading) == "loading 1,200,000,000, runtime 100,000,000"
+    assert parts_in_words(taken(footprint(loading=1200))) == "loading 1,200,000,000, runtime 100,000,000"
+    assert parts_in_words(taken(footprint(), MAPPED)).endswith("runtime 100,000,000, and 700,000,000 mapped")
 
 
 def test_the_basis_is_the_weakest() -> None:
-    found = replace(footprint(), weights=Figure(1, "bound"))
-    assert need(found, Way(1, "float32"), 0).basis == "bound"
-    assert need(footprint(), Way(1, "float32"), 0).basis == "computed"
+    assert taken(replace(footprint(), weights=Figure(1, "bound"))).basis == "bound"
+    assert taken(footprint()).basis == "computed"
+    assert taken(replace(footprint(), packed=Figure(1, "bound")), MAPPED).basis == "bound"
+
+
+# --- ways ------------------------------------------------------------------------------------------------------------
+
+
+def way(found: Footprint, context: int = 1000) -> tuple[int, str, int] | None:
+    held = fitting(found, SMALL, TIERS, context)
+    if held is None:
+        return None
+    assert excess(held, SMALL, TIERS) <= 0
+    return held.way.context, held.way.weights, held.way.prefill_chunk
+
+
+def test_a_tier_runs_a_variant_in_the_first_way_that_fits() -> None:
+    """1,000 MB may be private. As loaded: weights + 50 + 200 + 100; chunks of 32 or 16 tokens save 16 or 24 MB. Mapped:
+    1,300 hold weights + 150 + 50 + 200 + 100."""
+    assert way(footprint(weights=650)) == (1000, "private", 64)
+    assert way(footprint(weights=660)) == (1000, "private", 32)
+    assert way(footprint(weights=670)) == (1000, "private", 16)
+    assert way(footprint(weights=700)) == (1000, "mapped", 64)
+    assert way(footprint(weights=820)) == (1000, "mapped", 16)
+    assert fitting(footprint(), SMALL, TIERS, 1000).way.threads == SMALL.threads  # type: ignore[union-attr]
+
+
+def test_less_context_is_the_last_way_and_as_long_as_memory_allows() -> None:
+    """900 MB mapped leave 1,300 − 900 − 150 − 26 − 100 = 124 MB for the cache: 620 tokens."""
+    found = footprint(weights=900)
+    assert way(found) == (620, "mapped", 16)
+    longer = need(found, Way(621, "float32", "mapped", 16, 4), TIERS.runtime_bytes)
+    assert excess(longer, SMALL, TIERS) > 0
+    assert way(footprint(weights=970)) == (270, "mapped", 16)
+    assert way(footprint(weights=975)) is None  # 245 tokens
+
+
+def test_what_loads_with_a_peak_can_still_be_mapped() -> None:
+    assert way(footprint(weights=100, loading=950)) == (1000, "mapped", 64)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
+def chosen(*candidates: Candidate, tier: Tier = SMALL) -> str | None:
+    found = decide(candidates, tier, TIERS, 1000).chosen
+    return found.candidate.variant if found else None
+
+
 def test_measured_quality_decides_before_size_and_a_failed_gate_excludes() -> None:
     small, big = footprint("q4", 300), footprint("q8", 500)
-    assert decide([Candidate(small), Candidate(big)], SMALL, TIERS, 1000).chosen == Candidate(big)
-    judged = Candidate(small, "PASS", 0.2)
-    assert decide([Candidate(big), judged], SMALL, TIERS, 1000).chosen == judged
-    assert decide([Candidate(big, "FAIL", 0.01), Candidate(small)], SMALL, TIERS, 1000).chosen == Candidate(small)
-    assert decide([Candidate(big, "INCONCLUSIVE", 0.01)], SMALL, TIERS, 1000).chosen is None
+    assert chosen(Candidate(small), Candidate(big)) == "q8"
+    assert chosen(Candidate(big), Candidate(small, "PASS", 0.2)) == "q4"
+    assert chosen(Candidate(big, "FAIL", 0.01), Candidate(small)) == "q4"
+    assert chosen(Candidate(big, "INCONCLUSIVE", 0.01)) is None
 
 
-def test_fitting_tiers_ask_nothing_but_memory() -> None:
-    assert fitting_tiers(Candidate(footprint(), "FAIL", 9.0), TIERS) == ("large",)
-    assert fitting_tiers(Candidate(footprint(weights=100)), TIERS) == ("small", "large")
+def test_quality_decides_between_ways_but_not_below_the_context() -> None:
+    good, poor = Candidate(footprint("q4", 760), "PASS", 0.1), Candidate(footprint("q3", 300), "PASS", 0.4)
+    assert chosen(poor, good) == "q4"  # mapped, where q3 would load as it is
+    too_large = Candidate(footprint("q4", 900), "PASS", 0.1)
+    assert chosen(poor, too_large) == "q3"
+    assert chosen(too_large) == "q4"  # with 620 tokens
 
 
-# --- suggestions -----------------------------------------------------------------------------------------------------
-
-
-def changes(found: Footprint, context: int = 1000) -> list[tuple[str, ...]]:
-    return [suggestion.changes for suggestion in suggest([Candidate(found)], SMALL, TIERS, context)]
-
-
-def test_only_what_fits_is_suggested_with_the_fewest_changes() -> None:
-    """700 MB: 50 MB too many. An int8 cache saves 150 MB, a shorter context up to 200 MB; mapped: 500 + 700 ≤ 1,300."""
-    found = suggest([Candidate(footprint())], SMALL, TIERS, 1000)
-    assert [one.changes for one in found] == [("prepacked",), ("int8-kv",), ("shorter-context",)]
-    assert found[2].need.way.context == 750  # 1,000 − 700 − 50 − 100 = 150 MB of 200,000 bytes a token
-    assert all(fits(one.need, SMALL, TIERS) for one in found)
-
-
-def test_the_longest_context_is_the_longest() -> None:
-    found = footprint()
-    for way in (Way(0, "float32"), Way(0, "int8"), Way(0, "float32", True), Way(0, "int8", True)):
-        tokens = longest_context(found, way, SMALL, TIERS)
-        assert fits(need(found, replace(way, context=tokens), TIERS.runtime_bytes), SMALL, TIERS)
-        assert not fits(need(found, replace(way, context=tokens + 1), TIERS.runtime_bytes), SMALL, TIERS)
-
-
-def test_changes_combine_where_one_alone_does_not_do() -> None:
-    """900 MB mapped leave 1,300 − 900 − 150 − 50 − 100 = 100 MB for the cache: 500 tokens, or 2,000 in int8."""
-    assert changes(footprint(weights=900)) == [("prepacked", "int8-kv"), ("prepacked", "shorter-context")]
-    assert changes(footprint(weights=1100)) == []
-
-
-def test_no_context_below_a_chunk_is_suggested() -> None:
-    assert ("shorter-context",) in changes(footprint(weights=790))  # 60 MB: 300 tokens
-    assert ("shorter-context",) not in changes(footprint(weights=800))  # 50 MB: 250 tokens
-
-
-def test_a_worse_variant_is_suggested_only_for_fewer_changes() -> None:
-    good, poor = Candidate(footprint("q4", 900), "PASS", 0.1), Candidate(footprint("q3", 760), "PASS", 0.4)
-    found = suggest([poor, good], SMALL, TIERS, 1000)
-    assert [(one.candidate.variant, one.changes) for one in found] == [
-        ("q3", ("prepacked",)),
-        ("q3", ("int8-kv",)),
-        ("q3", ("shorter-context",)),
-        ("q4", ("prepacked", "int8-kv")),
-        ("q4", ("prepacked", "shorter-context")),
-    ]
+def test_a_variant_runs_on_every_class_that_holds_it() -> None:
+    assert ways(Candidate(footprint(weights=1500), "FAIL", 9.0), TIERS) == {"large": MAPPED}
+    assert ways(Candidate(footprint(weights=100)), TIERS) == {"small": AS_LOADED, "large": AS_LOADED}
 
 
 def test_a_refusal_falls_back_to_the_largest_smaller_model_that_fits() -> None:
-    huge = [Candidate(footprint("q4", 5000))]
+    huge = [Candidate(footprint("q4", 5000)), Candidate(footprint("q3", 4000)), Candidate(footprint("q2", 1), "FAIL")]
     smaller = {"middle": [Candidate(footprint("q4", 900))], "little": [Candidate(footprint("q4", 100))]}
     decision = decide(huge, SMALL, TIERS, 1000, smaller)
-    (only,) = decision.suggestions
-    assert (only.model, only.changes) == ("middle", ("smaller-model", "prepacked", "int8-kv"))
-    assert decision.chosen is None and decision.closest == huge[0] and decision.runs == only
-    assert decide(huge, LARGE, TIERS, 1000, smaller).suggestions[0].changes == ("smaller-model",)
-
-
-def test_a_choice_runs_as_it_is() -> None:
-    decision = decide([Candidate(footprint())], LARGE, TIERS, 1000)
-    assert decision.runs is not None
-    assert (decision.runs.changes, decision.runs.need.way) == ((), Way(1000, "float32"))
-    assert decision.suggestions == ()
+    assert decision.chosen is None and decision.closest is not None and decision.instead is not None
+    assert decision.closest.candidate.variant == "q3"
+    assert excess(decision.closest.need, SMALL, TIERS) == (4000 + 150 + 26 + 100 - 1300) * MB + 256 * 200_000
+    assert (decision.instead.model, decision.instead.need.way.context) == ("middle", 620)
+    assert decision.runs == decision.instead
 
 
 # --- speed, bounds-------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def test_a_choice_runs_as_it_is() -> None:
 
 def test_speed_is_bandwidth_over_bytes_read() -> None:
     """350 MB of weights read, 200 MB of cache at its end; 11 GB/s."""
-    speed = decode_speed(footprint(), Way(1000, "float32"), 11_000 * MB, Efficiency(low=0.4, high=0.6, source="a test"))
+    speed = decode_speed(footprint(), 1000, 11_000 * MB, Efficiency(low=0.4, high=0.6, source="a test"))
     assert speed is not None
     assert (speed.most_full, speed.most_empty) == pytest.approx((20, 11_000 / 350))
     assert (speed.low, speed.high) == pytest.approx((8, 0.6 * 11_000 / 350))

@@ -28,14 +28,15 @@ def test_the_cache_is_twice_the_known_one_of_half_precision_and_half_of_it_in_in
 
 
 def test_activations_are_those_of_a_chunk(tmp_path: Path) -> None:
-    """Longer text is read in chunks: it takes cache, not activations. A chunk holds logits of the whole vocabulary."""
+    """Longer text is read in chunks: it takes cache, not activations. Of a chunk, only the last token has logits."""
     architecture = architecture_of("phi-4", tmp_path)
-    short, chunk, long = (use_memory(architecture, context)[1] for context in (64, 256, 4096))
-    assert 4 * short == chunk == long
+    short, chunk, long = (use_memory(architecture, context)[1] for context in (16, 64, 4096))
+    assert chunk == long
+    assert chunk - short == 48 * use_memory(architecture, 64)[2]
     wider = use_memory(replace(architecture, vocab=architecture.vocab + 1000), 256)[1]
-    assert wider - chunk == 3 * 4 * 1000 * 256  # a head of two planes: both products and their sum
+    assert wider - chunk == 3 * 4 * 1000  # a head of two planes: both products and their sum
     single = [use_memory(item, 256, results=1)[1] for item in (architecture, replace(architecture, vocab=101_352))]
-    assert single[1] - single[0] == 4 * 1000 * 256
+    assert single[1] - single[0] == 4 * 1000
 
 
 def bits_per_weight(name: str, tmp_path: Path, role: str = "q_proj") -> float:
@@ -81,8 +82,8 @@ def test_the_peak_is_in_loading_or_in_use(tmp_path: Path) -> None:
     assert short.cache + short.activations < short.loading
     assert short.peak == short.weights + short.loading
     assert long.record() == {
-        "weights": long.weights, "cache": long.cache, "activations": long.activations, "loading": long.loading,
-        "peak": long.peak,
+        "weights": long.weights, "cache": long.cache, "activations": long.activations,
+        "prompt_token": long.prompt_token, "loading": long.loading, "peak": long.peak,
     }  # fmt: skip
 
 

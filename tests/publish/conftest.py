@@ -14,7 +14,7 @@ from pipeline.bundle import keys, release
 from pipeline.bundle.tiers import TierBundle, TierRefusal, build_tiers
 from pipeline.publish import fetch as fetching
 from pipeline.publish.push import push
-from tests.bundle.conftest import CREATED, Maker, maker, public_key, stranger  # noqa: F401 (fixtures)
+from tests.bundle.conftest import CREATED, WAY, Maker, maker, public_key, stranger  # noqa: F401 (fixtures)
 
 NOW = CREATED + timedelta(days=30)
 PARTS = {f"demo_q4.onnx.data.{index}": random.Random(index).randbytes(30_000 + index) for index in range(3)}
@@ -58,10 +58,10 @@ class Line:
             **self.maker.stamp | {"signing": self.maker.config.model_copy(update={"release": number})},
             context=2048,
             decisions={
-                "big": TierBundle(**BUDGET, variant="q4", need_bytes=300, bundle_bytes=200, kl_mean=0.1),
-                "small": TierRefusal(
-                    **BUDGET, smallest_need_bytes=4_500_000_000, shortfall_bytes=500_000_000, reasons=["q4: too big"]
+                "big": TierBundle(
+                    **BUDGET, variant="q4", way=WAY, need_bytes=300, mapped_bytes=0, bundle_bytes=200, kl_mean=0.1
                 ),
+                "small": TierRefusal(**BUDGET, shortfall_bytes=500_000_000, reasons=["q4: too big"]),
             },
             signatures={"q4": hashlib.sha256((bundle / "model.sig").read_bytes()).hexdigest()},
         )

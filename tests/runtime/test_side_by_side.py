@@ -32,7 +32,7 @@ def make(folder: Path, name: str, dtype: str = "F32") -> SideBySide:
 def test_a_text_s_logits_are_its_own(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With others before, beside and after it: one ends, another takes its room; prompts take several chunks, and a
     text passes LongRoPE's switch at 64."""
-    monkeypatch.setattr(side_by_side, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(side_by_side, "CHUNK", 16)
     model, whole = make(tmp_path, name, dtype), OnnxDecoder(tmp_path / "model.onnx")
     running: list[tuple[int, int]] = []  # number among TEXTS, tokens that have passed
 

@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.judge import measured
 from pipeline.judge.verdicts import PASS, GateLine, Verdict
-from pipeline.planning.devices import Figure, Way, fitting_tiers, need
+from pipeline.planning.devices import Figure, Way, need, ways
 from pipeline.preflight import footprints
 from pipeline.report import plan
 from pipeline.report.columns import WIDTH
@@ -26,12 +26,12 @@ from tests.real_configs import REAL_CONFIGS, architecture_of
 
 MB = 10**6
 README = {
-    ("mimo-8b", "q4"): 4_295_281_173,
-    ("phi-4", "q4"): 8_056_657_762,
-    ("phi-4-mini", "q4"): 2_226_344_619,
-    ("mimo-8b", "q4_k_m"): 4_735_105_400,
-    ("phi-4", "q4_k_m"): 9_152_456_562,
-    ("phi-4-mini", "q4_k_m"): 2_492_779_772,
+    ("mimo-8b", "q4"): 4_170_988_539,
+    ("phi-4", "q4"): 7_790_919_340,
+    ("phi-4-mini", "q4"): 2_163_703_786,
+    ("mimo-8b", "q4_k_m"): 4_735_413_441,
+    ("phi-4", "q4_k_m"): 9_152_882_627,
+    ("phi-4-mini", "q4_k_m"): 2_493_053_779,
 }
 
 
@@ -47,7 +47,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measure(workspace: Workspace, variant: str, kind: str = "float32", per_token: int = 1536) -> None:
     """Metrics and a PASS of a variant that takes 2 MB at its peak, 1.2 of them once loaded."""
     metrics = {
-        "size": {"bytes_on_disk": MB, "kv_cache": {"type": kind, "bytes_per_token": per_token}},
+        "size": {
+            "bytes_on_disk": MB,
+            "kv_cache": {"type": kind, "bytes_per_token": per_token},
+            "prompt_token_bytes": 100,
+        },
         "speed": {"peak_memory_bytes": 2 * MB, "load_peak_private_bytes": 1_200_000, "load_peak_mapped_bytes": 300_000},
         "divergence": {"kl_mean": 0.1},
     }
@@ -63,7 +67,7 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
     for variant, kind, per_token in (("q4", "float32", 1536), ("q4_kv8", "int8", 384)):
         measure(workspace, variant, kind, per_token)
         footprint = measured.judged(workspace, variant).footprint
-        needed[variant] = need(footprint, Way(4096, footprint.kv_cache), runtime_bytes=7).private
+        needed[variant] = need(footprint, Way(4096, footprint.kv_cache, "private", 64, 4), runtime_bytes=7).private
     assert needed == {"q4": 2 * MB + 4096 * 1536 + 7, "q4_kv8": 2 * MB + 4096 * 384 + 7}
 
 
@@ -139,50 +143,61 @@ def allow_q3(desk: Path, model: str) -> None:
 def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, models=("mimo-8b", "phi-4", "phi-4-mini"))
     got = {
-        model: {name: row["variant"] for name, row in item["tiers"].items()} for model, item in found["models"].items()
+        model: {
+            name: f"{row['chosen']['variant']} {row['chosen']['need']['way']['weights']}"
+            for name, row in item["tiers"].items()
+            if row["chosen"] and row["chosen"]["need"]["way"]["context"] == 2048
+        }
+        for model, item in found["models"].items()
     }
-    nothing = dict.fromkeys(load_tiers().tiers)
+    most = {"android-16gb": "q4_k_m private", "android-24gb": "q4_k_m private", "ios-12gb": "q4_k_m private"}
     assert got == {
-        "mimo-8b": nothing | {"android-16gb": "q4_k_m", "android-24gb": "q4_k_m", "ios-12gb": "q4"},
-        "phi-4": nothing | {"android-24gb": "q4"},
-        "phi-4-mini": nothing | dict.fromkeys(("android-12gb", "android-16gb", "android-24gb", "ios-12gb"), "q4_k_m"),
-    }
+        "mimo-8b": {"android-8gb": "q3 mapped", "android-12gb": "q4_k_m mapped", "ios-8gb": "q4 mapped", **most},
+        "phi-4": {
+            "android-12gb": "q3 mapped", "android-16gb": "q4 mapped", "android-24gb": "q4_k_m mapped",
+            "ios-12gb": "q3 mapped",
+        },
+        "phi-4-mini": {
+            "android-6gb": "q4 mapped", "android-8gb": "q4_k_m mapped", "android-12gb": "q4_k_m private",
+            "ios-6gb": "q4 mapped", "ios-8gb": "q4_k_m private", **most,
+        },
+    }  # fmt: skip
 
 
 def test_what_no_phone_can_get_stands_in_no_table_but_is_explained(desk: Path) -> None:
-    """q3 of every model whose row does not name it; with the remedy, and in the tables once the row does."""
-    models = plan.answer()["models"]
-    assert models and all("opt_in" in item["forbidden"].pop("q3") for item in models.values())
-    assert "q3" not in json.dumps(models)
+    """q3 of a model whose row does not name it; with the remedy, and in the tables once the row does."""
+    model = plan.answer(["phi-4-mini"])["models"]["phi-4-mini"]
+    assert "opt_in" in model["forbidden"].pop("q3") and "q3" not in json.dumps(model)
     text = " ".join(" ".join(lines(plan.answer(["phi-4-mini"]))).split())
     assert "does not name phi-4-mini. Name it there, or leave q3 out of `variants`." in text
     allow_q3(desk, "phi-4-mini")
     found = plan.answer(["phi-4-mini"])["models"]["phi-4-mini"]
-    assert (found["forbidden"], found["tiers"]["ios-8gb"]["variant"]) == ({}, "q3")
+    assert found["forbidden"] == {} and "q3" in found["variants"]
     assert any("≤ " in line for line in lines(plan.answer(["phi-4-mini"])))
 
 
-def test_the_answer_for_a_phone_has_a_roofline_and_a_way_out(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_for_a_phone_has_a_roofline_and_a_way(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, models=("mimo-8b",), device="galaxy-s24-ultra")
     assert list(found["tiers"]) == ["android-12gb"]
-    row = found["models"]["mimo-8b"]["tiers"]["android-12gb"]
-    assert (row["decision"], row["closest"]) == ("refuse", "q4")
-    first = row["suggestions"][0]
-    assert (first["variant"], first["changes"], first["context"]) == ("q4", ["prepacked"], 2048)
-    assert first["need"]["private_bytes"] < found["tiers"]["android-12gb"]["budget_bytes"]
-    resident = first["need"]["private_bytes"] + first["need"]["mapped_bytes"]
-    assert resident <= found["tiers"]["android-12gb"]["resident_bytes"]
+    row, tier = found["models"]["mimo-8b"]["tiers"]["android-12gb"], found["tiers"]["android-12gb"]
+    need = row["chosen"]["need"]
+    assert need["way"] == {
+        "context": 2048, "kv_cache": "int8", "weights": "mapped", "prefill_chunk": 64, "threads": 4
+    }  # fmt: skip
+    assert need["private_bytes"] < tier["budget_bytes"]
+    assert need["private_bytes"] + need["mapped_bytes"] <= tier["resident_bytes"]
     (phone,) = found["models"]["mimo-8b"]["devices"].values()
-    speed, read = phone["tokens_per_second"], found["models"]["mimo-8b"]["variants"]["q4"]["read"]["bytes"]
+    speed, read = phone["tokens_per_second"], found["models"]["mimo-8b"]["variants"]["q4_k_m"]["read"]["bytes"]
     assert speed["most_empty"] == pytest.approx(76.8e9 / read)
     assert speed["low"] == pytest.approx(0.4 * speed["most_full"])
-    assert speed["most_full"] == pytest.approx(76.8e9 / (read + 2048 * 294_912))
+    assert speed["most_full"] == pytest.approx(76.8e9 / (read + 2048 * 294_912 / 4))
 
 
-def test_a_smaller_model_is_suggested_by_arithmetic(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smaller_model_is_what_runs_instead(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, models=("phi-4",), tier="android-8gb")
-    last = found["models"]["phi-4"]["tiers"]["android-8gb"]["suggestions"][-1]
-    assert (last["model"], last["changes"]) == ("phi-4-mini", ["smaller-model", "prepacked"])
+    row = found["models"]["phi-4"]["tiers"]["android-8gb"]
+    assert (row["chosen"], row["closest"]["variant"]) == (None, "q3")
+    assert (row["instead"]["model"], row["instead"]["need"]["way"]["weights"]) == ("mimo-8b", "mapped")
 
 
 def test_what_was_measured_is_not_computed(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,13 +206,13 @@ def test_what_was_measured_is_not_computed(desk: Path, capsys: pytest.CaptureFix
     assert found["variants"]["q4"]["download"] == {"basis": "measured", "bytes": MB}
     assert (found["variants"]["q4"]["verdict"], found["variants"]["q4"]["kl_mean"]) == ("PASS", 0.1)
     assert found["variants"]["q4_k_m"]["download"]["basis"] == "computed"
-    assert found["tiers"]["android-4gb"]["variant"] == "q4"
+    assert found["tiers"]["android-4gb"]["chosen"]["variant"] == "q4"
 
 
 def test_people_read_lines_of_a_page(desk: Path) -> None:
     text = lines(plan.answer())
     assert max(map(len, text)) <= WIDTH
-    assert any("nothing: q4 needs" in line for line in text)
+    assert any("nothing; smollm2-135m" in line and "lacks" in line for line in text)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +243,7 @@ def test_a_phone_in_the_wrong_class_is_refused(tmp_path: Path, monkeypatch: pyte
         load_devices()
 
 
-def test_fitting_tiers_name_every_class_that_holds_a_variant(desk: Path) -> None:
-    found = footprints.candidate(footprints.known("phi-4-mini"), "q4", 2048)
-    assert fitting_tiers(found, load_tiers()) == (
-        "android-12gb",
-        "android-16gb",
-        "android-24gb",
-        "ios-12gb",
-    )
+def test_a_bundle_names_every_class_that_holds_it(desk: Path) -> None:
+    found = ways(footprints.candidate(footprints.known("phi-4-mini"), "q4", 2048), load_tiers())
+    assert found.keys() == load_tiers().tiers.keys() - {"android-4gb", "ios-4gb"}
+    assert (found["android-6gb"].weights, found["android-8gb"].weights) == ("mapped", "private")
