@@ -22,7 +22,7 @@ from pipeline.report import plan
 MODELS = ("mimo-8b", "phi-4", "phi-4-mini")
 NOTHING = "\N{EN DASH}"
 README, DETAIL, PICTURE = Path("README.md"), Path("docs/devices.md"), Path("docs/images/ways.png")
-DRAWN = ("mimo-8b", "q4", "android-12gb")
+DRAWN = ("mimo-8b", "q4_k_m", "android-12gb")
 _COLOURS = {
     "weights": "#4269d0", "kv_cache": "#efb118", "activations": "#ff725c", "runtime": "#9c9ca3", "mapped": "#c3d0f2"
 }  # fmt: skip
@@ -97,13 +97,18 @@ def draw(answer: dict[str, Any]) -> None:
             label = part.replace("_", " ") if weights == "mapped" else None
             axes.barh(f"weights {weights}", size, 0.55, left, color=colour, label=label)
             left += size
-        axes.text(left + 0.05, f"weights {weights}", f"{left:.2f} GB", va="center")
-    for key, word in (("budget_bytes", "private memory\nof an app"), ("resident_bytes", "what stays\nin RAM")):
+        peak = (need["private_bytes"] + need["mapped_bytes"]) / 1e9
+        loading = ", as it loads" if weights == "private" else ""
+        axes.text(
+            left + 0.06, f"weights {weights}", f"{peak:.2f} GB{loading}", va="center", fontsize=8, backgroundcolor="w"
+        )
+    for key, word in (("budget_bytes", "private memory of an app"), ("resident_bytes", "stays in RAM")):
         axes.axvline(limits[key] / 1e9, color="#1f2328", linestyle="--", linewidth=1)
-        axes.text(limits[key] / 1e9, 1.62, f"{word}: {limits[key] / 1e9:.2f} GB", ha="center", fontsize=8)
-    axes.set(xlabel="GB", xlim=(0, limits["resident_bytes"] / 1e9 + 1), ylim=(-0.5, 1.9))
+        side = "right" if key == "budget_bytes" else "left"
+        axes.text(limits[key] / 1e9, 1.55, f" {word}: {limits[key] / 1e9:.2f} GB ", ha=side, fontsize=8)
+    axes.set(xlabel="GB", xlim=(0, limits["resident_bytes"] / 1e9 + 1.7), ylim=(-0.5, 1.9))
     axes.set_title(f"{variant} of {model} on {tier}, 2,048 tokens", loc="left", fontsize=10)
-    axes.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, -0.5), frameon=False, fontsize=8)
+    figure.legend(ncols=5, loc="outside lower center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, metadata={"Software": None})
 

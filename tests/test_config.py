@@ -158,19 +158,20 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("configs/recipes")
 
 
-def test_a_recipe_extends_another() -> None:
-    parent, child = load_recipe("q4"), load_recipe("q4_kv8")
-    own = {"extends": "q4", "title": child.title, "version": child.version, "gate": "q4", "kv_cache": "int8"}
-    assert child.model_dump() == parent.model_dump() | own
+def test_a_recipe_extends_another(recipes: Path) -> None:
+    (recipes / "c.yaml").write_text("extends: q4\ntitle: c\nversion: 9\ngate: q4\nkv_cache: float32")
+    own = {"extends": "q4", "title": "c", "version": 9, "gate": "q4", "kv_cache": "float32"}
+    assert load_recipe("c").model_dump() == load_recipe("q4").model_dump() | own
 
 
 def test_the_nearest_key_of_a_chain_counts_whole(recipes: Path) -> None:
-    (recipes / "b.yaml").write_text("extends: q4_kv8\ntitle: b\nversion: 1\nhead: w8b32s\npart_bytes: 2000000")
+    (recipes / "c.yaml").write_text("extends: q4\ntitle: c\nversion: 1\nkv_cache: float32")
+    (recipes / "b.yaml").write_text("extends: c\ntitle: b\nversion: 1\nhead: w8b32s\npart_bytes: 2000000")
     rule = "{roles: [q_proj], format: w2b64a}"
     (recipes / "a.yaml").write_text(f"extends: b\ntitle: a\nversion: 7\npart_bytes: 3000000\nbody: [{rule}]")
     found = load_recipe("a")
     assert (found.title, found.version, found.part_bytes, found.head) == ("a", 7, 3_000_000, "w8b32s")
-    assert (found.kv_cache, found.embedding, len(found.body)) == ("int8", load_recipe("q4").embedding, 1)
+    assert (found.kv_cache, found.embedding, len(found.body)) == ("float32", load_recipe("q4").embedding, 1)
     (recipes / "q4.yaml").write_text(changed("recipes/q4.yaml", embedding="w8b64a"))
     assert load_recipe("a").embedding == "w8b64a", "what changes in a parent reaches the child"
 

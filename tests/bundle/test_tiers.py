@@ -20,7 +20,7 @@ TIERS = TiersConfig(
     tiers={
         "small": Tier(platform="android", ram_bytes=1_000_000, usable_fraction=0.0005),
         "middle": Tier(platform="android", ram_bytes=2_000_000, usable_fraction=0.0005),
-        "large": Tier(platform="ios", ram_bytes=5_000_000, usable_fraction=0.0006),
+        "large": Tier(platform="ios", ram_bytes=6_000_000, usable_fraction=0.0005),
     },
 )
 

@@ -391,7 +391,7 @@ def test_a_tier_gets_its_bundle(tiers: Path, get: Any, target: Path) -> None:
 def test_a_tier_without_a_bundle_is_refused_with_the_figures(tiers: Path, store: Path, target: Path) -> None:
     with pytest.raises(BundleError, match="may use 4,000,000,000 of its") as refused:
         fetch(str(store), "demo", target, target.parents[1] / "public.pem", tier="small", now=NOW)
-    assert "4,500,000,000 bytes, 500,000,000 more" in str(refused.value) and "q4: too big" in str(refused.value)
+    assert "lacks 500,000,000 bytes" in str(refused.value) and "q4: too big" in str(refused.value)
 
 
 def test_an_unknown_tier_is_answered_with_those_there_are(tiers: Path, get: Any) -> None:

@@ -135,7 +135,7 @@ def test_folders_that_are_no_bundles_are_refused(line: Line, maker: Maker, tmp_p
     with pytest.raises(BundleError, match=r"has 5 bytes, release\.json says 30,000"):
         compare(good, bad)
     (bad / "content" / "release.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"its release\.json is none \(model: "):
+    with pytest.raises(BundleError, match=r"its release\.json is none \(the whole: "):
         compare(good, bad)
 
 

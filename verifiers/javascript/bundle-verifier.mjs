@@ -160,6 +160,7 @@ function readStatement(payload) {
 
 // --- the signed document ---------------------------------------------------------------------------------------------
 
+const FORMAT = 2;
 const STAMP = {
   model: name,
   release: integer(1),
@@ -172,16 +173,19 @@ const STAMP = {
   next_key_id: optional(sha256),
 };
 const FORMS = {
-  "release.json": { kind: is(undefined, "release"), variant: name, tiers: optional(listOf(name)), files: object },
+  "release.json": { kind: is(undefined, "release"), variant: name, tiers: object, files: object },
   "refusal.json": { kind: is(undefined, "refusal"), variant: name, reasons: listOf(text, 1) },
   "tiers.json": { kind: is(undefined, "tiers"), tiers: object },
 };
 
 function readDocument(raw, documentName) {
-  const document = members(parseStrictJson(raw), { ...STAMP, ...FORMS[documentName] }, "it", false);
+  const parsed = parseStrictJson(raw);
+  if (object(parsed) && parsed.get("format") !== FORMAT) {
+    throw new Malformed(`it is of format ${parsed.get("format") ?? 1}; this verifier reads ${FORMAT}: fetch a release made for it`);
+  }
+  const document = members(parsed, { ...STAMP, ...FORMS[documentName] }, "it", false);
   document.key = members(document.key, { id: sha256, kind: is("development", "release") }, "key");
-  const tiers = document.tiers ?? [];
-  document.tiers = Array.isArray(tiers) ? tiers : [...tiers.keys()];
+  document.tiers = [...(document.tiers?.keys() ?? [])];
   const files = new Map();
   for (const [file, entry] of document.files ?? []) {
     if (!fileName(file)) throw new Malformed(`files: ${JSON.stringify(file)} is no file name`);

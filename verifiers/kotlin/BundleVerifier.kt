@@ -72,11 +72,7 @@ class Document internal constructor(fields: Map<*, *>, val name: String) {
     val maxAppVersion = fields["max_app_version"] as Long?
     val nextKeyId = fields["next_key_id"] as String?
     internal val key = members(fields["key"], mapOf("id" to ::isSha256, "kind" to oneOf("development", "release")), "key")
-    val tiers: List<String> = when (val tiers = fields["tiers"]) {
-        is List<*> -> tiers.map { it as String }
-        is Map<*, *> -> tiers.keys.map { it as String }
-        else -> emptyList()
-    }
+    val tiers: List<String> = (fields["tiers"] as Map<*, *>?).orEmpty().keys.map { it as String }
     internal val reasons = (fields["reasons"] as List<*>?).orEmpty().map { it as String }
     internal val files = (fields["files"] as Map<*, *>?).orEmpty().map { (file, entry) ->
         if (!isFileName(file)) throw Malformed("files: $file is no file name")
@@ -262,6 +258,7 @@ private fun readStatement(payload: ByteArray): Map<String, String> {
 
 // --- the signed document ---------------------------------------------------------------------------------------------
 
+private const val FORMAT = 2L
 private val STAMP: Map<String, Check> = mapOf(
     "model" to ::isName,
     "release" to atLeast(1),
@@ -277,7 +274,7 @@ private val FORMS: Map<String, Map<String, Check>> = mapOf(
     RELEASE to mapOf(
         "kind" to oneOf(null, "release"),
         "variant" to ::isName,
-        "tiers" to orAbsent(listOfAtLeast(0, ::isName)),
+        "tiers" to ::isObject,
         "files" to ::isObject
     ),
     REFUSAL to mapOf(
@@ -287,7 +284,11 @@ private val FORMS: Map<String, Map<String, Check>> = mapOf(
 )
 
 private fun readDocument(raw: ByteArray, name: String): Document {
-    val fields = members(StrictJson.parse(raw), STAMP + FORMS.getValue(name), "it", exact = false)
+    val parsed = StrictJson.parse(raw)
+    if (parsed is Map<*, *> && parsed["format"] != FORMAT) {
+        throw Malformed("it is of format ${parsed["format"] ?: 1}; this verifier reads $FORMAT: fetch a release made for it")
+    }
+    val fields = members(parsed, STAMP + FORMS.getValue(name), "it", exact = false)
     if (!fields.containsKey("max_app_version")) throw Malformed("it: max_app_version is missing")
     return Document(fields, name)
 }

@@ -250,6 +250,7 @@ private func bytes(ofHex text: String) -> Data {
 
 // MARK: - the signed document
 
+private let formatRead: Int64 = 2
 private let stamp: [String: Check] = [
     "model": isName, "release": atLeast(1), "channel": oneOf("development", "release"), "created": isTime,
     "expires": isTime, "min_app_version": atLeast(0),
@@ -263,7 +264,7 @@ private func absentOr(_ kind: String) -> Check {
 
 private let forms: [String: [String: Check]] = [
     "release.json": [
-        "kind": absentOr("release"), "variant": isName, "tiers": orAbsent(list(of: isName, atLeast: 0)), "files": isObject,
+        "kind": absentOr("release"), "variant": isName, "tiers": isObject, "files": isObject,
     ],
     "refusal.json": ["kind": absentOr("refusal"), "variant": isName, "reasons": list(of: isText, atLeast: 1)],
     "tiers.json": ["kind": absentOr("tiers"), "tiers": isObject],
@@ -289,7 +290,12 @@ public struct Document {
 
     fileprivate init(_ raw: Data, name: String) throws {
         let checks = stamp.merging(forms[name] ?? [:]) { _, special in special }
-        let fields = try members(StrictJSON.parse([UInt8](raw)), checks, "it", exact: false)
+        let parsed = try StrictJSON.parse([UInt8](raw))
+        if let found = parsed.object, found["format"]?.integer != formatRead {
+            let named = found["format"]?.integer ?? 1
+            throw Malformed(message: "it is of format \(named); this verifier reads \(formatRead): fetch a release made for it")
+        }
+        let fields = try members(parsed, checks, "it", exact: false)
         let key = try members(fields["key"], ["id": isSha256, "kind": oneOf("development", "release")], "key")
         guard let model = fields["model"]?.text, let release = fields["release"]?.integer,
             let channel = fields["channel"]?.text, let created = moment(fields["created"]),
@@ -302,7 +308,7 @@ public struct Document {
         nextKeyId = fields["next_key_id"]?.text
         keyId = key["id"]?.text ?? ""
         keyKind = key["kind"]?.text ?? ""
-        tiers = fields["tiers"]?.array?.compactMap { $0.text } ?? fields["tiers"]?.object.map { Array($0.keys) } ?? []
+        tiers = fields["tiers"]?.object.map { Array($0.keys) } ?? []
         reasons = fields["reasons"]?.array?.compactMap { $0.text } ?? []
         files = try Document.readFiles(fields["files"]?.object ?? [:])
         if name == "release.json" && files.isEmpty { throw Malformed(message: "it lists no files") }
