@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, rehearsed
+from benchmarks import arm64, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import table
 from benchmarks.project import RESULTS
@@ -281,6 +281,8 @@ def main() -> None:
             tables |= {name: render(found) for name, render in own.items()}
     if rehearsals := [read_json(file) for file in sorted(RESULTS.glob("rehearsal-*.json"))]:
         tables["rehearsal"] = rehearsed.everything(rehearsals)
+    if phones := [read_json(file) for file in sorted(RESULTS.glob("phone-*.json"))]:
+        tables["phone"] = phone.tables(phones)
     text = README.read_text(encoding="utf-8")
     for name, new in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
