@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -140,7 +141,7 @@ def measure(
     """Rehearse a folder on a tier and write what came out to benchmarks/results/.
 
     Args:
-        name: model and variant, for the table.
+        name: model and variant, and what an overlay changes; for the table and the file's name.
         limits: bytes by name, in place of the tier's.
         changes: of what each process does (`Request`), in place of a phone's: 512 tokens, 64 more, `runtime_bytes`.
     """
@@ -154,8 +155,8 @@ def measure(
         "rows": rows,
         "machine": machine.describe(),
     }
-    words = [*name.split(), rows[0]["way"], tier, *(str(size) for size in (limits or {}).values())]
-    write_json(project.RESULTS / f"phone-{'-'.join(words)}.json", record)
+    words = [name, rows[0]["way"], tier, *(str(size) for size in (limits or {}).values())]
+    write_json(project.RESULTS / f"phone-{re.sub(r'[^a-z0-9_.]+', '-', ' '.join(words).lower())}.json", record)
     return record
 
 
@@ -194,7 +195,7 @@ def bench(folder: Path, model: str, variant: str, scratch: Path) -> None:
 
 HEAD = (
     "model, variant, weights", "tier", "limit, GB", "private, MB", "mapped, MB", "load, s", "prefill, s",
-    "decode, tokens/s", "read per decoded token, MB", "end", "at half the limit",
+    "decode, tokens/s", "read per decoded token, MB", "end", "at half the limit (tokens/s)",
 )  # fmt: skip
 
 
@@ -202,19 +203,28 @@ def rows_of(record: dict[str, Any]) -> Iterator[list[str]]:
     """Cells of README.md's table."""
     for row in record["rows"]:
         found, tokens = row["run"], record["request"]["new_tokens"]
+        app = "" if record["request"]["reserve"] else ", no app"
         seconds = {name: f"{step['seconds']:.1f}" for name, step in found["steps"].items()}
-        decode = found["steps"].get("decode")
         yield [
             f"{record['name']}, {row['way']}",
             record["tier"],
-            f"{row['limit']}: {found['limit'] / 1e9:.3f}",
+            f"{row['limit']}: {found['limit'] / 1e9:.3f}{app}",
             *(f"{found[name] / 1e6:,.0f}" for name in ("private_bytes", "mapped_bytes")),
             *(seconds.get(name, "") for name in ("load", "prefill")),
-            f"{tokens / decode['seconds']:.2f}" if decode else "",
-            f"{decode['read'] / tokens / 1e6:,.1f}" if decode else "",
+            *_decoded(found, tokens),
             _end(found),
-            _end(row["half"]) if row["half"] else "not run",
+            " at ".join(filter(None, [_end(row["half"]), _decoded(row["half"], tokens)[0]]))
+            if row["half"]
+            else "not run",
         ]
+
+
+def _decoded(found: dict[str, Any], tokens: int) -> tuple[str, str]:
+    """Tokens per second, and megabytes read from storage for each; empty where the run did not come so far."""
+    if "decode" not in found["steps"]:
+        return "", ""
+    decode = found["steps"]["decode"]
+    return f"{tokens / decode['seconds']:.2f}", f"{decode['read'] / tokens / 1e6:,.1f}"
 
 
 def _end(found: dict[str, Any]) -> str:
@@ -256,7 +266,7 @@ def _graph_name(folder: Path) -> str:
 @click.option("--tier", required=True, help="A row of configs/tiers.yaml.")
 @click.option("--limit", type=click.IntRange(1), help="Bytes, in place of the tier's two limits.")
 @click.option("--half", is_flag=True, help="Also run at half of each limit.")
-@click.option("--name", help="Model and variant, for the table; else the graph's name.")
+@click.option("--name", help="Model, variant, and what the overlay changes, for the table; else the graph's name.")
 @click.option("--overlay", callback=_overlay, help="JSON, or a file of it, laid over genai_config.json.")
 @click.option(
     "--reserve", type=click.IntRange(0), help="The app's bytes beside the model; else the tiers' runtime_bytes."

@@ -91,6 +91,10 @@ def test_a_model_runs_where_its_private_bytes_fit_and_is_killed_at_half(artifact
     assert row["run"]["private_bytes"] <= row["run"]["charged_bytes"] <= limit
     assert (row["half"]["ended"], row["half"]["limit"]) == ("killed", limit // 2)
     assert row["half"]["step"] in {"load", "prefill"}
+    record = {"name": "small q4", "tier": "android-4gb", "request": {"new_tokens": 8, "reserve": 0}}
+    assert f"| killed in {row['half']['step']} |" in phone.tables([{**record, "rows": [row]}])
+    slow = {"steps": {"decode": {"seconds": 4.0, "read": 8}}, "ended": "finished", "step": None}
+    assert "| finished at 2.00 |" in phone.tables([{**record, "rows": [row | {"half": slow}]}])
 
 
 def test_mapped_weights_run_where_they_fit_and_are_read_again_where_they_do_not(mapped: Path) -> None:
