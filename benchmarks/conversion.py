@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from benchmarks import machine, runtime, synthetic
+from benchmarks import machine, phone, runtime, synthetic
 from benchmarks.engines import Task
 from benchmarks.project import RESULTS, ROOT, SMALL, Project
 from pipeline.checkpoint.architecture import read_architecture
@@ -169,6 +169,7 @@ def measure_model(project: Project, model: str, variants: tuple[str, ...], load:
             record["variants"].append(measure_quantize(project, model, variant))
             if load and variant != NEAREST:
                 record["variants"][-1]["decode"] = decode(project.artifact(model, variant))
+                phone.bench(project.artifact(model, variant), model, variant, project.work / "prepacked")
             if variant == "q4":
                 break
             shutil.rmtree(project.artifact(model, variant))

@@ -90,13 +90,15 @@ class OrtEngine:
 
 
 class GenaiEngine:
-    """onnxruntime-genai, with the folder's own configuration but for the number of threads."""
+    """onnxruntime-genai, with the folder's own configuration but for the number of threads and what overlays it."""
 
-    def __init__(self, folder: Path, threads: int | None):
+    def __init__(self, folder: Path, threads: int | None, overlay: dict[str, Any] | None = None):
         import onnxruntime_genai as genai
 
         self._genai = genai
         config = genai.Config(str(folder))
+        if overlay:
+            config.overlay(json.dumps(overlay))
         if threads:
             options = {"session_options": {"intra_op_num_threads": threads}}
             config.overlay(json.dumps({"model": {"decoder": options}}))

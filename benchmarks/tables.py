@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, rehearsed
+from benchmarks import arm64, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS
@@ -275,6 +275,8 @@ def main() -> None:
             tables |= {name: render(found) for name, render in own.items()}
     if rehearsals := [read_json(file) for file in sorted(RESULTS.glob("rehearsal-*.json"))]:
         tables["rehearsal"] = rehearsed.everything(rehearsals)
+    if phones := [read_json(file) for file in sorted(RESULTS.glob("phone-*.json"))]:
+        tables["phone"] = phone.tables(phones)
     fill(README, tables)
 
 

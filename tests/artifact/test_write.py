@@ -39,6 +39,7 @@ from pipeline.planning.recipes import PlannedMatrix, make_plan
 from pipeline.quantize.formats import Quantized
 from pipeline.quantize.search import nearest, weighted
 from pipeline.quantize.split import channel_importance, split_channels
+from pipeline.runtime.session import OnnxDecoder
 from tests.artifact.exported import PART_BYTES, Exported, changed, export
 from tests.families import CASES, make_checkpoint
 from tests.recipes import load_recipe
@@ -225,15 +226,6 @@ def check_kernels(written: Written) -> None:
         np.testing.assert_array_equal(results[node.output[0]], written.weights(node).astype(np.float32))
 
 
-def logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    return session.run(["logits"], feeds)[0][0]
-
-
 def check_model(exported: Exported, stored: dict[str, np.ndarray], folder: Path, scratch: Path) -> None:
     """Logits against a float model of the stored weights. int8 activations cost about 1 % here; a wrong wire 100 %."""
     scratch.mkdir()
@@ -243,8 +235,28 @@ def check_model(exported: Exported, stored: dict[str, np.ndarray], folder: Path,
     save_file(tensors, scratch / "model.safetensors")
     export(scratch)
     ids = np.random.default_rng(3).integers(0, exported.architecture.vocab, 80)  # past LongRoPE's switch at 64
-    got, want = logits(folder / "tiny.onnx", ids), logits(scratch / "model.onnx", ids)
+    (got, _), (want, _) = (OnnxDecoder(path).run(ids) for path in (folder / "tiny.onnx", scratch / "model.onnx"))
     assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < 0.05
+
+
+def test_a_phone_gets_the_last_tokens_logits_and_validation_all(exports: dict[str, Exported], tmp_path: Path) -> None:
+    """The same weights, one node apart: equal to the bit for one token; for many, up to how a kernel rounds one row of
+    activations and several."""
+    exported = exports["llama-tied"]
+    exported.write(load_recipe("q4"), tmp_path)
+    path, ids = tmp_path / "tiny.onnx", np.random.default_rng(5).integers(0, exported.architecture.vocab, 24)
+    shipped = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count, tolerance in ((1, 0.0), (24, 0.03)):
+        feeds = {"input_ids": ids[None, :count], "attention_mask": np.ones((1, count), np.int64)}
+        feeds |= {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in shipped.get_inputs()
+            if value.name.startswith("past")
+        }
+        (got,) = shipped.run(["logits"], feeds)
+        every, _ = OnnxDecoder(path).run(ids[:count].tolist())
+        assert (got.shape, every.shape) == ((1, 1, every.shape[1]), (count, every.shape[1]))
+        np.testing.assert_allclose(got[0, 0], every[-1], atol=tolerance * np.abs(every[-1]).max(), rtol=0)
 
 
 def check_all(exported: Exported, recipe: RecipeConfig, tmp_path: Path) -> None:
