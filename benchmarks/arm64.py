@@ -34,6 +34,7 @@ from benchmarks.foreign import Request
 from benchmarks.probes import Probe
 from pipeline.errors import EvaluationError, PipelineError
 from pipeline.files import link_or_copy, read_json, scratch_directory, write_json
+from pipeline.graph.decoder import every_token
 from pipeline.tasks.divergence_scores import log_normalisers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,19 +101,28 @@ def open_artifact(folder: Path) -> tuple[Path, onnx.ModelProto]:
     return path, model
 
 
+def every_tokens(path: Path, model: onnx.ModelProto, folder: Path) -> Path:
+    """The same model in `folder`, on the same data files, with the logits of every token."""
+    return _saved(path, every_token(model), folder)
+
+
 def with_float_activations(path: Path, model: onnx.ModelProto, folder: Path) -> Path:
-    """The same model in `folder`, on the same data files, with float activations in every product."""
+    """As `every_tokens`, with float activations in every product."""
     plain = onnx.ModelProto()
-    plain.CopyFrom(model)
+    plain.CopyFrom(every_token(model))
     for node in probes.products(plain):
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
-    entries = (item for tensor in plain.graph.initializer for item in tensor.external_data)
+    return _saved(path, plain, folder)
+
+
+def _saved(path: Path, model: onnx.ModelProto, folder: Path) -> Path:
+    entries = (item for tensor in model.graph.initializer for item in tensor.external_data)
     for name in {item.value for item in entries if item.key == "location"}:
         link_or_copy(path.parent / name, folder / name)
     target = folder / path.name
-    onnx.save(plain, target)
+    onnx.save(model, target)
     return target
 
 
@@ -163,11 +173,12 @@ def check(folder: Path, machines: Sequence[Emulator]) -> dict[str, Any]:
     path, model = open_artifact(folder)
     with scratch_directory(path.parent.with_name(f".{path.parent.name}.arm64")) as work:  # near the data, for links
         made = probes.make_probes(probes.formats(model), work)
-        decoding = {"decoder": str(path), "ids": token_ids(folder, _PROMPT + _DECODED), "prompt": _PROMPT}
+        decoder = every_tokens(path, model, work / "every")
+        decoding = {"decoder": str(decoder), "ids": token_ids(folder, _PROMPT + _DECODED), "prompt": _PROMPT}
         request = replace(probe_request(work / "x86-64.npz", made), **decoding)
         _, ours = ask(here, request)
         plain = Request(
-            str(work / "float.npz"), **decoding | {"decoder": str(with_float_activations(path, model, work))}
+            str(work / "float.npz"), **decoding | {"decoder": str(with_float_activations(path, model, work / "float"))}
         )
         exact = ask(here, plain)[1]["logits"]
         base = gap(ours["logits"], exact)

@@ -50,7 +50,7 @@ def compute(request: Request) -> dict[str, np.ndarray]:
             for path in request.probes:
                 found[path] = open_session(Path(path)).run(["y"], {"x": inputs[path]})[0]
     if request.decoder:
-        decoder = OnnxDecoder(Path(request.decoder))
+        decoder = OnnxDecoder(open_session(Path(request.decoder)))  # no onnx, which a path would need
         rows, state = decoder.run(request.ids[: request.prompt])
         logits = [rows]
         for token in request.ids[request.prompt :]:
