@@ -98,21 +98,25 @@ def kills(record: Record) -> str:
 
 
 def whole(cuts: Sequence[Record]) -> str:
-    """Of two cuts of one model: seconds of a layer, and so of all layers, beside preflight's own figure for them."""
+    """Of two cuts of one model: CPU seconds of a layer, and so of all layers, beside preflight's seconds on all cores.
+
+    CPU seconds, because other programs that take cores change them least.
+    """
     fewer, more = sorted(cuts, key=lambda record: record["layers"])
-    layers, apart = more["all_layers"], more["layers"] - fewer["layers"]
+    layers, apart, cores = more["all_layers"], more["layers"] - fewer["layers"], more["machine"]["cores"]
     head = (
-        "stage", *(f"{cut['layers']} layers, s" for cut in (fewer, more)), "a layer, s", f"{layers} layers, s",
-        "preflight's, s", "÷",
+        "stage", *(f"{cut['layers']} layers, CPU s" for cut in (fewer, more)), "a layer, CPU s",
+        f"{layers} layers, CPU s", f"preflight's s × {cores} cores", "÷",
     )  # fmt: skip
     expected = {(one["stage"], one["variant"]): one["seconds"] for one in more["predicted_whole"]}
     rows = []
     for prediction in more["predicted"]:
-        pair = [_steps(cut).get(target_of(prediction, _name(cut)), {}).get("wall_seconds") for cut in (fewer, more)]
+        pair = [_steps(cut).get(target_of(prediction, _name(cut)), {}).get("cpu_seconds") for cut in (fewer, more)]
         if None in pair or prediction["stage"] not in ("calibrate", "sensitivity", "quantize"):
             continue
         layer = (pair[1] - pair[0]) / apart
-        found, own = pair[1] + layer * (layers - more["layers"]), expected[prediction["stage"], prediction["variant"]]
+        found = pair[1] + layer * (layers - more["layers"])
+        own = cores * expected[prediction["stage"], prediction["variant"]]
         rows.append([
             " ".join(filter(None, (prediction["stage"], prediction["variant"]))), *map(_seconds, pair),
             f"{layer:.1f}", _seconds(found), _seconds(own), _ratio(found, own),
