@@ -127,16 +127,17 @@ def test_a_cut_models_text_is_that_of_the_small_ones_first_layers(tmp_path: Path
 def record(layers: int | None, scale: float) -> dict[str, Any]:
     """A rehearsal as it is recorded."""
     name = Wanted("mimo-8b", ("q4",), layers).name
-    used = {"cpu_seconds": 70.0, "private_bytes": 2e9, "disk_before_bytes": 1e9, "disk_growth_bytes": 3e9}
+    used = {"private_bytes": 2e9, "disk_before_bytes": 1e9, "disk_growth_bytes": 3e9}
     need = {"memory": 1e9, "disk": 3e9, "store_disk": 0, "products_per_second": 1e11}
     wanted = [need | {"stage": "calibrate", "variant": None, "seconds": 50.0}]
     wanted += [need | {"stage": "quantize", "variant": "q4", "seconds": 100.0}]
-    steps = [{"name": f"calibrate@{name}", "wall_seconds": 10 * scale} | used]
-    steps += [{"name": f"quantize@{name}-q4", "wall_seconds": 20 * scale} | used]
+    steps = [{"name": f"calibrate@{name}", "wall_seconds": 10 * scale, "cpu_seconds": 14 * scale} | used]
+    steps += [{"name": f"quantize@{name}-q4", "wall_seconds": 20 * scale, "cpu_seconds": 30 * scale} | used]
     answer = {"request": "a <b>", "bundle": "one|two", "tokens": 9, "same": 4, "margin": 0.25}
     lines = [{"name": "kl_mean", "verdict": "PASS", "estimate": 0.01, "low": 0.005, "high": 0.02, "limit": 0.3}]
     return {
         "model": "mimo-8b", "layers": layers, "all_layers": 36, "predicted": wanted, "predicted_whole": wanted,
+        "machine": {"cores": 2},
         "steps": steps, "kills": [{"stage": f"quantize@{name}-q4", "after_seconds": 30.0, "killed": True}],
         "verdicts": {"q4": {"verdict": "PASS", "lines": lines}}, "answers": {"q4": {"rows": [answer]}},
     }  # fmt: skip
@@ -146,7 +147,7 @@ def test_tables_set_what_was_measured_beside_what_was_predicted() -> None:
     text = rehearsed.everything([record(None, 5.0), record(1, 1.0), record(2, 1.5)])
     assert "| calibrate | 70 | 50 | 50 | 1.00 | 2.00 | 1.00 | 2.00 | 3.00 | 3.00 | 4.00 |" in text
     assert "| quantize q4 | 30 | 100 | 1.30 |" in text  # killed: together ÷ predicted
-    assert "| quantize q4 | 20 | 30 | 10.0 | 370 | 100 | 3.70 |" in text  # 1 layer, 2 layers, one, 36
+    assert "| quantize q4 | 30 | 45 | 15.0 | 555 | 200 | 2.77 |" in text  # 1 layer, 2 layers, one, 36
     assert "| q4 | a &lt;b> | one\\|two | 9 | 4 | 0.25 |" in text
     assert "| q4 | PASS | kl_mean | 0.01 | 0.005 to 0.02 | 0.3 | PASS |" in text
     assert projects.ROOT.name not in text
