@@ -133,10 +133,11 @@ def prepack(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     """
     work = Prepacking.read(folder)
     (folder / PREPACKED).mkdir(exist_ok=True)
-    for path in (folder / PREPACKED).glob("*"):
-        if path.suffix != ".data":  # ready.json, and what a kill left
+    names = [f"{number}.data" for number in range(len(work.slices))]
+    for path in (folder / PREPACKED).iterdir():
+        if path.name not in names:  # ready.json, what a kill left, slices of another bundle
             path.unlink()
-    found = [_digest(folder / PREPACKED / f"{number}.data") for number in range(len(work.slices))]
+    found = [_digest(folder / PREPACKED / name) for name in names]
     _require_room(folder, work, found)
     fitting = dict(work.classes)
     for number, name in enumerate(work.slices):

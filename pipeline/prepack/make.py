@@ -30,6 +30,8 @@ def prepare(folder: Path, limit: int = LIMIT) -> Prepacking:
     """
     graph = graph_name(folder)
     model = onnx.load(folder / graph, load_external_data=False)
+    for stale in (*folder.glob("*.slice.*.onnx"), *folder.glob("*.mapped.*.onnx")):
+        stale.unlink()
     slices = cut(model, limit)
     names = [f"{Path(graph).stem}.slice.{number}.onnx" for number in range(len(slices))]
     for name, part in zip(names, slices, strict=True):
