@@ -116,14 +116,12 @@ def compare(private: Way, mapped: Way) -> None:
     """Raise EvaluationError unless both wrote the same tokens."""
     if private.tokens == mapped.tokens:
         return
-    differ = [
-        number for number, pair in enumerate(zip(private.tokens, mapped.tokens, strict=True)) if len(set(pair)) > 1
-    ]
-    at = differ[0]
+    pairs = list(zip(private.tokens, mapped.tokens, strict=True))
+    at = next(number for number, (one, other) in enumerate(pairs) if one != other)
     raise EvaluationError(
-        f"mapped weights write other tokens than private ones: {len(differ)} of {len(private.tokens)} differ, the first "
-        f"is token {at}, {mapped.tokens[at]} in place of {private.tokens[at]}. Do not map: ONNX Runtime saves packed "
-        f"bytes otherwise than pipeline/prepack/device.py says."
+        f"mapped weights write other tokens than private ones, from token {at} of {len(pairs)} on: {mapped.tokens[at]} "
+        f"in place of {private.tokens[at]}. Do not map: this ONNX Runtime saves packed bytes otherwise than "
+        f"pipeline/prepack/device.py describes."
     )
 
 
