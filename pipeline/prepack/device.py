@@ -77,12 +77,14 @@ class Prepacking:
         graph: the model's own graph, which every processor can load.
         parts: the files that hold its weights.
         slices: the graphs of the slices, in the order of packing.
+        limit: bytes of codes in one slice, for whoever adds a class.
         classes: by name.
     """
 
     graph: str
     parts: Sequence[str]
     slices: Sequence[str]
+    limit: int
     classes: Mapping[str, Kernels]
 
     @classmethod

@@ -36,7 +36,7 @@ def prepare(folder: Path, limit: int = LIMIT) -> Prepacking:
     names = [f"{Path(graph).stem}.slice.{number}.onnx" for number in range(len(slices))]
     for name, part in zip(names, slices, strict=True):
         write_bytes(folder / name, part.SerializeToString(deterministic=True))
-    made = Prepacking(graph, stored_files(model), names, {})
+    made = Prepacking(graph, stored_files(model), names, limit, {})
     made.write(folder)
     return made
 
@@ -53,7 +53,7 @@ def add_class(folder: Path, name: str, saved: Path) -> Prepacking:
         raise BundleError(f"{missing[0]} is missing: save all {len(files)} slices before a class is made of them.")
     model = onnx.load(folder / made.graph, load_external_data=False)
     graphs = [onnx.load(graph, load_external_data=False) for graph, _ in files]
-    merged = merge(model, graphs, [f"{PREPACKED}/{number}.data" for number in range(len(files))])
+    merged = merge(model, made.limit, graphs, [f"{PREPACKED}/{number}.data" for number in range(len(files))])
     slices = [_packed(*pair, kept) for pair, kept in zip(files, merged.kept, strict=True)]
     kernels = Kernels(f"{Path(made.graph).stem}.mapped.{name.replace(' ', '-')}.onnx", slices)
     write_bytes(folder / kernels.graph, merged.model.SerializeToString(deterministic=True))

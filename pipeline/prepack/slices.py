@@ -25,21 +25,21 @@ from pipeline.artifact.layout import make_layout
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import external_tensor, value_info
 from pipeline.graph.slices import reads
+from pipeline.prepack.rows import PRODUCT, in_bands
 
 LIMIT = 64 << 20
-"""Bytes of codes in one slice. A larger matrix is a slice of its own; MiMo's largest packed one takes 0.39 GB."""
-_PRODUCT = "MatMulNBits"
+"""Bytes of codes in one slice, and so in one product."""
 _PACKED = "prepacked"  # how the keys of entries with packed bytes begin (onnxruntime, tensor_external_data_info.cc)
 
 Values = Sequence[onnx.ValueInfoProto]
 
 
-def cut(model: onnx.ModelProto, limit: int = LIMIT) -> list[onnx.ModelProto]:
+def cut(model: onnx.ModelProto, limit: int) -> list[onnx.ModelProto]:
     """The slices of a quantized decoder: products in the order of execution, then what else the runtime widens.
 
     Raises GraphError when the graph has no quantized product: there is nothing to pack.
     """
-    graph = _Graph(model)
+    graph = _Graph(in_bands(model, limit))
     groups: list[list[onnx.NodeProto]] = []
     room = 0
     for node in graph.products:
@@ -50,7 +50,7 @@ def cut(model: onnx.ModelProto, limit: int = LIMIT) -> list[onnx.ModelProto]:
         groups[-1].append(node)
         room -= size
     if not groups:
-        raise GraphError(f"graph {model.graph.name!r} has no {_PRODUCT}: only quantized artifacts are prepacked.")
+        raise GraphError(f"graph {model.graph.name!r} has no {PRODUCT}: only quantized artifacts are prepacked.")
     slices = [graph.product_slice(number, nodes) for number, nodes in enumerate(groups)]
     if names := graph.looked_up():
         slices.append(graph.lookup_slice(len(slices), names))
@@ -75,12 +75,12 @@ class Merged:
     kept: list[list[tuple[int, int, int]]]
 
 
-def merge(model: onnx.ModelProto, saved: Sequence[onnx.ModelProto], files: Sequence[str]) -> Merged:
-    """The decoder `model` over its slices as ONNX Runtime `saved` them; `files` are the slices' own, beside it.
+def merge(model: onnx.ModelProto, limit: int, saved: Sequence[onnx.ModelProto], files: Sequence[str]) -> Merged:
+    """The decoder `model` over its slices of `limit` as ONNX Runtime `saved` them; `files` are their own, beside it.
 
     Raises GraphError when a slice holds nothing that could carry its entries.
     """
-    graph = _Graph(model)
+    graph = _Graph(in_bands(model, limit))
     tensors: dict[str, onnx.TensorProto] = {}
     kept = []
     for part, file in zip(saved, files, strict=True):
@@ -119,7 +119,7 @@ class _Graph:
             if names and all(name in self.initializers or name in self.computed for name in names):
                 self.computed |= dict.fromkeys(node.output, node)
         self._others = [node for node in model.graph.node if node.output[0] not in self.computed]
-        self.products = [node for node in self._others if node.op_type == _PRODUCT]
+        self.products = [node for node in self._others if node.op_type == PRODUCT]
 
     def stored_bytes(self, node: onnx.NodeProto) -> int:
         """Bytes of a product's codes."""
@@ -128,7 +128,7 @@ class _Graph:
     def looked_up(self) -> list[str]:
         """Computed values that other nodes than products read; scalars are too small to matter."""
         multiplied = {name for node in self.products for name in node.input}
-        names = dict.fromkeys(name for node in self._others if node.op_type != _PRODUCT for name in reads(node))
+        names = dict.fromkeys(name for node in self._others if node.op_type != PRODUCT for name in reads(node))
         return [name for name in names if name in self.computed and name not in multiplied and self._shape(name)]
 
     def product_slice(self, number: int, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
