@@ -31,6 +31,7 @@ import onnxruntime as ort
 
 from pipeline.errors import BundleError
 from pipeline.files import atomic_file, read_json, require_free_space, sha256_of, write_json
+from pipeline.machine import kernel_class
 
 PREPACK_FILE = "prepack.json"
 PREPACKED = "prepacked"
@@ -139,7 +140,8 @@ def prepack(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     for path in (folder / PREPACKED).iterdir():
         if path.name not in names:  # ready.json, what a kill left, slices of another bundle
             path.unlink()
-    found = [_digest(folder / PREPACKED / name) for name in names]
+    # The first slice is always packed: it tells what this processor is, and files may have come from another.
+    found = [None, *(_digest(folder / PREPACKED / name) for name in names[1:])]
     _require_room(folder, work, found)
     fitting = dict(work.classes)
     for number, name in enumerate(work.slices):
@@ -167,7 +169,7 @@ def choose(folder: Path) -> Outcome:
         ready = read_json(folder / PREPACKED / READY)
         kernels = ready.pop("kernels")
         if ready != _made_by(folder):
-            return Outcome(work.graph, None, "prepacked for another bundle or ONNX Runtime: prepack again")
+            return Outcome(work.graph, None, "prepacked for another bundle, runtime or processor: prepack again")
         chosen = work.classes[kernels]
     except FileNotFoundError:
         return Outcome(work.graph, None, "not prepacked")
@@ -254,7 +256,8 @@ def _digest(path: Path) -> str | None:
 
 def _made_by(folder: Path) -> dict[str, str]:
     """What a phone's prepacked files are good for."""
-    return {"bundle": sha256_of(folder / PREPACK_FILE), "onnxruntime": ort.__version__}
+    bundle = sha256_of(folder / PREPACK_FILE)
+    return {"bundle": bundle, "onnxruntime": ort.__version__, "processor": kernel_class()}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -214,7 +215,7 @@ def test_what_a_killed_phone_packed_is_not_packed_again(
     assert finish(child(prepack_and_die, phone, 2, when)) == -signal.SIGKILL
     assert device.choose(phone).why == "not prepacked"
     outcome, opened = packed_here(phone, monkeypatch)
-    assert outcome.kernels and opened == list(range(2, total))
+    assert outcome.kernels and opened == [0, *range(2, total)]  # the first one tells the class
     assert sorted(path.name for path in (phone / PREPACKED).iterdir()) == sorted(
         [READY, *(f"{number}.data" for number in range(total))]
     )
@@ -227,7 +228,7 @@ def test_only_a_spoilt_slice_is_packed_again(phone: Path, monkeypatch: pytest.Mo
     spoilt[-1] ^= 1
     path.write_bytes(spoilt)
     outcome, opened = packed_here(phone, monkeypatch)
-    assert opened == [1]
+    assert opened == [0, 1]
     np.testing.assert_array_equal(logits(phone / outcome.graph), want)
 
 
@@ -262,6 +263,22 @@ def test_the_class_that_fits_is_chosen_among_others(phone: Path) -> None:
     document["classes"] = {"another": other, name: kernels}
     write_json(phone / PREPACK_FILE, document)
     assert device.prepack(phone, lambda _: None).kernels == name
+
+
+def test_files_of_another_processor_are_not_taken_for_its_own(phone: Path) -> None:
+    """A backup of one phone, put back on another whose class is in the bundle too."""
+    document = read_json(phone / PREPACK_FILE)
+    ((name, kernels),) = document["classes"].items()
+    other = json.loads(json.dumps(kernels))
+    for number, packed in enumerate(other["slices"]):
+        content = f"packed by the other phone {number}".encode()
+        packed |= {"saved": "0" * 64, "data": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (phone / PREPACKED).mkdir(exist_ok=True)
+        (phone / PREPACKED / f"{number}.data").write_bytes(content)
+    write_json(phone / PREPACK_FILE, document | {"classes": {"another": other, name: kernels}})
+    outcome = device.prepack(phone, lambda _: None)
+    assert outcome.kernels == name
+    np.testing.assert_array_equal(logits(phone / outcome.graph), logits(phone / "tiny.onnx"))
 
 
 def test_a_new_release_is_prepacked_again(phone: Path) -> None:
