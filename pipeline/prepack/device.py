@@ -142,6 +142,9 @@ def prepack(folder: Path, say: Callable[[str], None] = print) -> Outcome:
             path.unlink()
     # The first slice is always packed: it tells what this processor is, and files may have come from another.
     found = [None, *(_digest(folder / PREPACKED / name) for name in names[1:])]
+    for number, name in enumerate(names):
+        if all(found[number] != kernels.slices[number].data for kernels in work.classes.values()):
+            (folder / PREPACKED / name).unlink(missing_ok=True)
     _require_room(folder, work, found)
     fitting = dict(work.classes)
     for number, name in enumerate(work.slices):

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from pipeline.graph.nodes import external_tensor
 
 PRODUCT = "MatMulNBits"
+_BY_ROW = {1, 2, 3, 5}  # inputs of MatMulNBits that rows share out: codes, scales, zero points, bias
 _MULTIPLE = 128
 """Rows of a band but the last: kernels work on some rows at once, and 4-bit codes of a band begin on a byte."""
 
@@ -58,8 +59,8 @@ class _Bands:
             band = onnx.NodeProto()
             band.CopyFrom(node)
             band.name = band.output[0] = f"{node.output[0]}/{start}-{stop}"
-            for number, name in enumerate(node.input[1:], 1):
-                band.input[number] = yield from self._band(name, start, stop, rows)
+            for number in sorted(_BY_ROW & set(range(len(node.input)))):
+                band.input[number] = yield from self._band(node.input[number], start, stop, rows)
             next(item for item in band.attribute if item.name == "N").i = stop - start
             results.append(band.name)
             yield band
@@ -79,8 +80,8 @@ class _Bands:
                 yield band
             return band_name
         tensor = self.initializers.get(name)
-        if tensor is None or tensor.data_location != TensorProto.EXTERNAL or tensor.dims[0] % rows:
-            return name  # a scalar, or nothing
+        if tensor is None or tensor.data_location != TensorProto.EXTERNAL:
+            return name  # a scalar of the graph, or nothing
         entries = {item.key: item.value for item in tensor.external_data}
         size, per_row = int(entries["length"]) // rows, tensor.dims[0] // rows
         shape = ((stop - start) * per_row, *tensor.dims[1:])

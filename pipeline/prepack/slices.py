@@ -82,10 +82,13 @@ def merge(model: onnx.ModelProto, limit: int, saved: Sequence[onnx.ModelProto], 
     """
     graph = _Graph(in_bands(model, limit))
     tensors: dict[str, onnx.TensorProto] = {}
-    kept = []
+    kept, keys = [], set[str]()
     for part, file in zip(saved, files, strict=True):
         found = {item.name: item for item in part.graph.initializer if item.data_location == TensorProto.EXTERNAL}
-        packed = [blob for item in found.values() for blob in _packed(item)]
+        # Equal matrices have one key, under which the runtime wants the bytes once.
+        blobs = {blob[0]: blob for item in found.values() for blob in _packed(item) if blob[0] not in keys}
+        packed = list(blobs.values())
+        keys |= blobs.keys()
         names = [name for name in found if name in graph.computed.keys() - tensors]
         if packed and not names:
             names = _smallest(found, graph.initializers.keys() - tensors, part.graph.name)

@@ -172,6 +172,26 @@ def test_a_graph_that_chooses_the_last_token_before_its_head(phone: Path) -> Non
     np.testing.assert_array_equal(found, want)
 
 
+def test_equal_matrices(phone: Path) -> None:
+    """They pack to the same bytes, and the runtime knows packed bytes by their hash."""
+    model = onnx.load(phone / "tiny.onnx", load_external_data=False)
+    stored = {item.name: item for item in model.graph.initializer}
+    for name, item in stored.items():
+        if ".layers.0.mlp.up_proj." in name:
+            for layer in ("1", "2"):
+                twin = stored[name.replace(".0.", f".{layer}.", 1)]
+                twin.CopyFrom(item)
+                twin.name = name.replace(".0.", f".{layer}.", 1)
+    onnx.save(model, phone / "tiny.onnx")
+    make.prepare(phone, 1 << 20)
+    make.add_this_class(phone)
+    outcome = device.prepack(phone, lambda _: None)
+    assert outcome.kernels
+    packed = packed_ranges(phone / outcome.graph)
+    assert len(packed) == len(codes(model)) - 2
+    np.testing.assert_array_equal(logits(phone / outcome.graph), logits(phone / "tiny.onnx"))
+
+
 def test_what_a_bundle_carries_is_enough(bundle: Path, tmp_path: Path) -> None:
     work = device.Prepacking.read(bundle)
     for path in [*make.prepack_files(bundle), bundle / work.graph, *(bundle / name for name in work.parts)]:
