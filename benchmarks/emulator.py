@@ -47,14 +47,17 @@ class Emulator:
 
         Raises EvaluationError with the last line of its errors when it fails.
         """
+        return _output(self.command(arguments, paths), f"emulated {self.cpu}", _PATIENCE)
+
+    def command(self, arguments: Sequence[str], paths: Sequence[Path]) -> list[str]:
+        """What `run` runs."""
         root = self.folder.resolve()
         importable = os.pathsep.join(map(str, (*paths, root / "site")))
-        command = [
+        return [
             *(str(root / _QEMU), "-cpu", self.cpu, "-L", str(root / "system")),
             *("-E", f"PYTHONPATH={importable}", "-E", "ORT_DISABLE_TELEMETRY=1", "-E", "PYTHONDONTWRITEBYTECODE=1"),
             *(str(root / "system" / "usr" / "bin" / f"python{_python(root)}"), *arguments),
         ]
-        return _output(command, f"emulated {self.cpu}", _PATIENCE)
 
 
 def install(folder: Path = FOLDER) -> None:

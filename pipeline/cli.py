@@ -291,6 +291,18 @@ def fetch(source: str, model: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("folder", type=_PATH)
+@click.option("--to", "target", required=True, type=_PATH, help="Where the model is prepacked; FOLDER stays as it is.")
+@click.option("--slice-bytes", "limit", type=click.IntRange(min=1), help="Bytes of codes in one slice of an artifact.")
+def prepack(folder: Path, **options: Any) -> None:
+    """Do what a phone does with FOLDER, an artifact or a bundle's content, so that its weights are mapped.
+
+    Prints memory, time and disk, then generates with private and with mapped weights: other tokens are an error.
+    """
+    _function("prepack.check")(folder, **options)
+
+
+@cli.command()
+@click.argument("folder", type=_PATH)
 def vectors(folder: Path) -> None:
     """Write test vectors to FOLDER: good and spoilt bundles, and what a verifier must say about each."""
     click.echo(f"{len(_function('bundle.vectors', 'write')(folder))} vectors in {folder}")

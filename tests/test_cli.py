@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 COMMANDS = (
     "preflight", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize", "validate", "verdict",
     "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "gate", "escalate", "record-release", "verify",
-    "inspect", "update-size", "push", "fetch", "vectors", "schema", "key-id",
+    "inspect", "update-size", "push", "fetch", "prepack", "vectors", "schema", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]

@@ -22,6 +22,7 @@ ROOMS = [
     ("parity",),
     ("planning",),
     ("artifact",),
+    ("prepack",),
     ("confine",),
     ("tasks",),
     ("judge",),

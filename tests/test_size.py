@@ -23,11 +23,12 @@ CEILINGS = {
     "graph": 400,
     "judge": 530,
     "keys": 300,
-    "modules": 700,
+    "modules": 705,
     "packs": 920,
     "parity": 140,
     "planning": 550,
     "preflight": 910,
+    "prepack": 545,
     "publish": 790,
     "quantize": 735,
     "report": 630,
@@ -35,7 +36,7 @@ CEILINGS = {
     "stages": 845,
     "tasks": 1995,
 }
-WHOLE = 15_145
+WHOLE = 15_695
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

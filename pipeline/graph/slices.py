@@ -122,7 +122,7 @@ class DecoderSlices:
             if node is None or id(node) in found:
                 continue
             found.add(id(node))
-            names = set(_reads(node))
+            names = set(reads(node))
             read |= names
             wanted += names - {source}
         order = {id(node): node for node in self._producers.values()}
@@ -176,10 +176,10 @@ def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [added, helper.make_node("SimplifiedLayerNormalization", [total, gamma], [normed], **settings)]
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, those of the outer graph that its branches read included."""
     yield from filter(None, node.input)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             inner = {output for part in attribute.g.node for output in part.output}
-            yield from (name for part in attribute.g.node for name in _reads(part) if name not in inner)
+            yield from (name for part in attribute.g.node for name in reads(part) if name not in inner)

@@ -102,10 +102,11 @@ def _describe(folder: Path) -> tuple[int, Traffic]:
         ) from None
 
 
-def _run(folder: Path, **task: Any) -> tuple[Observed, list[Look]]:
-    """What a fresh process that runs `app.observe` saw of itself, and looks at its memory while it ran."""
-    task["folder"] = str(folder.resolve())
-    command = [sys.executable, "-m", "pipeline.runtime.app", json.dumps(task)]
+def watch(command: Sequence[str], what: str) -> tuple[str, list[Look]]:
+    """The last line that a command prints, and looks at its memory every 10 ms while it runs.
+
+    Raises EvaluationError with the last line of its errors when it fails.
+    """
     looks: list[Look] = []
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=errors) as process:
@@ -121,10 +122,18 @@ def _run(folder: Path, **task: Any) -> tuple[Observed, list[Look]]:
         if process.returncode:
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             raise EvaluationError(
-                f"{folder}: measuring speed failed with status {process.returncode} (negative: the signal; 9 is "
-                f"what the kernel sends when memory is out): {last}"
+                f"{what} failed with status {process.returncode} (negative: the signal; 9 is what the kernel sends "
+                f"when memory is out): {last}"
             )
-        return TypeAdapter(Observed).validate_json(output.read().strip().splitlines()[-1]), looks
+        return output.read().strip().splitlines()[-1], looks
+
+
+def _run(folder: Path, **task: Any) -> tuple[Observed, list[Look]]:
+    """What a fresh process that runs `app.observe` saw of itself, and looks at its memory while it ran."""
+    task["folder"] = str(folder.resolve())
+    command = [sys.executable, "-m", "pipeline.runtime.app", json.dumps(task)]
+    said, looks = watch(command, f"{folder}: measuring speed")
+    return TypeAdapter(Observed).validate_json(said), looks
 
 
 # --- figures ---
