@@ -34,7 +34,7 @@ from benchmarks.foreign import Request
 from benchmarks.probes import Probe
 from pipeline.errors import EvaluationError, PipelineError
 from pipeline.files import link_or_copy, read_json, scratch_directory, write_json
-from pipeline.graph.decoder import every_token
+from pipeline.graph.last_token import every_token
 from pipeline.tasks.divergence_scores import log_normalisers
 
 ROOT = Path(__file__).resolve().parents[1]

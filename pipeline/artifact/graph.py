@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from pipeline.artifact.layout import Layout
 from pipeline.errors import GraphError
-from pipeline.graph.decoder import LAST_TOKEN
+from pipeline.graph.last_token import LAST_TOKEN
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
 from pipeline.quantize.formats import Node, Operand, Stored

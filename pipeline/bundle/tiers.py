@@ -18,11 +18,9 @@ from pipeline.config.phones import Tier, TiersConfig
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
-from pipeline.graph.genai import overlay
 from pipeline.planning import devices
 from pipeline.planning.devices import Candidate, Way
 
-PREPACKED_FILE = "prepacked.onnx"  # the graph whose weights a phone maps
 Bytes = Annotated[int, Field(ge=0)]
 
 
@@ -77,9 +75,10 @@ class TiersDocument(Stamp):
 
 
 def way_record(way: Way) -> WayRecord:
-    """A way as it is signed, with what makes onnxruntime-genai run it."""
-    file = PREPACKED_FILE if way.weights == "mapped" else None
-    return WayRecord(**asdict(way), genai=overlay(way.context, way.prefill_chunk, way.threads, file))
+    """A way as it is signed, with what genai's Config.overlay lays over genai_config.json."""
+    search = {"chunk_size": way.prefill_chunk, "max_length": way.context}
+    decoder = {"session_options": {"intra_op_num_threads": way.threads}}
+    return WayRecord(**asdict(way), genai={"model": {"decoder": decoder}, "search": search})
 
 
 def _reason(candidate: Candidate, tier: Tier, tiers: TiersConfig) -> str:

@@ -11,6 +11,9 @@ from pipeline.errors import ConfigError
 
 Platform = Literal["android", "ios"]
 Weights = Literal["private", "mapped"]
+PREFILL_CHUNKS = (64, 32, 16)
+"""Tokens of a prompt that a phone may run at a time: activations stay small, and from 32 on a prompt is read as fast
+as in one piece (measured on SmolLM2). The first is a bundle's own."""
 
 
 class Tier(Frozen):

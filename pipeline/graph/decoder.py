@@ -23,11 +23,6 @@ from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor
 from pipeline.graph.rope import rope_tables
 
 ROPE_FILE = "rope.data"
-PREFILL_CHUNKS = (64, 32, 16)
-"""Tokens of a prompt that a phone may run at a time: activations stay small, and from 32 on a prompt is read as fast
-as in one piece (measured on SmolLM2). The first is a bundle's own."""
-LAST_TOKEN = "last_token"
-"""The node of a graph for phones that hands only the last token's hidden states, [batch, 1, hidden], to the head."""
 _ACTIVATION_COPIES = 4.5
 """Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
 
@@ -58,22 +53,6 @@ def build_decoder(
         )
     decoder = _Decoder(architecture, checkpoint, context)
     return decoder.write(), bytes(decoder.rope_data)
-
-
-def every_token(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph for phones with logits [batch, sequence, vocab] of every token: itself without `LAST_TOKEN`. A graph
-    without that node is returned as it is."""
-    last = next((node for node in model.graph.node if node.name == LAST_TOKEN), None)
-    if last is None:
-        return model
-    found = onnx.ModelProto()
-    found.CopyFrom(model)
-    found.graph.node.remove(last)
-    for node in found.graph.node:
-        node.input[:] = [last.input[0] if name == last.output[0] else name for name in node.input]
-    logits = next(value for value in found.graph.output if value.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "sequence"
-    return found
 
 
 def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from pipeline.checkpoint.architecture import Architecture, read_config
 from pipeline.checkpoint.untrusted import shown
 from pipeline.config.models import ModelConfig
+from pipeline.config.phones import PREFILL_CHUNKS
 from pipeline.errors import CheckpointError
-from pipeline.graph.decoder import PREFILL_CHUNKS
 
 
 def _token_id(value: Any, key: str, path: Path) -> int:
@@ -93,10 +93,3 @@ def genai_config(
         **{key: _number(value, key, where) for key, value in sampling.items()},
     }
     return {"model": model, "search": search}
-
-
-def overlay(context: int, prefill_chunk: int, threads: int, model_file: str | None = None) -> dict[str, Any]:
-    """What genai's Config.overlay lays over genai_config.json for a way: tokens of context, tokens of a prompt that are
-    read at a time, threads, and another graph, where weights are mapped."""
-    decoder = {"session_options": {"intra_op_num_threads": threads}} | ({"filename": model_file} if model_file else {})
-    return {"model": {"decoder": decoder}, "search": {"chunk_size": prefill_chunk, "max_length": context}}

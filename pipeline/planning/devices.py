@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.config.phones import Efficiency, Tier, TiersConfig, Weights
+from pipeline.config.phones import PREFILL_CHUNKS, Efficiency, Tier, TiersConfig, Weights
 from pipeline.config.recipes import KvCache
-from pipeline.graph.decoder import PREFILL_CHUNKS
 
 # Private bytes of a process whose weights are mapped from a prepacked file, activations and cache aside. Measured: 34
 # to 148 MB from 0.1 to 14.7 billion parameters (benchmarks/README.md).

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
+from pipeline.config.phones import PREFILL_CHUNKS
 from pipeline.config.recipes import KvCache
-from pipeline.graph.decoder import PREFILL_CHUNKS, activation_bytes
+from pipeline.graph.decoder import activation_bytes
 from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
 
 

@@ -128,7 +128,7 @@ def _open_every_token(path: Path) -> ort.InferenceSession:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from pipeline.graph.decoder import LAST_TOKEN, every_token
+    from pipeline.graph.last_token import LAST_TOKEN, every_token
 
     try:
         model = onnx.load(path, load_external_data=False)

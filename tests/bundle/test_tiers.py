@@ -114,10 +114,9 @@ def test_a_way_is_signed_with_what_makes_it_so() -> None:
     mapped = way_record(Way(1024, "int8", "mapped", 16, 2))
     assert (mapped.weights, mapped.context, mapped.prefill_chunk, mapped.threads) == ("mapped", 1024, 16, 2)
     assert mapped.genai == {
-        "model": {"decoder": {"filename": "prepacked.onnx", "session_options": {"intra_op_num_threads": 2}}},
+        "model": {"decoder": {"session_options": {"intra_op_num_threads": 2}}},
         "search": {"chunk_size": 16, "max_length": 1024},
     }
-    assert "filename" not in way_record(Way(1024, "int8", "private", 16, 2)).genai["model"]["decoder"]
 
 
 def test_a_large_variant_is_mapped_where_it_stays_in_ram() -> None:

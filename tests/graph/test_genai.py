@@ -25,10 +25,11 @@ from safetensors.numpy import load_file, save_file
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
+from pipeline.config.phones import PREFILL_CHUNKS
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
 from pipeline.files import write_json
-from pipeline.graph.decoder import PREFILL_CHUNKS, build_decoder, save_decoder
+from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import genai_config
 from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model

@@ -212,7 +212,7 @@ def other_recipe(workspace: Workspace) -> None:
     recipe = Path("configs/recipes/q4.yaml")
     text = recipe.read_text()
     recipe.unlink()
-    recipe.write_text(text.replace("format: w4b64a", "format: w4b32a"))
+    recipe.write_text(text.replace("format: w4b128a", "format: w4b32a"))
 
 
 @pytest.mark.parametrize("change", [other_source, other_export, other_moments, other_recipe])
@@ -360,23 +360,26 @@ def test_the_body_is_compensated_and_the_head_is_searched(workspace: Workspace) 
 
 # --- int8 KV cache ---------------------------------------------------------------------------------------------------
 
+WIDE_CACHE = "extends: q4\ntitle: Q4 with a float32 KV cache\nversion: 1\ngate: q4\nkv_cache: float32\n"
+
 
 def test_an_int8_cache_is_said_everywhere_and_decoded_by_genai(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantize.run(tiny.MODEL, "q4")
+    Path("configs/recipes/q4_kv32.yaml").write_text(WIDE_CACHE)
+    quantize.run(tiny.MODEL, "q4_kv32")
     assert "KV cache" not in capsys.readouterr().out
-    quantize.run(tiny.MODEL, "q4_kv8")
+    quantize.run(tiny.MODEL, "q4")
     assert "KV cache in int8: 384 bytes per token" in capsys.readouterr().out  # 3 layers, keys and values of 64
-    plans = [read_json(workspace.artifact(variant) / quantize.PLAN_FILE) for variant in ("q4", "q4_kv8")]
+    plans = [read_json(workspace.artifact(variant) / quantize.PLAN_FILE) for variant in ("q4_kv32", "q4")]
     assert [plan["kv_cache"] for plan in plans] == [
         {"type": "float32", "bytes_per_token": 1536},
         {"type": "int8", "bytes_per_token": 384},
     ]
     ids = prompt(40)
-    artifact = workspace.artifact("q4_kv8")
+    artifact = workspace.artifact("q4")
     written = greedy(artifact, ids, 24)
-    logits, _ = OnnxDecoder(artifact / "tiny_q4_kv8.onnx").run(ids + written[:-1])
+    logits, _ = OnnxDecoder(artifact / "tiny_q4.onnx").run(ids + written[:-1])
     assert len(written) > 4
     assert_greedy(written, logits[len(ids) - 1 :])
 
@@ -384,14 +387,15 @@ def test_an_int8_cache_is_said_everywhere_and_decoded_by_genai(
 def test_an_int8_cache_needs_ranges(workspace: Workspace) -> None:
     workspace.ranges.unlink()
     with pytest.raises(PipelineError, match=r"ranges\.safetensors is not there.*python -m pipeline calibrate tiny"):
-        quantize.run(tiny.MODEL, "q4_kv8")
-    assert not workspace.artifact("q4_kv8").exists()
-    quantize.run(tiny.MODEL, "q4")  # which needs none
+        quantize.run(tiny.MODEL, "q4")
+    assert not workspace.artifact("q4").exists()
+    Path("configs/recipes/q4_kv32.yaml").write_text(WIDE_CACHE)
+    quantize.run(tiny.MODEL, "q4_kv32")  # which needs none
 
 
 def test_other_ranges_start_an_int8_cache_anew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    begin("q4_kv8")
+    begin("q4")
     workspace.ranges.unlink()
     save_file(dict.fromkeys(CACHE, np.ones(64, np.float32)), workspace.ranges)
-    quantize.run(tiny.MODEL, "q4_kv8")
+    quantize.run(tiny.MODEL, "q4")
     assert "dropped" in capsys.readouterr().err
