@@ -76,9 +76,10 @@ class TiersDocument(Stamp):
 
 def way_record(way: Way) -> WayRecord:
     """A way as it is signed, with what genai's Config.overlay lays over genai_config.json."""
-    search = {"chunk_size": way.prefill_chunk, "max_length": way.context}
-    decoder = {"session_options": {"intra_op_num_threads": way.threads}}
-    return WayRecord(**asdict(way), genai={"model": {"decoder": decoder}, "search": search})
+    session = {"intra_op_num_threads": way.threads}
+    genai: dict[str, Any] = {"model": {"decoder": {"session_options": session}}}
+    genai["search"] = {"chunk_size": way.prefill_chunk, "max_length": way.context}
+    return WayRecord(**asdict(way), genai=genai)
 
 
 def _reason(candidate: Candidate, tier: Tier, tiers: TiersConfig) -> str:
