@@ -28,13 +28,14 @@ from google.protobuf.message import DecodeError
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import emulator, probes
-from benchmarks.emulator import CPUS, Emulator
+from benchmarks import probes
 from benchmarks.foreign import Request
 from benchmarks.probes import Probe
 from pipeline.errors import EvaluationError, PipelineError
 from pipeline.files import link_or_copy, read_json, scratch_directory, write_json
 from pipeline.graph.last_token import every_token
+from pipeline.prepack import emulator
+from pipeline.prepack.emulator import CPUS, Emulator
 from pipeline.tasks.divergence_scores import log_normalisers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -46,11 +46,10 @@ def measure(folder: Path, cpu: str) -> dict[str, Any]:
 
     Raises EvaluationError when a process fails, the class does not fit itself, or logits differ.
     """
-    from benchmarks.emulator import FOLDER, Emulator
     from pipeline.errors import EvaluationError
-    from pipeline.files import scratch_directory
     from pipeline.prepack import make
     from pipeline.prepack.device import PREPACKED
+    from pipeline.prepack.emulator import FOLDER, Emulator
     from pipeline.runtime.speed import watch
 
     machine, here = Emulator(FOLDER, cpu), str(folder.resolve())
@@ -60,9 +59,7 @@ def measure(folder: Path, cpu: str) -> dict[str, Any]:
         return json.loads(said), max(look.private for look in looks)
 
     idle, base = run("-m", "benchmarks.mapped", "-")
-    with scratch_directory(folder / make.SAVED) as saved:
-        run("-m", "pipeline.prepack.device", here, str(saved.resolve()))
-        work = make.add_class(folder, f"aarch64 {cpu}", saved)
+    work = make.add_classes(folder, [cpu])
     outcome, peak = run("-m", "pipeline.prepack.device", here)
     if outcome["kernels"] is None:
         raise EvaluationError(f"emulated {cpu}: {outcome['why']}. Saved slices are not the same twice: do not ship it.")
@@ -81,9 +78,8 @@ def main(arguments: list[str]) -> None:
     """Measure artifacts, or load a graph."""
     import argparse
 
-    from benchmarks import emulator
     from pipeline.files import write_json
-    from pipeline.prepack import make
+    from pipeline.prepack import emulator, make
     from pipeline.prepack.slices import LIMIT
 
     parser = argparse.ArgumentParser()

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import cli
 from pipeline.config.signing import ReleasedBuild, load_released
-from pipeline.files import sha256_of, write_json
+from pipeline.files import sha256_of, read_json, write_json
 from pipeline.judge.verdicts import GateLine, Verdict
 from pipeline.runtime.session import runtimes
 from pipeline.stages import calibrate, download, export, quantize, sensitivity
@@ -358,13 +358,17 @@ def _write(project: Path, variant: str, verdict: str, *lines: GateLine) -> None:
     _measure(project, variant, {"kl_mean": 0.2, "tokens": 100})
 
 
-def _measure(project: Path, variant: str, divergence: dict[str, float]) -> None:
+def _measure(project: Path, variant: str, divergence: dict[str, float], loaded: int = 10**6) -> None:
     """Metrics as far as a bundle reads them."""
     cache = {"type": "float32", "bytes_per_token": 512}
     plan = project / "artifacts/tiny/variants" / variant / "plan.json"
     metrics = {
         "size": {"bytes_on_disk": 10**6, "kv_cache": cache, "prompt_token_bytes": 100},
-        "speed": {"peak_memory_bytes": 10**7, "load_peak_private_bytes": 10**6, "load_peak_mapped_bytes": 10**6},
+        "speed": {
+            "peak_memory_bytes": loaded + 10**7,
+            "load_peak_private_bytes": loaded,
+            "load_peak_mapped_bytes": 10**6,
+        },
         "divergence": divergence,
         "identity": runtimes() | {"plan_sha256": sha256_of(plan) if plan.exists() else ""},
     }
@@ -544,6 +548,28 @@ def _new_key(path: Path) -> Path:
     path.with_suffix(".pem").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
     path.with_suffix(".pub").write_bytes(public_pem(key.public_key()))
     return path.with_suffix(".pem")
+
+
+def test_a_variant_that_phones_map_carries_what_they_prepack(
+    project: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From metrics of 8 GB once loaded to the tokens that a phone writes from mapped weights."""
+    tiny.edit(project / "configs/kernels.yaml", classes=["here"])
+    _decide(project, "q4", "PASS")
+    _measure(project, "q4", {"kl_mean": 0.2, "tokens": 100}, loaded=8 * 10**9)
+    for stage in ("bundle", "sign"):
+        assert command(stage, "tiny", "q4").status == 0
+    (key,) = (project / "artifacts/keys").iterdir()
+    bundle = project / "artifacts/bundles/tiny/q4"
+    report = _verify(command, bundle, key, "--allow-development", "--tier", "android-16gb")
+    assert report.status == 0
+    release = read_json(bundle / "content/release.json")
+    assert release["tiers"]["android-16gb"]["weights"] == "mapped"
+    assert release["tiers"]["android-24gb"]["weights"] == "private"
+    assert {"prepack.json", "tiny_q4.slice.0.onnx"} <= release["files"].keys()
+    said = command("prepack", str(bundle / "content"), "--to", str(tmp_path / "phone"))
+    assert (said.status, "greedy tokens are equal" in said.out) == (0, True)
+    assert not list(bundle.glob("content/prepacked")) and not list(bundle.glob(".*"))
 
 
 def test_a_key_other_than_the_configured_one_does_not_sign(

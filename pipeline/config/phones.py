@@ -37,6 +37,12 @@ class TiersConfig(Frozen):
     tiers: dict[Name, Tier]
 
 
+class KernelsConfig(Frozen):
+    """Processors whose packed weights bundles name."""
+
+    classes: tuple[str, ...] = Field(description="`here`, or a processor that QEMU emulates")
+
+
 class Device(Frozen):
     """A phone that people know. Its tier decides what it gets, its memory's bandwidth how fast that can be."""
 
@@ -93,6 +99,11 @@ class ShapesConfig(Frozen):
 def load_tiers() -> TiersConfig:
     """configs/tiers.yaml"""
     return load(TiersConfig, CONFIGS / "tiers.yaml")
+
+
+def load_kernels() -> KernelsConfig:
+    """configs/kernels.yaml"""
+    return load(KernelsConfig, CONFIGS / "kernels.yaml")
 
 
 def load_devices() -> DevicesConfig:

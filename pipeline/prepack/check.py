@@ -89,8 +89,9 @@ def run(folder: Path, target: Path, limit: int | None = None) -> None:
     target.mkdir(parents=True, exist_ok=True)
     make.link_model(folder, target)
     if not (folder / PREPACK_FILE).exists():
-        work = make.prepare(target, limit or LIMIT)
-        print(f"{target}: {len(work.slices)} slices; kernel class {make.add_this_class(target)!r}", flush=True)
+        make.prepare(target, limit or LIMIT)
+        work = make.add_classes(target, [make.HERE])
+        print(f"{target}: {len(work.slices)} slices; kernel class {', '.join(work.classes)!r}", flush=True)
     here = str(target.resolve())
     said, looks = watch([sys.executable, "-m", "pipeline.prepack.device", here], f"{target}: prepacking")
     outcome = json.loads(said)

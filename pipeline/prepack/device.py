@@ -191,7 +191,7 @@ def save_slice(source: Path, target: Path, number: int) -> tuple[Path, Path]:
 
     Raises BundleError when the runtime refuses it, or cannot write.
     """
-    graph, raw = target / f"{number}.onnx", target / f"{number}.raw"
+    graph, raw = saved_files(target, number)
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False  # an arena keeps what it has taken
     options.log_severity_level = 3
@@ -206,11 +206,9 @@ def save_slice(source: Path, target: Path, number: int) -> tuple[Path, Path]:
     return graph, raw
 
 
-def save_all(folder: Path, target: Path) -> None:
-    """Save every slice in `target`, where a kernel class is made of them (`pipeline.prepack.make`)."""
-    target.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(Prepacking.read(folder).slices):
-        save_slice(folder / name, target, number)
+def saved_files(target: Path, number: int) -> tuple[Path, Path]:
+    """The graph and the data that ONNX Runtime saves of a slice."""
+    return target / f"{number}.onnx", target / f"{number}.raw"
 
 
 def kept_bytes(raw: Path, kept: Iterable[Sequence[int]]) -> Iterator[bytes]:
@@ -265,8 +263,8 @@ def _made_by(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     started, where = time.monotonic(), Path(sys.argv[1])
-    if sys.argv[2:]:
-        save_all(where, Path(sys.argv[2]))
+    if sys.argv[2:]:  # a slice to be saved: for its kernel class
+        save_slice(where, Path(sys.argv[2]), int(sys.argv[3]))
         result = {}
     else:
         result = asdict(prepack(where, lambda line: print(line, file=sys.stderr)))

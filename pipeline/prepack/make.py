@@ -7,7 +7,9 @@ build of ONNX Runtime under emulation. Slices are cut here and saved there.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -15,11 +17,11 @@ import onnx
 from pipeline import machine
 from pipeline.errors import BundleError
 from pipeline.files import link_or_copy, read_json, scratch_directory, sha256_of, write_bytes
-from pipeline.prepack import device
+from pipeline.prepack import device, emulator
 from pipeline.prepack.device import PREPACK_FILE, PREPACKED, Kernels, Packed, Prepacking
-from pipeline.prepack.slices import LIMIT, cut, merge, stored_files
+from pipeline.prepack.slices import LIMIT, Merging, cut, stored_files
 
-SAVED = ".saved"
+HERE = "here"
 _GENAI_CONFIG = "genai_config.json"
 
 
@@ -41,34 +43,55 @@ def prepare(folder: Path, limit: int = LIMIT) -> Prepacking:
     return made
 
 
-def add_class(folder: Path, name: str, saved: Path) -> Prepacking:
-    """Write the merged graph of a kernel class whose slices `device.save_all` saved in the folder `saved`, and enter
-    the class in prepack.json.
+Save = Callable[[Path, Path, int], tuple[Path, Path]]
+"""As `device.save_slice`: opens a slice on some processor, which saves it."""
 
-    Raises BundleError when a slice is missing there.
+
+def add_class(folder: Path, name: str, save: Save = device.save_slice) -> Prepacking:
+    """Write the merged graph of a kernel class, as `save` saves slices, and enter the class in prepack.json.
+
+    The disk holds what one slice saves at a time.
+
+    Raises BundleError when the runtime refuses a slice.
     """
     made = Prepacking.read(folder)
-    files = [(saved / f"{number}.onnx", saved / f"{number}.raw") for number in range(len(made.slices))]
-    if missing := [path for pair in files for path in pair if not path.is_file()]:
-        raise BundleError(f"{missing[0]} is missing: save all {len(files)} slices before a class is made of them.")
-    model = onnx.load(folder / made.graph, load_external_data=False)
-    graphs = [onnx.load(graph, load_external_data=False) for graph, _ in files]
-    merged = merge(model, made.limit, graphs, [f"{PREPACKED}/{number}.data" for number in range(len(files))])
-    slices = [_packed(*pair, kept) for pair, kept in zip(files, merged.kept, strict=True)]
+    merging = Merging(onnx.load(folder / made.graph, load_external_data=False), made.limit)
+    slices = []
+    with scratch_directory(folder / ".saved") as saved:
+        for number, part in enumerate(made.slices):
+            graph, raw = save(folder / part, saved, number)
+            kept = merging.add(onnx.load(graph, load_external_data=False), f"{PREPACKED}/{number}.data")
+            slices.append(_packed(graph, raw, kept))
+            raw.unlink()
     kernels = Kernels(f"{Path(made.graph).stem}.mapped.{name.replace(' ', '-')}.onnx", slices)
-    write_bytes(folder / kernels.graph, merged.model.SerializeToString(deterministic=True))
+    write_bytes(folder / kernels.graph, merging.merged().SerializeToString(deterministic=True))
     made = replace(made, classes={**made.classes, name: kernels})
     made.write(folder)
     return made
 
 
-def add_this_class(folder: Path) -> str:
-    """Make the kernel class of this machine; its name."""
-    name = machine.kernel_class()
-    with scratch_directory(folder / SAVED) as saved:
-        device.save_all(folder, saved)
-        add_class(folder, name, saved)
-    return name
+def add_classes(folder: Path, classes: Iterable[str]) -> Prepacking:
+    """Add kernel classes to a prepared folder: `here` is this machine's, others are processors that QEMU emulates.
+
+    Raises:
+        ResourceError: QEMU cannot be set up here.
+        EvaluationError: an emulated process fails.
+        BundleError: as `add_class`.
+    """
+    for name in classes:
+        if name == HERE:
+            add_class(folder, machine.kernel_class())
+        else:
+            emulator.install()
+            add_class(folder, f"aarch64 {name}", partial(_save_emulated, emulator.Emulator(emulator.FOLDER, name)))
+    return Prepacking.read(folder)
+
+
+def _save_emulated(machine: emulator.Emulator, source: Path, target: Path, number: int) -> tuple[Path, Path]:
+    code = Path(__file__).resolve().parents[2]
+    arguments = ["-m", "pipeline.prepack.device", str(source.resolve()), str(target.resolve()), str(number)]
+    machine.run(arguments, [code])
+    return device.saved_files(target, number)
 
 
 def _packed(graph: Path, raw: Path, kept: list[tuple[int, int, int]]) -> Packed:

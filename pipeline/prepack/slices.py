@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from math import prod
 
 import onnx
@@ -63,45 +62,42 @@ def stored_files(model: onnx.ModelProto) -> list[str]:
     return sorted({entry.value for entry in entries if entry.key == "location"})
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The whole graph over the slices that a machine saved.
+class Merging:
+    """The decoder `model`, put together over its slices of `limit` as ONNX Runtime saved them, one after the other."""
 
-    Attributes:
-        kept: by slice, what the graph reads of it: (offset in the saved data, length, offset in the slice's file).
-    """
+    def __init__(self, model: onnx.ModelProto, limit: int):
+        self._graph = _Graph(in_bands(model, limit))
+        self._tensors: dict[str, onnx.TensorProto] = {}
+        self._keys = set[str]()
 
-    model: onnx.ModelProto
-    kept: list[list[tuple[int, int, int]]]
+    def add(self, saved: onnx.ModelProto, file: str) -> list[tuple[int, int, int]]:
+        """Take over a saved slice, whose own file is called `file`. What the merged graph reads of it: (offset in the
+        saved data, length, offset in the slice's file).
 
-
-def merge(model: onnx.ModelProto, limit: int, saved: Sequence[onnx.ModelProto], files: Sequence[str]) -> Merged:
-    """The decoder `model` over its slices of `limit` as ONNX Runtime `saved` them; `files` are their own, beside it.
-
-    Raises GraphError when a slice holds nothing that could carry its entries.
-    """
-    graph = _Graph(in_bands(model, limit))
-    tensors: dict[str, onnx.TensorProto] = {}
-    kept, keys = [], set[str]()
-    for part, file in zip(saved, files, strict=True):
-        found = {item.name: item for item in part.graph.initializer if item.data_location == TensorProto.EXTERNAL}
+        Raises GraphError when the slice holds nothing that could carry its entries.
+        """
+        graph, tensors = self._graph, self._tensors
+        found = {item.name: item for item in saved.graph.initializer if item.data_location == TensorProto.EXTERNAL}
         # Equal matrices have one key, under which the runtime wants the bytes once.
-        blobs = {blob[0]: blob for item in found.values() for blob in _packed(item) if blob[0] not in keys}
+        blobs = {blob[0]: blob for item in found.values() for blob in _packed(item) if blob[0] not in self._keys}
         packed = list(blobs.values())
-        keys |= blobs.keys()
+        self._keys |= blobs.keys()
         names = [name for name in found if name in graph.computed.keys() - tensors]
         if packed and not names:
-            names = _smallest(found, graph.initializers.keys() - tensors, part.graph.name)
+            names = _smallest(found, graph.initializers.keys() - tensors, saved.graph.name)
         ranges = [_place(found[name]) for name in names] + [(offset, length) for _, offset, length in packed]
         places = _layout(length for _, length in ranges)
-        kept.append([(*source, target) for source, target in zip(ranges, places, strict=True)])
         for name, place in zip(names, places, strict=False):
             size = _place(found[name])[1]
             tensors[name] = external_tensor(name, found[name].data_type, tuple(found[name].dims), file, place, size)
         for number, ((key, _, length), place) in enumerate(zip(packed, places[len(names) :], strict=True)):
             # The last field is a checksum, which nobody checks.
             tensors[names[0]].external_data.add(key=f"{_PACKED}_{number}", value=f"{key}|{place};{length};0")
-    return Merged(graph.over(tensors), kept)
+        return [(*source, target) for source, target in zip(ranges, places, strict=True)]
+
+    def merged(self) -> onnx.ModelProto:
+        """The whole graph over all slices."""
+        return self._graph.over(self._tensors)
 
 
 class _Graph:

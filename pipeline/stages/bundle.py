@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from pipeline.bundle import documents, release
 from pipeline.bundle.keys import announced_key
 from pipeline.bundle.tiers import way_record
 from pipeline.config.models import load_model
-from pipeline.config.phones import load_tiers
+from pipeline.config.phones import load_kernels, load_tiers
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
+from pipeline.files import scratch_directory
 from pipeline.graph.nodes import OPSET
 from pipeline.judge.measured import judged
 from pipeline.judge.policy import load_gates
 from pipeline.judge.verdicts import PASS, describe_line, read_verdict
 from pipeline.planning.devices import ways
+from pipeline.prepack import make
 from pipeline.workspace import PLAN_FILE, Workspace
 
 
@@ -55,7 +58,13 @@ def run(model: str, variant: str) -> None:
     files = {file.name: file for file in sorted(artifact.iterdir())}
     entries = release.describe_files(files)
     _require_judged(artifact, entries, plan["sha256"] | {PLAN_FILE: measured.get("plan_sha256")})
-    with tempfile.TemporaryDirectory() as folder:  # for the documents, until the bundle has links to them
+    found = ways(judged(workspace, variant), load_tiers())
+    with ExitStack() as stack:  # folders for what is made, until the bundle has links to it
+        if any(way.weights == "mapped" for way in found.values()):
+            scratch = stack.enter_context(scratch_directory(workspace.bundle(variant) / ".prepack"))
+            made = _prepacking(artifact, scratch)
+            files, entries = files | made, entries | release.describe_files(made)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         papers = documents.write(Path(folder), workspace, variant, runtime, common["created"], verdict, entries)
         files, entries = files | papers, entries | release.describe_files(papers)
         document = release.build_release(
@@ -65,12 +74,20 @@ def run(model: str, variant: str) -> None:
             licence=lock.licence,
             context=entry.context,
             kv_cache=plan["kv_cache"]["type"],
-            tiers={name: way_record(way) for name, way in ways(judged(workspace, variant), load_tiers()).items()},
+            tiers={name: way_record(way) for name, way in found.items()},
             files=entries,
         )
         release.assemble(content, files, document)
         size = sum(file.stat().st_size for file in files.values())
     print(f"{model} {variant}: bundle of {size:,} bytes in {content}")
+
+
+def _prepacking(artifact: Path, scratch: Path) -> dict[str, Path]:
+    """What phones need to prepack the artifact, made in `scratch`: files by name."""
+    make.link_model(artifact, scratch)
+    make.prepare(scratch)
+    make.add_classes(scratch, load_kernels().classes)
+    return {file.name: file for file in make.prepack_files(scratch)}
 
 
 def _require_judged(artifact: Path, files: Mapping[str, release.FileEntry], expected: Mapping[str, str | None]) -> None:

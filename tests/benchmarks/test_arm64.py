@@ -13,9 +13,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import arm64, emulator, foreign, probes
-from benchmarks.emulator import CPUS, Emulator
+from benchmarks import arm64, foreign, probes
 from pipeline.errors import EvaluationError, ResourceError
+from pipeline.prepack import emulator
+from pipeline.prepack.emulator import CPUS, Emulator
 from pipeline.quantize.formats import TensorFormat
 from pipeline.runtime.session import OnnxDecoder
 from tests import tiny
