@@ -29,15 +29,16 @@ from typing import Any
 
 import click
 
-from benchmarks import cgroups, machine, project, runtime
+from benchmarks import cgroups, machine, project
 from benchmarks.engines import settings
 from benchmarks.limited import STEPS, Request
 from benchmarks.markdown import table
 from pipeline.config.phones import load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import EvaluationError, PipelineError, ResourceError
-from pipeline.files import write_json
+from pipeline.files import scratch_directory, write_json
 from pipeline.planning.devices import budget_bytes, resident_bytes
+from pipeline.prepack import device, make
 from pipeline.runtime.pagecache import evict
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
@@ -176,7 +177,7 @@ def read_ahead(folder: Path) -> int | None:
 
 
 def bench(folder: Path, model: str, variant: str, scratch: Path) -> None:
-    """For `make bench`: a full-size artifact as it is made and from a prepacked file, on its tier of `FULL_SIZE`.
+    """For `make bench`: a full-size artifact as it is made and prepacked in slices, on its tier of `FULL_SIZE`.
 
     Says so and leaves it out where this machine cannot do it; other models and variants are left out silently.
     """
@@ -185,8 +186,12 @@ def bench(folder: Path, model: str, variant: str, scratch: Path) -> None:
         return
     try:
         measure(folder, f"{model} {variant}", tier)
-        with runtime.prepacked_folder(runtime.open_artifact(folder), scratch) as (mapped, _):
-            measure(mapped, f"{model} {variant}", tier)
+        with scratch_directory(scratch) as mapped:
+            make.link_model(folder, mapped)
+            make.prepare(mapped)
+            make.add_classes(mapped, [make.HERE])
+            graph = device.prepack(mapped, lambda _: None).graph
+            measure(mapped, f"{model} {variant}", tier, overlay={"model": {"decoder": {"filename": graph}}})
     except ResourceError as error:
         click.echo(f"{model} {variant} on {tier} is not rehearsed: {error}", err=True)
 
