@@ -66,7 +66,7 @@ def test_a_part_more_moves_no_other_file(parts: int, last: int) -> None:
 @pytest.mark.parametrize(
     ("model", "variant", "packs"),
     [
-        ("mimo-8b", "q4", 3),
+        ("mimo-8b", "q4", 4),
         ("mimo-8b", "q4_k_m", None),
         ("phi-4", "q4", 6),
         ("phi-4", "q4_k_m", None),

@@ -24,9 +24,9 @@ def rules(name: str) -> RecipeConfig:
 @pytest.mark.parametrize(
     ("variant", "model", "size"),
     [
-        ("q4", "mimo-8b", 4_170_988_539),
-        ("q4", "phi-4", 7_790_919_340),
-        ("q4", "phi-4-mini", 2_163_703_786),
+        ("q4", "mimo-8b", 4_295_588_918),
+        ("q4", "phi-4", 8_057_163_377),
+        ("q4", "phi-4-mini", 2_226_618_366),
         ("q4_k_m", "mimo-8b", 4_735_413_441),
         ("q4_k_m", "phi-4", 9_152_882_627),
         ("q4_k_m", "phi-4-mini", 2_493_053_779),

@@ -212,7 +212,7 @@ def other_recipe(workspace: Workspace) -> None:
     recipe = Path("configs/recipes/q4.yaml")
     text = recipe.read_text()
     recipe.unlink()
-    recipe.write_text(text.replace("format: w4b128a", "format: w4b32a"))
+    recipe.write_text(text.replace("format: w4b64a", "format: w4b32a"))
 
 
 @pytest.mark.parametrize("change", [other_source, other_export, other_moments, other_recipe])
