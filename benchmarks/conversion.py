@@ -50,6 +50,7 @@ RUN = Task("", "", None, prompt_tokens=32, segment_tokens=8, segments=3)
 def configured(work: Path) -> Project:
     """A project with the recipes of the table, and statistics that only steer the search."""
     project = Project(work)
+    project.write("pipeline.yaml", project.read("pipeline.yaml") | {"undecided": True})  # nothing is judged here
     project.write("calibration.yaml", project.read("calibration.yaml") | CALIBRATION)
     project.write("sensitivity.yaml", project.read("sensitivity.yaml") | SENSITIVITY)
     project.write(f"recipes/{NEAREST}.yaml", project.read("recipes/q4.yaml") | {"search": "nearest"})

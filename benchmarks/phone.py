@@ -39,6 +39,7 @@ from pipeline.errors import EvaluationError, PipelineError, ResourceError
 from pipeline.files import scratch_directory, write_json
 from pipeline.planning.devices import budget_bytes, resident_bytes
 from pipeline.prepack import device, make
+from pipeline.prepack.emulator import HERE
 from pipeline.runtime.pagecache import evict
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
@@ -186,10 +187,10 @@ def bench(folder: Path, model: str, variant: str, scratch: Path) -> None:
         return
     try:
         measure(folder, f"{model} {variant}", tier)
-        with scratch_directory(scratch) as mapped:
+        with scratch_directory(scratch / f"{model}-{variant}") as mapped:
             make.link_model(folder, mapped)
             make.prepare(mapped)
-            make.add_classes(mapped, [make.HERE])
+            make.add_classes(mapped, [HERE])
             graph = device.prepack(mapped, lambda _: None).graph
             measure(mapped, f"{model} {variant}", tier, overlay={"model": {"decoder": {"filename": graph}}})
     except ResourceError as error:

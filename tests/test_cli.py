@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import cli
 from pipeline.config.signing import ReleasedBuild, load_released
-from pipeline.files import sha256_of, read_json, write_json
+from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge.verdicts import GateLine, Verdict
 from pipeline.runtime.session import runtimes
 from pipeline.stages import calibrate, download, export, quantize, sensitivity

@@ -15,16 +15,18 @@ from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
 from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.phones import load_devices, load_shapes
+from pipeline.config.phones import load_devices, load_kernels, load_shapes, load_tiers
 from pipeline.config.recipes import has_budget
 from pipeline.config.signing import load_released, load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.judge.policy import gate_row, load_gates
+from pipeline.planning.devices import ways
 from pipeline.preflight.chance import hopeless, outlook
 from pipeline.preflight.compensation import futile
-from pipeline.preflight.footprints import find_source, known
+from pipeline.preflight.footprints import candidate, find_source, known
 from pipeline.preflight.machine import download_needs, misfits, require, room, stage_needs
+from pipeline.prepack.emulator import HERE, require_host
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen
 from pipeline.workspace import GENAI_CONFIG, REFERENCE, Workspace
@@ -123,6 +125,21 @@ def _require_suite() -> None:
         )
 
 
+def _require_kernels() -> None:
+    """Refuse kernel classes that this machine cannot make, where a phone would map a variant of the run: `bundle` would
+    after hours. Raises ResourceError."""
+    if not any(name != HERE for name in load_kernels().classes):
+        return
+    run, tiers = load_pipeline(), load_tiers()
+    for model in run.models:
+        try:
+            found = [ways(candidate(known(model), variant, tiers.context), tiers) for variant in run.variants]
+        except PipelineError:  # unknown shapes: the stage itself says so
+            continue
+        if any(way.weights == "mapped" for one in found for way in one.values()):
+            require_host()
+
+
 def _require_decision(model: str, variant: str) -> None:
     """Refuse work on a model of `HOURS_FROM` parameters that no measurement can end in PASS, or that compensates
     nothing: of the stage's variant, or of any in the run, so that a run ends before its download, where shapes are
@@ -172,5 +189,6 @@ def check_all() -> None:
     for model in pipeline.models:
         for variant in pipeline.variants:
             gate_row(model, variant)
+    _require_kernels()
     for load in (needed_datasets, load_released, load_devices, load_shapes, load_signing, load_parity):
         load()

@@ -83,6 +83,7 @@ def run(folder: Path, target: Path, limit: int | None = None) -> None:
     """
     from pipeline.prepack import make
     from pipeline.prepack.device import PREPACK_FILE, PREPACKED
+    from pipeline.prepack.emulator import HERE
     from pipeline.prepack.slices import LIMIT
     from pipeline.runtime.speed import watch
 
@@ -90,7 +91,7 @@ def run(folder: Path, target: Path, limit: int | None = None) -> None:
     make.link_model(folder, target)
     if not (folder / PREPACK_FILE).exists():
         make.prepare(target, limit or LIMIT)
-        work = make.add_classes(target, [make.HERE])
+        work = make.add_classes(target, [HERE])
         print(f"{target}: {len(work.slices)} slices; kernel class {', '.join(work.classes)!r}", flush=True)
     here = str(target.resolve())
     said, looks = watch([sys.executable, "-m", "pipeline.prepack.device", here], f"{target}: prepacking")

@@ -19,6 +19,7 @@ from pathlib import Path
 from pipeline.errors import EvaluationError, ResourceError
 from pipeline.machine import cores
 
+HERE = "here"  # stands for this machine where processors are named
 FOLDER = Path(".bench") / "arm64"
 CPUS = ("cortex-a76", "max")
 """The first has dotprod, as phones since about 2018; QEMU's best adds i8mm and SVE2, as phones since 2022, and more."""
@@ -89,17 +90,22 @@ def release(folder: Path = FOLDER) -> str:
     return _output([str(folder / _QEMU), "--version"], _QEMU).splitlines()[0]
 
 
-def _require_tools(folder: Path) -> None:
+def require_host() -> None:
+    """Raise ResourceError where QEMU and an arm64 system cannot be unpacked: this is no x86-64 Debian or Ubuntu."""
     missing = [tool for tool in ("apt-get", "dpkg", "dpkg-deb") if not shutil.which(tool)]
     if missing or os.uname().machine != "x86_64":
         raise ResourceError(
-            f"the arm64 check runs on x86-64 Debian or Ubuntu, whose packages it unpacks; this is {os.uname().machine}"
-            f"{' without ' + ', '.join(missing) if missing else ''}. Run it there, or in a Debian container; it needs "
-            f"no root."
+            f"arm64 is emulated on x86-64 Debian or Ubuntu, whose packages are unpacked; this is {os.uname().machine}"
+            f"{' without ' + ', '.join(missing) if missing else ''}. Run it there, or in a Debian container (it needs "
+            f"no root), or leave only `here` in `classes` of configs/kernels.yaml."
         )
+
+
+def _require_tools(folder: Path) -> None:
+    require_host()
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < _SPACE:
-        raise ResourceError(f"{folder}: {free:,} bytes free, the arm64 check needs {_SPACE:,} while it unpacks.")
+        raise ResourceError(f"{folder}: {free:,} bytes free, an emulated arm64 needs {_SPACE:,} while it unpacks.")
 
 
 def _fetch_packages(state: Path, host: str) -> list[Path]:

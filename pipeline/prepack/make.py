@@ -21,7 +21,6 @@ from pipeline.prepack import device, emulator
 from pipeline.prepack.device import PREPACK_FILE, PREPACKED, Kernels, Packed, Prepacking
 from pipeline.prepack.slices import LIMIT, Merging, cut, stored_files
 
-HERE = "here"
 _GENAI_CONFIG = "genai_config.json"
 
 
@@ -79,7 +78,7 @@ def add_classes(folder: Path, classes: Iterable[str]) -> Prepacking:
         BundleError: as `add_class`.
     """
     for name in classes:
-        if name == HERE:
+        if name == emulator.HERE:
             add_class(folder, machine.kernel_class())
         else:
             emulator.install()

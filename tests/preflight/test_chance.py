@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.phones import ShapesConfig
-from pipeline.errors import PipelineError
+from pipeline.config.phones import KernelsConfig, ShapesConfig
+from pipeline.errors import PipelineError, ResourceError
 from pipeline.judge.gates import Policy
 from pipeline.judge.policy import gate_row
 from pipeline.preflight import chance, footprints, guard
+from pipeline.prepack import emulator
 from pipeline.tasks.registry import Suite, load_suite
 
 
@@ -82,8 +83,8 @@ def test_the_population_has_the_accuracy_and_flips_of_its_name() -> None:
 
 
 def test_a_variant_that_its_row_does_not_name_is_said_to_fail() -> None:
-    assert "opt_in" in chance.outlook("mimo-8b", "q3", "release")
-    reason = chance.hopeless("mimo-8b", "q3", "release")
+    assert "opt_in" in chance.outlook("phi-4-mini", "q3", "release")
+    reason = chance.hopeless("phi-4-mini", "q3", "release")
     assert reason and "leave q3 out of `variants`" in reason
 
 
@@ -108,9 +109,9 @@ def test_hours_that_cannot_end_in_pass_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(guard, "fetch_dataset", lambda *_: pytest.fail("fetched"))
     _run = load_pipeline().model_copy(update={"variants": ("q3",)})
     with pytest.raises(PipelineError, match=r"opt_in.*undecided: true"):
-        guard.before(stage, "mimo-8b", variant)
+        guard.before(stage, "phi-4-mini", variant)
     _run = _run.model_copy(update={"undecided": True})
-    guard._require_decision("mimo-8b", variant)
+    guard._require_decision("phi-4-mini", variant)
 
 
 def test_a_model_of_unknown_shapes_is_downloaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +119,16 @@ def test_a_model_of_unknown_shapes_is_downloaded_first(monkeypatch: pytest.Monke
     monkeypatch.setattr(guard, "load_pipeline", lambda: run)
     monkeypatch.setattr(footprints, "load_shapes", lambda: ShapesConfig(models={}))
     guard._require_decision("mimo-8b", "")
+
+
+def test_kernel_classes_that_cannot_be_made_are_refused_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where a phone would map a variant of the run: SmolLM2 is loaded everywhere."""
+    run = load_pipeline().model_copy(update={"variants": ("q4",)})
+    monkeypatch.setattr(guard, "load_pipeline", lambda: run)
+    monkeypatch.setattr(emulator.shutil, "which", lambda _: None)
+    guard._require_kernels()
+    run = run.model_copy(update={"models": ("mimo-8b",)})
+    with pytest.raises(ResourceError, match="without apt-get.*leave only `here` in `classes` of configs/kernels.yaml"):
+        guard._require_kernels()
+    monkeypatch.setattr(guard, "load_kernels", lambda: KernelsConfig(classes=("here",)))
+    guard._require_kernels()

@@ -21,6 +21,7 @@ from pipeline.errors import BundleError, EvaluationError, GraphError, ResourceEr
 from pipeline.files import read_json, write_json
 from pipeline.prepack import check, device, make
 from pipeline.prepack.device import PREPACK_FILE, PREPACKED, READY
+from pipeline.prepack.emulator import HERE
 from pipeline.prepack.slices import Merging, cut
 from pipeline.quantize.cache import magnitudes
 from pipeline.runtime.session import OnnxDecoder
@@ -55,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     make_artifact(folder, "llama-tied", "q4")
     make.prepare(folder / "artifact", LIMIT)
-    make.add_classes(folder / "artifact", [make.HERE])
+    make.add_classes(folder / "artifact", [HERE])
     return folder / "artifact"
 
 
@@ -99,7 +100,7 @@ def test_mapped_logits_are_the_private_ones_bit_for_bit(case: str, recipe: str, 
     make_artifact(tmp_path, case, recipe)
     folder = tmp_path / "artifact"
     work = make.prepare(folder, LIMIT)
-    (name,) = make.add_classes(folder, [make.HERE]).classes
+    (name,) = make.add_classes(folder, [HERE]).classes
     assert device.prepack(folder, lambda _: None) == device.choose(folder)
     outcome = device.choose(folder)
     assert outcome.kernels == name and len(work.slices) > 4
@@ -165,7 +166,7 @@ def test_a_graph_that_chooses_the_last_token_before_its_head(phone: Path) -> Non
     model.graph.initializer.append(helper.make_tensor("last", TensorProto.INT64, [1], [-1]))
     onnx.save(model, phone / "tiny.onnx")
     work = make.prepare(phone, LIMIT)
-    make.add_classes(phone, [make.HERE])
+    make.add_classes(phone, [HERE])
     outcome = device.prepack(phone, lambda _: None)
     found, want = (OnnxDecoder(phone / name).run(IDS)[0] for name in (outcome.graph, work.graph))
     assert outcome.kernels and want.shape == (1, 320)
@@ -184,7 +185,7 @@ def test_equal_matrices(phone: Path) -> None:
                 twin.name = name.replace(".0.", f".{layer}.", 1)
     onnx.save(model, phone / "tiny.onnx")
     make.prepare(phone, LIMIT)  # in slices of their own
-    make.add_classes(phone, [make.HERE])
+    make.add_classes(phone, [HERE])
     outcome = device.prepack(phone, lambda _: None)
     assert outcome.kernels
     merged = onnx.load(phone / outcome.graph, load_external_data=False)
@@ -205,7 +206,7 @@ def test_what_a_bundle_carries_is_enough(bundle: Path, tmp_path: Path) -> None:
 def test_made_again_the_files_are_the_same(bundle: Path, phone: Path) -> None:
     """So the digests of a signed bundle hold on every phone of the class."""
     make.prepare(phone, LIMIT)
-    make.add_classes(phone, [make.HERE])
+    make.add_classes(phone, [HERE])
     for path in make.prepack_files(bundle):
         assert path.read_bytes() == (phone / path.name).read_bytes(), path.name
 
