@@ -128,7 +128,7 @@ def test_kernel_classes_that_cannot_be_made_are_refused_before_the_download(monk
     monkeypatch.setattr(emulator.shutil, "which", lambda _: None)
     guard._require_kernels()
     run = run.model_copy(update={"models": ("mimo-8b",)})
-    with pytest.raises(ResourceError, match="without apt-get.*leave only `here` in `classes` of configs/kernels.yaml"):
+    with pytest.raises(ResourceError, match=r"without apt-get.*leave only `here` in `classes` of configs/kernels.yaml"):
         guard._require_kernels()
     monkeypatch.setattr(guard, "load_kernels", lambda: KernelsConfig(classes=("here",)))
     guard._require_kernels()
