@@ -14,13 +14,13 @@ from pipeline.quantize.formats import FORMATS, TensorFormat
 
 INT8 = (1e-3, 2e-2)
 """Relative error of a product whose activations were rounded to int8; less means that a float kernel ran."""
-_COLUMNS, _OUTPUTS = 512, 256
+COLUMNS, OUTPUTS = 1024, 512
 _ROWS = (1, 16)  # decoding and reading a prompt have kernels of their own
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A graph from x, float32 [1, rows, 512], to y = x·Wᵀ, and the product in float64 [rows, 256]."""
+    """A graph from x, float32 [1, rows, 1024], to y = x·Wᵀ, and the product in float64 [rows, 512]."""
 
     name: str
     path: Path
@@ -51,16 +51,16 @@ def make_probes(wanted: Sequence[TensorFormat], folder: Path) -> list[Probe]:
 def _probe(fmt: TensorFormat, rows: int, folder: Path) -> Probe:
     """Normal activations times random codes."""
     rng = np.random.default_rng(rows)
-    blocks = _COLUMNS // fmt.block
-    codes = rng.integers(0, fmt.top + 1, (_OUTPUTS, _COLUMNS), np.uint8)
-    zeros = np.full((_OUTPUTS, blocks), fmt.middle, np.uint8)
+    blocks = COLUMNS // fmt.block
+    codes = rng.integers(0, fmt.top + 1, (OUTPUTS, COLUMNS), np.uint8)
+    zeros = np.full((OUTPUTS, blocks), fmt.middle, np.uint8)
     if not fmt.symmetric:
-        zeros = rng.integers(0, fmt.top + 1, (_OUTPUTS, blocks), np.uint8)
-    scales = rng.uniform(0.5, 1.5, (_OUTPUTS, blocks)).astype(np.float32)
-    x = rng.standard_normal((1, rows, _COLUMNS)).astype(np.float32)
-    centred = codes.reshape(_OUTPUTS, blocks, fmt.block).astype(np.float64) - zeros[..., None]
-    weights = (centred * scales[..., None]).reshape(_OUTPUTS, _COLUMNS)
-    inputs = {"codes": fmt.pack(codes).reshape(_OUTPUTS, blocks, -1), "scales": scales}
+        zeros = rng.integers(0, fmt.top + 1, (OUTPUTS, blocks), np.uint8)
+    scales = rng.uniform(0.5, 1.5, (OUTPUTS, blocks)).astype(np.float32)
+    x = rng.standard_normal((1, rows, COLUMNS)).astype(np.float32)
+    centred = codes.reshape(OUTPUTS, blocks, fmt.block).astype(np.float64) - zeros[..., None]
+    weights = (centred * scales[..., None]).reshape(OUTPUTS, COLUMNS)
+    inputs = {"codes": fmt.pack(codes).reshape(OUTPUTS, blocks, -1), "scales": scales}
     if not fmt.symmetric:
         inputs["zeros"] = fmt.pack(zeros)
     path = folder / f"probe-{fmt}-{rows}.onnx"
@@ -71,11 +71,11 @@ def _probe(fmt: TensorFormat, rows: int, folder: Path) -> Probe:
 def _graph(fmt: TensorFormat, rows: int, inputs: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     node = helper.make_node(
         "MatMulNBits", ["x", *inputs], ["y"], domain="com.microsoft",
-        K=_COLUMNS, N=_OUTPUTS, bits=fmt.bits, block_size=fmt.block, accuracy_level=4,
+        K=COLUMNS, N=OUTPUTS, bits=fmt.bits, block_size=fmt.block, accuracy_level=4,
     )  # fmt: skip
     sides = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, rows, width))
-        for name, width in (("x", _COLUMNS), ("y", _OUTPUTS))
+        for name, width in (("x", COLUMNS), ("y", OUTPUTS))
     ]
     tensors = [numpy_helper.from_array(value, name) for name, value in inputs.items()]
     graph = helper.make_graph([node], "probe", sides[:1], sides[1:], tensors)

@@ -82,11 +82,11 @@ def add_classes(folder: Path, classes: Iterable[str]) -> Prepacking:
             add_class(folder, machine.kernel_class())
         else:
             emulator.install()
-            add_class(folder, f"aarch64 {name}", partial(_save_emulated, emulator.Emulator(emulator.FOLDER, name)))
+            add_class(folder, f"aarch64 {name}", partial(save_emulated, emulator.Emulator(emulator.FOLDER, name)))
     return Prepacking.read(folder)
 
 
-def _save_emulated(machine: emulator.Emulator, source: Path, target: Path, number: int) -> tuple[Path, Path]:
+def save_emulated(machine: emulator.Emulator, source: Path, target: Path, number: int) -> tuple[Path, Path]:
     code = Path(__file__).resolve().parents[2]
     arguments = ["-m", "pipeline.prepack.device", str(source.resolve()), str(target.resolve()), str(number)]
     machine.run(arguments, [code])

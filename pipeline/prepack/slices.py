@@ -79,7 +79,7 @@ class Merging:
         graph, tensors = self._graph, self._tensors
         found = {item.name: item for item in saved.graph.initializer if item.data_location == TensorProto.EXTERNAL}
         # Equal matrices have one key, under which the runtime wants the bytes once.
-        blobs = {blob[0]: blob for item in found.values() for blob in _packed(item) if blob[0] not in self._keys}
+        blobs = {blob[0]: blob for item in found.values() for blob in packed_entries(item) if blob[0] not in self._keys}
         packed = list(blobs.values())
         self._keys |= blobs.keys()
         names = [name for name in found if name in graph.computed.keys() - tensors]
@@ -193,7 +193,7 @@ class _Graph:
         return max((self._shape(item) for item in self.computed[name].input), key=prod)
 
 
-def _packed(tensor: onnx.TensorProto) -> Iterator[tuple[str, int, int]]:
+def packed_entries(tensor: onnx.TensorProto) -> Iterator[tuple[str, int, int]]:
     """(key, offset, length) of the packed bytes that a saved tensor names; see tensor_external_data_info.cc.
 
     Raises GraphError for bytes in several pieces, which entries of one key would have to keep together.

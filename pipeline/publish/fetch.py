@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from io import BufferedRandom
@@ -58,11 +58,14 @@ class Fetched:
     document: Release
     downloaded: int  # bytes, without signature and documents
     reused: int  # bytes that were here: of an installed release, or of an interrupted run
+    tier: str | None = None  # that it was fetched for
 
     def describe(self) -> str:
         """One line for people."""
         moved = f"{self.downloaded:,} bytes downloaded, {self.reused:,} were here"
-        return f"{self.directory}: {self.document.label}, verified; {moved}"
+        way = self.document.tiers.get(self.tier or "")
+        runs = f"; {self.tier} runs it with weights {way.weights} at {way.context:,} tokens" if way else ""
+        return f"{self.directory}: {self.document.label}, verified; {moved}{runs}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def fetch(
         document = client.accept(bundle, Kind.MISSING, variant=variant)
         fetched = _install(client, document, bundle, staging / "parts", target)
     accepted.record(model, document.release)
-    return fetched
+    return replace(fetched, tier=tier)
 
 
 # --- folders -------------------------------------------------------------------------------------------------------

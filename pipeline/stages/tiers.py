@@ -32,4 +32,7 @@ def run(model: str) -> None:
     assemble(workspace.tiers / CONTENT, {}, document)
     sign_folder(workspace.tiers, signing, verify_tiers, model=model)
     for name, decision in decisions.items():
-        print(f"{model} {name}: {decision.variant if decision.decision == 'bundle' else 'nothing'}")
+        what = "nothing"
+        if decision.decision == "bundle":
+            what = f"{decision.variant}, weights {decision.way.weights}, {decision.way.context:,} tokens"
+        print(f"{model} {name}: {what}")

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -385,7 +386,10 @@ def tiers(line: Line, store: Path, public_key: Path) -> Path:
 
 
 def test_a_tier_gets_its_bundle(tiers: Path, get: Any, target: Path) -> None:
-    assert get(tier="big").document.variant == "q4"
+    fetched = get(tier="big")
+    assert fetched.document.variant == "q4"
+    said = replace(fetched, tier="android-8gb").describe()
+    assert said.endswith("; android-8gb runs it with weights private at 2,048 tokens")
 
 
 def test_a_tier_without_a_bundle_is_refused_with_the_figures(tiers: Path, store: Path, target: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.recipes import load_recipe
 from pipeline.errors import EvaluationError
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.tasks.mmlu_questions import Prompt, Question, asker
 from pipeline.tasks.mmlu_scoring import CHUNK, Scorer, item_names
 from tests.artifact.exported import export
 from tests.families import CASES, Case, make_checkpoint
+from tests.recipes import load_recipe
 
 VOCABULARY = 300
 QUESTION = Question("high school physics", " What is heavy? ", ("a feather", "lead", "air", "a long train"), 1)
@@ -198,13 +198,16 @@ def test_no_row_is_computed_alone_and_no_run_is_longer_than_a_chunk() -> None:
 TINY = Case(CASES["llama-tied"].config | {"max_position_embeddings": 2048}, "llama")
 
 
-@pytest.mark.parametrize("variant", [None, "q4"])
+@pytest.mark.parametrize("variant", [None, "q4", "q4_kv8"])
 def test_scores_of_a_real_model_are_the_same_with_and_without_reuse(tmp_path: Path, variant: str | None) -> None:
     """Also for prompts of 128·k + 1 tokens, whose last row would be computed alone."""
     exported = export(make_checkpoint(tmp_path / "checkpoint", TINY), context=2048)
     path = exported.folder / "model.onnx"
     if variant:
-        exported.write(load_recipe(variant), tmp_path / variant, part_bytes=1 << 20)
+        channels = exported.architecture.cache_channels
+        names = [f"layers.{layer}.{part}" for layer in range(exported.architecture.layers) for part in ("key", "value")]
+        ranges = dict.fromkeys(names, np.full(channels, 8, np.float32))
+        exported.write(load_recipe(variant), tmp_path / variant, part_bytes=1 << 20, ranges=ranges)
         path = tmp_path / variant / "tiny.onnx"
     decoder = OnnxDecoder(path)
     scorer = Scorer(encode, decoder, 2048)
