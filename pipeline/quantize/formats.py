@@ -22,7 +22,7 @@ from pipeline.errors import PlanError
 
 # Bits that a kernel of so many bits keeps of each block beside its codes, once it has packed a weight: scales, zero
 # points and sums, the most of what `python -m benchmarks.kernels` measures on x86-64 and arm64 (ONNX Runtime 1.31). On
-# arm64 4-bit products keep four bytes a row besides, too few to count, and symmetric ones 16 bits a block in place of 64.
+# arm64 4-bit products keep four bytes a row besides, too few to count; symmetric ones keep 16 bits of a block.
 _KEPT_PER_BLOCK = {2: 64, 4: 64, 8: 96}
 
 
