@@ -192,7 +192,8 @@ def bench(folder: Path, model: str, variant: str, scratch: Path) -> None:
             make.prepare(mapped)
             make.add_classes(mapped, [HERE])
             graph = device.prepack(mapped, lambda _: None).graph
-            measure(mapped, f"{model} {variant}", tier, overlay={"model": {"decoder": {"filename": graph}}})
+            overlay = {"model": {"decoder": {"filename": graph}}}
+            measure(mapped, f"{model} {variant}", tier, half=False, overlay=overlay)
     except ResourceError as error:
         click.echo(f"{model} {variant} on {tier} is not rehearsed: {error}", err=True)
 

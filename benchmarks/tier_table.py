@@ -57,7 +57,8 @@ def _ours(chosen: dict[str, Any] | None) -> str:
 def details(answer: dict[str, Any]) -> str:
     """A row for each model and class."""
     head = (
-        "model, class", "ours", "context", "download, GB", "private, GB", "mapped, GB", "of GB", "KL, nats", "basis",
+        "model, class", "ours", "context", "download, GB", "private, GB", "mapped, GB", "of GB", "read a token, GB",
+        "KL, nats", "basis",
         "llama.cpp", "file, GB",
     )  # fmt: skip
     rows = []
@@ -71,7 +72,7 @@ def details(answer: dict[str, Any]) -> str:
 
 def _detail(variants: dict[str, Any], chosen: dict[str, Any] | None, limits: dict[str, Any]) -> list[str]:
     if chosen is None:
-        return [NOTHING, *[""] * 7]
+        return [NOTHING, *[""] * 8]
     variant, need = variants[chosen["variant"]], chosen["need"]
     way = need["way"]
     room = limits["resident_bytes" if way["weights"] == "mapped" else "budget_bytes"]
@@ -79,7 +80,8 @@ def _detail(variants: dict[str, Any], chosen: dict[str, Any] | None, limits: dic
     at_most = "≤ " if variant["download"]["basis"] == "bound" else ""
     return [
         _ours(chosen), f"{way['context']:,}", f"{at_most}{variant['download']['bytes'] / 1e9:.2f}",
-        *(f"{need[key] / 1e9:.2f}" for key in ("private_bytes", "mapped_bytes")), f"{room / 1e9:.2f}", quality,
+        *(f"{need[key] / 1e9:.2f}" for key in ("private_bytes", "mapped_bytes")), f"{room / 1e9:.2f}",
+        f"{variant['read']['bytes'] / 1e9:.2f}", quality,
         need["basis"],
     ]  # fmt: skip
 
