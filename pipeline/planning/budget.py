@@ -27,6 +27,7 @@ _SPLIT_STEPS = 8  # shares of an input's channels at more bits: eighths
 _SOLVER_SECONDS = 60.0
 _RELATIVE_GAP = 1e-4
 _OF = {"bytes": "", "body": " of the body", "memory": " of memory", "packed": " as kernels keep them"}
+_COUNTS = (weight_memory, packed_memory)
 _CHANNEL_BYTES = 4  # an int32 index per gathered channel
 _BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of three tensors on their own pages, and nodes
 
@@ -245,11 +246,16 @@ def bound(
     beside += _BESIDE_MATRIX * len(matrices)
     beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
     size = min(limits.get("bytes", 1 << 62), sum(largest[:tables]) + body_bytes + beside)
-    packed_body = int(body_bytes * max(weight_memory(item) / item.bytes for found in kinds[tables:] for item in found))
-    packed = min(limits.get("packed", 1 << 62), packed_body + max(map(packed_memory, kinds[tables - 1])))
-    packed_body = min(packed_body, packed)
+    most = [max(count(item) / item.bytes for found in kinds[tables:] for item in found) for count in _COUNTS]
+    loaded, packed = (int(body_bytes * ratio) for ratio in most)
+    packed = min(limits.get("packed", 1 << 62), packed + max(map(packed_memory, kinds[tables - 1])))
+    # What limits packed bytes limits the whole: scales are no more than so much of them.
+    loaded = min(
+        loaded,
+        int(packed * max(weight_memory(item) / packed_memory(item) for found in kinds[tables:] for item in found)),
+    )
     table_memory = sum(max(map(weight_memory, choices)) for choices in kinds[:tables])
-    weights = min(limits.get("memory", 1 << 62), packed_body + table_memory)
+    weights = min(limits.get("memory", 1 << 62), loaded + table_memory)
     memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
     packed = min(weights, packed)
     return Bound(size, memory, packed, min(size, largest[tables - 1] + body_bytes + beside))

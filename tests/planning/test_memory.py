@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.planning.memory import plan_memory, use_memory, weight_memory
+from pipeline.config.recipes import RecipeConfig
+from pipeline.config.recipes import load_recipe as shipped
+from pipeline.planning.memory import packed_memory, plan_memory, use_memory, weight_memory
 from pipeline.planning.recipes import Piece, PlannedMatrix, make_plan
 from pipeline.quantize.formats import TensorFormat
 from tests.real_configs import architecture_of
@@ -43,7 +45,7 @@ def bits_per_weight(name: str, tmp_path: Path, role: str = "q_proj") -> float:
     architecture = architecture_of("mimo-8b", tmp_path)
     matrix = next(matrix for matrix in architecture.body(0) if matrix.role == role)
     planned = PlannedMatrix(matrix, (Piece(TensorFormat.parse(name), matrix.columns),))
-    return 8 * weight_memory(planned) / (matrix.rows * matrix.columns)
+    return 8 * packed_memory(planned) / (matrix.rows * matrix.columns)
 
 
 @pytest.mark.parametrize(
@@ -58,18 +60,24 @@ def test_a_split_is_the_sum_of_its_pieces(tmp_path: Path) -> None:
     matrix = architecture_of("mimo-8b", tmp_path).body(0)[0]
     high, low = TensorFormat.parse("w4b64a"), TensorFormat.parse("w2b64a")
     split = PlannedMatrix(matrix, (Piece(high, 1024), Piece(low, 3072)))
-    assert 8 * weight_memory(split) == matrix.rows * (1024 * 5 + 3072 * 3)
+    assert 8 * packed_memory(split) == matrix.rows * (1024 * 5 + 3072 * 3)
+    assert weight_memory(split) - packed_memory(split) == 4 * matrix.rows * (1024 + 3072) // 64
 
 
-def test_a_table_is_looked_up_as_stored_and_packed_for_its_product_besides(tmp_path: Path) -> None:
-    """Tied: both. Untied: the embedding is only looked up, the head only multiplied."""
+def test_a_table_stays_in_its_file_but_for_its_scales(tmp_path: Path) -> None:
+    """Tied: packed for the head's product, its scales widened for both. Untied: the embedding's scales only. Two planes
+    of six bits have a copy of the scales each."""
     recipe = load_recipe("q4")
-    for name in ("phi-4-mini", "phi-4"):
+    for name, tables in (("phi-4-mini", ["head"]), ("phi-4", ["head", "embedding"])):
         architecture = architecture_of(name, tmp_path)
         plan = make_plan(architecture, recipe)
-        stored, packed = plan.head.bytes, architecture.vocab * architecture.hidden * 11 // 8
+        weights = architecture.vocab * architecture.hidden
+        own = {"head": weights * 11 // 8 + 4 * weights // 32, "embedding": 4 * weights // 32}
         body = sum(map(weight_memory, plan.body))
-        assert plan_memory(plan, architecture, 2048).weights == body + stored + packed
+        assert plan_memory(plan, architecture, 2048).weights == body + sum(own[table] for table in tables)
+    head = architecture.head
+    six = PlannedMatrix(head, (Piece(TensorFormat.parse("w6b64a"), head.columns),))
+    assert weight_memory(six) - packed_memory(six) == 2 * 4 * head.rows * head.columns // 64
 
 
 def test_the_peak_is_in_loading_or_in_use(tmp_path: Path) -> None:
@@ -87,8 +95,9 @@ def test_the_peak_is_in_loading_or_in_use(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_q4_of_mimo_takes_what_was_measured(tmp_path: Path) -> None:
-    """6.6 GB of private memory on x86-64 with a short context; the table rounds up to what arm64 packs."""
-    architecture = architecture_of("mimo-8b", tmp_path)
-    memory = plan_memory(make_plan(architecture, load_recipe("q4")), architecture, 16)
-    assert 6.6e9 <= memory.peak <= 1.15 * 6.6e9
+@pytest.mark.parametrize(("variant", "measured"), [("q4", 5_163_351_892), ("q4_k_m", 6_628_000_000)])
+def test_mimo_takes_what_was_measured(variant: str, measured: int, tmp_path: Path) -> None:
+    """Of q4 the file that ONNX Runtime packed and widened; of q4_k_m its process, less 20 MB of its own."""
+    architecture, recipe = architecture_of("mimo-8b", tmp_path), shipped(variant)
+    assert isinstance(recipe, RecipeConfig)
+    assert plan_memory(make_plan(architecture, recipe), architecture, 16).weights == pytest.approx(measured, rel=0.01)

@@ -152,9 +152,11 @@ def test_each_class_gets_what_its_memory_holds(desk: Path, capsys: pytest.Captur
     }
     most = {"android-16gb": "q4_k_m private", "android-24gb": "q4_k_m private", "ios-12gb": "q4_k_m private"}
     assert got == {
-        "mimo-8b": {"android-8gb": "q3 mapped", "android-12gb": "q4_k_m mapped", "ios-8gb": "q3 mapped", **most},
+        "mimo-8b": {"android-8gb": "q3 mapped", "android-12gb": "q4_k_m mapped", "ios-8gb": "q3 mapped", **most,
+            "ios-12gb": "q4_k_m mapped",
+        },
         "phi-4": {
-            "android-12gb": "q3 mapped", "android-16gb": "q3 private", "android-24gb": "q4_k_m mapped",
+            "android-12gb": "q3 mapped", "android-16gb": "q3 mapped", "android-24gb": "q4_k_m mapped",
             "ios-12gb": "q3 mapped",
         },
         "phi-4-mini": {
