@@ -11,6 +11,8 @@ from pipeline.errors import ConfigError
 
 Platform = Literal["android", "ios"]
 Weights = Literal["private", "mapped"]
+Processor = Literal["here", "cortex-a76", "max"]
+"""Whose packed weights a bundle names: this machine, or as QEMU calls it."""
 PREFILL_CHUNKS = (64, 32, 16)
 """Tokens of a prompt that a phone may run at a time: activations stay small, and from 32 on a prompt is read as fast
 as in one piece (measured on SmolLM2). The first is a bundle's own."""
@@ -40,7 +42,7 @@ class TiersConfig(Frozen):
 class KernelsConfig(Frozen):
     """Processors whose packed weights bundles name."""
 
-    classes: tuple[str, ...] = Field(description="`here`, or a processor that QEMU emulates")
+    classes: tuple[Processor, ...] = Field(description="`here`, or a processor that QEMU emulates")
 
 
 class Device(Frozen):

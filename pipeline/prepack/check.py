@@ -87,6 +87,7 @@ def run(folder: Path, target: Path, limit: int | None = None) -> None:
     from pipeline.prepack.slices import LIMIT
     from pipeline.runtime.speed import watch
 
+    make.graph_name(folder)
     target.mkdir(parents=True, exist_ok=True)
     make.link_model(folder, target)
     if not (folder / PREPACK_FILE).exists():

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
+from pipeline.config.phones import Processor
 from pipeline.errors import EvaluationError, ResourceError
 from pipeline.machine import cores
 
-HERE = "here"  # stands for this machine where processors are named
 FOLDER = Path(".bench") / "arm64"
-CPUS = ("cortex-a76", "max")
+HERE, *CPUS = get_args(Processor)
 """The first has dotprod, as phones since about 2018; QEMU's best adds i8mm and SVE2, as phones since 2022, and more."""
 _QEMU = "qemu-aarch64-static"
 _PACKAGES = ("onnxruntime", "numpy")

@@ -397,6 +397,12 @@ def test_slices_of_another_graph_are_not_merged(bundle: Path, tmp_path: Path) ->
 # --- the command ---
 
 
+def test_a_folder_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no written model"):
+        check.run(tmp_path / "absent", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.fixture(scope="module")
 def runnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact that onnxruntime-genai loads."""
