@@ -14,7 +14,7 @@ from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import BudgetRecipe, Recipe
 from pipeline.errors import PlanError
 from pipeline.planning.budget import Bound, Solution, bound, groups, smallest, solve
-from pipeline.planning.devices import PREPACKED_PRIVATE, room
+from pipeline.planning.devices import PREPACKED_PRIVATE, room_bytes
 from pipeline.planning.memory import Memory, packed_memory, plan_memory, use_memory
 from pipeline.planning.recipes import Plan, apply_format, make_plan
 from pipeline.planning.sensitivity import Sensitivity, read_sensitivity
@@ -92,8 +92,8 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     if budget.memory is not None:
         limits["memory"] = budget.memory - used
     if budget.tier is not None:
-        name, room = _tier_room(recipe, architecture, used)
-        limits[name] = min(limits.get(name, room), room)
+        name, left = _tier_room(recipe, architecture, used)
+        limits[name] = min(limits.get(name, left), left)
     for name in ("memory", "packed"):
         if limits.get(name, 1) <= 0:
             raise PlanError(
@@ -109,7 +109,7 @@ def _tier_room(recipe: BudgetRecipe, architecture: Architecture, used: int) -> t
     budget, config = recipe.budget, load_tiers()
     mapped = budget.weights == "mapped"
     beside = used + config.runtime_bytes + (PREPACKED_PRIVATE if mapped else 0)
-    rooms = {name: room(tier, config, budget.weights) - beside for name, tier in config.tiers.items()}
+    rooms = {name: room_bytes(tier, config, budget.weights) - beside for name, tier in config.tiers.items()}
     if budget.tier == SMALLEST:
         head = min(packed_memory(apply_format(name, architecture.head)) for name in budget.tables)
         body = sum(matrix.rows * matrix.columns for matrix in architecture.matrices[:-1])

@@ -162,14 +162,14 @@ def resident_bytes(tier: Tier, tiers: TiersConfig) -> int:
     return math.floor(tier.ram_bytes * tiers.resident_fraction)
 
 
-def room(tier: Tier, tiers: TiersConfig, weights: Weights) -> int:
+def room_bytes(tier: Tier, tiers: TiersConfig, weights: Weights) -> int:
     """Bytes that private and mapped memory may take together, where weights are mapped, or private memory alone."""
     return resident_bytes(tier, tiers) if weights == "mapped" else budget_bytes(tier)
 
 
 def excess(found: Need, tier: Tier, tiers: TiersConfig) -> int:
     """Bytes by which a need exceeds what the tier holds; negative where there is room."""
-    together = found.private + found.mapped - room(tier, tiers, found.way.weights)
+    together = found.private + found.mapped - room_bytes(tier, tiers, found.way.weights)
     return max(found.private - budget_bytes(tier), together)
 
 
@@ -213,7 +213,7 @@ def _tokens(footprint: Footprint, tier: Tier, tiers: TiersConfig, weights: Weigh
     if excess(empty, tier, tiers) > 0:
         return -1
     used = empty.parts["weights"].bytes + empty.parts["activations"].bytes + tiers.runtime_bytes
-    left = min(budget_bytes(tier) - used, room(tier, tiers, weights) - used - empty.mapped)
+    left = min(budget_bytes(tier) - used, room_bytes(tier, tiers, weights) - used - empty.mapped)
     return left // max(1, footprint.cache_bytes)
 
 

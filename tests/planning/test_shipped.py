@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifact.plans import budget_bound
 from pipeline.artifact.write import draft
+from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import BudgetRecipe, RecipeConfig, load_recipe
+from pipeline.errors import PlanError
 from pipeline.graph.decoder import build_decoder
 from pipeline.planning.budget import groups, solve
+from pipeline.planning.devices import PREPACKED_PRIVATE, resident_bytes
+from pipeline.planning.memory import packed_memory
 from pipeline.planning.recipes import PlannedMatrix, make_plan, use_more_bits
 from tests.planning.measured import measured
 from tests.real_configs import architecture_of, references
@@ -64,3 +69,29 @@ def test_q3_keeps_its_bits_and_its_head(tmp_path: Path) -> None:
     assert (plan.embedding.formats, plan.head.formats) == ("w4b32a", "w6b64a")
     assert any(item.split for item in plan.body)
     assert set().union(*map(bits, plan.body)) == {2, 4, 8}
+
+
+@pytest.mark.parametrize(("model", "tier"), [("mimo-8b", "android-8gb"), ("phi-4", "android-12gb")])
+def test_q3_aims_at_the_smallest_class_that_holds_the_model(model: str, tier: str, tmp_path: Path) -> None:
+    """Mapped: private memory with cache and activations at 2,048 tokens, and packed weights, fill what stays in RAM."""
+    architecture, recipe, tiers = architecture_of(model, tmp_path), load_recipe("q3"), load_tiers()
+    assert isinstance(recipe, BudgetRecipe)
+    most = budget_bound(recipe, architecture)
+    private = tiers.runtime_bytes + PREPACKED_PRIVATE + most.memory.cache + most.memory.activations
+    assert most.packed + private == resident_bytes(tiers.tiers[tier], tiers)
+    sensitivity = measured(architecture, formats=[*recipe.budget.formats, *recipe.budget.tables])
+    choices = groups(architecture, recipe.budget, sensitivity)
+    plan = solve(architecture, choices, {"packed": most.packed}, recipe.kv_cache).plan
+    assert 0.97 * most.packed < sum(map(packed_memory, plan.tables)) <= most.packed
+
+
+def test_a_budget_names_a_tier_that_there_is_and_leaves_room(tmp_path: Path) -> None:
+    architecture, recipe = architecture_of("phi-4", tmp_path), load_recipe("q3")
+    assert isinstance(recipe, BudgetRecipe)
+    for changes, message in (
+        ({"tier": "android-9gb"}, "tier 'android-9gb' is not in configs/tiers.yaml .*, nor is it 'smallest'"),
+        ({"tier": "android-4gb", "context": 20_000}, r"leave -[\d,]+ bytes of memory for weights. Lower `context`"),
+    ):
+        changed = recipe.model_copy(update={"budget": recipe.budget.model_copy(update=changes)})
+        with pytest.raises(PlanError, match=message):
+            budget_bound(changed, architecture)
