@@ -107,7 +107,7 @@ def configure(project: DvcProject, wanted: Wanted, source: Path) -> None:
     project.write(f"models/{wanted.name}.yaml", entry)
     project.write(f"models/{wanted.model}.yaml", entry | {"source": {"kind": "local", "path": f"{source}-whole"}})
     project.write(f"recipes/{QUICK}.yaml", quick)
-    project.write("kernels.yaml", {"classes": [HERE]})  # emulating others takes a quarter of an hour each
+    project.write("kernels.yaml", {"classes": [HERE]})  # emulating another takes minutes
     if wanted.variants == (QUICK,):
         project.write("calibration.yaml", CALIBRATION)
     project.write("pipeline.yaml", run | refusals)
