@@ -59,12 +59,12 @@ def _variants(item: Record) -> list[str]:
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:
     rows: list[tuple[str, ...]] = [_TIERS]
     for name, decision in decisions.items():
-        sizes = [tiers[name][key] for key in ("budget_bytes", "resident_bytes")]
-        rows.append((name, *map(gigabytes, sizes), *_gets(decision, model, *sizes)))
+        sizes = (gigabytes(tiers[name][key]) for key in ("budget_bytes", "resident_bytes"))
+        rows.append((name, *sizes, *_gets(decision, model)))
     return aligned(rows, {0, 3, 4}, "  ")
 
 
-def _gets(decision: Record, model: str, budget: int, resident: int) -> tuple[str, str]:
+def _gets(decision: Record, model: str) -> tuple[str, str]:
     """What a tier gets and what that takes, or what it lacks."""
     if runs := decision["chosen"]:
         need = runs["need"]
@@ -76,10 +76,7 @@ def _gets(decision: Record, model: str, budget: int, resident: int) -> tuple[str
     instead = f"nothing; {_runs(decision['instead'], model)}" if decision["instead"] else "nothing"
     if (closest := decision["closest"]) is None:
         return instead, "no variant passed its gates"
-    need = closest["need"]
-    together = need["private_bytes"] + need["mapped_bytes"] - (resident if need["mapped_bytes"] else budget)
-    lacks = max(together, need["private_bytes"] - budget)
-    return instead, f"{_runs(closest, model)} lacks {gigabytes(lacks)}"
+    return instead, f"{_runs(closest, model)} lacks {gigabytes(decision['lacks_bytes'])}"
 
 
 def _devices(model: str, devices: Record) -> list[str]:

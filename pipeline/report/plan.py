@@ -13,8 +13,9 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
                     kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, verdict, kl_mean}; the last
                     two are null where nothing was measured
       forbidden     name → why configs/gates.yaml lets no such variant of this model be released; it stands nowhere else
-      tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null}; closest comes
-                    nearest to fitting, instead is a smaller model, and both are null for a bundle
+      tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null, lacks_bytes};
+                    closest comes nearest to fitting and lacks so many bytes, instead is a smaller model; all three are
+                    null for a bundle
       devices       name → {title, tier, memory_bandwidth, runs, tokens_per_second}; runs is a CHOICE; it and the speeds
                     are null where nothing runs
     NEED            {way: {context, kv_cache, weights, prefill_chunk, threads}, private_bytes, mapped_bytes, basis,
@@ -31,7 +32,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.models import load_model, load_pipeline, model_names
-from pipeline.config.phones import Device, TiersConfig, load_devices, load_tiers
+from pipeline.config.phones import Device, Tier, TiersConfig, load_devices, load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.planning import devices as planning
@@ -120,7 +121,7 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
         "shapes": found.origin,
         "variants": {one.variant: _variant(one, tiers, tokens) for one in variants},
         "forbidden": {one: why for one in load_pipeline().variants if (why := forbidden(model, one))},
-        "tiers": {name: _tier(decision, model) for name, decision in decisions.items()},
+        "tiers": {name: _tier(one, model, tiers.tiers[name], tiers) for name, one in decisions.items()},
         "devices": {name: _device(device, decisions[device.tier].runs, model) for name, device in devices.items()},
     }
 
@@ -139,9 +140,10 @@ def _variant(found: planning.Candidate, tiers: TiersConfig, tokens: int) -> dict
     }
 
 
-def _tier(found: planning.Decision, model: str) -> dict[str, Any]:
+def _tier(found: planning.Decision, model: str, tier: Tier, tiers: TiersConfig) -> dict[str, Any]:
     choices = {name: _choice(getattr(found, name), model) for name in ("chosen", "closest", "instead")}
-    return {"decision": "bundle" if found.chosen else "refuse", **choices}
+    lacks = planning.excess(found.closest.need, tier, tiers) if found.closest else None
+    return {"decision": "bundle" if found.chosen else "refuse", **choices, "lacks_bytes": lacks}
 
 
 def _device(device: Device, runs: planning.Choice | None, model: str) -> dict[str, Any]:
