@@ -69,6 +69,17 @@ def test_the_app_picks_the_best_that_fits(shop: Shop) -> None:
     assert [pick(size) for size in (5 * GB, 4 * GB, 4 * GB - 1, 2 * GB - 1)] == ["q4", "q4", "q3", None]
 
 
+def test_one_variant_in_two_ways_is_delivered_once_and_loaded_where_memory_allows(shop: Shop) -> None:
+    """Mapped on the smaller class, private on the larger one: the way that needs more comes first."""
+    large = shop.document.tiers["ios-12gb"]
+    way = large.way.model_copy(update={"weights": "mapped"})
+    small = large.model_copy(update={"way": way, "need_bytes": GB, "mapped_bytes": 3 * GB})
+    document = shop.document.model_copy(update={"tiers": {"ios-8gb": small, "ios-12gb": large}})
+    index = plan_ios(document, shop.bundles)
+    assert list(index.deliveries) == ["q4"]
+    assert [(row.way.weights, row.need_bytes) for row in index.choices] == [("private", 4 * GB), ("mapped", GB)]
+
+
 def test_the_commands_package_and_upload_every_pack(shop: Shop, tmp_path: Path) -> None:
     """Run with a stand-in for xcrun, from another directory, twice: ba-package does not overwrite."""
     root = shop.write_ios(tmp_path / "ios")
