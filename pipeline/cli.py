@@ -326,6 +326,7 @@ def key_id(public_key: Path) -> None:
 
 def main() -> None:
     """Run a command; an expected error is one paragraph on stderr and status 1."""
+    os.environ.setdefault("USE_TORCH", "0")  # transformers renders chats here; importing torch takes it 6 seconds
     try:
         with disk_full(f"run `{' '.join(['python -m pipeline', *sys.argv[1:]])}`"):
             cli(prog_name="python -m pipeline")

@@ -20,6 +20,7 @@ CEILINGS = {
     "checkpoint": 1500,
     "config": 400,
     "confine": 430,
+    "door": 200,
     "graph": 412,
     "judge": 530,
     "keys": 300,

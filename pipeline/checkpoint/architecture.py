@@ -16,10 +16,11 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
+from pipeline.checkpoint.config_keys import DEFAULTS, check_keys, unknown
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.checkpoint.untrusted import read_json, shown
 from pipeline.config.phones import Shapes
@@ -35,25 +36,37 @@ MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
 _AGAIN = "Run the download stage again, or use another release of the model."
+_CORRECT = (
+    "If the file is wrong, correct it in a copy of the source, and name that folder as a source of `kind: local`."
+)
 T = TypeVar("T", int, float, bool)
+_ROPE_KEYS = {
+    "attention_factor", "factor", "long_factor", "original_max_position_embeddings", "partial_rotary_factor",
+    "rope_theta", "rope_type", "short_factor", "type",
+}  # fmt: skip
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one family of decoders."""
+    """What distinguishes one family of decoders.
+
+    `window` says when config.json's sliding_window limits attention, `longrope` by which names it calls LongRoPE.
+    """
 
     genai_type: str
     fused: bool = False
     qkv_bias: bool = False
     unused_prefixes: tuple[str, ...] = ()
+    window: Literal["never", "switched", "always"] = "never"
+    longrope: tuple[str, ...] = ()
 
 
 _FAMILIES = {
     "llama": Family("llama"),
-    "qwen2": Family("qwen2", qkv_bias=True),
-    "mimo": Family("qwen2", qkv_bias=True, unused_prefixes=("model.mtp_layers.",)),
-    "phi3": Family("phi3", fused=True),
+    "qwen2": Family("qwen2", qkv_bias=True, window="switched"),
+    "mimo": Family("qwen2", qkv_bias=True, window="switched", unused_prefixes=("model.mtp_layers.",)),
+    "phi3": Family("phi3", fused=True, window="always", longrope=("longrope", "su", "yarn")),
 }
 
 
@@ -205,6 +218,17 @@ def read_architecture(path: Path) -> Architecture:
 
 def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
     """As `read_architecture`, for the values of the file at `path`."""
+    return _parse(values, path)[0]
+
+
+def unknown_keys(path: Path) -> list[str]:
+    """Keys of a config.json that nothing here knows, neither as honoured nor as harmless; sorted."""
+    values = read_config(path)
+    return unknown(values, _parse(values, path)[1])
+
+
+def _parse(values: dict[str, Any], path: Path) -> tuple[Architecture, set[str]]:
+    """The architecture, and the keys that were read for it."""
     config = _Values(values, path)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
@@ -214,31 +238,38 @@ def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
             f"model_type {shown(family)} (architectures {shown(config.get('architectures'))}) is not supported.{hint} "
             f"Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares this decoder."
         )
-    _refuse_variations(config, family)
+    config.absent = DEFAULTS[family]
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or any(not str(one).endswith("ForCausalLM") for one in classes):
+        what = f"architectures is {shown(classes)}; a list of classes that write text (…ForCausalLM) is needed"
+        raise config.wrong(f"{what}. {_CORRECT}")
     heads = config.read(int, "num_attention_heads", 1, MAX_SIZE)
     hidden = config.read(int, "hidden_size", 1, MAX_SIZE)
-    kv_heads = config.read(int, "num_key_value_heads", 1, MAX_SIZE, heads)
-    head_dim = config.read(int, "head_dim", 1, MAX_HEAD_DIM, hidden // heads)
+    kv_heads = config.read(int, "num_key_value_heads", 1, MAX_SIZE, null=heads)
+    head_dim = config.read(int, "head_dim", 1, MAX_HEAD_DIM, null=hidden // heads)
     if heads % kv_heads or (config.get("head_dim") is None and hidden % heads):
         uneven = f"{heads} heads do not divide over {kv_heads} KV heads or hidden size {hidden}"
         raise config.wrong(f"{uneven}. The file is damaged, or its model is of another kind.")
-    ignored = family in {"qwen2", "mimo"} and not config.read(bool, "use_sliding_window", False, True, default=False)
-    windowed = not ignored and config.get("sliding_window") is not None
-    return Architecture(
+    layers = config.read(int, "num_hidden_layers", 1, MAX_LAYERS)
+    architecture = Architecture(
         family=family,
-        layers=config.read(int, "num_hidden_layers", 1, MAX_LAYERS),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=config.read(int, "intermediate_size", 1, MAX_SIZE),
         vocab=config.read(int, "vocab_size", 1, MAX_SIZE),
-        rms_eps=config.read(float, "rms_norm_eps", 1e-30, 1.0, 1e-6),
+        rms_eps=config.read(float, "rms_norm_eps", 1e-30, 1.0),
         max_position=config.read(int, "max_position_embeddings", 1, MAX_POSITION),
-        sliding_window=config.read(int, "sliding_window", 1, MAX_POSITION) if windowed else None,
-        rope=_read_rope(config, head_dim),
-        tied=config.read(bool, "tie_word_embeddings", False, True, default=False),
+        sliding_window=_read_window(config, _FAMILIES[family].window, layers),
+        rope=_read_rope(config, head_dim, _FAMILIES[family].longrope),
+        tied=config.read(bool, "tie_word_embeddings", False, True, null=False),
     )
+    if _FAMILIES[family].qkv_bias:  # the class of such a family has these biases whatever the file says
+        config.seen |= {"attention_bias", "qkv_bias", "use_qkv_bias"}
+    check_keys(values, config.seen, family, path)
+    return architecture, config.seen
 
 
 class _Values(dict[str, Any]):
@@ -251,68 +282,102 @@ class _Values(dict[str, Any]):
         bool: "true or false",
     }
 
-    def __init__(self, values: dict[str, Any], path: Path):
+    def __init__(self, values: dict[str, Any], path: Path, within: _Values | None = None):
         super().__init__(values)
         self.path = path
+        self.seen: set[str] = within.seen if within else set()
+        self.absent: dict[str, Any] = within.absent if within else {}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, which counts as honoured; what absence means in this family where there is none."""
+        self.seen.add(key)
+        return super().get(key, self.absent.get(key, default))
 
     def wrong(self, what: str) -> CheckpointError:
         """The error that the file is `what`."""
         return CheckpointError(f"{self.path}: {what}")
 
-    def read(self, kind: type[T], key: str, least: T, most: T, default: T | None = None) -> T:
-        """The value of `key` from `least` to `most`; null counts as absent. A number may be written as an integer."""
-        value: Any = default if self.get(key) is None else self[key]
+    def read(self, kind: type[T], key: str, least: T, most: T, null: T | None = None) -> T:
+        """The value of `key` from `least` to `most`, or of `null` where it is null or has no default. A number may be
+        written as an integer."""
+        value: Any = null if self.get(key) is None else self.get(key)
         if type(value) not in {kind, int if kind is float else kind} or not least <= value <= most:
             needed = self._NEEDED[kind].format(least, most)
-            raise self.wrong(f"{key} is {shown(value)}; {needed} is needed. {_AGAIN}")
+            raise self.wrong(f"{key} is {shown(value)}; {needed} is needed. {_CORRECT}")
         return kind(value)
 
 
-def _refuse_variations(config: _Values, family: str) -> None:
-    wrong = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "attention_bias": bool(config.get("attention_bias")) and not _FAMILIES[family].qkv_bias,
-        "quantization_config": config.get("quantization_config") is not None,
-    }
-    for key in (key for key, bad in wrong.items() if bad):
-        what = f"{key} = {shown(config[key])} is not supported for {family}: the graph would compute something else"
-        raise config.wrong(f"{what}. Use the original checkpoint of a plain {family} model.")
+def _read_window(config: _Values, window: str, layers: int) -> int | None:
+    """Positions that attention reaches back, if it is limited in some layer."""
+    kinds = config.get("layer_types")
+    switched_off = window == "switched" and not config.read(bool, "use_sliding_window", False, True, null=False)
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        usual = {"full_attention", *(["sliding_attention"] if window == "switched" and not switched_off else [])}
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in usual for kind in map(str, kinds)):
+            what = (
+                f"layer_types is {shown(kinds)}; a list of {layers} layers is needed, each {' or '.join(sorted(usual))}"
+            )
+            raise config.wrong(f"{what}. {_CORRECT}")
+    if window == "switched":
+        full = config.read(int, "max_window_layers", 0, MAX_POSITION, null=0)
+        limited = not switched_off and (layers > full if kinds is None else "sliding_attention" in kinds)
+    else:
+        limited = window == "always"
+    if config.get("sliding_window") is None or not limited:
+        return None
+    return config.read(int, "sliding_window", 1, MAX_POSITION)
 
 
-def _read_rope(config: _Values, head_dim: int) -> Rope:
-    # transformers 5 moved rope_theta, partial_rotary_factor and rope_scaling into rope_parameters.
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise config.wrong(f"rope_scaling is {shown(scaling)}; a JSON object is needed.")
-    scaling = _Values(scaling, config.path)
-    values = _Values(scaling | {key: value for key, value in config.items() if value is not None}, config.path)
-    theta = values.read(float, "rope_theta", 1.0, 1e15, 10000.0)
-    dims = int(head_dim * values.read(float, "partial_rotary_factor", 1e-3, 1.0, 1.0))
+def _read_rope(config: _Values, head_dim: int, longrope: tuple[str, ...]) -> Rope:
+    scaling = _Values(_rope_values(config), config.path, config)
+    values = _Values(scaling | {key: value for key, value in config.items() if value is not None}, config.path, config)
+    theta = values.read(float, "rope_theta", 1.0, 1e15)
+    dims = int(head_dim * values.read(float, "partial_rotary_factor", 1e-3, 1.0, null=1.0))
     if dims < 2 or dims % 2:
         what = f"{dims} of {head_dim} channels of a head are rotated (partial_rotary_factor); rotation needs pairs"
-        raise config.wrong(f"{what}. {_AGAIN}")
+        raise config.wrong(f"{what}. {_CORRECT}")
     max_position = config.read(int, "max_position_embeddings", 1, MAX_POSITION)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    original = values.read(int, "original_max_position_embeddings", 1, MAX_POSITION, null=max_position)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return Rope(theta, dims, max_position)
-    if kind not in ("longrope", "su"):
-        what = f"rope_scaling type {shown(kind)} is not supported; supported: default, longrope"
+    if kind not in longrope or (strange := sorted(scaling.keys() - _ROPE_KEYS)):
+        what = f"type {shown(kind)}" if kind not in longrope else f"{strange[0]} = {shown(scaling[strange[0]])}"
+        supported = ", ".join(["default", *longrope[:1]])
+        what = f"rope_scaling {what} is not supported for {config['model_type']}; supported: {supported}"
         raise config.wrong(f"{what}. Another kind needs its tables in pipeline/graph/rope.py.")
-    original = values.read(int, "original_max_position_embeddings", 1, MAX_POSITION, max_position)
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
-    attention_factor = scaling.read(float, "attention_factor", 1e-3, 1e3, computed)
+    attention_factor = scaling.read(float, "attention_factor", 1e-3, 1e3, null=computed)
     short, long = (_factors(scaling, key, dims // 2) for key in ("short_factor", "long_factor"))
     return Rope(theta, dims, original, attention_factor, short, long)
+
+
+def _rope_values(config: _Values) -> dict[str, Any]:
+    """rope_scaling and rope_parameters as one: transformers 5 wrote all of rotation into the latter.
+
+    Raises CheckpointError where config.json gives a key twice, and differently.
+    """
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = config.get(name) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise config.wrong(f"{name} is {shown(given)}; a JSON object of numbers is needed. {_CORRECT}")
+        for key, value in given.items():
+            before = found.get(key, config.get(key) if key in config and key in _ROPE_KEYS else None)
+            if None not in (before, value) and before != value:
+                what = f"{key} is {shown(before)} in one place and {shown(value)} in {name}; which is meant is unknown"
+                raise config.wrong(f"{what}. {_CORRECT}")
+            found[key] = value
+    return found
 
 
 def _factors(scaling: _Values, key: str, count: int) -> tuple[float, ...]:
     listed = scaling.get(key)
     if not isinstance(listed, list) or len(listed) != count:
         needed = f"must list {count} numbers, one per pair of rotated channels"
-        raise scaling.wrong(f"rope_scaling.{key} {needed}, and is {shown(listed)}. {_AGAIN}")
-    return tuple(_Values({key: value}, scaling.path).read(float, key, 1e-3, 1e6, math.nan) for value in listed)
+        raise scaling.wrong(f"rope_scaling.{key} {needed}, and is {shown(listed)}. {_CORRECT}")
+    return tuple(_Values({key: value}, scaling.path).read(float, key, 1e-3, 1e6) for value in listed)
 
 
 def shapes_of(architecture: Architecture) -> Shapes:

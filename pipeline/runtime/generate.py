@@ -169,10 +169,13 @@ class Writer(Prompter):
             EvaluationError: the prompt and the limits exceed the model's context.
         """
         prefix, text = self.begin(Request(prompt, limits, complete))
-        search: dict[str, float | int | bool] = {"do_sample": False}
+        # What the model's maker would have a chat sound like is not what is measured, here and layer by layer.
+        search: dict[str, float | int | bool] = {
+            "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+        }  # fmt: skip
         if sampling is not None:
             # Without `top_k` the model's own would limit the draw; with 0 the runtime does not honour `top_p`.
-            search = {"do_sample": True, "top_k": self.vocab, "top_p": sampling.top_p}
+            search |= {"do_sample": True, "top_k": self.vocab, "top_p": sampling.top_p}
             search |= {"temperature": sampling.temperature, "random_seed": sampling.seed}
         params = genai.GeneratorParams(self.model)
         # The KV cache is allocated for max_length: what this text needs, not the model's context.

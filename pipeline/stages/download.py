@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from pipeline.calibrate.texts import read_tokenizer
-from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
+from pipeline.checkpoint.architecture import check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.lock import write_lock
 from pipeline.checkpoint.sources import fetch_model
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
-from pipeline.config.phones import load_shapes
-from pipeline.errors import CheckpointError
+from pipeline.door.check import check_small_files
 from pipeline.workspace import Workspace
 
 
 def run(model: str) -> None:
     """Fetch, check and lock one model.
 
-    The checkpoint's tensors and tokenizer are compared with its config.json, so that an unsupported model is not found
-    hours later.
+    Its small files are read as the product will read them before its weights are fetched, so that an unsupported model
+    is not found hours later.
     """
     entry = load_model(model)
     store, workspace = Store(), Workspace(model)
-    lock = fetch_model(model, entry, store)
+    check = partial(check_small_files, model, entry)
+    lock = fetch_model(model, entry, store, check)
     folder = workspace.link(lock, store)
     checkpoint = Checkpoint(folder)
-    architecture = read_architecture(folder / "config.json")
-    if expected := load_shapes().models.get(model):
-        check_shapes(architecture, expected, folder / "config.json")
-    notes = check_tensors(architecture, checkpoint)
-    if (tokens := read_tokenizer(folder).get_vocab_size()) > architecture.vocab:
-        raise CheckpointError(
-            f"{model}: tokenizer.json has {tokens:,} tokens, the embedding {architecture.vocab:,} rows (vocab_size of "
-            f"config.json): the tokenizer is another model's. Put the files of one model together."
-        )
+    notes = check(folder) + check_tensors(read_architecture(folder / "config.json"), checkpoint)
     write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(
         f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "

@@ -17,10 +17,9 @@ from pipeline.artifact.layout import PAGE
 from pipeline.artifact.write import Draft
 from pipeline.bundle import release
 from pipeline.bundle.verify import verify
-from pipeline.config.models import ModelConfig
 from pipeline.config.recipes import RecipeConfig
 from pipeline.files import sha256_of, write_bytes, write_json
-from pipeline.graph.genai import genai_config
+from pipeline.graph.genai import Generation, genai_config
 from tests.artifact.exported import Exported, changed, export
 from tests.bundle.conftest import CREATED
 from tests.families import CASES, Case, make_checkpoint
@@ -57,10 +56,8 @@ def build(maker: Any, checkpoint: Path, where: Path, recipe: RecipeConfig) -> Bu
     exported: Exported = export(Path(shutil.copytree(checkpoint, where / "export")))
     artifact = where / "artifact"
     drafted = exported.write(recipe, artifact, part_bytes=recipe.part_bytes)
-    entry = ModelConfig(
-        title="t", source={"kind": "local", "path": "p"}, context=96, mmlu_mode="letter", gate_class="g"
-    )
-    settings = genai_config(exported.architecture, exported.folder, drafted.model_file, entry, 96)
+    generation = Generation((2,), 1, 2, {"do_sample": False}, ())
+    settings = genai_config(exported.architecture, generation, drafted.model_file, 96)
     write_json(artifact / "genai_config.json", settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_bytes(artifact / name, (checkpoint / name).read_bytes())

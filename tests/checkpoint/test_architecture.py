@@ -12,8 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.checkpoint import architecture as module
-from pipeline.checkpoint.architecture import Architecture, check_tensors, read_architecture
+from pipeline.checkpoint.architecture import Architecture, check_tensors, read_architecture, unknown_keys
+from pipeline.checkpoint.config_keys import DEFAULTS
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.door.generation import KEYS
 from pipeline.errors import CheckpointError
 from tests.families import CASES, make_checkpoint
 from tests.real_configs import REAL_CONFIGS
@@ -102,7 +104,14 @@ def test_tying(tmp_path: Path) -> None:
 def test_sliding_window_only_where_it_is_used(tmp_path: Path) -> None:
     qwen = CASES["qwen2"].config | {"sliding_window": 128}
     assert architecture_of(qwen, tmp_path).sliding_window is None
-    assert architecture_of(qwen | {"use_sliding_window": True}, tmp_path).sliding_window == 128
+    used = qwen | {"use_sliding_window": True}
+    assert architecture_of(used, tmp_path).sliding_window is None  # 28 layers see everything, this model has 3
+    assert architecture_of(used | {"max_window_layers": 2}, tmp_path).sliding_window == 128
+    assert architecture_of(used | {"max_window_layers": 3}, tmp_path).sliding_window is None
+    full, one = ["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"]
+    assert architecture_of(used | {"max_window_layers": 0, "layer_types": full}, tmp_path).sliding_window is None
+    assert architecture_of(used | {"layer_types": one}, tmp_path).sliding_window == 128
+    assert architecture_of(LLAMA | {"sliding_window": 16, "layer_types": full}, tmp_path).sliding_window is None
     assert architecture_of(CASES["phi3"].config | {"sliding_window": 64}, tmp_path).sliding_window == 64
 
 
@@ -131,8 +140,24 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
         (LLAMA | {"attention_bias": True}, ["attention_bias"]),
         (LLAMA | {"mlp_bias": True}, ["mlp_bias"]),
         (LLAMA | {"quantization_config": {"bits": 4}}, ["quantization_config", "original checkpoint"]),
-        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "default, longrope"]),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ["'llama3'", "for llama; supported: default"],
+        ),
         (LLAMA | {"rope_scaling": [1]}, ["rope_scaling"]),
+        (LLAMA | {"rope_scaling": LONGROPE["rope_scaling"]}, ["'longrope'", "for llama"]),
+        (LLAMA | {"rope_parameters": {"rope_theta": 5e5}}, ["rope_theta is 10000.0 in one place and 500000.0"]),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters is", "of numbers"]),
+        (LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_mscale": 1.2}}, ["long_mscale = 1.2"]),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, ["architectures is", "…ForCausalLM"]),
+        (LLAMA | {"layer_types": ["sliding_attention"] * 3}, ["layer_types is", "each full_attention"]),
+        (
+            CASES["qwen2"].config | {"layer_types": ["sliding_attention"] * 3},
+            ["layer_types is", "each full_attention"],
+        ),
+        (LLAMA | {"logits_scaling": 8.0}, ["logits_scaling = 8.0", "computes the model of 1, null", "kind: local"]),
+        (LLAMA | {"num_local_experts": 8}, ["num_local_experts = 8"]),
+        (LLAMA | {"vision_config": {}}, ["vision_config = {}"]),
         (LONGROPE | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["short_factor", "16 numbers"]),
         (
             LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_factor": ["a"] * 16}},
@@ -151,6 +176,42 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
 def test_bad_configs(config: Any, parts: list[str], tmp_path: Path) -> None:
     message = refusal(config, tmp_path)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_an_absent_key_means_what_transformers_means(family: str, tmp_path: Path) -> None:
+    """Every key that an architecture is made of, against the family's own class; MiMo's extends Qwen2's."""
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model("qwen2" if family == "mimo" else family)
+    # sliding_window is an argument's default, which the class forgets where it is switched off
+    for key in DEFAULTS[family].keys() - {"sliding_window"}:
+        assert getattr(theirs, key) == DEFAULTS[family][key], key
+    ours = architecture_of({"model_type": family}, tmp_path)
+    assert ours == architecture_of(theirs.to_dict() | {"model_type": family}, tmp_path)
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_every_key_that_transformers_writes_is_known(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    written = AutoConfig.for_model("qwen2" if family == "mimo" else family).to_dict() | {"model_type": family}
+    (tmp_path / "config.json").write_text(json.dumps(written | {"sizzle": 1, "attn_temperature": 2.0}))
+    assert set(unknown_keys(tmp_path / "config.json")) - KEYS == {"sizzle", "attn_temperature"}
+
+
+def test_harmless_spellings(tmp_path: Path) -> None:
+    plain = architecture_of(LLAMA, tmp_path)
+    for harmless in (
+        {"hidden_act": "swish"},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"type": None, "rope_type": "default", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+        {"attention_bias": None, "mlp_bias": 0, "num_experts": 0, "logits_scaling": 1.0},
+        {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "auto_map": {"AutoConfig": "x--y.Z"}},
+    ):
+        assert architecture_of(LLAMA | harmless, tmp_path) == plain
+    assert architecture_of(CASES["qwen2"].config | {"attention_bias": True}, tmp_path).traits.qkv_bias
 
 
 def test_missing_config(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ causal mask. Its next tokens differ from those of a forward over the same text.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +23,11 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.models import ModelConfig
 from pipeline.config.phones import PREFILL_CHUNKS
-from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError
 from pipeline.files import write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
-from pipeline.graph.genai import genai_config
+from pipeline.graph.genai import Generation, genai_config
 from pipeline.parity.compare import NEAR_TIE
 from tests.families import CASES, Case, make_checkpoint, transformers_model
 
@@ -50,10 +47,7 @@ def export(folder: Path, case: Case, context: int) -> Path:
     save_file(weights, folder / "model.safetensors")
     architecture = read_architecture(folder / "config.json")
     save_decoder(folder, *build_decoder(architecture, Checkpoint(folder), context), "model.onnx")
-    entry = ModelConfig(
-        title="t", source=LocalSource(kind="local", path="p"), context=context, mmlu_mode="letter", gate_class="g"
-    )
-    settings = genai_config(architecture, folder, "model.onnx", entry, context)
+    settings = genai_config(architecture, Generation((2,), 1, 2, {"do_sample": False}, ()), "model.onnx", context)
     write_json(folder / "genai_config.json", settings)
     return folder
 
@@ -167,11 +161,17 @@ def test_a_prompt_beyond_the_longrope_switch(tmp_path: Path) -> None:
     assert_greedy(written, logits_before_each(model, ids, written))
 
 
-def test_a_switch_elsewhere_than_4096_is_not_noticed(tmp_path: Path) -> None:
+def test_a_switch_elsewhere_than_4096_is_not_noticed_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A limit of onnxruntime-genai: at another `original_max_position_embeddings` the cache is kept as it is.
 
     Its tokens are then those of a forward with the old cache. No published Phi of this graph switches elsewhere.
     """
+    with pytest.raises(CheckpointError, match=r"at 4,096 only.*Set `context` .* at most 64"):
+        export(tmp_path / "refused", LONGROPE, CONTEXT)
+    export(tmp_path / "shorter", LONGROPE, 64)
+    monkeypatch.setattr("pipeline.graph.genai.SWITCH", 64)
     folder, ids = export(tmp_path, LONGROPE, CONTEXT), prompt(PROMPT)
     written = greedy(folder, ids, NEW)
     model = transformers_model(folder, LONGROPE)
@@ -179,26 +179,3 @@ def test_a_switch_elsewhere_than_4096_is_not_noticed(tmp_path: Path) -> None:
     after = LONGROPE.config["original_max_position_embeddings"] - PROMPT + 1
     again = logits_before_each(model, ids, written)[after:]
     assert (again.argmax(axis=1) != written[after:]).any()
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        ("generation_config.json", {"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}, not a token id"),
-        ("generation_config.json", {"eos_token_id": [1, -2]}, "eos_token_id is -2, not a token id"),
-        ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True, not a token id"),
-        ("generation_config.json", {"eos_token_id": 1, "temperature": "hot"}, "temperature is 'hot'; a number"),
-        ("generation_config.json", {"eos_token_id": 1, "top_p": float("nan")}, "top_p is nan; a number"),
-        ("generation_config.json", {"eos_token_id": 1, "pad_token_id": "x"}, "pad_token_id is 'x', not a token id"),
-    ],
-)
-def test_values_that_are_no_ids_or_numbers_are_refused(
-    tmp_path: Path, name: str, change: dict[str, Any], said: str
-) -> None:
-    make_checkpoint(tmp_path, CASES["qwen2"])
-    entry = ModelConfig(
-        title="t", source=LocalSource(kind="local", path="p"), context=64, mmlu_mode="letter", gate_class="g"
-    )
-    (tmp_path / name).write_text(json.dumps(change))
-    with pytest.raises(CheckpointError, match=re.escape(said)):
-        genai_config(read_architecture(tmp_path / "config.json"), tmp_path, "m.onnx", entry, 64)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.blobs import Store
-from pipeline.config.models import ModelConfig, load_model
+from pipeline.config.models import load_model
 from pipeline.confine.referee import Outcome
 from pipeline.errors import EvaluationError
 from pipeline.files import write_json
-from pipeline.graph.genai import genai_config
+from pipeline.graph.genai import Generation, genai_config
 from pipeline.journal import Journal
 from pipeline.runtime.generate import Limits, Request, Sampling, Writer, Written, derived_seed
 from pipeline.tasks import humaneval, written
@@ -195,8 +195,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     made, target = export(tiny.make_model(folder / "checkpoint"), tiny.CONTEXT), folder / "q4"
     drafted = made.write(changed("q4", search="nearest"), target, part_bytes=1 << 24)
-    entry = ModelConfig.model_validate(tiny.model_entry(made.folder))
-    config = genai_config(made.architecture, made.folder, drafted.model_file, entry, tiny.CONTEXT)
+    generation = Generation((2,), 1, 2, {"do_sample": False}, ())
+    config = genai_config(made.architecture, generation, drafted.model_file, tiny.CONTEXT)
     write_json(target / "genai_config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(made.folder / name, target)

@@ -1,0 +1,36 @@
+"""The door: what a checkpoint's small files say, read before its weights are fetched or used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.checkpoint.architecture import check_shapes, read_architecture, unknown_keys
+from pipeline.config.models import ModelConfig
+from pipeline.config.phones import load_shapes
+from pipeline.door.generation import KEYS, read_generation
+from pipeline.door.tokenizer import check_tokenizer
+from pipeline.graph.decoder import check_context
+from pipeline.graph.genai import genai_config
+
+
+def check_small_files(model: str, entry: ModelConfig, folder: Path) -> list[str]:
+    """Read everything but weights of the checkpoint in `folder` as the product will.
+
+    Returns:
+        a sentence for whatever is left out, or unknown, and so not honoured.
+
+    Raises:
+        CheckpointError, GraphError: something that changes ids, logits, stops or sampling would not be honoured by what
+            ships; with file, key, value and a remedy.
+    """
+    path = folder / "config.json"
+    architecture = read_architecture(path)
+    if expected := load_shapes().models.get(model):
+        check_shapes(architecture, expected, path)
+    check_context(architecture, entry.context)
+    notes = check_tokenizer(folder, architecture.vocab)
+    generation = read_generation(folder, entry, architecture.vocab)
+    genai_config(architecture, generation, "model.onnx", entry.context)
+    if unknown := sorted(set(unknown_keys(path)) - KEYS):
+        notes.append(f"config.json has keys that are unknown here and change nothing: {', '.join(unknown)}")
+    return [*notes, *generation.notes]
