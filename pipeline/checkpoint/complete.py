@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.checkpoint.blobs import checked_name
 from pipeline.checkpoint.tensors import INDEX, SINGLE, read_header
-from pipeline.checkpoint.untrusted import open_regular, parse_json, shown
+from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
 from pipeline.errors import CheckpointError, SourceError
 
 _SMALL = (
@@ -65,7 +65,26 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
     if missing := [shard for shard in named if shard not in names]:
         what = f"{len(missing)} of {len(named)} shards named in {INDEX} are missing: {_some(missing)}"
         raise SourceError(f"{where}: {what}. Fetch the source whole, or pin a revision that has them.")
-    return [SINGLE] if SINGLE in names else named  # of both, transformers takes the single file
+    if SINGLE in names and named != [SINGLE]:
+        what = f"{SINGLE} lies beside {INDEX}, which names {_some(named)}: which weights are meant cannot be known"
+        remedy = (
+            "transformers takes the single file, others the shards. Remove one in a copy, a folder of `kind: local`"
+        )
+        raise SourceError(f"{where}: {what}; {remedy}.")
+    return named
+
+
+def write_hollow(path: Path, size: int, read: Callable[[int, int], bytes]) -> None:
+    """Write a safetensors file as far as its header, and as long as the whole: a hole stands for the values.
+
+    Args:
+        read: the file's bytes, from an offset, as many as are asked for.
+    """
+    prefix = read(0, 8)
+    length = int.from_bytes(prefix, "little")
+    with open(path, "wb") as file:
+        file.write(prefix + (read(8, length) if length <= MAX_JSON else b""))  # a longer one is refused when it is read
+        file.truncate(size)
 
 
 def licence(names: Collection[str]) -> str:

@@ -13,8 +13,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,9 +63,21 @@ class _Repository:
         self.licence_page = licence_page or self.page
         self.declared: dict[str, Any] = {}
 
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Explain whatever goes wrong while the Hub is asked."""
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
+            what = f"{self.shown} does not answer like a Hub ({type(error).__name__})"
+            remedy = "Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
+            raise SourceError(f"{self.where}: {what}. {remedy}") from error
+        except OSError as error:  # every other failure of requests and huggingface_hub
+            raise self._explain(error) from error
+
     def describe(self) -> str:
         """Ask what the Hub declares about each file; return the licence it states."""
-        try:
+        with self._answering():
             info = self.api.repo_info(**self.place, files_metadata=True, timeout=_INFO_TIMEOUT_SECONDS)
             if info.sha != self.place["revision"]:
                 answer = f"the Hub answered with revision {_line(info.sha)}"
@@ -74,12 +89,28 @@ class _Repository:
                     what = f"the Hub declares no usable size or hash for {name}: it cannot be checked"
                     raise SourceError(f"{self.where}: {what}. Check HF_ENDPOINT: a mirror may leave this out.")
             return _licence(info, self.declared)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # ValueError: no JSON, or no usable address
-            what = f"{self.shown} does not answer like a Hub ({type(error).__name__})"
-            remedy = "Check HF_ENDPOINT, the proxy, and whether a login page is in the way."
-            raise SourceError(f"{self.where}: {what}. {remedy}") from error
-        except OSError as error:  # every other failure of requests and huggingface_hub
-            raise self._explain(error) from error
+
+    def commit(self) -> str:
+        """The commit that the revision, a branch or a tag, names now."""
+        with self._answering():
+            return str(self.api.repo_info(**self.place, timeout=_INFO_TIMEOUT_SECONDS).sha)
+
+    def fetch_headers(self, names: list[str], folder: Path) -> None:
+        """Write the declared safetensors files to `folder` as far as their headers, as `complete.write_hollow` does."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        def read(name: str, start: int, count: int) -> bytes:
+            asked = build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+            address = hf_hub_url(**self.place, filename=name, endpoint=self.api.endpoint)
+            with get_session().get(address, headers=asked, stream=True, timeout=_INFO_TIMEOUT_SECONDS) as answer:
+                answer.raise_for_status()
+                whole = answer.status_code != HTTPStatus.PARTIAL_CONTENT  # a mirror that knows no ranges
+                return bytes(answer.raw.read(start + count if whole else count)[start if whole else 0 :])
+
+        with self._answering():
+            for name in names:
+                complete.write_hollow(folder / name, self.declared[name].size, partial(read, name))
 
     def fetch(self, names: list[str]) -> list[LockedFile]:
         """The declared files, in the store. Refuses before the first byte if what is still to come does not fit."""
@@ -180,7 +211,7 @@ def fetch_hub(
     and the files. Of a `HubFile`, a dataset repository, that is one file.
 
     Files that the store already holds are not transferred again, and an interrupted one is resumed; `key` names the
-    workspace where it waits. `admit` is shown a folder of the small files before any weights move.
+    workspace where it waits. `admit` is shown a folder of the small files and the weights' headers before weights move.
 
     Raises:
         SourceError: offline, gated, no such repository, revision or file (naming the nearest), an incomplete or
@@ -196,12 +227,23 @@ def fetch_hub(
             raise SourceError(f"{where}: no file {member!r}. Nearest: {', '.join(near) or 'none'}.")
         return source.revision, licence, repository.fetch([member])
     files = repository.fetch(complete.small_files(names, where))
+    index = next((store.path(file.sha256).read_bytes() for file in files if file.name == complete.INDEX), None)
+    shards = complete.shard_names(names, index, where)
     if admit:
         with TemporaryDirectory(dir=store.workspace(key)) as folder:
             store.link(files, Path(folder))
+            repository.fetch_headers(shards, Path(folder))
             admit(Path(folder))
-    index = next((store.path(file.sha256).read_bytes() for file in files if file.name == complete.INDEX), None)
-    return source.revision, licence, files + repository.fetch(complete.shard_names(names, index, where))
+    return source.revision, licence, files + repository.fetch(shards)
+
+
+def resolve(repo: str, revision: str | None, store: Store) -> HubSource:
+    """A repository at the commit that a branch or tag names now; of its main branch without one.
+
+    Raises SourceError as `fetch_hub`.
+    """
+    branch = HubSource.model_construct(kind="hub", repo=repo, revision=revision or "main")
+    return HubSource(kind="hub", repo=repo, revision=_Repository(branch, None, store, "").commit())
 
 
 def _licence(info: Any, names: Collection[str]) -> str:

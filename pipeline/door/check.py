@@ -1,10 +1,11 @@
-"""The door: what a checkpoint's small files say, read before its weights are fetched or used."""
+"""The door: what a checkpoint says of itself, read before its weights are fetched, and again before they are used."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoint.architecture import check_shapes, read_architecture, unknown_keys
+from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture, unknown_keys
+from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.phones import load_shapes
 from pipeline.door.generation import KEYS, read_generation
@@ -13,11 +14,11 @@ from pipeline.graph.decoder import check_context
 from pipeline.graph.genai import genai_config
 
 
-def check_small_files(model: str, entry: ModelConfig, folder: Path) -> list[str]:
-    """Read everything but weights of the checkpoint in `folder` as the product will.
+def check_checkpoint(model: str, entry: ModelConfig, folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Read everything but weights of the checkpoint in `folder` as the product will; holes may stand for the weights.
 
     Returns:
-        a sentence for whatever is left out, or unknown, and so not honoured.
+        its tensors, and a sentence for whatever is left out, or unknown and so not honoured.
 
     Raises:
         CheckpointError, GraphError: something that changes ids, logits, stops or sampling would not be honoured by what
@@ -33,4 +34,5 @@ def check_small_files(model: str, entry: ModelConfig, folder: Path) -> list[str]
     genai_config(architecture, generation, "model.onnx", entry.context)
     if unknown := sorted(set(unknown_keys(path)) - KEYS):
         notes.append(f"config.json has keys that are unknown here and change nothing: {', '.join(unknown)}")
-    return [*notes, *generation.notes]
+    checkpoint = Checkpoint(folder)
+    return checkpoint, [*notes, *generation.notes, *check_tensors(architecture, checkpoint)]
