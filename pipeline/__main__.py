@@ -1,6 +1,11 @@
 """`python -m pipeline`."""
 
+import os
 import sys
+
+# transformers renders chats and reads tokenizers here: without torch, which takes it 6 seconds to import.
+os.environ.setdefault("USE_TORCH", "0")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 try:
     from pipeline.cli import main

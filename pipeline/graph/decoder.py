@@ -44,10 +44,14 @@ def build_decoder(
     return decoder.write(), bytes(decoder.rope_data)
 
 
+def longest_context(architecture: Architecture) -> int:
+    """Tokens that a model was trained for, where all of them see each other."""
+    return min(architecture.max_position, architecture.sliding_window or architecture.max_position)
+
+
 def check_context(architecture: Architecture, context: int) -> None:
     """Raise GraphError when the context exceeds what the model was trained for, or its rotation has no kernel."""
-    limit = min(architecture.max_position, architecture.sliding_window or architecture.max_position)
-    if context > limit:
+    if context > (limit := longest_context(architecture)):
         raise GraphError(
             f"context {context:,} exceeds {limit:,} tokens (max_position_embeddings {architecture.max_position:,}, "
             f"sliding window {architecture.sliding_window}). Lower `context` in the model's entry."

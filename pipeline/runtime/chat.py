@@ -70,6 +70,13 @@ def rendered(folder: Path, conversations: Iterable[Sequence[str]]) -> str:
     return "".join(texts)
 
 
+def template_text(folder: Path) -> str:
+    """The chat template itself; "" without one."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder).chat_template or ""
+
+
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 

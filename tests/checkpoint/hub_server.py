@@ -97,7 +97,7 @@ class _Handler(Handler):
             return self._fail(*hub.api_fault)
         if f"/{REPO}/" not in path:
             return self._fail(404, "RepoNotFound")
-        if not path.endswith(f"/revision/{REVISION}"):
+        if not path.endswith((f"/revision/{REVISION}", "/revision/main")):
             return self._fail(404, "RevisionNotFound")
         body = hub.api_body if hub.api_body is not None else json.dumps(hub.description()).encode()
         return self._send(200, {"Content-Type": "application/json"}, body)
@@ -129,13 +129,15 @@ class _Handler(Handler):
         headers = {"X-Repo-Commit": REVISION, "ETag": f'"{git_sha1(hub.files[name])}"', "Accept-Ranges": "bytes"}
         if start >= len(data) > 0:
             return self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
-        if start:
+        data = data[: self.end]
+        ranged = bool(start) or self.end is not None
+        if ranged:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         drop = hub.drop_at.get(name)
         if self.command == "GET" and drop is not None and hub.drops > 0:
             hub.drops -= 1
-            return self._send(206 if start else 200, headers, data[start:], cut=drop - start)
-        return self._send(206 if start else 200, headers, data[start:])
+            return self._send(206 if ranged else 200, headers, data[start:], cut=drop - start)
+        return self._send(206 if ranged else 200, headers, data[start:])
 
     def _fail(self, status: int, code: str | None) -> None:
         self._send(status, {"X-Error-Code": code} if code else {}, b"")
