@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.checkpoint.blobs import checked_name
 from pipeline.checkpoint.tensors import INDEX, SINGLE, read_header
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
-from pipeline.errors import CheckpointError, SourceError
+from pipeline.errors import CheckpointError, PipelineError, SourceError
 
 _SMALL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
@@ -72,6 +72,14 @@ def shard_names(names: Collection[str], index: bytes | None, where: str) -> list
         )
         raise SourceError(f"{where}: {what}; {remedy}.")
     return named
+
+
+def admit_shown(admit: Callable[[Path], object], folder: Path, where: str) -> None:
+    """Let `admit` look at a folder that shows a source; what it refuses is said about the source, `where`."""
+    try:
+        admit(folder)
+    except PipelineError as error:
+        raise type(error)(str(error).replace(str(folder), where)) from None
 
 
 def write_hollow(path: Path, size: int, read: Callable[[int, int], bytes]) -> None:

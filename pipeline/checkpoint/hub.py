@@ -233,7 +233,7 @@ def fetch_hub(
         with TemporaryDirectory(dir=store.workspace(key)) as folder:
             store.link(files, Path(folder))
             repository.fetch_headers(shards, Path(folder))
-            admit(Path(folder))
+            complete.admit_shown(admit, Path(folder), where)
     return source.revision, licence, files + repository.fetch(shards)
 
 

@@ -165,7 +165,7 @@ def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit | No
         with TemporaryDirectory(dir=store.workspace("door")) as shown:
             for name in names:
                 _show(folder / name, Path(shown) / name)
-            admit(Path(shown))
+            complete.admit_shown(admit, Path(shown), str(folder))
     require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
     for name in names:
         with open(folder / name, "rb") as stream:

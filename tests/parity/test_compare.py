@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -176,3 +177,15 @@ def test_a_head_beside_a_tied_embedding_never_takes_its_place_in_the_reference(t
     save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors")
     model = optimum_export.load_reference(folder, CASES["llama-tied"].config["num_hidden_layers"], 320)
     np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), embedding)
+
+
+def test_the_reference_knows_rotation_as_transformers_5_writes_it(tmp_path: Path) -> None:
+    """4.57 does not know the key: its theta would be 10,000, and parity would always disagree."""
+    for case, extra in (("llama-tied", {}), ("phi3-longrope", CASES["phi3-longrope"].config["rope_scaling"])):
+        values = {key: one for key, one in CASES[case].config.items() if key not in {"rope_theta", "rope_scaling"}}
+        kind = extra.get("type", "default")
+        rope = {**extra, "rope_type": kind, "rope_theta": 5e5, "partial_rotary_factor": 1.0}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"rope_parameters": rope}))
+        config = optimum_export.reference_config(tmp_path, 2, 320)
+        assert config.rope_theta == 5e5
+        assert (config.rope_scaling or {}).get("long_factor") == extra.get("long_factor")
