@@ -118,7 +118,7 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
         ("stages/download.py", {"download", "bundle"}),
         ("checkpoint/hub.py", {"download", "bundle"}),
         ("graph/decoder.py", {"export", "parity", "quantize", *MEASURED, "bundle"}),
-        ("graph/genai.py", {"export", "bundle"}),
+        ("graph/genai.py", {"download", "export", "bundle"}),
         ("stages/calibrate.py", {"calibrate", "bundle"}),
         ("calibrate/damage.py", {"sensitivity", "bundle"}),
         ("parity/compare.py", {"parity", "bundle"}),

@@ -10,8 +10,8 @@ from pipeline.config.models import ModelConfig
 from pipeline.config.phones import load_shapes
 from pipeline.door.generation import KEYS, read_generation
 from pipeline.door.tokenizer import check_tokenizer
-from pipeline.graph.decoder import check_context
 from pipeline.graph.genai import genai_config
+from pipeline.graph.limits import check_context
 
 
 def check_checkpoint(model: str, entry: ModelConfig, folder: Path) -> tuple[Checkpoint, list[str]]:

@@ -17,8 +17,8 @@ from onnx import TensorProto, helper
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import TensorRef
-from pipeline.errors import GraphError
 from pipeline.files import write_bytes
+from pipeline.graph.limits import check_context
 from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor, value_info
 from pipeline.graph.rope import rope_tables
 
@@ -42,25 +42,6 @@ def build_decoder(
     check_context(architecture, context)
     decoder = _Decoder(architecture, checkpoint, context)
     return decoder.write(), bytes(decoder.rope_data)
-
-
-def longest_context(architecture: Architecture) -> int:
-    """Tokens that a model was trained for, where all of them see each other."""
-    return min(architecture.max_position, architecture.sliding_window or architecture.max_position)
-
-
-def check_context(architecture: Architecture, context: int) -> None:
-    """Raise GraphError when the context exceeds what the model was trained for, or its rotation has no kernel."""
-    if context > (limit := longest_context(architecture)):
-        raise GraphError(
-            f"context {context:,} exceeds {limit:,} tokens (max_position_embeddings {architecture.max_position:,}, "
-            f"sliding window {architecture.sliding_window}). Lower `context` in the model's entry."
-        )
-    if architecture.rope.dims % 16:
-        raise GraphError(
-            f"rotary dimension {architecture.rope.dims} is not a multiple of 16, which GroupQueryAttention needs "
-            f"(head_dim {architecture.head_dim} × partial_rotary_factor)."
-        )
 
 
 def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: str) -> None:

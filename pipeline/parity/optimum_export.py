@@ -52,8 +52,10 @@ def reference_config(weights: Path, layers: int, vocab: int) -> Any:
     values |= {"num_hidden_layers": layers, "vocab_size": vocab}
     if rope := values.pop("rope_parameters", None):  # transformers 5's spelling, which 4.57 does not know
         named = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        scaled = rope.get("rope_type", "default") != "default"
-        values = named | ({"rope_scaling": rope} if scaled else {}) | values
+        if (kind := rope.get("rope_type", "default")) != "default":  # by the keys that its class takes, and no others
+            named["rope_scaling"] = {"type": kind} | {key: rope[key] for key in rope if key.endswith("_factor")}
+            named["rope_scaling"].pop("partial_rotary_factor", None)
+        values = named | values
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:layers]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

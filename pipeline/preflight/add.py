@@ -20,7 +20,7 @@ from pipeline.door.check import check_checkpoint
 from pipeline.door.generation import read_generation
 from pipeline.errors import ConfigError
 from pipeline.files import write_bytes
-from pipeline.graph.decoder import longest_context
+from pipeline.graph.limits import longest_context
 from pipeline.judge.policy import load_gates
 from pipeline.preflight import machine
 from pipeline.runtime.chat import THINK, template_text
