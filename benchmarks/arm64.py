@@ -265,7 +265,7 @@ def main(artifacts: tuple[Path, ...], out: Path | None) -> None:
         raise click.ClickException("no artifact to run: `make demo`, or `python -m pipeline quantize smollm2-135m q4`.")
     try:
         emulator.install()
-        records = [check(folder, [Emulator(emulator.FOLDER, cpu) for cpu in CPUS]) for folder in artifacts]
+        records = [check(folder, [Emulator(emulator.place(), cpu) for cpu in CPUS]) for folder in artifacts]
         if out:
             write_json(out, {"emulator": emulator.release(), "records": records})
     except PipelineError as error:

@@ -50,7 +50,7 @@ def main() -> None:
     emulator.install()
     saves = {"x86-64": device.save_slice}
     for cpu in emulator.CPUS:
-        saves[f"arm64, {cpu}"] = partial(make.save_emulated, emulator.Emulator(emulator.FOLDER, cpu))
+        saves[f"arm64, {cpu}"] = partial(make.save_emulated, emulator.Emulator(emulator.place(), cpu))
     kept = {}
     for fmt in [
         FORMATS[bits](block, symmetric)

@@ -49,10 +49,10 @@ def measure(folder: Path, cpu: str) -> dict[str, Any]:
     from pipeline.errors import EvaluationError
     from pipeline.prepack import make
     from pipeline.prepack.device import PREPACKED
-    from pipeline.prepack.emulator import FOLDER, Emulator
+    from pipeline.prepack.emulator import Emulator, place
     from pipeline.runtime.speed import watch
 
-    machine, here = Emulator(FOLDER, cpu), str(folder.resolve())
+    machine, here = Emulator(place(), cpu), str(folder.resolve())
 
     def run(*arguments: str) -> tuple[dict[str, Any], int]:
         said, looks = watch(machine.command(arguments, [ROOT]), f"emulated {cpu}")

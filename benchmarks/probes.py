@@ -19,8 +19,19 @@ _ROWS = (1, 16)  # decoding and reading a prompt have kernels of their own
 
 
 @dataclass(frozen=True)
+class Product:
+    """How a product is written: with activations and scales in float16 (`half`) or, as artifacts are, in float32 with
+    scales cast from float16; `level` is its accuracy_level."""
+
+    half: bool = False
+    level: int = 4
+    columns: int = COLUMNS
+    outputs: int = OUTPUTS
+
+
+@dataclass(frozen=True)
 class Probe:
-    """A graph from x, float32 [1, rows, 1024], to y = x·Wᵀ, and the product in float64 [rows, 512]."""
+    """A graph from x [1, rows, columns] to y = x·Wᵀ, and the product in float64 [rows, outputs]."""
 
     name: str
     path: Path
@@ -45,40 +56,45 @@ def formats(model: onnx.ModelProto) -> list[TensorFormat]:
 
 def make_probes(wanted: Sequence[TensorFormat], folder: Path) -> list[Probe]:
     """Write a probe for each format with one row and with many."""
-    return [_probe(fmt, rows, folder) for fmt in wanted for rows in _ROWS]
+    return [make_probe(fmt, rows, folder) for fmt in wanted for rows in _ROWS]
 
 
-def _probe(fmt: TensorFormat, rows: int, folder: Path) -> Probe:
+def make_probe(fmt: TensorFormat, rows: int, folder: Path, product: Product = Product()) -> Probe:
     """Normal activations times random codes."""
     rng = np.random.default_rng(rows)
-    blocks = COLUMNS // fmt.block
-    codes = rng.integers(0, fmt.top + 1, (OUTPUTS, COLUMNS), np.uint8)
-    zeros = np.full((OUTPUTS, blocks), fmt.middle, np.uint8)
+    outputs, columns = shape = product.outputs, product.columns
+    blocks = columns // fmt.block
+    codes = rng.integers(0, fmt.top + 1, shape, np.uint8)
+    zeros = np.full((outputs, blocks), fmt.middle, np.uint8)
     if not fmt.symmetric:
-        zeros = rng.integers(0, fmt.top + 1, (OUTPUTS, blocks), np.uint8)
-    scales = rng.uniform(0.5, 1.5, (OUTPUTS, blocks)).astype(np.float32)
-    x = rng.standard_normal((1, rows, COLUMNS)).astype(np.float32)
-    centred = codes.reshape(OUTPUTS, blocks, fmt.block).astype(np.float64) - zeros[..., None]
-    weights = (centred * scales[..., None]).reshape(OUTPUTS, COLUMNS)
-    inputs = {"codes": fmt.pack(codes).reshape(OUTPUTS, blocks, -1), "scales": scales}
+        zeros = rng.integers(0, fmt.top + 1, (outputs, blocks), np.uint8)
+    scales = rng.uniform(0.5, 1.5, (outputs, blocks)).astype(np.float16)
+    x = rng.standard_normal((1, rows, columns)).astype(np.float16 if product.half else np.float32)
+    centred = codes.reshape(outputs, blocks, fmt.block).astype(np.float64) - zeros[..., None]
+    weights = (centred * scales[..., None]).reshape(shape)
+    inputs = {"codes": fmt.pack(codes).reshape(outputs, blocks, -1), "scales": scales}
     if not fmt.symmetric:
         inputs["zeros"] = fmt.pack(zeros)
-    path = folder / f"probe-{fmt}-{rows}.onnx"
-    onnx.save(_graph(fmt, rows, inputs), path)
+    path = folder / f"probe-{fmt}-{rows}-{columns}.onnx"
+    onnx.save(_graph(fmt, rows, inputs, product), path)
     return Probe(f"{fmt}, {rows} row{'s' * (rows > 1)}", path, x, x[0].astype(np.float64) @ weights.T)
 
 
-def _graph(fmt: TensorFormat, rows: int, inputs: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+def _graph(fmt: TensorFormat, rows: int, inputs: Mapping[str, np.ndarray], product: Product) -> onnx.ModelProto:
+    scales = "scales" if product.half else "widened"
     node = helper.make_node(
-        "MatMulNBits", ["x", *inputs], ["y"], domain="com.microsoft",
-        K=COLUMNS, N=OUTPUTS, bits=fmt.bits, block_size=fmt.block, accuracy_level=4,
+        "MatMulNBits", ["x", *(scales if name == "scales" else name for name in inputs)], ["y"], domain="com.microsoft",
+        K=product.columns, N=product.outputs, bits=fmt.bits, block_size=fmt.block, accuracy_level=product.level,
     )  # fmt: skip
+    widen = helper.make_node("Cast", ["scales"], ["widened"], to=TensorProto.FLOAT)
+    nodes = [node] if product.half else [widen, node]
+    kind = TensorProto.FLOAT16 if product.half else TensorProto.FLOAT
     sides = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, rows, width))
-        for name, width in (("x", COLUMNS), ("y", OUTPUTS))
+        helper.make_tensor_value_info(name, kind, (1, rows, width))
+        for name, width in (("x", product.columns), ("y", product.outputs))
     ]
     tensors = [numpy_helper.from_array(value, name) for name, value in inputs.items()]
-    graph = helper.make_graph([node], "probe", sides[:1], sides[1:], tensors)
+    graph = helper.make_graph(nodes, "probe", sides[:1], sides[1:], tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, kernels, phone, rehearsed
+from benchmarks import arm64, half, kernels, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS
@@ -261,6 +261,7 @@ BY_FILE = {
     "mmlu.json": {"mmlu": mmlu},
     "arm64.json": {"arm64": on_arm64},
     "kernels.json": {"kernels": kernels.rows},
+    "half.json": {"half": half.rows},
 }
 """Tables of the benchmarks that run by themselves, by their file in results."""
 

@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
+from pipeline.checkpoint.blobs import Store
 from pipeline.config.phones import Processor
 from pipeline.errors import EvaluationError, ResourceError
 from pipeline.machine import cores
 
-FOLDER = Path(".bench") / "arm64"
 HERE, *CPUS = get_args(Processor)
 """The first has dotprod, as phones since about 2018; QEMU's best adds i8mm and SVE2, as phones since 2022, and more."""
 _QEMU = "qemu-aarch64-static"
@@ -62,14 +62,19 @@ class Emulator:
         ]
 
 
-def install(folder: Path = FOLDER) -> None:
-    """Fetch and unpack everything into `folder`, unless it is there.
+def place() -> Path:
+    """Where it is unpacked: in the store, so that a larger disk holds it and projects that share one share it."""
+    return Store().root / "arm64"
+
+
+def install(folder: Path | None = None) -> None:
+    """Fetch and unpack everything into `folder`, or `place()`, unless it is there.
 
     Raises:
         ResourceError: this is no x86-64 Debian or Ubuntu, or the disk is full.
         EvaluationError: a package cannot be fetched.
     """
-    ready, wanted = folder / "ready.json", {name: version(name) for name in _PACKAGES}
+    ready, wanted = (folder := folder or place()) / "ready.json", {name: version(name) for name in _PACKAGES}
     if ready.exists() and json.loads(ready.read_text(encoding="utf-8")) == wanted:
         return
     _require_tools(folder)
@@ -86,9 +91,9 @@ def install(folder: Path = FOLDER) -> None:
     ready.write_text(json.dumps(wanted), encoding="utf-8")  # last, so its existence means that all is there
 
 
-def release(folder: Path = FOLDER) -> str:
+def release() -> str:
     """QEMU's own words on its version."""
-    return _output([str(folder / _QEMU), "--version"], _QEMU).splitlines()[0]
+    return _output([str(place() / _QEMU), "--version"], _QEMU).splitlines()[0]
 
 
 def require_host() -> None:

@@ -82,7 +82,7 @@ def add_classes(folder: Path, classes: Iterable[str]) -> Prepacking:
             add_class(folder, machine.kernel_class())
         else:
             emulator.install()
-            add_class(folder, f"aarch64 {name}", partial(save_emulated, emulator.Emulator(emulator.FOLDER, name)))
+            add_class(folder, f"aarch64 {name}", partial(save_emulated, emulator.Emulator(emulator.place(), name)))
     return Prepacking.read(folder)
 
 

@@ -160,7 +160,7 @@ def test_a_failing_command_is_told_with_its_last_words() -> None:
 def installed() -> Path:
     """The emulated machine, fetched on first use."""
     emulator.install()
-    return emulator.FOLDER.resolve()
+    return emulator.place().resolve()
 
 
 @pytest.mark.arm64
