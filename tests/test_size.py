@@ -17,27 +17,27 @@ CEILINGS = {
     "artifact": 620,
     "bundle": 1650,
     "calibrate": 250,
-    "checkpoint": 1500,
+    "checkpoint": 1670,
     "config": 400,
     "confine": 430,
     "door": 200,
     "graph": 412,
     "judge": 530,
     "keys": 300,
-    "modules": 705,
+    "modules": 710,
     "packs": 925,
-    "parity": 140,
+    "parity": 142,
     "planning": 540,
-    "preflight": 925,
+    "preflight": 1030,
     "prepack": 670,
     "publish": 790,
     "quantize": 735,
     "report": 605,
-    "runtime": 1015,
+    "runtime": 1016,
     "stages": 860,
     "tasks": 1995,
 }
-WHOLE = 15_925
+WHOLE = 16_350
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
