@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 620,
+    "artifact": 700,
     "bundle": 1650,
     "calibrate": 250,
     "checkpoint": 1500,
-    "config": 400,
+    "config": 405,
     "confine": 435,
     "graph": 412,
     "judge": 530,
@@ -30,13 +30,13 @@ CEILINGS = {
     "preflight": 925,
     "prepack": 670,
     "publish": 790,
-    "quantize": 735,
+    "quantize": 765,
     "report": 605,
     "runtime": 1015,
-    "stages": 860,
+    "stages": 880,
     "tasks": 2195,
 }
-WHOLE = 16_130
+WHOLE = 16_285
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
