@@ -36,6 +36,7 @@ def run(model: str) -> None:
             f"{model}: tokenizer.json has {tokens:,} tokens, the embedding {architecture.vocab:,} rows (vocab_size of "
             f"config.json): the tokenizer is another model's. Put the files of one model together."
         )
+    checkpoint.require_finite()
     write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(
         f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "

@@ -386,14 +386,6 @@ def test_a_weight_beyond_float16_is_refused_until_it_gets_more_bits(workspace: W
     assert "lost" not in read_json(workspace.artifact("q4") / quantize.PLAN_FILE)
 
 
-@pytest.mark.parametrize("name", [UP, TABLE, "model.norm.weight", "model.layers.0.input_layernorm.weight"])
-def test_weights_that_are_not_finite_are_refused_by_name(name: str, workspace: Workspace) -> None:
-    odd_source(lambda tensors: tensors[name].reshape(-1).__setitem__(7, np.nan), download.run, export.run)
-    with pytest.raises(PipelineError, match=rf"'{name}'.* 1 of [\d,]+ values are NaN"):
-        quantize.run(tiny.MODEL, "q4")
-    assert not workspace.artifact("q4").exists()
-
-
 # --- error compensation ----------------------------------------------------------------------------------------------
 
 
