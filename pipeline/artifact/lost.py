@@ -14,7 +14,7 @@ from pipeline.artifact.work import units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.planning.recipes import PlannedMatrix
-from pipeline.quantize.lost import Lost, energy, subnormal, suspects, vanished
+from pipeline.quantize.lost import Lost, energy, plain, subnormal, suspects, vanished
 
 
 def find_lost(
@@ -36,6 +36,8 @@ def find_lost(
     """
     rows = planned.matrix.rows
     scales = [np.frombuffer(read(f"{name}.scales"), np.float16).reshape(rows, -1) for name in piece_names(planned)]
+    if all(map(plain, scales)):
+        return None
     coarse, weights, share = sum(map(subnormal, scales)), np.zeros(1, np.int64), 0.0
     if any(suspects(part).any() for part in scales):
         weights, share = _vanished(planned, scales, checkpoint, channels)

@@ -30,7 +30,6 @@ SINGLE = "model.safetensors"
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 ITEM_BYTES = {dtype: np.dtype(stored).itemsize for dtype, stored in _STORED.items()}
 _MAX_DIMENSIONS = 8
-_FINITE_BYTES = 8 << 20
 _MAX_NAME = 255  # bytes; what file systems allow
 _OTHERS = "Index and shards belong to different checkpoints: download all of them again."
 
@@ -224,7 +223,7 @@ class Checkpoint(dict[str, TensorRef]):
         """Read every tensor once, some megabytes at a time. Raises CheckpointError as `rows` does, at the first that is
         not finite: found here, not as logits that overflow hours later."""
         for name, ref in self.items():
-            step = max(1, _FINITE_BYTES * ref.shape[0] // ref.length) if ref.shape else 1
+            step = max(1, (8 << 20) * ref.shape[0] // ref.length) if ref.shape else 1
             for start in range(0, ref.shape[0] if ref.shape else 0, step):
                 self.rows(name, start, min(start + step, ref.shape[0]))
 

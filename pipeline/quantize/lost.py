@@ -32,6 +32,12 @@ class Lost(NamedTuple):
     subnormal: int
 
 
+def plain(scales: np.ndarray) -> bool:
+    """Whether all scales, float16, are normal numbers other than 1, as in nearly all tensors: nothing is lost then."""
+    size = scales.view(np.uint16) & _SIGN
+    return not ((size < _NORMAL) | (size == _ONE)).any()
+
+
 def subnormal(scales: np.ndarray) -> int:
     """How many scales, float16, are subnormal (0 is not)."""
     size = scales.view(np.uint16) & _SIGN
