@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from pipeline.errors import CheckpointError
 from pipeline.stages import download, export
 from pipeline.workspace import Workspace
 from tests import tiny
@@ -52,3 +55,28 @@ def test_files_of_an_earlier_source_do_not_stay(workspace: Workspace) -> None:
     files = _build(workspace)
     assert "generation_config.json" not in files
     assert b"7" not in files["genai_config.json"].split(b'"eos_token_id"')[1].split(b"]")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.nan, np.float32),
+        ("model.embed_tokens.weight", -np.inf, np.float32),
+        ("model.norm.weight", np.inf, np.float16),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_at_download(
+    name: str, value: float, dtype: type, workspace: Workspace
+) -> None:
+    """Else calibration would say, hours later, that activations overflow, and name no tensor."""
+    path = Path("checkpoint/model.safetensors")
+    tensors = {key: values.astype(dtype) for key, values in load_file(path).items()}
+    damaged = {key: values.copy() for key, values in tensors.items()}
+    damaged[name].reshape(-1)[-1] = value
+    save_file(damaged, path)
+    with pytest.raises(CheckpointError, match=rf"'{name}' in .*: 1 of [\d,]+ values are NaN or infinite, the first at"):
+        download.run(tiny.MODEL)
+    assert not workspace.lock.exists()
+    path.unlink()
+    save_file(tensors, path)
+    _build(workspace)
