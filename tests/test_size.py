@@ -36,6 +36,8 @@ CEILINGS = {
     "runtime": 1016,
     "stages": 880,
     "tasks": 2195,
+}
+WHOLE = 16_720
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
