@@ -17,7 +17,7 @@ CEILINGS = {
     "artifact": 700,
     "bundle": 1650,
     "calibrate": 250,
-    "checkpoint": 1670,
+    "checkpoint": 1680,
     "config": 405,
     "confine": 435,
     "door": 200,

@@ -106,11 +106,12 @@ class BudgetRecipe(RecipeBase):
 
 
 Recipe = RecipeConfig | BudgetRecipe
+_RULE = {"embedding", "head", "body"}
 
 
 def load_recipe(variant: str) -> Recipe:
-    """configs/recipes/<variant>.yaml over the recipes that it extends: its keys replace theirs, whole. Its title and
-    version are its own.
+    """configs/recipes/<variant>.yaml over the recipes that it extends: its keys replace theirs, whole, and a budget
+    replaces formats. Its title and version are its own.
 
     Raises ConfigError, which names every file that was read, when one of them is missing or extends itself, or when
     they are no recipe together.
@@ -118,7 +119,8 @@ def load_recipe(variant: str) -> Recipe:
     chain = _read_chain(variant)
     data: dict[str, Any] = {}
     for own in reversed(chain.values()):
-        data = {key: value for key, value in data.items() if key not in {"title", "version"}} | own
+        replaced = {"title", "version"} | (_RULE if "budget" in own else set())
+        data = {key: value for key, value in data.items() if key not in replaced} | own
     kind: type[Recipe] = BudgetRecipe if "budget" in data else RecipeConfig
     return check(kind, data, _extends(chain))
 
