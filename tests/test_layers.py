@@ -19,6 +19,7 @@ ROOMS = [
     ("quantize",),
     ("runtime",),
     ("calibrate",),
+    ("door",),
     ("parity",),
     ("planning",),
     ("artifact",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.calibrate.texts import read_tokenizer
 from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.lock import write_lock
@@ -12,7 +11,7 @@ from pipeline.checkpoint.sources import fetch_model
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_shapes
-from pipeline.errors import CheckpointError
+from pipeline.door.tokenizer import check_tokenizer
 from pipeline.workspace import Workspace
 
 
@@ -31,11 +30,7 @@ def run(model: str) -> None:
     if expected := load_shapes().models.get(model):
         check_shapes(architecture, expected, folder / "config.json")
     notes = check_tensors(architecture, checkpoint)
-    if (tokens := read_tokenizer(folder).get_vocab_size()) > architecture.vocab:
-        raise CheckpointError(
-            f"{model}: tokenizer.json has {tokens:,} tokens, the embedding {architecture.vocab:,} rows (vocab_size of "
-            f"config.json): the tokenizer is another model's. Put the files of one model together."
-        )
+    notes += check_tokenizer(folder, architecture.vocab)
     write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(
         f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "

@@ -1,0 +1,1 @@
+"""The door: a checkpoint's own words are honoured by what ships, or refused before anything expensive."""
