@@ -1,18 +1,12 @@
-"""What every key of a checkpoint's tokenizer files means here: the one list of them.
+"""What every key of tokenizer_config.json means here: the one list of them.
 
-Written for tokenizers 0.22.2, transformers 4.57.6 and onnxruntime-genai 0.18.0. What can be proven by comparison
-(`pipeline.door.parity`) is not listed: every component of tokenizer.json is honoured if the corpus says so.
+Written for tokenizers 0.22.2, transformers 4.57.6 and onnxruntime-genai 0.18.0. tokenizer.json has none: tokenizers
+refuses keys that it does not know, and each component is honoured if the corpus proves it (`pipeline.door.parity`).
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-TOKENIZER_JSON = frozenset({
-    "version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model",
-    "padding", "truncation",  # never applied, and null in what ships
-})  # fmt: skip
-"""Top-level keys of tokenizer.json."""
 
 HONOURED = frozenset({
     "tokenizer_class", "chat_template", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",

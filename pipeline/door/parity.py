@@ -44,8 +44,8 @@ def open_genai(folder: Path) -> Any:
         return genai.Tokenizer(str(folder))
     except Exception as error:  # the bindings raise RuntimeError and their own types
         raise CheckpointError(
-            f"{folder / TOKENIZER}: onnxruntime-genai cannot read the tokenizer ({_line(error)}). Its model must be "
-            f"BPE, as transformers' AutoTokenizer(...).save_pretrained writes it; another cannot run on a phone."
+            f"{folder / TOKENIZER}: onnxruntime-genai cannot read the tokenizer ({_line(error)}). Use a "
+            f"tokenizer.json of type BPE whose pre_tokenizer has the patterns of its family. {LOCAL}."
         ) from None
 
 
@@ -130,8 +130,8 @@ def _prove_chats(folder: Path, template: str, ours: Render, theirs: Render) -> N
         chat, one, other = found
         raise CheckpointError(
             f"{where}: onnxruntime-genai and transformers do not render {shown(chat)} alike. onnxruntime-genai: "
-            f"{_apart(one, other)}; transformers: {_apart(other, one)}. Say it in other words, for example "
-            f"x.split('a')|join('b') for replace and x.split('a')|length > 1 for 'a' in x. {LOCAL}."
+            f"{_apart(one, other)}; transformers: {_apart(other, one)}. Say it with what onnxruntime-genai's "
+            f"engine has: split, join, strip, startswith, trim, tojson, loops, namespaces. {LOCAL}."
         )
 
 
@@ -192,6 +192,9 @@ def _difference(folder: Path, name: str, text: str, ids: list[int] | str, expect
 
 def _cause(content: dict[str, Any], text: str, ids: list[int] | str) -> tuple[str, str]:
     """What makes the difference, and the remedy: the first part without which transformers has genai's ids too."""
+    if isinstance(ids, str):
+        what = f"onnxruntime-genai fails ({ids}) on the pre_tokenizer {_type(content['pre_tokenizer'])}"
+        return what, rf"Write its patterns with \p{{L}}, \p{{N}} and \s only: \p{{N}} for \d. {LOCAL}."
     for part, remedy, change in _parts(content):
         changed = json.loads(json.dumps(content))
         change(changed)
@@ -223,7 +226,11 @@ def _parts(content: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[dict[s
             )
     if before.get("add_prefix_space"):
         change = lambda changed: changed["pre_tokenizer"].update(add_prefix_space=False)  # noqa: E731
-        yield "add_prefix_space of the pre_tokenizer", 'Set "add_prefix_space" to false', change
+        yield (
+            "add_prefix_space of the pre_tokenizer",
+            f'Set "add_prefix_space" to false there and in {SETTINGS}',
+            change,
+        )
     for number, item in enumerate(before.get("pretokenizers", [])):
         yield (
             f"the pre_tokenizer {item.get('type')}",

@@ -77,16 +77,16 @@ def _without_in(tokens: Tokens, position: int) -> tuple[Tokens, int]:
 
 
 def _without_replace(tokens: Tokens, position: int) -> tuple[Tokens, int]:
-    """`b.c.replace(x, y)` as `(b.c.split(x)|join(y))`, where the token at `position` is the `replace`."""
-    call = [text for _, text in tokens[position - 1 : position + 2]]
-    if position < 2 or call != [".", "replace", "("]:
+    """`b.c.replace(x, y)` or `b.c|replace(x, y)` as `(b.c.split(x)|join(y))`; `replace` is the token at `position`."""
+    before = [index for index in range(position) if tokens[index][0] != "whitespace"][-2:]
+    if tokens[position] != ("name", "replace") or len(before) < 2 or tokens[before[1]][1] not in (".", "|"):
         return tokens, position + 1
-    start, end = _chain_start(tokens, position - 2), _chain_end(tokens, position, dotted=False)
+    start, end = _chain_start(tokens, before[0]), _chain_end(tokens, position, dotted=False)
     inside = tokens[position + 2 : (end or 0) - 1]
     commas = [index for index, token in enumerate(inside) if token[1] == "," and _depth(inside[:index]) == 0]
     if start is None or end is None or len(commas) != 1:
         return tokens, position + 1
-    chain, old, new = _joined(tokens[start : position - 1]), _joined(inside[: commas[0]]), inside[commas[0] + 1 :]
+    chain, old, new = _joined(tokens[start : before[0] + 1]), _joined(inside[: commas[0]]), inside[commas[0] + 1 :]
     said = _tokens("{{(" + f"{chain}.split({old.strip()})|join({_joined(new).strip()})" + ")}}")[1:-1]
     return [*tokens[:start], *said, *tokens[end:]], start
 
@@ -125,7 +125,7 @@ def _chain_start(tokens: Tokens, last: int) -> int | None:
         if tokens[last][0] not in ("name", "string", "integer"):
             return None
         if tokens[last - 1][1] != ".":
-            return last
+            return None if tokens[last - 1][1] == "|" else last
         last -= 2
 
 

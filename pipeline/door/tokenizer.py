@@ -6,9 +6,11 @@ transformers makes of all of them ships as two: tokenizer.json, and tokenizer_co
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from pipeline.door.parity import (
     prove_tokenizer,
     renders_alike,
     stub_config,
+    texts,
     transformers_render,
 )
 from pipeline.door.template import NOW, rewrites, without_date
@@ -38,10 +41,14 @@ MAX_TOKENIZER = 40 << 20
 MAX_NESTED = 2_000_000
 """Lists and objects in it: each takes up to 64 bytes of memory. Gemma 3's has 0.5 million."""
 _BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
+_JINJA = "chat_template.jinja"
 _SHIPPED_CLASS = "PreTrainedTokenizerFast"
 NOTES = "tokenizer_notes.json"
 """A list of sentences for the model card, where there are any."""
 SHIPPED = (TOKENIZER, SETTINGS, NOTES)
+_PLAIN = f'Set "tokenizer_class" to "{_SHIPPED_CLASS}"'
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How ByteLevel cuts text with `use_regex`."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -75,10 +82,10 @@ def ship_tokenizer(source: Path, folder: Path, vocab: int) -> list[str]:
             id; transformers cannot read the files; the chat template cannot be used.
     """
     raw, content, settings = _read_all(source)
-    _check_ids(source / TOKENIZER, content, vocab)
-    resolved, notes = _resolve(source, settings)
+    _check_ids(source, content, vocab)
+    resolved, notes = _resolve(source, content, settings)
     theirs = json.loads(resolved.backend_tokenizer.to_str())
-    _check_ids(source / SETTINGS, theirs, vocab)
+    _check_ids(source, theirs, vocab)
     if changed := _changed(raw, theirs):
         content = theirs
         notes.append(f"{SETTINGS} changes {', '.join(changed)} of {TOKENIZER}: what transformers makes of both ships.")
@@ -88,12 +95,13 @@ def ship_tokenizer(source: Path, folder: Path, vocab: int) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch, _said_of(scratch, source):
         made = Path(scratch)
         write_bytes(made / TOKENIZER, raw)
-        shipped = _settings(resolved)
+        shipped = _settings(content, resolved)
         write_json(made / SETTINGS, shipped)
         write_json(made / "genai_config.json", stub_config())
         phone = open_genai(made)
         template, said = _template(source, resolved, phone)
         notes += [*honoured, *said, *_decoding(made, resolved, phone)]
+        _prove_same(source, resolved, made)
     write_bytes(folder / TOKENIZER, raw)
     write_json(folder / SETTINGS, shipped if template is None else shipped | {"chat_template": template})
     if notes:
@@ -107,7 +115,10 @@ def _said_of(scratch: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace(scratch, str(folder))) from None
+        said = str(error).replace(scratch, str(folder))
+        if (folder / _JINJA).exists():
+            said = said.replace(f"{SETTINGS}: chat_template", _JINJA)
+        raise CheckpointError(said) from None
 
 
 def read_notes(folder: Path) -> tuple[str, ...]:
@@ -152,8 +163,8 @@ def _read_all(source: Path) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
     return raw, content, _read(source / SETTINGS) or {}
 
 
-def _check_ids(path: Path, content: dict[str, Any], vocab: int) -> None:
-    """Every token has an id of its own below `vocab`. Raises CheckpointError that names the first that has not."""
+def _check_ids(source: Path, content: dict[str, Any], vocab: int) -> None:
+    """Every token has an id of its own below `vocab`. Raises CheckpointError that names one that has not."""
     known = content["model"]["vocab"]
     pairs = list(known.items()) if isinstance(known, dict) else [(item[0], k) for k, item in enumerate(known)]
     added = [(token["content"], token["id"]) for token in content.get("added_tokens") or []]
@@ -162,23 +173,31 @@ def _check_ids(path: Path, content: dict[str, Any], vocab: int) -> None:
     if beyond:
         token, number = max(beyond, key=lambda pair: pair[1])
         raise CheckpointError(
-            f"{path}: the token {shown(token)} has id {number:,}, and the embedding has {vocab:,} rows (vocab_size of "
-            f"config.json): {len(set(beyond)):,} tokens have no row. {remedy}"
+            f"{_file_of(source, token)}: the token {shown(token)} has id {number:,}, and the embedding has {vocab:,} "
+            f"rows (vocab_size of config.json). Tokens without a row: {len(set(beyond)):,}. {remedy}"
         )
     owners: dict[int, str] = {}
     ids = dict(pairs)
     for token, number in pairs + added:
         if (owner := owners.setdefault(number, token)) != token or ids.get(token, number) != number:
-            other = owner if owner != token else f"{token} with id {ids[token]:,}"
-            raise CheckpointError(
-                f"{path}: the token {shown(token)} has id {number:,}, as {shown(other)} has. {remedy}"
-            )
+            other = f"as {shown(owner)} has" if owner != token else f"and {ids[token]:,} too"
+            where = _file_of(source, token)
+            raise CheckpointError(f"{where}: the token {shown(token)} has id {number:,}, {other}. {remedy}")
+
+
+def _file_of(source: Path, token: str) -> Path:
+    """The file of the checkpoint that names a token."""
+    spelled = {json.dumps(token), json.dumps(token, ensure_ascii=False)}
+    for path in (source / name for name in (TOKENIZER, SETTINGS, *_BESIDE)):
+        if path.exists() and any(spelling in path.read_text(encoding="utf-8") for spelling in spelled):
+            return path
+    return source / SETTINGS
 
 
 # --- as transformers resolves it -------------------------------------------------------------------------------------
 
 
-def _resolve(source: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+def _resolve(source: Path, content: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, list[str]]:
     """transformers' tokenizer of the checkpoint, and notes about what it was made with."""
     for key, allowed in keys.ONLY.items():
         if key in settings and settings[key] not in allowed:
@@ -190,6 +209,8 @@ def _resolve(source: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
     if unknown := sorted(settings.keys() - keys.HONOURED - keys.HARMLESS):
         notes.append(f"{SETTINGS} has keys that are not known here, and not used: {', '.join(map(shown, unknown))}.")
     name = settings.get("tokenizer_class")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{source / SETTINGS}: tokenizer_class is {shown(name)}. {_PLAIN}. {LOCAL}.")
     kind = _class(name)
     if kind.__name__ == _SHIPPED_CLASS and name not in (_SHIPPED_CLASS, "PreTrainedTokenizer"):
         said = f"tokenizer_class {shown(name)} is none of transformers' fast ones" if name else "no tokenizer_class"
@@ -197,15 +218,24 @@ def _resolve(source: Path, settings: dict[str, Any]) -> tuple[Any, list[str]]:
     if settings.get("auto_map"):
         notes.append(f"{SETTINGS}: auto_map names code of the checkpoint, which is never run.")
     try:
-        resolved = kind.from_pretrained(source)
+        named = settings.keys() | (_read(source / "special_tokens_map.json") or {}).keys()
+        resolved = kind.from_pretrained(source, **_without_defaults(kind, named, content))
     except Exception as error:  # whatever its constructors meet in the files
         raise CheckpointError(
             f"{source / SETTINGS}: transformers cannot read the tokenizer ({type(error).__name__}: {error}). Correct "
-            f"the key that it names. {LOCAL}; or use the files that AutoTokenizer(...).save_pretrained writes."
+            f"the key that it names; where it names none, {_PLAIN[0].lower()}{_PLAIN[1:]}. {LOCAL}."
         ) from None
     resolved.backend_tokenizer.no_padding()
     resolved.backend_tokenizer.no_truncation()
     return resolved, notes
+
+
+def _without_defaults(kind: Any, named: Collection[str], content: dict[str, Any]) -> dict[str, None]:
+    """Special tokens that only the class names and the vocabulary lacks: transformers would add them behind it."""
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {key: parameters[key].default for key in _NAMED if key in parameters and key not in named}
+    vocabulary = {*content["model"]["vocab"], *(token["content"] for token in content["added_tokens"])}
+    return {key: None for key, token in defaults.items() if isinstance(token, str) and token not in vocabulary}
 
 
 def _class(name: object) -> Any:
@@ -240,6 +270,8 @@ def _without_what_is_not_honoured(content: dict[str, Any], resolved: Any) -> Ite
             f"{TOKENIZER}: onnxruntime-genai does not apply the normalizer NFC, so it is left out, and everything was "
             f"measured without it: an app must compose text to NFC before it encodes it."
         )
+    if _spelled_out(content):
+        yield f"{TOKENIZER}: the pre_tokenizer Digits is written as a pattern, which onnxruntime-genai honours."
     merges = content["model"].get("merges") or [[]]
     if isinstance(merges[0], str):
         content["model"]["merges"] = [merge.split(" ") for merge in merges]
@@ -260,10 +292,46 @@ def _without_what_is_not_honoured(content: dict[str, Any], resolved: Any) -> Ite
         )
 
 
-def _settings(resolved: Any) -> dict[str, Any]:
+def _settings(content: dict[str, Any], resolved: Any) -> dict[str, Any]:
     """tokenizer_config.json as it ships, but for the chat template."""
+    spaced = {"add_prefix_space": True} if (content.get("pre_tokenizer") or {}).get("add_prefix_space") else {}
     named = {key: str(token) for key in _NAMED if (token := getattr(resolved, key, None)) is not None}
-    return {"tokenizer_class": _SHIPPED_CLASS, **named, "clean_up_tokenization_spaces": False}
+    return {"tokenizer_class": _SHIPPED_CLASS, **named, **spaced, "clean_up_tokenization_spaces": False}
+
+
+def _spelled_out(content: dict[str, Any]) -> bool:
+    """Write individual Digits, and what follows them, as patterns that onnxruntime-genai honours; whether there were."""
+    members = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    if not any(member.get("type") == "Digits" and member.get("individual_digits") for member in members):
+        return False
+    written = []
+    for member in members:
+        if member.get("type") == "Digits":
+            written.append(_split(r"\p{N}"))
+        elif member.get("type") == "ByteLevel" and member.get("use_regex", True):
+            written += [_split(_GPT2), {**member, "use_regex": False}]
+        else:
+            written.append(member)
+    content["pre_tokenizer"]["pretokenizers"] = written
+    return True
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _prove_same(source: Path, resolved: Any, made: Path) -> None:
+    """What ships cuts the corpus as the checkpoint does, composed to NFC where an app must do that."""
+    ships = Tokenizer.from_file(str(made / TOKENIZER))
+    composes = resolved.backend_tokenizer.normalizer is not None and ships.normalizer is None
+    for name, text in texts(str(token) for token in resolved.added_tokens_decoder.values()):
+        expected = resolved.encode(text, add_special_tokens=False)
+        given = unicodedata.normalize("NFC", text) if composes else text
+        if ships.encode(given, add_special_tokens=False).ids != expected:
+            raise CheckpointError(
+                f"{source / TOKENIZER}: as it would ship, {name} is not cut as transformers cuts it: {shown(text)}. "
+                f"Use a tokenizer.json that is laid out as its family's is. {LOCAL}."
+            )
 
 
 def _decoding(made: Path, resolved: Any, phone: Any) -> Iterator[str]:
@@ -299,7 +367,9 @@ def _template(source: Path, resolved: Any, phone: Any) -> tuple[str | None, list
         readers = [genai_render(phone, candidate)]
         readers += [transformers_render(resolved, candidate)] * (candidate != given)
         if all(renders_alike(given, reader, want) is None for reader in readers):
-            said += ["The chat template is written otherwise, so that it renders alike."] * (candidate != given)
+            said += ["The chat template is written otherwise, so that onnxruntime-genai renders it alike."] * (
+                candidate != given
+            )
             return candidate, notes + said
     return given, notes + said
 
