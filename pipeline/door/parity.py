@@ -22,6 +22,7 @@ from pipeline.errors import CheckpointError
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 LOCAL = "Change it in a copy of the checkpoint on this machine, and name that folder as the model's source"
+_BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 _LITERALS = 40
 """Texts of a template that are put into messages."""
 Chat = list[dict[str, str]]
@@ -151,7 +152,7 @@ def _prove_texts(folder: Path, ours: Any, theirs: Any) -> None:
                 raise CheckpointError(
                     f"{folder / TOKENIZER}: the decoder ({_named(folder, 'decoder')}): onnxruntime-genai {how} {name} "
                     f"as {_apart(got, want)}, transformers as {_apart(want, got)}. Use the decoder that belongs to the "
-                    f'model: {{"type": "ByteLevel"}} for byte-level BPE. {LOCAL}.'
+                    f"model; for byte-level BPE {json.dumps(_BYTES)}. {LOCAL}."
                 )
 
 

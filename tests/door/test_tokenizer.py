@@ -85,7 +85,7 @@ HONOURED: dict[str, tuple[dict[str, Any], str]] = {
         "merges are written as pairs",
     ),
     "digits": ({"tokenizer": before_bytes(DIGITS)}, "Digits is written as a pattern"),
-    "a pattern": ({"tokenizer": before_bytes(split(r"\p{N}{1,3}| ?\p{L}+|\s+"), use_regex=False)}, ""),
+    "a pattern": ({"tokenizer": before_bytes(split(r"\p{N}{1,3}"), use_regex=False)}, ""),
     "a prefix space that the settings switch off": (
         {"tokenizer": lambda file: file["pre_tokenizer"].update(add_prefix_space=True)},
         "changes pre_tokenizer",
@@ -149,7 +149,10 @@ _no_normalizer = edit(_FILE, put(normalizer=None))
 _no_first = edit(_FILE, lambda file: file["pre_tokenizer"]["pretokenizers"].pop(0))
 _no_prefix = edit(_FILE, lambda file: file["pre_tokenizer"].update(add_prefix_space=False))
 _plain_class = edit(_SETTINGS, put(tokenizer_class="PreTrainedTokenizerFast"))
-_byte_decoder = edit(_FILE, put(decoder={"type": "ByteLevel"}))
+_byte_decoder = edit(
+    _FILE,
+    put(decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+)
 
 
 def _settings_prefix(folder: Path) -> None:
