@@ -15,11 +15,12 @@ import pytest
 
 CEILINGS = {
     "artifact": 620,
-    "bundle": 1650,
+    "bundle": 1655,
     "calibrate": 250,
     "checkpoint": 1500,
     "config": 400,
     "confine": 430,
+    "door": 615,
     "graph": 412,
     "judge": 530,
     "keys": 300,
@@ -33,10 +34,10 @@ CEILINGS = {
     "quantize": 735,
     "report": 605,
     "runtime": 1015,
-    "stages": 860,
+    "stages": 865,
     "tasks": 1995,
 }
-WHOLE = 15_925
+WHOLE = 16_560
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -35,10 +35,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer.no_truncation()
         return tokenizer
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(
-            f"{path}: not readable as a fast tokenizer ({error}). The source must have tokenizer.json; transformers' "
-            f"AutoTokenizer(...).save_pretrained writes one for a model that only has a slow tokenizer."
-        ) from None
+        raise CheckpointError(f"{path}: not readable as a tokenizer ({error}). Run the export stage again.") from None
 
 
 def encoder(folder: Path) -> Callable[[str], list[int]]:
