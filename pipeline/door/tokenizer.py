@@ -174,7 +174,7 @@ def _check_ids(source: Path, content: dict[str, Any], vocab: int) -> None:
         token, number = max(beyond, key=lambda pair: pair[1])
         raise CheckpointError(
             f"{_file_of(source, token)}: the token {shown(token)} has id {number:,}, and the embedding has {vocab:,} "
-            f"rows (vocab_size of config.json). Tokens without a row: {len(set(beyond)):,}. {remedy}"
+            f"rows (vocab_size of config.json). Of {len(set(pairs + added)):,} tokens {len(set(beyond)):,} have none. {remedy}"
         )
     owners: dict[int, str] = {}
     ids = dict(pairs)
