@@ -171,10 +171,11 @@ def _check_ids(source: Path, content: dict[str, Any], vocab: int) -> None:
     beyond = [(token, number) for token, number in pairs + added if number >= vocab]
     remedy = f"Leave it out of the file, or put the files of one model together. {LOCAL}."
     if beyond:
+        count = f"{len(set(beyond)):,} of {len(set(pairs + added)):,} tokens have none"
         token, number = max(beyond, key=lambda pair: pair[1])
         raise CheckpointError(
             f"{_file_of(source, token)}: the token {shown(token)} has id {number:,}, and the embedding has {vocab:,} "
-            f"rows (vocab_size of config.json). Of {len(set(pairs + added)):,} tokens {len(set(beyond)):,} have none. {remedy}"
+            f"rows (vocab_size of config.json): {count}. {remedy}"
         )
     owners: dict[int, str] = {}
     ids = dict(pairs)
