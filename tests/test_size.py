@@ -18,17 +18,17 @@ CEILINGS = {
     "bundle": 1655,
     "calibrate": 250,
     "checkpoint": 1680,
-    "config": 405,
+    "config": 406,
     "confine": 435,
-    "door": 615,
+    "door": 740,
     "graph": 412,
     "judge": 530,
     "keys": 300,
-    "modules": 710,
+    "modules": 719,
     "packs": 925,
     "parity": 142,
-    "planning": 540,
-    "preflight": 1030,
+    "planning": 547,
+    "preflight": 1071,
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
@@ -37,7 +37,7 @@ CEILINGS = {
     "stages": 880,
     "tasks": 2195,
 }
-WHOLE = 17_300
+WHOLE = 17_370
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
