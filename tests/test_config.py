@@ -17,7 +17,7 @@ from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import load
 from pipeline.errors import ConfigError
 from pipeline.judge.policy import gate_row, load_gates
-from pipeline.preflight.guard import check_all
+from pipeline.preflight.configuration import check_all
 from pipeline.tasks.registry import load_suite, suite_type
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

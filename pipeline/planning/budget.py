@@ -250,7 +250,8 @@ def bound(
     for name, limit in limits.items():
         count = {"memory": weight_memory, "packed": packed_memory}.get(name, _stored_bytes)
         counted = kinds[tables:] if name == "body" else kinds
-        _require_room(name, limit, sum(min(map(count, choices)) for choices in counted))
+        rest = 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))  # norms, biases
+        _require_room(name, limit - rest * (name == "bytes"), sum(min(map(count, choices)) for choices in counted))
     body_bytes = min([sum(largest[tables:]), *(limits[name] for name in ("bytes", "body") if name in limits)])
     beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in matrices[tables:]}.values())
     beside += _BESIDE_MATRIX * len(matrices)

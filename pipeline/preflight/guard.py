@@ -10,20 +10,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipeline.artifact.plans import budget_bound
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import fetch_dataset
-from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
+from pipeline.config.calibration import load_calibration, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.phones import load_devices, load_kernels, load_shapes, load_tiers
-from pipeline.config.recipes import has_budget
-from pipeline.config.signing import load_released, load_signing
-from pipeline.config.sources import HubFile, WheelSource, load_datasets
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.judge.policy import gate_row, load_gates
+from pipeline.config.phones import load_kernels, load_tiers
+from pipeline.config.recipes import BudgetRecipe, has_budget, load_recipe
+from pipeline.errors import PipelineError, PlanError
 from pipeline.planning.devices import ways
 from pipeline.preflight.chance import hopeless, outlook
 from pipeline.preflight.compensation import futile
+from pipeline.preflight.configuration import check_all, needed_datasets
 from pipeline.preflight.footprints import candidate, find_source, known
 from pipeline.preflight.machine import download_needs, misfits, require, room, stage_needs
 from pipeline.prepack.emulator import HERE, require_host
@@ -68,15 +67,18 @@ def before(stage: str, model: str, variant: str = "") -> None:
     """Refuse what cannot end well, before the first byte.
 
     Raises:
-        ConfigError: the suite is not for the run's models; before `download`, anything in its configuration.
+        ConfigError: anything in the run's configuration; the suite is not for the run's models.
+        PlanError: a budget of the run that no plan fits.
         ResourceError: this machine has too little memory or disk for the stage.
         PipelineError: the model was made for another context than its entry has, or takes hours that can only end in a
             refusal: before its download if its shapes are known.
         EvaluationError: what the stage tunes by, or before the reference all that tunes, is text that judges.
     """
     store = Store()
+    check_all()
+    _require_budgets(model)
     if stage == "download":
-        check_all()
+        _require_kernels()
     _require_decision(model, variant)
     if stage == "download":
         wanted = download_needs(find_source(model, store), room())
@@ -85,7 +87,6 @@ def before(stage: str, model: str, variant: str = "") -> None:
         fetch_dataset(source, store)
     if stage == "download":
         return
-    _require_suite()
     _require_context(Workspace(model), variant if stage in ("validate", "bundle") else "")
     _require_room(stage, model, variant, store)
     if stage in _TUNED or variant == REFERENCE:
@@ -113,16 +114,15 @@ def _require_context(workspace: Workspace, variant: str) -> None:
             )
 
 
-def _require_suite() -> None:
-    """Refuse a suite for talking models where a model of the run is a real one. Raises ConfigError."""
-    run, classes = load_pipeline(), load_gates().classes
-    talking = {name for name, one in classes.items() if one.talking}
-    real = [model for model in run.models if load_model(model).gate_class not in talking]
-    if real and load_suite(run.suite).talking:
-        raise ConfigError(
-            f"configs/evaluation/{run.suite}.yaml decides for talking models only, which test machinery, and "
-            f"{', '.join(real)} would be judged by it. Name another `suite` in configs/pipeline.yaml."
-        )
+def _require_budgets(model: str) -> None:
+    """Refuse a budget of the run that no plan fits, before its sensitivities are measured. Raises PlanError."""
+    for variant in load_pipeline().variants:
+        recipe = load_recipe(variant)
+        if isinstance(recipe, BudgetRecipe) and find_source(model, Store()):
+            try:
+                budget_bound(recipe, known(model).architecture)
+            except PlanError as error:
+                raise PlanError(f"{model} {variant}: {error}") from None
 
 
 def _require_kernels() -> None:
@@ -170,25 +170,3 @@ def _require_room(stage: str, model: str, variant: str, store: Store) -> None:
         found = replace(found, disk=max(0, found.disk - sum(512 * file.stat().st_blocks for file in begun)))
     if found:
         require(model, found)
-
-
-def needed_datasets() -> dict[str, HubFile | WheelSource]:
-    """Entries of configs/datasets.yaml that the selected run reads. Raises ConfigError for an absent one."""
-    suite, datasets = load_suite(load_pipeline().suite), load_datasets().datasets
-    needed = {name for task, part in suite.by_task() for name in task.datasets(part)}
-    needed |= {*load_calibration().datasets, *load_sensitivity().datasets}
-    if unknown := sorted(needed - set(datasets)):
-        raise ConfigError(f"configs/datasets.yaml: no entry for {', '.join(unknown)}")
-    return {name: source for name, source in datasets.items() if name in needed}
-
-
-def check_all() -> None:
-    """Load everything that the selected run will read, so that a typo fails before the first download."""
-    pipeline = load_pipeline()
-    _require_suite()
-    for model in pipeline.models:
-        for variant in pipeline.variants:
-            gate_row(model, variant)
-    _require_kernels()
-    for load in (needed_datasets, load_released, load_devices, load_shapes, load_signing, load_parity):
-        load()

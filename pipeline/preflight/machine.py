@@ -28,6 +28,7 @@ from pipeline.parity.compare import cut, cut_references
 from pipeline.preflight import needs
 from pipeline.preflight.chance import outlook
 from pipeline.preflight.compensation import damping
+from pipeline.preflight.configuration import check_all
 from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
 from pipeline.runtime.session import runs_layered
@@ -171,6 +172,7 @@ def stage_needs(
 
 def run(models: tuple[str, ...] = ()) -> int:
     """Print what every stage of `models` (default: those of configs/pipeline.yaml) takes; 1 if one cannot run here."""
+    check_all()
     rates = Rates(machine.product_rate(), machine.cores())
     rows: list[Row] = []
     failed, unknown, run = [], [], load_pipeline()

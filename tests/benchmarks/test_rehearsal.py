@@ -17,7 +17,7 @@ from benchmarks.rehearsal import Rehearsal, Wanted, configure, moments, served
 from benchmarks.talking_check import write_rounded
 from pipeline.errors import PipelineError
 from pipeline.judge.policy import gate_row
-from pipeline.preflight.guard import check_all
+from pipeline.preflight.configuration import check_all
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.workspace import MODEL_FILE
 from tests import tiny

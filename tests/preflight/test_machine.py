@@ -124,8 +124,8 @@ def test_the_table_before_anything_has_run(project: Path, table: Callable[..., t
 def test_the_table_refuses_what_does_not_fit_and_only_that(
     project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
-    monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)  # what validate holds and the others do not
+    squeeze(monkeypatch, memory=needs.TOKENIZER_BYTES + 10**8)
+    monkeypatch.setattr(needs, "LOGIT_COPIES", 4000)  # what validate holds and the others do not
     status, text = table("--model", tiny.MODEL)
     assert status == 1
     refused = [line.split()[0] for line in text.splitlines() if line.endswith("NO")]
@@ -172,7 +172,7 @@ def test_a_stage_with_an_output_neither_refuses_nor_counts(
 ) -> None:
     for variant in tiny.VARIANTS:
         Workspace(tiny.MODEL).evaluation(variant).mkdir(parents=True)
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
+    squeeze(monkeypatch, memory=needs.TOKENIZER_BYTES + 10**8)
     status, text = table()
     assert status == 0, text
     assert sum(line.endswith("there already") for line in text.splitlines()) == 3
@@ -221,8 +221,8 @@ def test_download_names_the_stages_that_will_not_fit(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     download.run(tiny.MODEL)
-    squeeze(monkeypatch, memory=needs.QUANTIZE_BYTES + 10**8)
-    monkeypatch.setattr(needs, "LOGIT_COPIES", 1000)
+    squeeze(monkeypatch, memory=needs.TOKENIZER_BYTES + 10**8)
+    monkeypatch.setattr(needs, "LOGIT_COPIES", 4000)
     guard.guarded("download", download.run, tiny.MODEL)
     error = capsys.readouterr().err
     assert error.count("will not run here: validate tiny") == 3

@@ -40,7 +40,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def add_budget(**limits: object) -> None:
-    recipe = {"title": "A budget", "version": 1, "budget": limits}
+    recipe = {"title": "A budget", "version": 1, "gate": "q4", "budget": limits}
     (CONFIGS / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
     tiny.edit(CONFIGS / "pipeline.yaml", variants=["q4", "small"])
 

@@ -1,0 +1,50 @@
+"""What is knowable at minute 0 is said then, by `preflight` and by the first stage that runs, whichever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, PlanError
+from pipeline.preflight import guard, machine, new_recipe
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    return tmp_path
+
+
+def never(*arguments: str, **options: bool) -> None:
+    raise AssertionError(f"ran with {arguments} {options}")
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "sensitivity", "quantize"])
+def test_a_variant_that_nothing_judges_is_known_before_any_stage(project: Path, stage: str) -> None:
+    """A budget in the shape that docs/tuning.md shows, without a gate: it cost four minutes before it was refused."""
+    recipe = project / "configs/recipes/b84.yaml"
+    recipe.write_text("title: b\nversion: 1\nbudget: {bytes: 900_000}\nsearch: gptq\n")
+    tiny.edit(project / "configs/pipeline.yaml", variants=["q4", "b84"])
+    for run in (lambda: guard.guarded(stage, never, tiny.MODEL), machine.run):
+        with pytest.raises(ConfigError, match=r"no limits for 'b84'.*name one as `gate` in configs/recipes/b84\.yaml"):
+            run()
+    recipe.write_text(recipe.read_text() + "gate: q4\n")
+    with pytest.raises(AssertionError, match="ran with"):
+        guard.guarded("export", never, tiny.MODEL)
+
+
+def test_a_budget_that_nothing_fits_is_known_before_its_sensitivities_are_measured(project: Path) -> None:
+    (project / "configs/recipes/mine.yaml").write_text(
+        "extends: q4\ntitle: t\nversion: 1\ngate: q4\nbudget: {bytes: 9}\n"
+    )
+    tiny.edit(project / "configs/pipeline.yaml", variants=["mine"])
+    with pytest.raises(PlanError, match=r"tiny mine: no plan fits: .* Raise the budget by [\d,]+"):
+        guard.guarded("export", never, tiny.MODEL)
+    (project / "configs/recipes/mine.yaml").unlink()
+    new_recipe.run("mine", "q4", 900_000, None)
+    with pytest.raises(AssertionError, match="ran with"):
+        guard.guarded("export", never, tiny.MODEL)
