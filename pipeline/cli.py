@@ -253,7 +253,7 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
     memory = _function("bundle.trust", "ReleaseMemory")(state) if state else None
     result = _function("bundle.verify", "verify")(bundle, public_keys, memory=memory, **options)
     if record and memory and result.ok and result.document:
-        memory.record(result.document.model, result.document.release)
+        memory.record(result.document.subject, result.document.release)
     click.echo(result.describe())
     sys.exit(0 if result.ok else 1)
 

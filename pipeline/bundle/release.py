@@ -115,7 +115,7 @@ class WayRecord(Record):
 class Stamp(Record):
     """What every signed document carries, so that an old, foreign or development one is recognised.
 
-    `release` only ever grows: the app stores the highest number it has accepted and refuses a lower one.
+    `release` only ever grows: the app stores the highest number it has accepted of a subject and refuses a lower one.
     `next_key_id` names the key that will follow `key`, so that an app can pin it before it signs anything.
     """
 
@@ -139,6 +139,11 @@ class Stamp(Record):
         if isinstance(data, dict) and (found := data.get("format", 1)) != FORMAT:
             raise ValueError(f"it is of format {found!a}; this verifier reads {FORMAT}: fetch a release made for it")
         return data
+
+    @property
+    def subject(self) -> str:
+        """What it is a release of: MODEL/VARIANT, or MODEL for its tiers."""
+        return f"{self.model}/{self.variant}" if hasattr(self, "variant") else self.model
 
     @property
     def label(self) -> str:

@@ -1,4 +1,5 @@
-"""The highest release of each model that was ever accepted: what makes an old release, still well signed, a rollback.
+"""The highest release ever accepted of each thing that is released, a model's variant or its tiers: what makes an old
+release, still well signed, a rollback. A release need not hold every variant, so each has a number of its own.
 
 A signature and an expiry cannot tell that a newer release exists; only a memory of the phone's own can. This is the
 one that `verify --state` keeps.
@@ -9,17 +10,20 @@ from __future__ import annotations
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from pipeline import files
 from pipeline.bundle.release import Record, parse
-from pipeline.config.typed_yaml import Name
 from pipeline.errors import BundleError
+
+Subject = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_-]+(/[a-z0-9_-]+)?$")]
+"""A model's variant, MODEL/VARIANT, or a model's tiers: `Stamp.subject`."""
 
 
 class _State(Record):
-    releases: dict[Name, int] = Field(default_factory=dict)
+    releases: dict[Subject, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,16 @@ class ReleaseMemory:
 
     path: Path
 
-    def highest(self, model: str) -> int | None:
-        """The highest release of `model` accepted so far, None before the first.
+    def highest(self, subject: str) -> int | None:
+        """The highest release of `subject` accepted so far, None before the first.
 
         Raises:
             BundleError: the file cannot be read, or is not one of these.
         """
-        return self._read().releases.get(model)
+        return self._read().releases.get(subject)
 
-    def record(self, model: str, release: int) -> None:
-        """Remember that `release` of `model` was accepted; atomic, and safe beside other processes that record.
+    def record(self, subject: str, release: int) -> None:
+        """Remember that `release` of `subject` was accepted; atomic, and safe beside other processes that record.
 
         Raises:
             BundleError: a higher release was accepted before, or the file is unreadable. Nothing is written then.
@@ -48,13 +52,13 @@ class ReleaseMemory:
             with open(self.path.with_name(f".{self.path.name}.lock"), "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 releases = dict(self._read().releases)
-                known = releases.get(model, release)
+                known = releases.get(subject, release)
                 if release < known:
-                    what = f"{self.path}: release {known} of {model} was accepted before"
+                    what = f"{self.path}: release {known} of {subject} was accepted before"
                     remedy = "Publish a release with a higher number."
                     raise BundleError(f"{what}, so {release} is a rollback and is not recorded. {remedy}")
-                if releases.get(model) != release:
-                    files.write_json(self.path, _State(releases=releases | {model: release}).model_dump(mode="json"))
+                if releases.get(subject) != release:
+                    files.write_json(self.path, _State(releases=releases | {subject: release}).model_dump(mode="json"))
 
     def _read(self) -> _State:
         try:

@@ -315,7 +315,7 @@ def verify(
             entries = document.files if isinstance(document, Release) else {}
             findings += _check_content(directory / CONTENT, digests, entries)
         if document and signer:
-            floor = max(highest_release or 0, (memory and memory.highest(document.model)) or 0)
+            floor = max(highest_release or 0, (memory and memory.highest(document.subject)) or 0)
             complaints = [
                 *_check_key(document, signer, allow_development),
                 *_check_freshness(document, when, floor, app_version),

@@ -149,18 +149,19 @@ def fetch(
         raise BundleError("name either the variant or the tier to fetch.")
     target = directory.absolute()
     accepted = ReleaseMemory(state or target.parent / STATE)
-    checks: dict[str, Any] = {"now": now, "highest_release": accepted.highest(model), "model": model}
+    checks: dict[str, Any] = {"now": now, "memory": accepted, "model": model}
     check = partial(verify, public_keys=public_keys, allow_development=allow_development, **checks)
     client = _Client(open_reader(address), public_keys, check)
     with _staging(target) as staging:
         _recover(target)
         path, pinned = layout.pointer(layout.folder(model, variant)), None
         if tier:
-            variant, path, pinned = _of_tier(client, model, tier, staging)
+            tiers, (variant, path, pinned) = _of_tier(client, model, tier, staging)
+            accepted.record(tiers.subject, tiers.release)
         bundle = client.lay_out(staging / "bundle", path, Release, pinned)
         document = client.accept(bundle, Kind.MISSING, variant=variant)
         fetched = _install(client, document, bundle, staging / "parts", target)
-    accepted.record(model, document.release)
+    accepted.record(document.subject, document.release)
     return replace(fetched, tier=tier)
 
 
@@ -197,8 +198,8 @@ def _recover(target: Path) -> None:
 # --- tiers -----------------------------------------------------------------------------------------------------------
 
 
-def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str, str, str]:
-    """What the newest signed tiers.json gives `tier`: variant, path and SHA-256 of the bundle's signature.
+def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[TiersDocument, tuple[str, str, str]]:
+    """The newest signed tiers.json, and what it gives `tier`: variant, path and SHA-256 of the bundle's signature.
 
     A refusal is an error with its figures.
     """
@@ -215,7 +216,7 @@ def _of_tier(client: _Client, model: str, tier: str, staging: Path) -> tuple[str
     if (reference := document.bundles.get(decision.variant)) is None:
         raise BundleError(f"tiers.json of {model} gives {tier} {decision.variant}, and pins no bundle of it.")
     path = layout.signature(layout.folder(model, decision.variant), reference.release)
-    return decision.variant, path, reference.signature_sha256
+    return document, (decision.variant, path, reference.signature_sha256)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ def memory(tmp_path: Path) -> ReleaseMemory:
     return ReleaseMemory(tmp_path / "deep/state.json")
 
 
-def test_it_remembers_the_highest_of_each_model(memory: ReleaseMemory) -> None:
+def test_it_remembers_the_highest_of_each_subject(memory: ReleaseMemory) -> None:
     assert memory.highest("demo") is None
     memory.record("demo", 7)
     memory.record("demo", 9)
     memory.record("demo", 9)
-    memory.record("other", 1)
-    assert (memory.highest("demo"), memory.highest("other"), memory.highest("third")) == (9, 1, None)
-    assert json.loads(memory.path.read_text()) == {"releases": {"demo": 9, "other": 1}}
+    memory.record("demo/q4", 1)
+    assert (memory.highest("demo"), memory.highest("demo/q4"), memory.highest("demo/q3")) == (9, 1, None)
+    assert json.loads(memory.path.read_text()) == {"releases": {"demo": 9, "demo/q4": 1}}
 
 
 def test_a_lower_release_is_refused_and_changes_nothing(memory: ReleaseMemory) -> None:
@@ -75,11 +75,11 @@ def test_the_command_records_only_what_is_good(good_bundle: Path, public_key: Pa
     assert verify(good_bundle, *good).returncode == 0
     assert not state.path.exists()
     assert verify(good_bundle, *good, "--record").returncode == 0
-    assert state.highest("demo") == 7
-    state.record("demo", 8)
+    assert state.highest("demo/q4") == 7
+    state.record("demo/q4", 8)
     done = verify(good_bundle, *good, "--record")
     assert done.returncode == 1 and "downgraded: content/release.json: expected release 8 or later" in done.stdout
-    assert state.highest("demo") == 8 and sorted(os.listdir(tmp_path)) == [
+    assert state.highest("demo/q4") == 8 and sorted(os.listdir(tmp_path)) == [
         ".state.json.lock",
         "public.pem",
         "state.json",

@@ -457,10 +457,11 @@ def test_the_next_key_is_announced(maker: Any, stranger: Any, public_key: Path, 
 def test_a_rollback_against_the_memory(good_bundle: Path, public_key: Path, tmp_path: Path) -> None:
     memory = ReleaseMemory(tmp_path / "state.json")
     assert check(good_bundle, public_key, memory=memory, highest_release=None).ok
-    memory.record("other", 99)
-    memory.record("demo", 7)
+    memory.record("demo", 99)
+    memory.record("demo/q3", 99)
+    memory.record("demo/q4", 7)
     assert check(good_bundle, public_key, memory=memory, highest_release=None).ok
-    memory.record("demo", 8)
+    memory.record("demo/q4", 8)
     report = check(good_bundle, public_key, memory=memory, highest_release=3)
     assert kinds(report) == ["downgraded"] and "expected release 8 or later" in report.describe()
 

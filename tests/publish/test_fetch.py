@@ -76,7 +76,7 @@ def test_a_bundle_is_installed_and_its_release_recorded(get: Any, target: Path, 
     fetched = get()
     assert_installed(target, public_key)
     assert (fetched.downloaded, fetched.reused) == (TOTAL, 0)
-    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo": 7}
+    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo/q4": 7}
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -303,7 +303,7 @@ def test_unchanged_parts_of_the_installed_release_are_not_downloaded_again(
     assert (fetched.document.release, fetched.downloaded) == (8, 50_000)
     assert (target / "content" / "demo_q4.onnx.data.0").stat().st_ino == before
     assert len(web.to("blobs/")) == 2  # release.json and the part
-    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo": 8}
+    assert json.loads((target.parent / "releases.json").read_text())["releases"] == {"demo/q4": 8}
 
 
 def test_nothing_is_downloaded_twice(web: Web, get: Any, target: Path, public_key: Path) -> None:
@@ -325,11 +325,19 @@ def test_an_installed_bundle_that_went_bad_is_mended(web: Web, get: Any, target:
 
 
 def test_an_older_release_than_accepted_is_refused(web: Web, get: Any, target: Path) -> None:
-    (target.parent / "releases.json").write_text('{"releases": {"demo": 8}}')
+    (target.parent / "releases.json").write_text('{"releases": {"demo/q4": 8}}')
     with pytest.raises(BundleError, match=r"downgraded: .*expected release 8 or later, found 7"):
         get()
     assert not target.exists()
     assert len(web.to("blobs/")) == 1  # release.json, and no part
+
+
+def test_the_newest_release_of_a_variant_is_accepted_though_another_is_ahead(get: Any, target: Path) -> None:
+    """Release 8 held q4_k_m only, because q4 failed its gate: q4's newest is still 7."""
+    state = target.parent / "releases.json"
+    state.write_text('{"releases": {"demo": 8, "demo/q4_k_m": 8}}')
+    assert get().document.release == 7
+    assert json.loads(state.read_text())["releases"] == {"demo": 8, "demo/q4": 7, "demo/q4_k_m": 8}
 
 
 def test_a_damaged_record_is_not_taken_for_a_fresh_start(get: Any, target: Path) -> None:
