@@ -182,12 +182,14 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(stream, copy, _CHUNK)
 
 
-def require_free_space(directory: Path, needed: int, purpose: str) -> None:
-    """Raise `ResourceError` unless the file system of `directory` has `needed` bytes free."""
+def require_free_space(
+    directory: Path, needed: int, purpose: str, remedy: str = "use a folder on a larger disk"
+) -> None:
+    """Raise `ResourceError` with the `remedy` unless the file system of `directory` has `needed` bytes free."""
     if (free := free_disk(directory)) < needed:
         raise ResourceError(
             f"not enough disk to {purpose}: {needed:,} bytes needed, {free:,} free on the file system of "
-            f"{_existing(directory)}. Free at least {needed - free:,} bytes, or move the working tree to a larger disk."
+            f"{_existing(directory)}. Free at least {needed - free:,} bytes, or {remedy}."
         )
 
 

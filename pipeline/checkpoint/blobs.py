@@ -68,6 +68,9 @@ def checked_name(name: str) -> str:
     return name
 
 
+LARGER_STORE = "point PIPELINE_STORE at a larger disk"
+
+
 @contextmanager
 def disk_errors(purpose: str) -> Iterator[None]:
     """Turn the operating system's refusals while `purpose` into `ResourceError` (disk full) or `SourceError`."""

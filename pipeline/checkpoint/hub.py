@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.checkpoint import complete
-from pipeline.checkpoint.blobs import LockedFile, Store, checked_name
+from pipeline.checkpoint.blobs import LARGER_STORE, LockedFile, Store, checked_name
 from pipeline.config.sources import HubFile, HubSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.files import require_free_space
@@ -118,7 +118,7 @@ class _Repository:
         missing = sum(file.size for file in wanted if not (file.lfs and store.has(file.lfs.sha256, file.size)))
         folder = store.workspace(self.key)
         waiting = sum(path.stat().st_size for path in folder.rglob("*.incomplete"))  # interrupted: as good as there
-        require_free_space(store.root, max(missing - waiting, 0), f"download {self.where}")
+        require_free_space(store.root, max(missing - waiting, 0), f"download {self.where}", LARGER_STORE)
         return [self._fetch_file(file, folder) for file in wanted]
 
     def _fetch_file(self, file: Any, folder: Path) -> LockedFile:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from pipeline.checkpoint import complete, hub, wheels
-from pipeline.checkpoint.blobs import LockedFile, Store, disk_errors
+from pipeline.checkpoint.blobs import LARGER_STORE, LockedFile, Store, disk_errors
 from pipeline.checkpoint.lock import SourceLock, dataset_key, key_of, read_lock, write_lock
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular
 from pipeline.config.models import ModelConfig
@@ -166,7 +166,9 @@ def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit | No
             for name in names:
                 _show(folder / name, Path(shown) / name)
             complete.admit_shown(admit, Path(shown), str(folder))
-    require_free_space(store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}")
+    require_free_space(
+        store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}", LARGER_STORE
+    )
     for name in names:
         with open(folder / name, "rb") as stream:
             files.append(store.add(stream, name))

