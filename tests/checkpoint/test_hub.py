@@ -379,7 +379,7 @@ def test_too_little_disk_is_known_before_weights_move(hub: Hub, store: Store) ->
             sibling["size"] = 1 << 60
     hub.api_body = json.dumps(description).encode()
     with pytest.raises(
-        ResourceError, match="not enough disk to download hub acme/tiny.*point PIPELINE_STORE at a larger disk"
+        ResourceError, match=r"not enough disk to download hub acme/tiny.*point PIPELINE_STORE at a larger disk"
     ):
         fetch(store)
     assert hub.transfers(SHARDS[0]) == []
