@@ -22,9 +22,9 @@ CEILINGS = {
     "confine": 430,
     "door": 200,
     "graph": 412,
-    "judge": 530,
-    "keys": 300,
-    "modules": 710,
+    "judge": 550,
+    "keys": 315,
+    "modules": 713,
     "packs": 925,
     "parity": 142,
     "planning": 540,
@@ -37,7 +37,7 @@ CEILINGS = {
     "stages": 860,
     "tasks": 1995,
 }
-WHOLE = 16_350
+WHOLE = 16_401
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
