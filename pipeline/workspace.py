@@ -78,9 +78,17 @@ class Workspace:
         """The gates' decision on a variant."""
         return ARTIFACTS / "verdicts" / self.model / f"{variant}.json"
 
+    def measurements(self, variant: str) -> Path:
+        """All that was measured of a variant (`REFERENCE`: of the full-precision model), on the machine at hand."""
+        return ARTIFACTS / "measurements" / self.model / f"{variant}.json"
+
     def metrics(self, variant: str) -> Path:
-        """Measurements of a variant, tracked by git."""
+        """The figures of a variant that DVC compares and git tracks (`pipeline.judge.summary`)."""
         return ARTIFACTS / "metrics" / self.model / f"{variant}.json"
+
+    def speed(self, variant: str) -> Path:
+        """Those that belong to the machine that measured: DVC compares them too, git does not track them."""
+        return ARTIFACTS / "speed" / self.model / f"{variant}.json"
 
     def bundle(self, variant: str) -> Path:
         """The bundle: content/ and model.sig."""

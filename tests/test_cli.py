@@ -296,10 +296,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(project: Path, command: Co
         ("tiny/calibration", ["quantize", "tiny", "q4"], "calibrate"),
         ("tiny/variants", ["validate", "tiny", "q4"], "quantize"),
         ("tiny/evaluation", ["validate", "tiny", "q4"], "validate"),
-        ("metrics", ["verdict", "tiny", "q4"], "validate"),
+        ("measurements", ["verdict", "tiny", "q4"], "validate"),
         ("verdicts", ["bundle", "tiny", "q4"], "verdict"),
         ("bundles", ["sign", "tiny", "q4"], "bundle"),
-        ("metrics", ["tiers", "tiny"], "validate"),
+        ("measurements", ["tiers", "tiny"], "validate"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -323,7 +323,7 @@ def test_a_report_of_nothing_is_refused(name: str, project: Path, command: Comma
 
 
 def test_damaged_measurements_are_no_verdict(project: Path, command: Command) -> None:
-    metrics = project / "artifacts/metrics/tiny"
+    metrics = project / "artifacts/measurements/tiny"
     metrics.mkdir(parents=True)
     (metrics / "q4.json").write_text("{")
     message = paragraph(command("verdict", "tiny", "q4"))
@@ -331,7 +331,7 @@ def test_damaged_measurements_are_no_verdict(project: Path, command: Command) ->
 
 
 def test_a_variant_without_gates_gets_no_verdict(project: Path, command: Command) -> None:
-    for name in ("metrics/tiny/q4", "metrics/tiny/reference", "tiny/parity"):
+    for name in ("measurements/tiny/q4", "measurements/tiny/reference", "tiny/parity"):
         write_json(project / f"artifacts/{name}.json", {"size": {"parameters": 300_000}})
     gates = yaml.safe_load((project / "configs/gates.yaml").read_text())
     del gates["classes"]["random"]["variants"]["q4"]
@@ -369,7 +369,7 @@ def _measure(project: Path, variant: str, divergence: dict[str, float], loaded: 
         "divergence": divergence,
         "identity": runtimes() | {"plan_sha256": sha256_of(plan) if plan.exists() else ""},
     }
-    write_json(project / f"artifacts/metrics/tiny/{variant}.json", metrics)
+    write_json(project / f"artifacts/measurements/tiny/{variant}.json", metrics)
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ def test_a_release_number_is_given_once(project: Path, command: Command, monkeyp
 def test_only_verified_releases_are_recorded(project: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "channel 'development'" in paragraph(command("record-release", "tiny", "q4"))
     _release(project, command, monkeypatch)
-    write_json(project / "artifacts/metrics/tiny/q4.json", {"divergence": {"kl_mean": 0.19}})
+    write_json(project / "artifacts/measurements/tiny/q4.json", {"divergence": {"kl_mean": 0.19}})
     assert "was judged at a mean KL of 0.2 nats" in paragraph(command("record-release", "tiny", "q4"))
     part = project / "artifacts/bundles/tiny/q4/content/release.json"
     text = part.read_text()

@@ -35,6 +35,7 @@ QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
 BUNDLE = [f"bundle@tiny-{variant}" for variant in tiny.VARIANTS]
 VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
 PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
+METRICS = ("metrics", "speed")  # folders of what DVC compares; git tracks the first
 SLOW_WRITES = """
 import os, time
 pwrite = os.pwrite
@@ -75,9 +76,18 @@ class Project:
         """Output of a DVC command that must succeed."""
         return self.run("dvc", *arguments)
 
+    def git(self, *arguments: str) -> str:
+        """Output of a git command that must succeed."""
+        return subprocess.run(["git", *arguments], cwd=self.folder, capture_output=True, text=True, check=True).stdout
+
     def status(self) -> set[str]:
         """Stages whose own dependencies or outputs changed."""
         return set(json.loads(self.dvc("status", "--json")))
+
+    def metrics(self, kind: str, variant: str) -> dict[str, Any]:
+        """What a folder has of a variant: METRICS, or all measurements."""
+        found: dict[str, Any] = json.loads(self.artifact(f"{kind}/tiny/{variant}.json").read_text())
+        return found
 
     def artifact(self, name: str) -> Path:
         """A path below artifacts/."""
@@ -289,18 +299,14 @@ def test_the_report_names_what_was_judged(built: str, project: Project) -> None:
     text = project.artifact("report/report.txt").read_text()
     assert "random/q4_k_m of configs/gates.yaml" in text
     assert f"onnxruntime {onnxruntime.__version__}" in text
-    commit = subprocess.run(
-        ["git", "log", "-1", "--format=%H", "--diff-filter=A", "--", "dvc.yaml"],
-        cwd=project.folder, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    commit = project.git("log", "-1", "--format=%H", "--diff-filter=A", "--", "dvc.yaml").strip()
     assert f"{commit} of " in text
 
 
 def test_the_private_key_is_in_no_output(built: str, project: Project) -> None:
     pem = (project.folder / ".keys/development.pem").read_bytes()
     lines = [line for line in pem.splitlines() if not line.startswith(b"-----")]
-    tracked = subprocess.run(["git", "ls-files"], cwd=project.folder, capture_output=True, text=True, check=True)
-    assert ".keys" not in tracked.stdout
+    assert ".keys" not in project.git("ls-files")
     searched = 0
     for folder in ("artifacts", ".dvc", "configs"):
         for file in (path for path in (project.folder / folder).rglob("*") if path.is_file()):
@@ -320,12 +326,32 @@ def test_nothing_runs_twice(built: str, project: Project) -> None:
     assert "Data and pipelines are up to date." in output
 
 
-def test_metrics_and_plots_can_be_shown(built: str, project: Project) -> None:
+def test_a_dozen_metrics_of_every_variant_can_be_shown(built: str, project: Project) -> None:
+    """Git tracks those that no machine's speed changes."""
     metrics = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
-    assert {Path(path).name for path in metrics} == {"reference.json", "q4.json", "q4_k_m.json", "q3.json"}
-    assert metrics["artifacts/metrics/tiny/q4.json"]["data"]["divergence"]["kl_mean"] > 0
+    assert set(project.git("ls-files", "artifacts").split()) == {
+        f"artifacts/metrics/tiny/{variant}.json" for variant in tiny.VARIANTS
+    }
+    assert metrics.keys() == {f"artifacts/{it}/tiny/{variant}.json" for it in METRICS for variant in tiny.VARIANTS}
+    assert list(project.metrics("speed", "q4")) == ["tokens_per_second"]
+    shown = project.metrics("metrics", "q4")
+    figures = [(name, key) for name, section in shown.items() if name != "verdict" for key in section]
+    assert len(figures) + len(METRICS) == 12, "ten, the verdict and the speed: they fit a screen"
+    measured = json.loads(project.artifact("measurements/tiny/q4.json").read_text())
+    assert shown.pop("verdict") == "PASS"
+    for name, key in figures:
+        assert shown[name][key] == pytest.approx(measured[name][key], rel=1e-3), (name, key)
+    # What a phone packs in memory is about as large as the file.
+    assert 0.5 < shown["size"]["packed_bytes"] / shown["size"]["bytes_on_disk"] < 2
+
+
+def test_plots_are_shown_without_a_network(built: str, project: Project) -> None:
     project.dvc("plots", "show", "-o", "shown")
-    assert "vega" in (project.folder / "shown/index.html").read_text()
+    page = (project.folder / "shown/index.html").read_text()
+    assert "http" not in page
+    (image,) = re.findall('src="(.+?)"', page)
+    assert (project.folder / "shown" / image).read_bytes() == project.artifact("report/pareto.png").read_bytes()
+    shutil.rmtree(project.folder / "shown")
 
 
 # --- what runs again -------------------------------------------------------------------------------------------------
@@ -335,18 +361,57 @@ def test_metrics_and_plots_can_be_shown(built: str, project: Project) -> None:
 @pytest.mark.usefixtures("built", "undo")
 def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) -> None:
     """Also what is shown of it: the parameter that changed and what it did to the measurements."""
-    before = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    before = project.metrics("metrics", "q4")
     output = project.dvc("exp", "run", "-S", "configs/recipes/q4.yaml:head=w4b32s")
     assert set(ran(output)) == after("quantize", "q4")
     assert project.status() == set()
     params = json.loads(project.dvc("params", "diff", "--json"))
     assert params["configs/recipes/q4.yaml"]["head"] == {"old": "w6b64a", "new": "w4b32s"}
     diff = json.loads(project.dvc("metrics", "diff", "--json"))
-    assert list(diff) == ["artifacts/metrics/tiny/q4.json"]
+    assert set(diff) == {"artifacts/metrics/tiny/q4.json", "artifacts/speed/tiny/q4.json"}
     kl = diff["artifacts/metrics/tiny/q4.json"]["divergence.kl_mean"]
     assert kl["old"] == before["divergence"]["kl_mean"]
     assert kl["new"] > kl["old"]  # a tied 4-bit head is the embedding too
     assert diff["artifacts/metrics/tiny/q4.json"]["size.bytes_on_disk"]["diff"] < 0
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("built", "undo")
+def test_a_recipe_put_back_computes_nothing_again(project: Project) -> None:
+    """Though another artifact lies in its place, which no cache has."""
+    kept = project.artifact("tiny/variants/q4/plan.json").read_bytes()
+    edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w4b32s"))
+    assert set(ran(project.dvc("repro", "verdict@tiny-q4"))) == {
+        "quantize@tiny-q4",
+        "validate@tiny-q4",
+        "verdict@tiny-q4",
+    }
+    project.artifact("tiny/variants/q4/plan.json").unlink()
+    edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w6b64a"))
+    output = project.dvc("repro")
+    assert ran(output) == []
+    assert output.count("is cached - skipping run") >= 3
+    assert project.artifact("tiny/variants/q4/plan.json").read_bytes() == kept
+    assert project.status() == set()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("built", "undo")
+def test_what_leaves_the_lists_stays(project: Project) -> None:
+    """Variants, measurements and bundles, though DVC deletes what it linked and no stage names; and they come back
+    without computing."""
+
+    def files() -> dict[Path, bytes]:
+        found = (file for file in project.artifact("").rglob("*") if file.is_file() and "q3" in file.as_posix())
+        return {file: file.read_bytes() for file in found}
+
+    before = files()
+    project.dvc("exp", "run", "-S", "configs/pipeline.yaml:variants=[q4]")
+    project.dvc("checkout")
+    assert files() == before
+    assert project.artifact("bundles/tiny/q3/model.sig") in before
+    edit(project, "pipeline.yaml", lambda pipeline: pipeline.update(variants=list(tiny.VARIANTS)))
+    assert not {stage for stage in ran(project.dvc("repro")) if stage.startswith(("quantize", "validate"))}
 
 
 @pytest.mark.usefixtures("built", "undo")
@@ -412,7 +477,7 @@ def test_another_model_is_a_parameter(project: Project) -> None:
 @pytest.mark.usefixtures("built", "undo")
 def test_more_questions_ask_only_the_new_ones(project: Project) -> None:
     """Though `dvc repro` runs the stages: their outputs lie there until each section has looked at its own key."""
-    before = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    before = project.metrics("measurements", "q4")
     cached = project.artifact("tiny/evaluation/q4/mmlu/mmlu.jsonl")
     inode, content = cached.stat().st_ino, cached.read_bytes()
     edit(project, "evaluation/seconds.yaml", lambda suite: suite["mmlu"].update(questions=58))
@@ -420,7 +485,7 @@ def test_more_questions_ask_only_the_new_ones(project: Project) -> None:
     assert set(ran(output)) == {"reference@tiny", "validate@tiny-q4"}
     assert output.count("mmlu: 57 items kept") == 2
     assert output.count("kept as measured before") == 2 * 4
-    after = json.loads(project.artifact("metrics/tiny/q4.json").read_text())
+    after = project.metrics("measurements", "q4")
     assert (before.pop("mmlu")["n"], after.pop("mmlu")["n"]) == (57, 58)
     assert before == after
     grown = project.artifact("tiny/evaluation/q4/mmlu/mmlu.jsonl")
@@ -445,9 +510,18 @@ def test_a_machine_without_the_references_memory_pulls_its_results(project: Proj
     other.run("pipeline", "quantize", "tiny", "q4")
     output = other.run("pipeline", "validate", "tiny", "q4")
     assert "divergence: measured again: files changed" in output
-    ours, theirs = (json.loads(one.artifact("metrics/tiny/q4.json").read_text()) for one in (project, other))
+    ours, theirs = (one.metrics("measurements", "q4") for one in (project, other))
     assert theirs["divergence"]["perplexity_reference"] == ours["divergence"]["perplexity_reference"]
     assert theirs["divergence"]["kl_mean"] > ours["divergence"]["kl_mean"]
+
+
+@pytest.mark.long
+def test_a_clone_that_builds_all_again_differs_in_the_ledger_only(built: str, project: Project, tmp_path: Path) -> None:
+    """Not in what git tracks of the results: speeds, memory and the development key belong to the machine."""
+    other = Project(tmp_path / "clone", project.environment)
+    subprocess.run(["git", "clone", "-q", str(project.folder), str(other.folder)], check=True)
+    other.dvc("repro")
+    assert other.git("status", "--porcelain") == " M dvc.lock\n"
 
 
 # --- a release, from its tag ------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def write(
         runtime=runtime,
         config=workspace.read(artifact / "config.json", "quantize", variant),
         plan=workspace.read(artifact / PLAN_FILE, "quantize", variant),
-        metrics=workspace.read(workspace.metrics(variant), "validate", variant),
+        metrics=workspace.read(workspace.measurements(variant), "validate", variant),
         verdict=verdict,
         texts=load_suite(load_pipeline().suite).texts(),
         commit=commit,

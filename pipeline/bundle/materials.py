@@ -52,7 +52,7 @@ def gather(
     Raises:
         BundleError: dvc.lock is damaged, or a file is not the one that a stage before this one read or wrote.
     """
-    targets = [workspace.artifact(variant), workspace.verdict(variant), workspace.metrics(variant), workspace.lock]
+    targets = [workspace.artifact(variant), workspace.verdict(variant), workspace.measurements(variant), workspace.lock]
     keys.refresh()
     stages = upstream(read_stages(), targets)
     check_recorded(stages)

@@ -48,11 +48,11 @@ def _released_build(model: str, variant: str) -> ReleasedBuild:
     if not found.ok or not isinstance(found.document, Release):
         findings = "; ".join(map(str, found.findings))
         raise BundleError(f"{bundle}: only a release that verifies is recorded, but {findings}.")
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant).get("divergence", {})
+    metrics = workspace.read(workspace.measurements(variant), "validate", variant).get("divergence", {})
     verdict = Verdict.from_json(found.document.verdict)
     judged = next((line.estimate for line in verdict.lines if line.name == "kl_mean"), None)
     if judged is None or judged != metrics.get("kl_mean"):
-        measured = f"{workspace.metrics(variant)} has {metrics.get('kl_mean')}: not the same build"
+        measured = f"{workspace.measurements(variant)} has {metrics.get('kl_mean')}: not the same build"
         remedy = "Run `dvc repro`, or check the release's commit out."
         raise BundleError(f"{bundle / CONTENT} was judged at a mean KL of {judged} nats, {measured}. {remedy}")
     fields = {key: metrics[key] for key in ("kl_mean", "tokens", "perplexity_reference")}

@@ -29,7 +29,7 @@ def waits(task: Task, model: str, variant: str, metrics: Metrics) -> bool:
     if not _looks(task):
         return False
     workspace = Workspace(model)
-    reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
+    reference = workspace.read(workspace.measurements(REFERENCE), "validate", REFERENCE)
     name, limits = gate_row(model, variant)
     lines = decide(metrics, reference, Policy(name, limits, None, math.inf, None), {}).lines
     waiting = any(line.verdict == INCONCLUSIVE and line.name in _looks(task) for line in lines)

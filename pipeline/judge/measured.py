@@ -11,7 +11,7 @@ from pipeline.workspace import Workspace
 
 def judged(workspace: Workspace, variant: str) -> Candidate:
     """A variant as it was measured and judged. Raises PipelineError when `validate` or `verdict` has not run."""
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
+    metrics = workspace.read(workspace.measurements(variant), "validate", variant)
     return measured_candidate(variant, metrics, read_verdict(workspace, variant).verdict)
 
 

@@ -123,9 +123,9 @@ def candidate(found: Known, variant: str, context: int) -> Candidate:
     """A variant, measured if `validate` has run for it, else computed; with its verdict if there is one. `context` in
     tokens, for a budget that names none. Raises PipelineError for a recipe that cannot be planned."""
     workspace = Workspace(found.model)
-    if not workspace.metrics(variant).exists():
+    if not workspace.measurements(variant).exists():
         return Candidate(computed(found, variant, context))
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
+    metrics = workspace.read(workspace.measurements(variant), "validate", variant)
     verdict = read_verdict(workspace, variant).verdict if workspace.verdict(variant).exists() else None
     return measured_candidate(variant, metrics, verdict, _read_bytes(found, variant, context))
 

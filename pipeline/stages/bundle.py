@@ -51,7 +51,7 @@ def run(model: str, variant: str) -> None:
         return
     artifact = workspace.require(workspace.artifact(variant), "quantize", variant)
     plan = workspace.read(artifact / PLAN_FILE, "quantize", variant)
-    measured = workspace.read(workspace.metrics(variant), "validate", variant)["identity"]
+    measured = workspace.read(workspace.measurements(variant), "validate", variant)["identity"]
     runtime = release.Runtime(
         onnxruntime=measured["onnxruntime"], onnxruntime_genai=measured["onnxruntime-genai"], opset=OPSET
     )

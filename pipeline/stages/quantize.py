@@ -24,6 +24,7 @@ from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.partial import discard, open_partial
+from pipeline.planning.memory import packed_memory
 from pipeline.quantize.lost import Lost
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
@@ -178,6 +179,7 @@ def plan_record(
         "parameters": parameters,
         "bits_per_weight": 8 * drafted.bytes / parameters,
         "body_bits_per_weight": drafted.plan.body_bits,
+        "packed_bytes": sum(map(packed_memory, drafted.plan.tables)),
         "kv_cache": {"type": drafted.plan.cache.type, "bytes_per_token": drafted.plan.cache.bytes},
         "prompt_token_bytes": planned.memory.prompt_token,
         "tensors": {

@@ -32,7 +32,7 @@ def show_report() -> None:
 def _collect() -> Report:
     pipeline = load_pipeline()
     asked = [(Workspace(model), variant) for model in pipeline.models for variant in (REFERENCE, *pipeline.variants)]
-    rows = [_row(workspace, variant) for workspace, variant in asked if workspace.metrics(variant).exists()]
+    rows = [_row(workspace, variant) for workspace, variant in asked if workspace.measurements(variant).exists()]
     notes = {model: note for model in pipeline.models if (note := load_model(model).note)}
     return build(rows, pipeline.models, pipeline.variants, notes, _about(pipeline.suite))
 
@@ -51,7 +51,7 @@ def _about(suite: str) -> dict[str, str]:
 
 
 def _row(workspace: Workspace, variant: str) -> Row:
-    metrics, bundle = read_json(workspace.metrics(variant)), workspace.bundle(variant)
+    metrics, bundle = read_json(workspace.measurements(variant)), workspace.bundle(variant)
     if variant == REFERENCE:
         return Row(workspace.model, variant, metrics)
     refusal = bundle / CONTENT / "refusal.json"

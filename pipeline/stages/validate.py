@@ -32,11 +32,12 @@ from pipeline.tasks.subject import Subject
 from pipeline.tasks.task import Task
 from pipeline.workspace import MODEL_FILE, PLAN_FILE, REFERENCE, Workspace
 
+_SIZES = ("bits_per_weight", "packed_bytes", "parameters", "kv_cache", "prompt_token_bytes")  # as planned
 _LAYOUT = "one folder per task"  # of unfinished work; another one is not continued
 
 
 def run(model: str, variant: str) -> None:
-    """Measure one variant (or `REFERENCE`) and write its per-item results and metrics."""
+    """Measure one variant (or `REFERENCE`) and write its per-item results and measurements."""
     suite, workspace = load_suite(load_pipeline().suite), Workspace(model)
     for task, part in suite.by_task():
         task.machine(part)  # what cannot be measured here is refused before an hour of measuring, not after it
@@ -53,8 +54,8 @@ def run(model: str, variant: str) -> None:
                 if variant == REFERENCE or not escalation.waits(task, model, variant, metrics):
                     break
         partial.finish(workspace.evaluation(variant))
-    write_json(workspace.metrics(variant), metrics)
-    print(f"{subject.name}: measured; metrics in {workspace.metrics(variant)}")
+    write_json(workspace.measurements(variant), metrics)
+    print(f"{subject.name}: measured; all figures in {workspace.measurements(variant)}")
 
 
 def _wanted(task: Task, part: Any, model: str, variant: str) -> list[Any]:
@@ -131,7 +132,6 @@ def _facts(subject: Subject) -> dict[str, Any]:
         size = {"bytes_on_disk": total, "bits_per_weight": 8 * total / parameters, "parameters": parameters}
     else:
         plan = workspace.read(subject.folder / PLAN_FILE, "quantize", subject.variant)
-        copied = {key: plan[key] for key in ("bits_per_weight", "parameters", "kv_cache", "prompt_token_bytes")}
-        size = {"bytes_on_disk": plan["bytes"], **copied}
+        size = {"bytes_on_disk": plan["bytes"]} | {key: plan[key] for key in _SIZES}
         identity["plan_sha256"] = sha256_of(subject.folder / PLAN_FILE)
     return {"identity": identity, "size": size}

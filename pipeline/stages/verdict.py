@@ -9,7 +9,7 @@ from pipeline.config.models import load_model
 from pipeline.config.signing import ReleasedBuild, load_released, load_signing
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.files import sha256_of, write_json
-from pipeline.judge import evidence
+from pipeline.judge import evidence, summary
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import gate_row, load_gates
 from pipeline.runtime.session import runtimes
@@ -19,13 +19,14 @@ _KINDS = {False: "real", True: "talking"}
 
 
 def run(model: str, variant: str) -> None:
-    """Write artifacts/verdicts/<model>/<variant>.json. Any verdict is a result: the stage succeeds.
+    """Write artifacts/verdicts/<model>/<variant>.json and the figures that DVC compares. Any verdict is a result: the
+    stage succeeds.
 
     Raises ConfigError when the model is judged by the limits of another size, or a talking one as a real one.
     """
     workspace = Workspace(model)
-    metrics = workspace.read(workspace.metrics(variant), "validate", variant)
-    reference = workspace.read(workspace.metrics(REFERENCE), "validate", REFERENCE)
+    metrics = workspace.read(workspace.measurements(variant), "validate", variant)
+    reference = workspace.read(workspace.measurements(REFERENCE), "validate", REFERENCE)
     _check_class(model, metrics)
     row, limits = gate_row(model, variant)
     policy = Policy(row, limits, limits.permits(model), load_gates().ratchet, _last_release(model, variant))
@@ -34,6 +35,8 @@ def run(model: str, variant: str) -> None:
     if problem := evidence.problem_of(metrics, reference, sha256_of(plan), runtimes()):
         verdict = evidence.refused(verdict, problem)
     write_json(workspace.verdict(variant), verdict.to_json())
+    write_json(workspace.metrics(variant), summary.results(metrics, verdict.verdict))
+    write_json(workspace.speed(variant), summary.speeds(metrics))
     print(f"{model} {variant}: {verdict.verdict}")
 
 

@@ -75,7 +75,7 @@ def make_project(folder: Path, verdict: str = PASS, texts: tuple[str, ...] = ("L
     digests = {file.name: sha256_of(file) for file in sorted(artifact.iterdir())}
     write_json(artifact / "plan.json", PLAN | {"sha256": digests})
     identity = METRICS["identity"] | {"plan_sha256": sha256_of(artifact / "plan.json")}
-    write_json(folder / WORKSPACE.metrics(VARIANT), METRICS | {"identity": identity})
+    write_json(folder / WORKSPACE.measurements(VARIANT), METRICS | {"identity": identity})
     line = GateLine("kl_mean", verdict, n=3000, estimate=0.2, low=0.1, high=0.3, limit=0.4)
     write_json(folder / WORKSPACE.verdict(VARIANT), Verdict(verdict, (line,), "under-1b/q4").to_json())
     files = (LockedFile("config.json", 1, "1" * 64), LockedFile("model.safetensors", 2, "2" * 64))
@@ -123,7 +123,7 @@ def record(**changes: str) -> dict[str, Any]:
 
     code_keys.refresh()
     artifact, verdict = WORKSPACE.artifact(VARIANT).as_posix(), WORKSPACE.verdict(VARIANT).as_posix()
-    metrics, source = WORKSPACE.metrics(VARIANT).as_posix(), WORKSPACE.lock.as_posix()
+    metrics, source = WORKSPACE.measurements(VARIANT).as_posix(), WORKSPACE.lock.as_posix()
     stale = [{"path": WORKSPACE.bundle(VARIANT).as_posix(), "md5": "0" * 32}]
     return {
         f"download@{MODEL}": {"outs": entries(source)},
@@ -188,9 +188,9 @@ def test_a_file_with_the_name_of_a_document_is_refused(project: Path) -> None:
     plan = read_json(artifact / "plan.json")
     plan["sha256"][card.FILE] = sha256_of(artifact / card.FILE)
     write_json(artifact / "plan.json", plan)
-    metrics = read_json(WORKSPACE.metrics(VARIANT))
+    metrics = read_json(WORKSPACE.measurements(VARIANT))
     metrics["identity"]["plan_sha256"] = sha256_of(artifact / "plan.json")
-    write_json(WORKSPACE.metrics(VARIANT), metrics)
+    write_json(WORKSPACE.measurements(VARIANT), metrics)
     with pytest.raises(BundleError, match=r"README\.md has the name of a document"):
         content()
 
@@ -209,9 +209,9 @@ def test_the_same_bytes_elsewhere_and_later(
     git(other, "commit", "-qm", "later")
     monkeypatch.chdir(other)
     monkeypatch.setenv("USER", "another")
-    metrics = read_json(WORKSPACE.metrics(VARIANT))
+    metrics = read_json(WORKSPACE.measurements(VARIANT))
     metrics["speed"]["tokens_per_second"] = 1.5
-    write_json(WORKSPACE.metrics(VARIANT), metrics)
+    write_json(WORKSPACE.measurements(VARIANT), metrics)
     write_record(record())
     second = {file.name: file.read_bytes() for file in content().iterdir()}
     assert first == second
@@ -267,7 +267,7 @@ def test_without_a_lock_it_says_what_is_unrecorded(project: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (WORKSPACE.metrics(VARIANT), r"has changed since .*@smollm2-135m.* dvc\.lock has MD5 .* Run `dvc repro`"),
+        (WORKSPACE.measurements(VARIANT), r"has changed since .*@smollm2-135m.* dvc\.lock has MD5 .* Run `dvc repro`"),
         (
             WORKSPACE.artifact(VARIANT) / "genai_config.json",
             r"genai_config\.json .* not what was quantized",
@@ -289,7 +289,7 @@ def test_other_code_than_was_recorded_is_an_error(project: Path) -> None:
 
 
 def test_a_release_names_the_runtime_that_was_measured(project: Path) -> None:
-    metrics = project / WORKSPACE.metrics(VARIANT)
+    metrics = project / WORKSPACE.measurements(VARIANT)
     values = read_json(metrics)
     values["identity"]["onnxruntime"] = "1.30.0"
     write_json(metrics, values)

@@ -55,7 +55,7 @@ def measure(workspace: Workspace, variant: str, kind: str = "float32", per_token
         "speed": {"peak_memory_bytes": 2 * MB, "load_peak_private_bytes": 1_200_000, "load_peak_mapped_bytes": 300_000},
         "divergence": {"kl_mean": 0.1},
     }
-    write_json(workspace.metrics(variant), metrics)
+    write_json(workspace.measurements(variant), metrics)
     verdict = Verdict(PASS, (GateLine("kl_mean", PASS),), f"random/{variant}")
     write_json(workspace.verdict(variant), verdict.to_json())
 
@@ -74,7 +74,7 @@ def test_the_cache_counts_in_the_variants_own_type(tmp_path: Path, monkeypatch: 
 def test_metrics_without_a_figure_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     measure(Workspace("tiny"), "q4")
-    write_json(Workspace("tiny").metrics("q4"), {"size": {}, "speed": None})
+    write_json(Workspace("tiny").measurements("q4"), {"size": {}, "speed": None})
     with pytest.raises(PipelineError, match="the metrics of q4 lack a figure"):
         measured.judged(Workspace("tiny"), "q4")
 

@@ -86,7 +86,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def metrics(variant: str) -> dict[str, Any]:
-    return read_json(WORKSPACE.metrics(variant))
+    return read_json(WORKSPACE.measurements(variant))
 
 
 def bytes_of(variant: str, section: str) -> dict[str, bytes]:

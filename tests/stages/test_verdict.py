@@ -24,15 +24,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     own, shipped = (yaml.safe_load((root / "configs/gates.yaml").read_text())["classes"] for root in (tmp_path, ROOT))
     tiny.edit(Path("configs/gates.yaml"), classes=own | shipped)
     workspace = Workspace(tiny.MODEL)
-    workspace.metrics(REFERENCE).parent.mkdir(parents=True)
-    for path in (workspace.metrics(REFERENCE), workspace.parity, workspace.artifact("q4") / PLAN_FILE):
+    workspace.measurements(REFERENCE).parent.mkdir(parents=True)
+    for path in (workspace.measurements(REFERENCE), workspace.parity, workspace.artifact("q4") / PLAN_FILE):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {})
     return workspace
 
 
 def judge(workspace: Workspace, metrics: dict[str, Any]) -> None:
-    write_json(workspace.metrics("q4"), metrics)
+    write_json(workspace.measurements("q4"), metrics)
     verdict.run(tiny.MODEL, "q4")
 
 
