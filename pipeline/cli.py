@@ -255,6 +255,29 @@ def inspect(bundle: Path) -> None:
     sys.exit(_function("bundle.documents", "inspect")(bundle))
 
 
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    type=_PATH,
+    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
+)
+@click.option("--prompt", help="Answer this and end; without it, lines are read until end of file (Ctrl-D).")
+@click.option("--system", help="The system message, where the chat template takes one.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of one answer; default: up to the context.")
+@click.option("--greedy", is_flag=True, help="Take the most likely token, whatever genai_config.json says.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of sampling; default: another one each time.")
+@click.option("--unverified", is_flag=True, help="BUNDLE is a folder with genai_config.json, loaded as it lies.")
+def chat(bundle: Path, public_keys: tuple[Path, ...], **options: Any) -> None:
+    """Verify BUNDLE, a development bundle too, and talk to it: answers go to stdout, their tokens/s to stderr.
+
+    The model's own chat template, stops and sampling hold. Ctrl-C ends an answer; at the prompt, the conversation.
+    """
+    sys.exit(_function("serve.chat")(bundle, public_keys, **options))
+
+
 @cli.command("update-size")
 @click.argument("old_bundle", type=_PATH)
 @click.argument("new_bundle", type=_PATH)
