@@ -176,6 +176,26 @@ def show() -> None:
     _function("stages.report", "show_report")()
 
 
+@cli.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--model", help="Whose variants they are; default: the one of configs/pipeline.yaml.")
+@click.option("--prompt", "prompts", multiple=True, help="Ask both this instead of three questions (repeatable).")
+@click.option("--answers/--no-answers", default=True, help="Whether to load both and ask them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: str, second: str, **options: Any) -> None:
+    """Say how SECOND differs from FIRST: bytes, memory, divergence, flipped items, speed, verdict, answers.
+
+    Each is a variant, `reference`, a variant at a Git revision (q4@HEAD~1: its metrics only), or an artifact's folder
+    (artifacts/MODEL/variants/VARIANT, here or of another working tree). Intervals of differences are paired.
+
+    \b
+    python -m pipeline compare q4 q4_k_m
+    python -m pipeline compare q4@HEAD~1 q4
+    """
+    _function("report.compare")(first, second, **options)
+
+
 def _selected(models: tuple[str, ...], variants: tuple[str, ...]) -> tuple[list[str], list[str]]:
     from pipeline.config.models import load_model, load_pipeline
 
