@@ -21,7 +21,7 @@ from pipeline.bundle.release import CONTENT, SMALL, FileEntry, Refusal, Runtime,
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.errors import BundleError
-from pipeline.files import write_bytes
+from pipeline.files import read_json, write_bytes
 from pipeline.judge.verdicts import Verdict
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import PLAN_FILE, Workspace
@@ -58,6 +58,7 @@ def write(
         texts=load_suite(load_pipeline().suite).texts(),
         commit=commit,
         files=files,
+        chats=_chats(artifact),
     )
     builders = {
         card.FILE: card.build,
@@ -78,6 +79,14 @@ def write(
         paths[name] = folder / name
         write_bytes(paths[name], content)
     return paths
+
+
+def _chats(artifact: Path) -> bool:
+    """Whether the tokenizer has a chat template, in its own file or among its settings."""
+    settings = artifact / "tokenizer_config.json"
+    return (artifact / "chat_template.jinja").exists() or (
+        settings.exists() and bool(read_json(settings).get("chat_template"))
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

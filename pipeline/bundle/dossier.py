@@ -27,7 +27,7 @@ class Dossier:
 
     `entry` is the model's configuration, `config` the checkpoint's config.json, `plan` the artifact's plan, `metrics`
     the variant's measurements, `texts` the names of the held-out text that judged it, `commit` the pipeline's. `files`
-    are the artifact's, without the documents made from this.
+    are the artifact's, without the documents made from this; `chats` says whether its tokenizer has a chat template.
     """
 
     entry: ModelConfig
@@ -43,6 +43,7 @@ class Dossier:
     texts: tuple[str, ...]
     commit: str | None
     files: Mapping[str, FileEntry]
+    chats: bool
 
     @property
     def name(self) -> str:

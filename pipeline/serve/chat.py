@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import onnxruntime_genai as genai
+from google.protobuf.message import DecodeError
 
 from pipeline.bundle.release import CONTENT
 from pipeline.bundle.verify import verify
@@ -63,8 +64,13 @@ class Conversation:
         Raises:
             EvaluationError: onnxruntime-genai cannot load it; or it has no chat template, and `system` is given.
         """
-        self.folder, self._model = folder, load(folder)
-        self._prompter = Prompter(folder)
+        self.folder = folder
+        try:
+            self._model, self._prompter = load(folder), Prompter(folder)
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"{folder / GENAI_CONFIG} is not complete: its model lacks {error}.") from None
+        except DecodeError as error:
+            raise EvaluationError(f"{folder}: its graph cannot be read: {error}.") from None
         self._search: dict[str, Any] = {"max_length": self._prompter.context}
         self._search |= {"do_sample": False} if greedy else {}
         self._search |= {} if seed is None else {"random_seed": seed}
@@ -72,7 +78,7 @@ class Conversation:
         self._reuses = read_json(folder / GENAI_CONFIG).get("search", {}).get("chunk_size", 1) != 0
         self._generator: Any = None
         self._start = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self._start)
+        self.messages = self._start
         self.has_template = self._rendered([{"role": "user", "content": "Hello"}]) is not None
         if system and not self.has_template:
             raise EvaluationError(f"{folder} has no chat template, so it takes no system message: leave out --system.")
@@ -91,11 +97,12 @@ class Conversation:
             EvaluationError: the message alone exceeds the context, the chat template refuses it, or the model fails.
         """
         message = {"role": "user", "content": text}
-        ids, forgotten = self._encoded([*self.messages, message]), ""
-        if len(ids) >= self.context and self.messages != self._start:
+        before, forgotten = self.messages, ""
+        ids = self._encoded([*before, message])
+        if len(ids) >= self.context and before != self._start:
             forgotten = f"the context of {self.context:,} tokens was full: the conversation before it is forgotten"
-            self.messages = list(self._start)
-            ids = self._encoded([*self.messages, message])
+            before = self._start
+            ids = self._encoded([*before, message])
         if len(ids) >= self.context:
             raise EvaluationError(
                 f"{self.folder}: a message of {len(ids):,} tokens leaves no room for an answer in the context of "
@@ -105,7 +112,7 @@ class Conversation:
             answer = self._generate(ids, show, max_tokens, forgotten)
         except RuntimeError as error:  # of the runtime
             raise EvaluationError(f"{self.folder}: onnxruntime-genai cannot generate: {error}") from None
-        self.messages += [message, {"role": "assistant", "content": answer.text}]
+        self.messages = [*before, message, {"role": "assistant", "content": answer.text}]
         return answer
 
     def _encoded(self, messages: list[dict[str, str]]) -> list[int]:
