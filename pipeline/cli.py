@@ -45,6 +45,8 @@ def cli() -> None:
     Try it         make demo
     Phones         python -m pipeline plan --model phi-4 --device galaxy-s24-ultra
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
+    Compare        python -m pipeline compare q4 q4_k_m
+    Talk           python -m pipeline chat artifacts/bundles/smollm2-135m/q4
     Full size      make repro MODELS="mimo-8b phi-4" VARIANTS="q4 q4_k_m" SUITE=release
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
     """

@@ -15,7 +15,7 @@ import pytest
 
 CEILINGS = {
     "artifact": 620,
-    "bundle": 1650,
+    "bundle": 1654,
     "calibrate": 250,
     "checkpoint": 1670,
     "config": 400,
@@ -24,7 +24,7 @@ CEILINGS = {
     "graph": 412,
     "judge": 530,
     "keys": 300,
-    "modules": 710,
+    "modules": 735,
     "packs": 925,
     "parity": 142,
     "planning": 540,
@@ -32,12 +32,13 @@ CEILINGS = {
     "prepack": 670,
     "publish": 790,
     "quantize": 735,
-    "report": 605,
+    "report": 924,
     "runtime": 1016,
+    "serve": 187,
     "stages": 860,
     "tasks": 1995,
 }
-WHOLE = 16_350
+WHOLE = 16_889
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -1,59 +1,34 @@
 """compare: two variants side by side, with intervals of what they differ in, and what both answer; text or JSON.
 
-A side is a variant, a variant at a Git revision (q4@HEAD~1: metrics only, nothing is paired), or a folder with an
-artifact, here or of another working tree, whose measurements lie where the pipeline puts them. Differences are second
-less first.
+Differences are second less first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.models import load_model, load_pipeline
-from pipeline.config.recipes import load_recipe
-from pipeline.errors import ConfigError, EvaluationError
-from pipeline.files import read_json, sha256_of
-from pipeline.judge.verdicts import Verdict
+from pipeline.files import sha256_of
 from pipeline.report import pairs
 from pipeline.report.columns import aligned, wrapped
+from pipeline.report.sides import Side, find_side
 from pipeline.runtime.chat import template_text
 from pipeline.runtime.generate import Limits, Writer
 from pipeline.tasks.statistics import Interval
 from pipeline.tasks.task import DASH, Format, Metrics, bounds, maybe, memory, nats, number, percent, share
-from pipeline.workspace import ARTIFACTS, GENAI_CONFIG, PLAN_FILE, REFERENCE, Workspace
+from pipeline.workspace import PLAN_FILE, REFERENCE
 
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
     "Write a Python function that reverses a string.",
 )
-_OF_A_REVISION = "Git has only its metrics"
 _TOKENS = 64  # of an answer
 _SHOWN = 3  # flipped items of each kind
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two. `folder` and `evaluation` are None where they are not on this machine; `make` and
-    `measure` say how they come there."""
-
-    name: str
-    metrics: Metrics
-    verdict: str | None = None
-    folder: Path | None = None
-    evaluation: Path | None = None
-    make: str = ""
-    measure: str = "nothing is measured outside artifacts/MODEL/variants"
-
-    def section(self, name: str) -> Metrics:
-        """A section of the metrics; empty where nothing was measured."""
-        return self.metrics.get(name) or {}
 
 
 @dataclass(frozen=True)
@@ -96,103 +71,18 @@ def run(first: str, second: str, model: str | None, prompts: Sequence[str], answ
         ConfigError: there is no such variant or model, or several models and none was named.
         EvaluationError: a side was not measured, or cannot be loaded.
     """
-    sides = tuple(_side(text, model) for text in (first, second))
-    found = _compared(sides, model)
+    sides = [find_side(text, model) for text in (first, second)]
+    found = _compared(sides)
     if answers:
         found["answers"], unanswered = _answers(sides, prompts or PROMPTS)
         found["notes"] += unanswered
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(_text(sides, found)))
 
 
-# --- sides -----------------------------------------------------------------------------------------------------------
-
-
-def _side(text: str, model: str | None) -> Side:
-    if "/" in text and (Path(text).exists() or "@" not in text):
-        return _folder(Path(text))
-    variant, at, revision = text.partition("@")
-    workspace = Workspace(_model(model))
-    if variant != REFERENCE:
-        load_recipe(variant)
-    if at:
-        return Side(
-            text, _metrics_at(revision, workspace.metrics(variant)), measure=_OF_A_REVISION, make=_OF_A_REVISION
-        )
-    workspace.read(workspace.metrics(variant), "validate", variant)
-    folder = workspace.root / REFERENCE if variant == REFERENCE else workspace.artifact(variant)
-    return _measured(ARTIFACTS, workspace.model, variant, folder, text)
-
-
-def _model(named: str | None) -> str:
-    models = load_pipeline().models
-    if named is None and len(models) > 1:
-        raise ConfigError(f"configs/pipeline.yaml has several models ({', '.join(models)}): choose one with --model.")
-    load_model(named or models[0])
-    return named or models[0]
-
-
-def _metrics_at(revision: str, path: Path) -> Metrics:
-    """What Git has of a metrics file, at a path from the current folder."""
-    command = ["git", "show", "--end-of-options", f"{revision}:./{path.as_posix()}"]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode == 0:
-            return json.loads(done.stdout)
-        problem = done.stderr.decode(errors="replace").strip().removeprefix("fatal: ")
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    raise EvaluationError(
-        f"Git has no metrics {path} at revision {revision!r} ({problem}). `git log --oneline -- {path}` lists the "
-        f"revisions that changed it."
-    )
-
-
-def _folder(folder: Path) -> Side:
-    """An artifact's folder, which is measured where it lies as the pipeline has it: MODEL/variants/VARIANT."""
-    if not (folder / GENAI_CONFIG).is_file():
-        raise EvaluationError(f"{folder} holds no artifact: it has no {GENAI_CONFIG}. Name a variant, or its folder.")
-    place = folder.absolute()
-    if place.parent.name != "variants":
-        return Side(str(folder), _planned(folder), folder=folder)
-    return _measured(place.parents[2], place.parents[1].name, place.name, folder, str(folder))
-
-
-def _measured(root: Path, model: str, variant: str, folder: Path, name: str) -> Side:
-    """A variant of the artifacts under `root`, with as much of its measurements as lies there."""
-    metrics, verdict = root / "metrics" / model / f"{variant}.json", root / "verdicts" / model / f"{variant}.json"
-    evaluation = root / model / "evaluation" / variant
-    make = f"validate {model} {REFERENCE}" if variant == REFERENCE else f"quantize {model} {variant}"
-    return Side(
-        name,
-        read_json(metrics) if metrics.exists() else _planned(folder),
-        _verdict(verdict) if verdict.exists() else None,
-        folder if (folder / GENAI_CONFIG).exists() else None,
-        evaluation if evaluation.exists() else None,
-        f"`python -m pipeline {make}`",
-        f"`python -m pipeline validate {model} {variant}`",
-    )
-
-
-def _planned(folder: Path) -> Metrics:
-    """The size that an artifact's plan says, where nothing was measured."""
-    try:
-        plan = read_json(folder / PLAN_FILE)
-        return {"size": {"bytes_on_disk": plan["bytes"], "bits_per_weight": plan["bits_per_weight"]}}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _verdict(path: Path) -> str:
-    try:
-        return Verdict.from_json(read_json(path)).verdict
-    except (ValueError, EvaluationError) as error:
-        raise EvaluationError(f"{path}: {error}") from None
-
-
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _compared(sides: Sequence[Side], model: str | None) -> dict[str, Any]:
+def _compared(sides: Sequence[Side]) -> dict[str, Any]:
     """The document that `--json` prints: figures (value, interval, difference), flipped items, notes."""
     differences, flips, notes = _paired(sides)
     figures = {}

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -192,11 +193,13 @@ def run(
         _tell("This model has no chat template: it goes on with the text that it is given.")
     if prompt is not None:
         return _INTERRUPTED if _answer(conversation, prompt, max_tokens).cut == "stopped" else 0
-    for line in _lines():
-        try:
-            _answer(conversation, line, max_tokens)
-        except EvaluationError as error:
-            _tell(f"error: {error}")
+    with suppress(KeyboardInterrupt):
+        for line in _lines():
+            try:
+                _answer(conversation, line, max_tokens)
+            except EvaluationError as error:
+                _tell(f"error: {error}")
+    _tell("")
     return 0
 
 
@@ -209,18 +212,16 @@ def _answer(conversation: Conversation, text: str, max_tokens: int | None) -> An
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped, without blank lines, to its end or to Ctrl-C."""
+    """What is typed or piped, to its end, without blank lines."""
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     if typed:
         import readline  # noqa: F401  # lines that are typed can be edited and recalled
 
         _tell("Ctrl-C ends an answer, Ctrl-D the conversation.")
-    try:
+    with suppress(EOFError):
         while True:
             if line := input("> " if typed else "").strip():
                 yield line
-    except (EOFError, KeyboardInterrupt):
-        _tell("")
 
 
 def _encodable(text: str) -> str:
