@@ -15,6 +15,7 @@ import pytest
 from pipeline import cli
 from pipeline.files import sha256_of, write_json
 from pipeline.judge.verdicts import PASS, GateLine, Verdict
+from pipeline.keys import digest
 from pipeline.report import compare as module
 from pipeline.tasks.statistics import mean_interval, paired_interval
 from pipeline.workspace import REFERENCE, Workspace
@@ -77,7 +78,7 @@ def measure(name: str) -> None:
     samples = {f"HumanEval/{number}#{draw}": {"correct": draw == 0} for number in range(2) for draw in range(2)}
     journal(folder / "humaneval/humaneval.jsonl", samples)
     for task in ("divergence", "mmlu", "humaneval"):
-        items = {"suite": "s", "data": "d", "reference": "r", "files": name}
+        items = {"suite": "s", "data": "d", "reference": digest({}), "files": name}
         write_json(folder / task / "section.json", {"items": items, "metrics": metrics[task], "sha256": {}})
     write_json(WORKSPACE.metrics(name), metrics)
 
@@ -174,9 +175,18 @@ def test_what_cannot_be_paired_is_said(spoil: str, words: str, compare: Compare)
     assert found["figures"]["mmlu.accuracy"]["difference"]
 
 
+def test_another_reference_than_both_met_is_not_used(compare: Compare) -> None:
+    path = WORKSPACE.evaluation(REFERENCE) / "divergence/section.json"
+    write_json(path, json.loads(path.read_text()) | {"sha256": {"windows.jsonl": "0" * 64}})
+    figures = document(compare("q4", "q4_k_m", "--json", "--no-answers"))["figures"]
+    assert figures["divergence.top1"]["difference"] is None
+    assert figures["divergence.kl_mean"]["difference"]
+
+
 def test_the_reference_is_a_side_too(compare: Compare) -> None:
     found = document(compare("reference", "q4", "--json", "--no-answers"))
     assert found["figures"]["divergence.kl_mean"]["values"][0] is None
+    assert found["notes"] == []
     assert found["figures"]["mmlu.accuracy"]["difference"]["estimate"] == pytest.approx(-0.1)
 
 

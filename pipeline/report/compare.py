@@ -113,7 +113,8 @@ def _stale(side: Side) -> str:
 def _paired(sides: Sequence[Side]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Differences with intervals by metric, flipped items by task, and what could not be paired."""
     first, second = (side.evaluation for side in sides)
-    shared = [name for name in ("divergence", *pairs.ITEMS) if all(side.section(name) for side in sides)]
+    keys = {"divergence": "kl_mean"} | {name: key for name, (key, _) in pairs.ITEMS.items()}
+    shared = [name for name, key in keys.items() if all(key in side.section(name) for side in sides)]
     if first is None or second is None:
         absent = " and ".join(f"{side.name} ({side.measure})" for side in sides if not side.evaluation)
         return {}, {}, [f"nothing is paired: there are no results by item of {absent}"] if shared else []
@@ -122,9 +123,9 @@ def _paired(sides: Sequence[Side]) -> tuple[dict[str, Any], dict[str, Any], list
     for name in shared:
         if problem := pairs.why_not(name, first, second, [side.section(name) for side in sides]):
             notes.append(f"{name} is not paired: {problem}")
-        elif name == "divergence" and "kl_mean" in sides[0].section(name) and "kl_mean" in sides[1].section(name):
+        elif name == "divergence":
             differences |= pairs.divergence(first, second, first.parent / REFERENCE)
-        elif name in pairs.ITEMS and (found := pairs.flipped(name, first, second)):
+        elif found := pairs.flipped(name, first, second):
             differences[pairs.ITEMS[name][0]] = found.difference
             flips[name] = {"n": found.n, "only_first": found.only_first, "only_second": found.only_second}
     return {key: dataclasses.asdict(value) for key, value in differences.items()}, flips, notes

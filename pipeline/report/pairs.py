@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import keys
 from pipeline.calibrate.texts import dataset
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import load_pipeline
@@ -64,7 +65,8 @@ def why_not(task: str, first: Path, second: Path, metrics: Sequence[Mapping[str,
 def divergence(first: Path, second: Path, reference: Path) -> dict[str, Interval]:
     """By metric, second less first over the same tokens; of the perplexity ratio, second over first.
 
-    Windows are the independent units. Agreement of the top token is left out where the reference's own are not here.
+    Windows are the independent units. Agreement of the top token needs the items of the reference that both met: without
+    them it is left out.
     """
     a, b = (read_scores(folder / "divergence") for folder in (first, second))
     windows = a["window_id"]
@@ -73,7 +75,9 @@ def divergence(first: Path, second: Path, reference: Path) -> dict[str, Interval
         "kl_mean": mean_interval(np.maximum(b["kl"], 0) - np.maximum(a["kl"], 0), windows),
         "perplexity_ratio": Interval(*map(math.exp, astuple(ratio))),
     }
-    if read_record(reference / "divergence"):
+    met = (read_record(first / "divergence") or {"items": {}})["items"].get("reference")
+    own = read_record(reference / "divergence") or {}
+    if keys.digest(own.get("sha256")) == met:
         top = read_scores(reference / "divergence")["top"]
         agree = [(scores["top"] == top).astype(np.float64) for scores in (a, b)]
         found["top1"] = mean_interval(agree[1] - agree[0], windows)
@@ -89,7 +93,7 @@ def flipped(task: str, first: Path, second: Path) -> Flips | None:
     right = [np.array([rows[name] for name in shares[0]]) for rows in shares]
     n, lost, won = flips(right[1], right[0])
     drop = paired_interval(n, lost, won)
-    difference = Interval(-drop.estimate, -drop.high, -drop.low, drop.detectable)
+    difference = Interval(0 - drop.estimate, -drop.high, -drop.low, drop.detectable)
     names = _titles(a) if task == "mmlu" else {}
 
     def only(one: np.ndarray, other: np.ndarray) -> tuple[str, ...]:
