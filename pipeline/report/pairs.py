@@ -65,8 +65,8 @@ def why_not(task: str, first: Path, second: Path, metrics: Sequence[Mapping[str,
 def divergence(first: Path, second: Path, reference: Path) -> dict[str, Interval]:
     """By metric, second less first over the same tokens; of the perplexity ratio, second over first.
 
-    Windows are the independent units. Agreement of the top token needs the items of the reference that both met: without
-    them it is left out.
+    Windows are the independent units. Agreement of the top token needs the items of the reference that both met:
+    it is left out without them.
     """
     a, b = (read_scores(folder / "divergence") for folder in (first, second))
     windows = a["window_id"]
