@@ -147,7 +147,7 @@ def test_the_table_is_read_by_people(compare: Compare) -> None:
     assert status == 0
     assert max(map(len, out.splitlines())) <= 118
     for part in (
-        "bytes on disk", "+25.0 %", "+10.0 (", "points", "mmlu, 20 items in both: 1 only q4 has right, 3 only q4_k_m",
+        "bytes on disk", "+25.0 %", "+10.0 (", "points", "MMLU, 20 items in both: 1 only q4 has right, 3 only q4_k_m",
         "q4_k_m  subject 1", "A difference with an interval is paired",
     ):  # fmt: skip
         assert part in out

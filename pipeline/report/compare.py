@@ -18,6 +18,7 @@ from pipeline.report.columns import aligned, wrapped
 from pipeline.report.sides import Side, find_side
 from pipeline.runtime.chat import template_text
 from pipeline.runtime.generate import Limits, Writer
+from pipeline.tasks.registry import tasks
 from pipeline.tasks.statistics import Interval
 from pipeline.tasks.task import DASH, Format, Metrics, bounds, maybe, memory, nats, number, percent, share
 from pipeline.workspace import PLAN_FILE, REFERENCE
@@ -146,7 +147,8 @@ def _told(folder: Path, prompts: Sequence[str]) -> list[str]:
     """The greedy beginnings of a model's answers: one model is in memory at a time."""
     writer = Writer(folder)
     ask: Callable[[str], str] = writer.chat if template_text(folder) else str
-    return [writer.continuation(ask(prompt), Limits(_TOKENS), lambda _: False).text for prompt in prompts]
+    written = [writer.continuation(ask(prompt), Limits(_TOKENS), lambda _: False) for prompt in prompts]
+    return [text.text + " …" * bool(text.cut) for text in written]
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -184,9 +186,8 @@ def _cell(line: Line, section: Metrics) -> str:
 
 def _change(line: Line, figure: dict[str, Any]) -> str:
     if paired := figure["difference"]:
-        return (
-            f"{line.shown(paired['estimate'])} ({line.shown(paired['low'])} to {line.shown(paired['high'])}){line.unit}"
-        )
+        low, high = (line.shown(paired[end]).removeprefix("× ") for end in ("low", "high"))
+        return f"{line.shown(paired['estimate'])} ({low} to {high}){line.unit}"
     try:
         return line.shown(line.change(*figure["values"])) + line.unit
     except (TypeError, ZeroDivisionError):  # one of them was not measured, or is nothing
@@ -196,7 +197,8 @@ def _change(line: Line, figure: dict[str, Any]) -> str:
 def _flipped(sides: Sequence[Side], task: str, items: dict[str, Any]) -> list[str]:
     kinds = (items["only_first"], items["only_second"])
     counts = ", ".join(f"{len(kind)} only {side.name} has right" for side, kind in zip(sides, kinds, strict=True))
-    text = [f"{task}, {items['n']:,} items in both: {counts}"]
+    title = next(one.title for one in tasks() if one.name == task)
+    text = [f"{title}, {items['n']:,} items in both: {counts}"]
     for side, kind in zip(sides, kinds, strict=True):
         text += [row for item in kind[:_SHOWN] for row in wrapped(f"{side.name}  {item}", "  ", "    ")]
     return text

@@ -235,15 +235,15 @@ def _tell(text: str) -> None:
 
 def _verified(bundle: Path, public_keys: Sequence[Path]) -> Path:
     """The content of a bundle that verifies, a development bundle included."""
-    if not bundle.is_dir():
-        known = sorted(str(found.parent) for found in (ARTIFACTS / "bundles").glob("*/*/model.sig"))
-        here = f"Bundles here: {', '.join(known)}." if known else "`dvc repro` makes those of configs/pipeline.yaml."
-        raise BundleError(f"{bundle} is no folder of a bundle. {here}")
     if (bundle / GENAI_CONFIG).is_file():
         raise BundleError(
             f"{bundle} is a model's folder, not a bundle's, which holds {CONTENT}/ and model.sig. Name the bundle, or "
             f"give --unverified to load the folder as it is."
         )
+    if not (bundle / CONTENT).is_dir():
+        known = sorted(str(found.parent) for found in (ARTIFACTS / "bundles").glob("*/*/model.sig"))
+        here = f"Bundles here: {', '.join(known)}." if known else "`dvc repro` makes those of configs/pipeline.yaml."
+        raise BundleError(f"{bundle} is no folder of a bundle: it has no {CONTENT}/. {here}")
     keys = list(public_keys) or sorted((ARTIFACTS / "keys").glob("*.pem"))
     if not keys:
         raise BundleError(

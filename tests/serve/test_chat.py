@@ -191,7 +191,7 @@ def test_the_keys_that_signed_here_are_trusted(
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        ("nothing there", "is no folder of a bundle. `dvc repro` makes"),
+        ("nothing there", "is no folder of a bundle: it has no content/. "),
         ("the content", "is a model's folder, not a bundle's"),
         ("a byte", "extended: content/tokenizer.json: expected"),
         ("another key", "does not verify under"),
