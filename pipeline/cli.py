@@ -45,6 +45,8 @@ def cli() -> None:
     Try it         make demo
     Phones         python -m pipeline plan --model phi-4 --device galaxy-s24-ultra
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
+    Compare        python -m pipeline compare q4 q4_k_m
+    Talk           python -m pipeline chat artifacts/bundles/smollm2-135m/q4
     Full size      make repro MODELS="mimo-8b phi-4" VARIANTS="q4 q4_k_m" SUITE=release
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
     """
@@ -186,6 +188,26 @@ def show() -> None:
     _function("stages.report", "show_report")()
 
 
+@cli.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--model", help="Whose variants they are; default: the one of configs/pipeline.yaml.")
+@click.option("--prompt", "prompts", multiple=True, help="Ask both this instead of three questions (repeatable).")
+@click.option("--answers/--no-answers", default=True, help="Whether to load both and ask them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: str, second: str, **options: Any) -> None:
+    """Say how SECOND differs from FIRST: bytes, memory, divergence, flipped items, speed, verdict, answers.
+
+    Each is a variant, `reference`, a variant at a Git revision (q4@HEAD~1: its metrics only), or an artifact's folder
+    (artifacts/MODEL/variants/VARIANT, here or of another working tree). Intervals of differences are paired.
+
+    \b
+    python -m pipeline compare q4 q4_k_m
+    python -m pipeline compare q4@HEAD~1 q4
+    """
+    _function("report.compare")(first, second, **options)
+
+
 def _selected(models: tuple[str, ...], variants: tuple[str, ...]) -> tuple[list[str], list[str]]:
     from pipeline.config.models import load_model, load_pipeline
 
@@ -263,6 +285,29 @@ def verify(bundle: Path, public_keys: tuple[Path, ...], state: Path | None, reco
 def inspect(bundle: Path) -> None:
     """Print the main facts of BUNDLE's documents and check their form; status 1 if one is invalid."""
     sys.exit(_function("bundle.documents", "inspect")(bundle))
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    type=_PATH,
+    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
+)
+@click.option("--prompt", help="Answer this and end; without it, lines are read until end of file (Ctrl-D).")
+@click.option("--system", help="The system message, where the chat template takes one.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of one answer; default: up to the context.")
+@click.option("--greedy", is_flag=True, help="Take the most likely token, whatever genai_config.json says.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of sampling; default: another one each time.")
+@click.option("--unverified", is_flag=True, help="BUNDLE is a folder with genai_config.json, loaded as it lies.")
+def chat(bundle: Path, public_keys: tuple[Path, ...], **options: Any) -> None:
+    """Verify BUNDLE, a development bundle too, and talk to it: answers go to stdout, their tokens/s to stderr.
+
+    The model's own chat template, stops and sampling hold. Ctrl-C ends an answer; at the prompt, the conversation.
+    """
+    sys.exit(_function("serve.chat")(bundle, public_keys, **options))
 
 
 @cli.command("update-size")

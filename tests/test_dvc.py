@@ -295,6 +295,18 @@ def test_gate_tells_the_failure(built: str, project: Project) -> None:
     project.run("pipeline", "gate", "--variant", "q4", "--variant", "q4_k_m")
 
 
+def test_two_variants_can_be_compared_and_talk(built: str, project: Project) -> None:
+    found = json.loads(project.run("pipeline", "compare", "q4", "q4_k_m", "--json", "--prompt", "Good morning."))
+    assert found["notes"] == []
+    assert found["figures"]["divergence.kl_mean"]["difference"]["detectable"] > 0
+    assert found["flips"].keys() == {"mmlu", "humaneval"}
+    assert len(found["answers"][0]["answers"]) == 2
+    told = project.run(
+        "pipeline", "chat", "artifacts/bundles/tiny/q4", "--prompt", "Good morning.", "--max-tokens", "4"
+    )
+    assert "OK, tiny release" in told
+
+
 def test_the_report_names_what_was_judged(built: str, project: Project) -> None:
     text = project.artifact("report/report.txt").read_text()
     assert "random/q4_k_m of configs/gates.yaml" in text

@@ -29,7 +29,7 @@ ROOMS = [
     ("judge",),
     ("preflight",),
     ("bundle", "report"),
-    ("packs", "publish"),
+    ("packs", "publish", "serve"),
     ("stages",),
     ("cli", "__main__"),
 ]

@@ -15,7 +15,7 @@ import pytest
 
 CEILINGS = {
     "artifact": 700,
-    "bundle": 1657,
+    "bundle": 1664,
     "calibrate": 250,
     "checkpoint": 1680,
     "config": 406,
@@ -24,7 +24,7 @@ CEILINGS = {
     "graph": 412,
     "judge": 550,
     "keys": 315,
-    "modules": 725,
+    "modules": 751,
     "packs": 925,
     "parity": 142,
     "planning": 548,
@@ -32,12 +32,13 @@ CEILINGS = {
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
-    "report": 605,
+    "report": 930,
     "runtime": 1016,
+    "serve": 187,
     "stages": 880,
     "tasks": 2195,
 }
-WHOLE = 17_457
+WHOLE = 18_007
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.door.tokenizer import read_notes
 from pipeline.errors import BundleError
-from pipeline.files import write_bytes
+from pipeline.files import read_json, write_bytes
 from pipeline.judge.verdicts import Verdict
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import PLAN_FILE, Workspace
@@ -60,6 +60,7 @@ def write(
         commit=commit,
         files=files,
         notes=read_notes(artifact),
+        chats=_chats(artifact),
     )
     builders = {
         card.FILE: card.build,
@@ -80,6 +81,14 @@ def write(
         paths[name] = folder / name
         write_bytes(paths[name], content)
     return paths
+
+
+def _chats(artifact: Path) -> bool:
+    """Whether the tokenizer has a chat template, in its own file or among its settings."""
+    settings = artifact / "tokenizer_config.json"
+    return (artifact / "chat_template.jinja").exists() or (
+        settings.exists() and bool(read_json(settings).get("chat_template"))
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Dossier:
     `entry` is the model's configuration, `config` the checkpoint's config.json, `plan` the artifact's plan, `metrics`
     the variant's measurements, `texts` the names of the held-out text that judged it, `commit` the pipeline's. `files`
     are the artifact's, without the documents made from this. `notes`: in what the tokenizer that ships differs from the
-    checkpoint's, a sentence each.
+    checkpoint's, a sentence each. `chats` says whether that one has a chat template.
     """
 
     entry: ModelConfig
@@ -44,6 +44,7 @@ class Dossier:
     texts: tuple[str, ...]
     commit: str | None
     files: Mapping[str, FileEntry]
+    chats: bool
     notes: tuple[str, ...] = ()
 
     @property

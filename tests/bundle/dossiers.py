@@ -84,5 +84,6 @@ def dossier(**changes: Any) -> Dossier:
         texts=("text-wiki",),
         commit="d" * 40,
         files={"demo_q4.onnx": FileEntry(size=3, sha256="3" * 64), "LICENSE": FileEntry(size=4, sha256="4" * 64)},
+        chats=True,
     )
     return replace(made, **changes)
