@@ -1,7 +1,7 @@
 """What `compare` compares, found by what a user types: q4, reference, q4@HEAD~1, or a folder with an artifact.
 
-Git has a revision's metrics only. An artifact's folder, here or of another working tree, is measured if it lies where
-the pipeline has it, artifacts/MODEL/variants/VARIANT: its metrics, verdict and results by item then lie beside it.
+Git has a dozen figures of a revision only. An artifact's folder, here or of another working tree, is measured if it lies where
+the pipeline has it, artifacts/MODEL/variants/VARIANT: its measurements, verdict and results by item then lie beside it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def find_side(text: str, model: str | None) -> Side:
     if variant != REFERENCE:
         load_recipe(variant)
     if at:
-        return Side(
-            text, _metrics_at(revision, workspace.metrics(variant)), measure=_OF_A_REVISION, make=_OF_A_REVISION
-        )
-    workspace.read(workspace.metrics(variant), "validate", variant)
+        metrics = _metrics_at(revision, workspace.metrics(variant))
+        return Side(text, metrics, metrics.get("verdict"), measure=_OF_A_REVISION, make=_OF_A_REVISION)
+    workspace.read(workspace.measurements(variant), "validate", variant)
     folder = workspace.root / REFERENCE if variant == REFERENCE else workspace.artifact(variant)
     return _measured(ARTIFACTS, workspace.model, variant, folder, text)
 
@@ -99,7 +98,8 @@ def _folder(folder: Path) -> Side:
 
 def _measured(root: Path, model: str, variant: str, folder: Path, name: str) -> Side:
     """A variant of the artifacts under `root`, with as much of its measurements as lies there."""
-    metrics, verdict = root / "metrics" / model / f"{variant}.json", root / "verdicts" / model / f"{variant}.json"
+    name_of = Path(model) / f"{variant}.json"
+    metrics, verdict = root / "measurements" / name_of, root / "verdicts" / name_of
     evaluation = root / model / "evaluation" / variant
     make = f"validate {model} {REFERENCE}" if variant == REFERENCE else f"quantize {model} {variant}"
     return Side(
