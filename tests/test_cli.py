@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -416,6 +417,22 @@ def test_an_edited_verdict_is_an_error_that_names_the_file(project: Path, comman
     outcome = command("gate", "--variant", "q4")
     assert outcome.status == 3
     assert str(path.relative_to(project)) in outcome.err
+
+
+def test_a_verdict_on_other_measurements_than_are_there_is_an_error_and_the_remedy_works(
+    project: Path, command: Command
+) -> None:
+    """kl_mean edited by hand after the verdict: PASS, and status 0, it was."""
+    for name in ("q4", "reference"):
+        write_json(project / f"artifacts/measurements/tiny/{name}.json", {"size": {"parameters": 500_000}})
+    write_json(project / "artifacts/tiny/parity.json", {})
+    assert command("verdict", "tiny", "q4").status == 0
+    assert command("gate", "--variant", "q4").out.startswith("tiny q4: ERROR")  # nothing else was measured
+    write_json(project / "artifacts/measurements/tiny/q4.json", {"size": {"parameters": 500_001}})
+    outcome = command("gate", "--variant", "q4")
+    assert outcome.status == 3 and "it judged other measurements than those in" in outcome.err
+    assert command(*re.search(r"python -m pipeline (verdict \S+ q4)", outcome.err)[1].split()).status == 0
+    assert "judged other" not in command("gate", "--variant", "q4").err
 
 
 # --- further looks ---------------------------------------------------------------------------------------------------

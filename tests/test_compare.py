@@ -80,7 +80,7 @@ def measure(name: str) -> None:
     for task in ("divergence", "mmlu", "humaneval"):
         items = {"suite": "s", "data": "d", "reference": digest({}), "files": name}
         write_json(folder / task / "section.json", {"items": items, "metrics": metrics[task], "sha256": {}})
-    write_json(WORKSPACE.metrics(name), metrics)
+    write_json(WORKSPACE.measurements(name), metrics)
 
 
 @pytest.fixture
@@ -202,11 +202,11 @@ def test_figures_of_another_artifact_than_lies_there_are_marked(compare: Compare
     folder = WORKSPACE.artifact("q4")
     write_json(folder / "plan.json", {})
     write_json(folder / "genai_config.json", {})
-    metrics = json.loads(WORKSPACE.metrics("q4").read_text())
+    metrics = json.loads(WORKSPACE.measurements("q4").read_text())
     _, out, _ = compare("q4", "q4_k_m", "--no-answers")
     assert "q4: its figures are of another artifact than lies in" in out
     metrics["identity"]["plan_sha256"] = sha256_of(folder / "plan.json")
-    write_json(WORKSPACE.metrics("q4"), metrics)
+    write_json(WORKSPACE.measurements("q4"), metrics)
     _, out, _ = compare("q4", "q4_k_m", "--no-answers")
     assert "another artifact" not in out
 
@@ -215,10 +215,11 @@ def test_figures_of_another_artifact_than_lies_there_are_marked(compare: Compare
 
 
 def test_a_revision_has_metrics_and_no_items(project: Path, compare: Compare) -> None:
-    tiny.commit(project, "before", init=True)
-    metrics = json.loads(WORKSPACE.metrics("q4").read_text())
-    metrics["size"]["bytes_on_disk"] = 900
+    metrics = json.loads(WORKSPACE.measurements("q4").read_text())
     write_json(WORKSPACE.metrics("q4"), metrics)
+    tiny.commit(project, "before", init=True)
+    metrics["size"]["bytes_on_disk"] = 900
+    write_json(WORKSPACE.measurements("q4"), metrics)
     found = document(compare("q4@HEAD", "q4", "--json", "--no-answers"))
     assert found["sides"] == ["q4@HEAD", "q4"]
     assert found["figures"]["size.bytes_on_disk"]["values"] == [1000, 900]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import EvaluationError
-from pipeline.files import read_json
-from pipeline.workspace import Workspace
+from pipeline.files import read_json, sha256_of
+from pipeline.workspace import REFERENCE, Workspace
 
 PASS, FAIL, INCONCLUSIVE, ERROR = "PASS", "FAIL", "INCONCLUSIVE", "ERROR"
 REPORTED = "REPORTED"  # of a line only: shown, decides nothing
@@ -107,6 +107,29 @@ def read_verdict(workspace: Workspace, variant: str) -> Verdict:
         raise EvaluationError(f"{path}: no readable verdict ({error}). Run `dvc repro` first.") from None
 
 
+def digests(workspace: Workspace, variant: str) -> dict[str, str]:
+    """SHA-256 of the measurements that a verdict on `variant` judges, as far as they are on this machine: a release
+    machine may have none."""
+    paths = {name: workspace.measurements(name) for name in (variant, REFERENCE)}
+    return {name: sha256_of(path) for name, path in paths.items() if path.exists()}
+
+
+def read_current(workspace: Workspace, variant: str) -> Verdict:
+    """A written verdict on the measurements that are on this machine.
+
+    Raises EvaluationError when there is none, or it judged other measurements.
+    """
+    verdict = read_verdict(workspace, variant)
+    judged = read_json(workspace.verdict(variant)).get("judged", {})
+    if any(judged.get(name, digest) != digest for name, digest in digests(workspace, variant).items()):
+        raise EvaluationError(
+            f"{workspace.verdict(variant)}: it judged other measurements than those in "
+            f"{workspace.measurements(variant).parent}, which were edited or measured again since. Run `python -m "
+            f"pipeline verdict {workspace.model} {variant}`, or `dvc repro`, to judge these."
+        )
+    return verdict
+
+
 def describe_line(line: GateLine) -> str:
     """One gate for people: `kl_mean 0.738 (90 % interval 0.611 to 0.864), limit 0.39: FAIL`."""
 
@@ -127,7 +150,7 @@ def gate(models: list[str], variants: list[str]) -> int:
     """Print each verdict and what decided it; return the worst one's exit code (see `exit_code`)."""
     found = []
     for model, variant in itertools.product(models, variants):
-        verdict = read_verdict(Workspace(model), variant)
+        verdict = read_current(Workspace(model), variant)
         found.append(verdict.verdict)
         print(f"{model} {variant}: {verdict.verdict}")
         for line in verdict.lines:

@@ -1,7 +1,8 @@
 """What `compare` compares, found by what a user types: q4, reference, q4@HEAD~1, or a folder with an artifact.
 
-Git has a dozen figures of a revision only. An artifact's folder, here or of another working tree, is measured if it lies where
-the pipeline has it, artifacts/MODEL/variants/VARIANT: its measurements, verdict and results by item then lie beside it.
+Git has a dozen figures of a revision only. An artifact's folder, here or of another working tree, is measured if it
+lies where the pipeline has it, artifacts/MODEL/variants/VARIANT: its measurements, verdict and results by item then lie
+beside it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pipeline.files import sha256_of, write_json
 from pipeline.judge import evidence, summary
 from pipeline.judge.gates import Policy, decide
 from pipeline.judge.policy import gate_row, load_gates
+from pipeline.judge.verdicts import digests
 from pipeline.runtime.session import runtimes
 from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 
@@ -34,7 +35,7 @@ def run(model: str, variant: str) -> None:
     plan = workspace.require(workspace.artifact(variant) / PLAN_FILE, "quantize", variant)
     if problem := evidence.problem_of(metrics, reference, sha256_of(plan), runtimes()):
         verdict = evidence.refused(verdict, problem)
-    write_json(workspace.verdict(variant), verdict.to_json())
+    write_json(workspace.verdict(variant), verdict.to_json() | {"judged": digests(workspace, variant)})
     write_json(workspace.metrics(variant), summary.results(metrics, verdict.verdict))
     write_json(workspace.speed(variant), summary.speeds(metrics))
     print(f"{model} {variant}: {verdict.verdict}")

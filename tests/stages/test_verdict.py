@@ -73,7 +73,7 @@ def test_measurements_of_another_plan_or_runtime_are_no_evidence_until_measured_
     own = runtimes() | {"plan_sha256": sha256_of(workspace.artifact("q4") / PLAN_FILE)}
 
     def evidence(variant: dict[str, str], reference: dict[str, str]) -> list[str]:
-        write_json(workspace.metrics(REFERENCE), {"identity": reference})
+        write_json(workspace.measurements(REFERENCE), {"identity": reference})
         judge(workspace, {"size": {"parameters": 500_000}, "identity": variant})
         found = read_json(workspace.verdict("q4"))
         assert found["verdict"] == "ERROR"  # nothing else was measured here
