@@ -99,6 +99,16 @@ def add(name: str, place: str) -> None:
     sys.exit(_function("preflight.add")(name, place))
 
 
+@cli.command("new-recipe")
+@click.argument("name")
+@click.option("--extends", default="q4", show_default=True, help="The recipe whose keys hold where NAME has none.")
+@click.option("--bytes", "size", type=click.IntRange(min=1), help="A budget: bytes on disk.")
+@click.option("--tier", help="A budget: a row of configs/tiers.yaml whose phones map the weights, or `smallest`.")
+def new_recipe(name: str, extends: str, size: int | None, tier: str | None) -> None:
+    """Write configs/recipes/NAME.yaml from another recipe, and say what it takes of each model of the run."""
+    _function("preflight.new_recipe")(name, extends, size, tier)
+
+
 @cli.command()
 @click.option("--model", multiple=True, help="Only this model (repeatable); default: all of configs/models.")
 @click.option("--tier", help="Only this class of phones.")

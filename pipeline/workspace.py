@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.chunks import SUFFIX
+from pipeline.checkpoint.complete import TOKENIZER_FILES
 from pipeline.checkpoint.lock import SourceLock, read_lock
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json
@@ -129,6 +130,8 @@ class Workspace:
     def reference(self, store: Store) -> Path:
         """The full-precision model as ONNX Runtime and onnxruntime-genai load it: export and weights side by side."""
         folder = self.weights(store)
+        for name in TOKENIZER_FILES:  # those that ship take their place, and no other may be read beside them
+            (folder / name).unlink(missing_ok=True)
         for file in self.require(self.export, "export").iterdir():
             link_or_copy(file, folder / file.name)
         return folder

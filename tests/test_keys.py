@@ -182,7 +182,8 @@ def test_another_version_of_a_library_makes_what_it_computes_stale(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = repository.stale()
     assert {"calibrate", "sensitivity", "parity", "verdict", *MEASURED} <= found
-    assert not {"download", "export", "sign", "packs"} & found
+    assert {"download", "export"} <= found  # they prove the tokenizer with onnxruntime-genai
+    assert not {"sign", "packs"} & found
 
 
 def test_a_default_makes_the_stages_stale_that_read_it(edited: Callable[..., set[str]]) -> None:

@@ -100,3 +100,14 @@ def test_private_memory_is_what_no_file_backs(tmp_path: Path) -> None:
 
 def test_the_product_rate_is_a_rate() -> None:
     assert machine.product_rate() > 1e8
+
+
+def test_nothing_takes_more_cores_than_this_process_may_use() -> None:
+    """`os.cpu_count`, which a pool without a number asks too, counts all of the machine: 64 threads on 2 cores."""
+    sources = {path: path.read_text(encoding="utf-8") for path in Path("pipeline").rglob("*.py")}
+    assert [path for path, text in sources.items() if "PoolExecutor()" in text] == []
+    asking = {str(path) for path, text in sources.items() if "cpu_count" in text}
+    assert asking == {
+        "pipeline/machine.py",
+        "pipeline/prepack/emulator.py",
+    }  # the latter lists the processors there are

@@ -14,30 +14,30 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 620,
-    "bundle": 1650,
+    "artifact": 700,
+    "bundle": 1655,
     "calibrate": 250,
-    "checkpoint": 1670,
-    "config": 400,
-    "confine": 430,
-    "door": 200,
+    "checkpoint": 1680,
+    "config": 406,
+    "confine": 435,
+    "door": 740,
     "graph": 412,
     "judge": 530,
     "keys": 300,
-    "modules": 710,
+    "modules": 719,
     "packs": 925,
     "parity": 142,
-    "planning": 540,
-    "preflight": 1030,
+    "planning": 547,
+    "preflight": 1071,
     "prepack": 670,
     "publish": 790,
-    "quantize": 735,
+    "quantize": 765,
     "report": 605,
     "runtime": 1016,
-    "stages": 860,
-    "tasks": 1995,
+    "stages": 880,
+    "tasks": 2195,
 }
-WHOLE = 16_350
+WHOLE = 17_370
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

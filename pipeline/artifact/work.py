@@ -12,7 +12,8 @@ from pipeline.artifact.quantizers import Quantizer
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.planning.recipes import Plan, PlannedMatrix
-from pipeline.quantize.formats import Quantized
+from pipeline.quantize.formats import FORMATS, Quantized, TensorFormat
+from pipeline.quantize.lost import LARGEST
 
 # float32 bytes of the rows of one unit: small enough that the allocator keeps its blocks, and a fair share of a core's
 # cache. At 32 MiB the system spends three times as long mapping fresh pages.
@@ -62,12 +63,26 @@ def quantize_unit(unit: Unit, checkpoint: Checkpoint, quantizer: Quantizer) -> l
     matrix = unit.planned.matrix
     weights = checkpoint.rows(matrix.name, unit.start, unit.stop)
     chosen = quantizer(weights)
-    if not all(np.isfinite(item.scales).all() for item in chosen):
-        raise CheckpointError(
-            f"tensor {matrix.name!r}: a block's scale exceeds float16's 65,504 (largest weight "
-            f"{np.abs(weights).max():.4g}). The checkpoint is damaged, or needs a format of its own."
-        )
+    for item in chosen:
+        if not np.isfinite(item.scales).all():
+            raise CheckpointError(
+                f"tensor {matrix.name!r} as {unit.planned.formats}: a block's scale exceeds float16's 65,504 (largest "
+                f"weight {np.abs(weights).max():.4g}). {_wider(weights, item.format, unit.planned)}"
+            )
     return chosen
+
+
+def _wider(weights: np.ndarray, fmt: TensorFormat, planned: PlannedMatrix) -> str:
+    """What to do about weights whose steps are too long for a float16 scale."""
+    reach = max(float(weights.max()), 0.0) - min(float(weights.min()), 0.0)
+    for bits, kind in sorted(FORMATS.items()):
+        if bits > fmt.bits and 1.1 * reach / (2**bits - 1) < LARGEST and fmt.block in kind.blocks:
+            others = " and the roles that share its input" if planned.split else ""
+            return (
+                f"If it is meant to be so large, give {planned.matrix.role}{others} the format w{bits}b{fmt.block}a in "
+                f"the recipe: in a rule above the others, or in a budget's `pin`."
+            )
+    return "No format holds it: the checkpoint is damaged. Use an intact one."
 
 
 def sharers(plan: Plan) -> dict[str, list[PlannedMatrix]]:

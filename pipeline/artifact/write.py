@@ -22,9 +22,11 @@ import onnx
 
 from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names
 from pipeline.artifact.layout import Layout, make_layout
+from pipeline.artifact.lost import find_lost
 from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.recipes import LOST_MAX
 from pipeline.errors import PlanError
 from pipeline.files import disk_full, write_bytes
 from pipeline.graph.decoder import ROPE_FILE
@@ -33,6 +35,7 @@ from pipeline.partial import Partial
 from pipeline.planning.recipes import Plan, PlannedMatrix
 from pipeline.progress import Progress
 from pipeline.quantize.cache import scales
+from pipeline.quantize.lost import Lost
 from pipeline.quantize.split import channel_importance, split_channels, squared_norms
 
 # Flushing as it goes keeps the disk busy while the cores are, and the end short.
@@ -126,8 +129,8 @@ class PartWriter:
 
 def write_artifact(
     partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, search: Search,
-    threads: int | None = None, ranges: Ranges | None = None,
-) -> None:  # fmt: skip
+    threads: int | None = None, ranges: Ranges | None = None, lost_max: float = LOST_MAX,
+) -> dict[str, Lost]:  # fmt: skip
     """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `threads`.
 
     Args:
@@ -135,10 +138,14 @@ def write_artifact(
         search: what turns rows into codes.
         threads: how many work at a time; default: the cores that this process may use.
         ranges: of cached keys and values, for a plan with an int8 KV cache.
+        lost_max: the largest share of a tensor's energy that may vanish in float16.
+
+    Returns:
+        What float16 lost, by the name of the tensor, of those of which it lost something.
 
     Raises:
         PlanError: moments or ranges are missing or not this model's.
-        CheckpointError: a weight is not finite, or too large for a float16 scale.
+        CheckpointError: a weight is not finite, or too large for a float16 scale; or too much of a tensor vanished.
         ResourceError: the disk is full.
     """
     if search.moments is not None:
@@ -148,10 +155,12 @@ def write_artifact(
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
         writer, count = PartWriter(partial.folder, drafted, stack), threads or cores()
         pool = stack.enter_context(ThreadPoolExecutor(count))
-        _Run(writer, partial, checkpoint, search, pool, count + _AHEAD).write(drafted)
+        run = _Run(writer, partial, checkpoint, search, pool, count + _AHEAD, lost_max)
+        run.write(drafted)
         _write_copies(writer, checkpoint, export, ranges or {})
         writer.finish()
         write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
+        return run.lost
 
 
 @dataclass
@@ -164,6 +173,8 @@ class _Run:
     search: Search
     pool: ThreadPoolExecutor
     ahead: int
+    lost_max: float
+    lost: dict[str, Lost] = field(default_factory=dict)
     channels: dict[str, np.ndarray] = field(default_factory=dict)
     quantizers: dict[str, Callable[[], Quantizer]] = field(default_factory=dict)  # of the matrices under way, by name
 
@@ -181,8 +192,16 @@ class _Run:
                     unflushed = 0
                 ref, last = self.checkpoint[unit.planned.matrix.name], unit.stop == unit.planned.matrix.rows
                 progress.advance(int(last), unit.weights * ref.length // ref.elements, kept=not written)
+                if last and (lost := self._lost(unit.planned)):
+                    self.lost[unit.planned.matrix.name] = lost
         for flush in flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
+
+    def _lost(self, planned: PlannedMatrix) -> Lost | None:
+        def read(name: str) -> bytes:
+            return self.writer.get(name, 0, self.writer.layout.places[name].length)
+
+        return find_lost(planned, read, self.checkpoint, self.channels, self.lost_max)
 
     def _finished(self, plan: Plan) -> Iterator[tuple[Unit, str]]:
         """Units and the SHA-256 of their bytes, in order, whichever thread was faster."""

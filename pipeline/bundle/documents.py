@@ -20,6 +20,7 @@ from pipeline.bundle.materials import gather
 from pipeline.bundle.release import CONTENT, SMALL, FileEntry, Refusal, Runtime, describe_files
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
+from pipeline.door.tokenizer import read_notes
 from pipeline.errors import BundleError
 from pipeline.files import write_bytes
 from pipeline.judge.verdicts import Verdict
@@ -58,6 +59,7 @@ def write(
         texts=load_suite(load_pipeline().suite).texts(),
         commit=commit,
         files=files,
+        notes=read_notes(artifact),
     )
     builders = {
         card.FILE: card.build,

@@ -27,7 +27,8 @@ class Dossier:
 
     `entry` is the model's configuration, `config` the checkpoint's config.json, `plan` the artifact's plan, `metrics`
     the variant's measurements, `texts` the names of the held-out text that judged it, `commit` the pipeline's. `files`
-    are the artifact's, without the documents made from this.
+    are the artifact's, without the documents made from this. `notes`: in what the tokenizer that ships differs from the
+    checkpoint's, a sentence each.
     """
 
     entry: ModelConfig
@@ -43,6 +44,7 @@ class Dossier:
     texts: tuple[str, ...]
     commit: str | None
     files: Mapping[str, FileEntry]
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -112,4 +114,5 @@ def limits(dossier: Dossier) -> list[str]:
             sentences.append(f"{gate.title}: {one_line(line.note)}.")
     judging = [task for task in registry.tasks() if task.gates]
     sentences += [f"{task.title} was not measured." for task in judging if not dossier.metrics.get(task.name)]
+    sentences += map(one_line, dossier.notes)
     return [*sentences, one_line(dossier.entry.note)] if dossier.entry.note else sentences

@@ -28,6 +28,7 @@ from pipeline.bundle.keys import SigningKey, key_id, public_pem
 from pipeline.bundle.release import SAFE_NAME, FileName, Model, Record, parse
 from pipeline.config.typed_yaml import Sha256
 from pipeline.errors import BundleError
+from pipeline.machine import cores
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
@@ -153,7 +154,7 @@ def _digests(content: Path) -> dict[str, str]:
             if not SAFE_NAME.fullmatch(entry.name):
                 rule = "Names are letters, digits, '.', '_' and '-', and do not start with '.'."
                 raise BundleError(f"{content} holds a file that cannot be signed: {entry.name!a}. {rule}")
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             found = pool.map(files.sha256_of, [content / entry.name for entry in entries])
             return {entry.name: digest for entry, digest in zip(entries, found, strict=True)}
     except OSError as error:

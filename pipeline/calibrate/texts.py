@@ -24,21 +24,23 @@ def dataset(name: str, store: Store) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json. Raises CheckpointError when it is missing or is none."""
+    """The folder's tokenizer.json without padding and truncation, which belong to training and are never measured with.
+
+    Raises CheckpointError when it is missing or is none.
+    """
     path = folder / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(
-            f"{path}: not readable as a fast tokenizer ({error}). The source must have tokenizer.json; transformers' "
-            f"AutoTokenizer(...).save_pretrained writes one for a model that only has a slow tokenizer."
-        ) from None
+        raise CheckpointError(f"{path}: not readable as a tokenizer ({error}). Run the export stage again.") from None
 
 
 def encoder(folder: Path) -> Callable[[str], list[int]]:
     """Text → token ids by the folder's tokenizer.json, special tokens not added."""
     tokenizer = read_tokenizer(folder)
-    tokenizer.no_truncation()
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 

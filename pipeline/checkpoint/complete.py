@@ -11,11 +11,12 @@ from pipeline.checkpoint.tensors import INDEX, SINGLE, read_header
 from pipeline.checkpoint.untrusted import MAX_JSON, open_regular, parse_json, shown
 from pipeline.errors import CheckpointError, PipelineError, SourceError
 
-_SMALL = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "LICENSE*", "LICENCE*", "NOTICE*",
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+"""What a checkpoint may say about its tokenizer; two of them ship, made of all (`pipeline.door.tokenizer`)."""
+_SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES, "LICENSE*", "LICENCE*", "NOTICE*")
 _ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _POINTER = b"version https://git-lfs.github.com/spec/"

@@ -219,6 +219,14 @@ class Checkpoint(dict[str, TensorRef]):
             )
         return values
 
+    def require_finite(self) -> None:
+        """Read every tensor once, some megabytes at a time. Raises CheckpointError as `rows` does, at the first that is
+        not finite: found here, not as logits that overflow hours later."""
+        for name, ref in self.items():
+            step = max(1, (8 << 20) * ref.shape[0] // ref.length) if ref.shape else 1
+            for start in range(0, ref.shape[0] if ref.shape else 0, step):
+                self.rows(name, start, min(start + step, ref.shape[0]))
+
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         ref, chunks = self[name], self._chunks[self[name].file]
         row = ref.length // ref.shape[0]

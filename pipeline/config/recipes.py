@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError
 # A name that `pipeline.quantize.formats` reads; a plan refuses one that it does not know.
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
 KvCache = Literal["float32", "int8"]
+LOST_MAX = 1e-4
+"""Far below what rounding to 4 bits adds (about 1e-2 of the energy), far above what stray tiny blocks hold."""
 Role = Literal[
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
 ]  # fmt: skip
@@ -84,6 +86,9 @@ class RecipeBase(Frozen):
     kv_cache: KvCache = "float32"
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
     gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
+    lost_max: float = Field(
+        default=LOST_MAX, ge=0, le=1, description="share of a tensor's energy (its sum of squares) that may become zero"
+    )
 
 
 class RecipeConfig(RecipeBase):
@@ -101,11 +106,12 @@ class BudgetRecipe(RecipeBase):
 
 
 Recipe = RecipeConfig | BudgetRecipe
+_RULE = {"embedding", "head", "body"}
 
 
 def load_recipe(variant: str) -> Recipe:
-    """configs/recipes/<variant>.yaml over the recipes that it extends: its keys replace theirs, whole. Its title and
-    version are its own.
+    """configs/recipes/<variant>.yaml over the recipes that it extends: its keys replace theirs, whole, and a budget
+    replaces formats. Its title and version are its own.
 
     Raises ConfigError, which names every file that was read, when one of them is missing or extends itself, or when
     they are no recipe together.
@@ -113,7 +119,8 @@ def load_recipe(variant: str) -> Recipe:
     chain = _read_chain(variant)
     data: dict[str, Any] = {}
     for own in reversed(chain.values()):
-        data = {key: value for key, value in data.items() if key not in {"title", "version"}} | own
+        replaced = {"title", "version"} | (_RULE if "budget" in own else set())
+        data = {key: value for key, value in data.items() if key not in replaced} | own
     kind: type[Recipe] = BudgetRecipe if "budget" in data else RecipeConfig
     return check(kind, data, _extends(chain))
 

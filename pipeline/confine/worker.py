@@ -19,7 +19,9 @@ import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, BinaryIO
 
 from pipeline.confine.sandbox import lock_down
@@ -104,8 +106,11 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         _send(replies, ["fault", f"{type(error).__name__}: {error}"])
         return
     _send(replies, ["ready"])
-    namespace: dict[str, Any] = {"__name__": "solution"}  # so that a program's main guard stays shut
-    _send(replies, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec"), namespace))])
+    # A name that keeps a program's main guard shut; dataclasses look their module up by it.
+    namespace = vars(sys.modules.setdefault("solution", ModuleType("solution")))
+    # Hints are not evaluated: they decide no answer, and the import that says so cannot stand behind a prompt.
+    flags = annotations.compiler_flag
+    _send(replies, [0, *_attempt(lambda: exec(compile(program, "<solution>", "exec", flags, True), namespace))])
     for line in requests:
         number, arguments = json.loads(line)
         _send(replies, [number, *_attempt(lambda given: namespace[entry_point](*decode(given)), arguments)])
@@ -123,8 +128,10 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def _import_named(program: str) -> None:
-    """Import every importable module whose name occurs in the program; more than needed does no harm."""
-    for word in set(re.findall(r"\w+", program)) & _IMPORTABLE.keys():
+    """Import every importable module whose name occurs in the program; more than needed does no harm. The compiler
+    itself imports one for names beyond ASCII."""
+    words = {*re.findall(r"\w+", program), *(["unicodedata"] if not program.isascii() else [])}
+    for word in words & _IMPORTABLE.keys():
         with contextlib.suppress(ImportError):
             importlib.import_module(_IMPORTABLE[word])
 

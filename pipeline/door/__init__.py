@@ -1,1 +1,1 @@
-"""What people's checkpoints say, before anything expensive: honoured, known as harmless, or refused with a remedy."""
+"""The door: a checkpoint's own words are honoured by what ships, or refused before anything expensive."""

@@ -30,8 +30,10 @@ _KINDS = {"boolean": (bool,), "integer": (int,), "number": (int, float)}
 _REPLY = "A reply, whose end is looked for."
 
 
-def read_generation(folder: Path, entry: ModelConfig, vocab: int) -> Generation:
+def read_generation(folder: Path, entry: ModelConfig, vocab: int, shipped: Path | None = None) -> Generation:
     """What `folder` and the model's entry say about generation, for a vocabulary of `vocab` tokens.
+
+    `shipped` is the folder of the tokenizer that ships, if another.
 
     Raises:
         CheckpointError: a value that onnxruntime-genai cannot honour, an id that is none, or nothing says where the
@@ -47,7 +49,7 @@ def read_generation(folder: Path, entry: ModelConfig, vocab: int) -> Generation:
         known_name(key, sorted(KEYS), "`generation` of the model's entry", "generation_config.json's keys")
     values = {key: value for key, value in (values | entry.generation).items() if value is not None}
     reader = _Reader(values, where, vocab)
-    if not (stops := _stops(reader, folder, entry, config)):
+    if not (stops := _stops(reader, shipped or folder, entry, config)):
         raise CheckpointError(
             f"{folder}: neither generation_config.json nor config.json has an eos_token_id, and neither tokenizer nor "
             f"chat template names an end: generation would never stop. Set `extra_stop_ids` in the model's entry."

@@ -175,19 +175,22 @@ def solve(
     Raises PlanError, with the least that is possible, when none fits.
     """
     for name, limit in limits.items():
-        least = sum(min(getattr(option, name) for option in options) for options in choices)
-        if least > limit:
-            raise PlanError(
-                f"no plan fits: with these formats the matrices take at least {least:,} bytes"
-                f"{_OF[name]}, {max(limit, 0):,} are left for them. Raise the budget by {least - limit:,} "
-                f"or more, or allow fewer bits or larger blocks in `formats` and `tables`."
-            )
+        _require_room(name, limit, sum(min(getattr(option, name) for option in options) for options in choices))
     chosen, bound = _knapsack(choices, limits)
     room = dict(limits)
     while over := _over(chosen, limits):  # by the solver's tolerance, a millionth: kilobytes of gigabytes
         room = {name: most - over.get(name, 0) for name, most in room.items()}
         chosen, _ = _knapsack(choices, room)
     return Solution(_plan(architecture, chosen, kv_cache), sum(option.cost for option in chosen), bound)
+
+
+def _require_room(name: str, limit: int, least: int) -> None:
+    if least > limit:
+        raise PlanError(
+            f"no plan fits: with these formats the matrices take at least {least:,} bytes"
+            f"{_OF[name]}, {max(limit, 0):,} are left for them. Raise the budget by {least - limit:,} "
+            f"or more, or allow fewer bits or larger blocks in `formats` and `tables`."
+        )
 
 
 def _over(chosen: Sequence[Option], limits: Mapping[str, int]) -> dict[str, int]:
@@ -237,11 +240,18 @@ class Bound:
 def bound(
     architecture: Architecture, budget: Budget, limits: Mapping[str, int], context: int, kv_cache: KvCache = "float32"
 ) -> Bound:
-    """The most that a plan within `limits` (as for `solve`) can take, from shapes alone; `context` in tokens."""
+    """The most that a plan within `limits` (as for `solve`) can take, from shapes alone; `context` in tokens.
+
+    Raises PlanError where no plan can fit: hours before `solve` would.
+    """
     matrices, tables = _stored(architecture), len(architecture.tables)
     kinds = [[apply_format(name, matrix) for name in _whole(matrix, budget)] for matrix in matrices]
     largest = [max(item.bytes for item in choices) for choices in kinds]
-    body_bytes = min(sum(largest[tables:]), *(limits[name] for name in ("bytes", "body") if name in limits))
+    for name, limit in limits.items():
+        count = {"memory": weight_memory, "packed": packed_memory}.get(name, _stored_bytes)
+        counted = kinds[tables:] if name == "body" else kinds
+        _require_room(name, limit, sum(min(map(count, choices)) for choices in counted))
+    body_bytes = min([sum(largest[tables:]), *(limits[name] for name in ("bytes", "body") if name in limits)])
     beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in matrices[tables:]}.values())
     beside += _BESIDE_MATRIX * len(matrices)
     beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
@@ -259,6 +269,10 @@ def bound(
     memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
     packed = min(weights, packed)
     return Bound(size, memory, packed, min(size, largest[tables - 1] + body_bytes + beside))
+
+
+def _stored_bytes(planned: PlannedMatrix) -> int:
+    return planned.bytes
 
 
 def _whole(matrix: Matrix, budget: Budget) -> Sequence[str]:

@@ -23,6 +23,8 @@ from pipeline.quantize.formats import Quantized, TensorFormat
 LANES = 32
 # A channel that calibration never excited must not become free to destroy: a floor far below its block's mean.
 _FLOOR = np.float32(1e-3)
+TINIEST = np.float32(2**-24)
+"""The smallest scale that float16 holds."""
 
 
 def nearest(weights: np.ndarray, fmt: TensorFormat) -> Quantized:
@@ -102,7 +104,8 @@ def _search(blocks, shares, top, cell, symmetric, starts, half_step, codes, scal
 
 @compiled(nogil=True)
 def _full_range(w, symmetric, top, unit, middle):
-    """Scale and zero point of the range divided evenly. A block of zeros has scale 1: its codes are its zero point."""
+    """Scale and zero point of the range divided evenly, into steps that float16 holds: where it holds none so short,
+    fewer codes are used. A block of zeros has scale 1: its codes are its zero point."""
     low, high = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for j in range(len(w)):
         for lane in range(LANES):
@@ -118,6 +121,9 @@ def _full_range(w, symmetric, top, unit, middle):
             middle[lane] = np.rint(-low[lane] / unit[lane]) if unit[lane] > 0 else np.float32(0)
         if unit[lane] == 0:
             unit[lane] = np.float32(1)
+        elif abs(unit[lane]) < TINIEST:  # which would be rounded to 0 or to this
+            unit[lane] = np.copysign(TINIEST, unit[lane])
+            middle[lane] = reach if symmetric else min(np.rint(-low[lane] / unit[lane]), top)
 
 
 @compiled(nogil=True)

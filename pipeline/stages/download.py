@@ -24,6 +24,7 @@ def run(model: str) -> None:
     check = partial(check_checkpoint, model, entry)
     lock = fetch_model(model, entry, store, check)
     checkpoint, notes = check(workspace.link(lock, store))
+    checkpoint.require_finite()
     write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(
         f"{model}: {entry.title}, {lock.revision}, licence {lock.licence}: {len(lock.files)} files, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import onnx
 from threadpoolctl import threadpool_limits
 
 from pipeline import keys, machine
+from pipeline.artifact.lost import sentence
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND, Compensated, Search
 from pipeline.artifact.write import write_artifact
@@ -22,6 +24,7 @@ from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.partial import discard, open_partial
+from pipeline.quantize.lost import Lost
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
 
@@ -46,22 +49,31 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         return
     key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
     remove_leftovers(folder)
-    if digests := _intact(folder, key):
+    if record := _intact(folder, key, recipe.lost_max):
         discard(workspace.partial(variant))
-        write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
+        kept = {name: Lost(**lost) for name, lost in record.get("lost", {}).items()}
+        write_json(
+            folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, record["sha256"], kept)
+        )
         print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
         return
     with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
         search = _search(recipe, workspace, stack)
         ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
-        write_artifact(partial, drafted, checkpoint, workspace.export, search, ranges=ranges)
+        lost = write_artifact(
+            partial, drafted, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
+        )
         _make_runnable(partial.folder, workspace, drafted.model_file)
         digests = _digests(partial.folder)
-        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests))
+        write_json(
+            partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests, lost)
+        )
         written = sum((partial.folder / name).stat().st_size for name in drafted.files)
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
         partial.finish(folder)
+    for name, item in lost.items():
+        print(sentence(name, item))
     print(f"{model} {variant}: {written:,} bytes written, as planned")
 
 
@@ -82,8 +94,9 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != PLAN_FILE}
 
 
-def _intact(folder: Path, key: str) -> dict[str, str] | None:
-    """The digests of the artifact in `folder` if `key` decides its bytes and they are all there, else None.
+def _intact(folder: Path, key: str, lost_max: float) -> dict[str, Any] | None:
+    """The record of the artifact in `folder` if `key` decides its bytes, they are all there, and no
+    tensor lost more than `lost_max`, else None.
 
     A tier or a title that was edited changes no byte, and a run killed after its last byte need not begin again.
     """
@@ -91,7 +104,8 @@ def _intact(folder: Path, key: str) -> dict[str, str] | None:
         record = read_json(folder / PLAN_FILE)
     except (OSError, ValueError):
         return None
-    return record["sha256"] if record.get("key") == key and record["sha256"] == _digests(folder) else None
+    accepted = all(lost["share"] <= lost_max for lost in record.get("lost", {}).values())
+    return record if accepted and record.get("key") == key and record["sha256"] == _digests(folder) else None
 
 
 def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
@@ -149,8 +163,11 @@ def describe(planned: Planned, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str]) -> dict[str, Any]:
-    """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file."""
+def plan_record(
+    planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str], lost: Mapping[str, Lost]
+) -> dict[str, Any]:
+    """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file; `lost`: what
+    float16 lost, by tensor."""
     drafted, solution = planned.draft, planned.solution
     record: dict[str, Any] = {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
@@ -171,4 +188,6 @@ def plan_record(planned: Planned, recipe: Recipe, parameters: int, key: str, dig
     if solution:  # rules do not depend on the context, so an edited one must not change their plan
         record |= {"predicted_nats": solution.cost, "least_possible_nats": solution.bound}
         record["memory"] = planned.memory.record() | {"context": planned.context}
+    if lost:
+        record["lost"] = {name: item._asdict() for name, item in lost.items()}
     return record

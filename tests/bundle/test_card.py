@@ -49,6 +49,11 @@ def test_the_text_tells_figures_limits_and_how_to_verify() -> None:
     assert "| w4b64a | 2 | 15 |" in text
 
 
+def test_the_text_tells_what_an_app_must_know_of_the_tokenizer() -> None:
+    note = "An app must compose text to NFC\nbefore it encodes it."
+    assert "- An app must compose text to NFC before it encodes it." in read(notes=(note,)).text
+
+
 def test_the_base_is_named_where_it_is_known() -> None:
     known, unknown = read().data, read(base_model=None).data
     assert (known.base_model, known["base_model_relation"]) == ("owner/demo", "quantized")

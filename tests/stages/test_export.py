@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime_genai as genai
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from pipeline.calibrate.texts import encoder
+from pipeline.checkpoint.blobs import Store
+from pipeline.checkpoint.complete import TOKENIZER_FILES
+from pipeline.errors import CheckpointError
+from pipeline.runtime.chat import read_template
 from pipeline.stages import download, export
 from pipeline.workspace import Workspace
 from tests import tiny
@@ -52,3 +61,65 @@ def test_files_of_an_earlier_source_do_not_stay(workspace: Workspace) -> None:
     files = _build(workspace)
     assert "generation_config.json" not in files
     assert b"7" not in files["genai_config.json"].split(b'"eos_token_id"')[1].split(b"]")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.nan, np.float32),
+        ("model.embed_tokens.weight", -np.inf, np.float32),
+        ("model.norm.weight", np.inf, np.float16),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_at_download(
+    name: str, value: float, dtype: type, workspace: Workspace
+) -> None:
+    """Else calibration would say, hours later, that activations overflow, and name no tensor."""
+    path = Path("checkpoint/model.safetensors")
+    tensors = {key: values.astype(dtype) for key, values in load_file(path).items()}
+    damaged = {key: values.copy() for key, values in tensors.items()}
+    damaged[name].reshape(-1)[-1] = value
+    save_file(damaged, path)
+    with pytest.raises(CheckpointError, match=rf"'{name}' in .*: 1 of [\d,]+ values are NaN or infinite, the first at"):
+        download.run(tiny.MODEL)
+    assert not workspace.lock.exists()
+    path.unlink()
+    save_file(tensors, path)
+    _build(workspace)
+
+
+def test_all_that_is_measured_reads_the_tokenizer_that_ships(workspace: Workspace) -> None:
+    """The reference folder has the export's tokenizer files, and no other of the checkpoint's beside them."""
+    checkpoint = Path("checkpoint")
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    content["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0,
+        "pad_token": "<|im_end|>",
+    }  # fmt: skip
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content))
+    (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }}\n{% endfor %}")
+    (checkpoint / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    files = _build(workspace)
+    assert json.loads(files["tokenizer.json"]) == {**content, "normalizer": None, "padding": None}
+    assert "must compose text to NFC" in files["tokenizer_notes.json"].decode()
+    reference = workspace.reference(Store())
+    assert {name for name in TOKENIZER_FILES if (reference / name).exists()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (reference / "tokenizer.json").read_bytes() == files["tokenizer.json"]
+    phone = genai.Tokenizer(str(workspace.export))
+    text = "Tie\u0302\u0301ng"
+    assert encoder(reference)(text) == phone.encode(text).tolist()
+    assert read_template(reference)("a", "b") == "a\nb\n"
+
+
+def test_a_tokenizer_that_cannot_ship_is_refused_by_download(workspace: Workspace) -> None:
+    path = Path("checkpoint/tokenizer.json")
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="does not honour the normalizer Lowercase"):
+        download.run(tiny.MODEL)
+    assert not workspace.lock.exists()

@@ -312,6 +312,80 @@ def test_one_process_at_a_time(workspace: Workspace, computed: list[str]) -> Non
     assert not workspace.artifact("q4").exists()
 
 
+# --- numbers that vanish ---------------------------------------------------------------------------------------------
+
+UP, TABLE = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+
+
+def odd_source(change: Callable[[dict[str, np.ndarray]], object], *stages: Callable[[str], object]) -> None:
+    """Other weights of the tiny model, and what comes before quantize."""
+    shutil.copytree("checkpoint", "odd")
+    tensors = load_file("odd/model.safetensors")
+    change(tensors)
+    Path("odd/model.safetensors").unlink()
+    save_file(tensors, "odd/model.safetensors")
+    tiny.edit(Path(f"configs/models/{tiny.MODEL}.yaml"), source={"kind": "local", "path": "odd"})
+    for stage in stages or (download.run, export.run, calibrate.run):
+        stage(tiny.MODEL)
+
+
+def edit_recipe(variant: str, **changes: Any) -> None:
+    path = Path(f"configs/recipes/{variant}.yaml")
+    text = yaml.safe_load(path.read_text())
+    path.unlink()  # a hard link of the template's
+    path.write_text(yaml.safe_dump(text | changes))
+
+
+@pytest.mark.parametrize("variant", ["q4", "q4_k_m", "q3"])
+def test_a_tensor_that_vanishes_is_refused_until_that_is_accepted(
+    variant: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd_source(lambda tensors: tensors[UP].__imul__(np.float32(1e-9)))
+    with pytest.raises(PipelineError, match=rf"'{UP}' as .*become zero.*100\.00% of the tensor's energy") as caught:
+        quantize.run(tiny.MODEL, variant)
+    assert not workspace.artifact(variant).exists()
+    (asked,) = re.findall(r"`lost_max: ([\d.e-]+)`", str(caught.value))
+    edit_recipe(variant, lost_max=float(asked))
+    capsys.readouterr()
+    quantize.run(tiny.MODEL, variant)
+    assert re.search(rf"^  {UP}: [\d,]+ of [\d,]+ blocks become zero, with", capsys.readouterr().out, re.MULTILINE)
+    lost = read_json(workspace.artifact(variant) / quantize.PLAN_FILE)["lost"]
+    assert lost.keys() == {UP} and lost[UP]["share"] == 1.0
+    edit_recipe(variant, lost_max=0.5)
+    with pytest.raises(PipelineError, match=r"50\.00% may vanish"):
+        quantize.run(tiny.MODEL, variant)
+
+
+def test_a_few_rows_that_vanish_are_recorded_whoever_wrote_them(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd_source(lambda tensors: tensors[TABLE][-3:].__imul__(np.float32(1e-9)))
+    begin()
+    quantize.run(tiny.MODEL, "q4")
+    told = capsys.readouterr().out
+    assert f"  {TABLE}: " in told and "blocks become zero" in told
+    written = contents(workspace.artifact("q4"))
+    (lost,) = read_json(workspace.artifact("q4") / quantize.PLAN_FILE)["lost"].values()
+    assert 0 < lost["vanished"] < lost["blocks"] and lost["weights"] == 3 * 128 and lost["share"] < 1e-15
+    quantize.run(tiny.MODEL, "q4")
+    assert "written before" in capsys.readouterr().out
+    assert contents(workspace.artifact("q4")) == written == whole(workspace)
+
+
+def test_a_weight_beyond_float16_is_refused_until_it_gets_more_bits(workspace: Workspace) -> None:
+    odd_source(lambda tensors: tensors[UP].__setitem__((3, 5), np.float32(3e6)))
+    with pytest.raises(
+        PipelineError, match=rf"'{UP}' as .*exceeds float16's 65,504 \(largest weight 3e\+06\)"
+    ) as caught:
+        quantize.run(tiny.MODEL, "q4")
+    assert not workspace.artifact("q4").exists()
+    ((role, fmt),) = re.findall(r"give (\S+) the format (\S+) in the recipe", str(caught.value))
+    recipe = yaml.safe_load(Path("configs/recipes/q4.yaml").read_text())
+    edit_recipe("q4", body=[{"roles": [role], "format": fmt}, *recipe["body"]])
+    quantize.run(tiny.MODEL, "q4")
+    assert "lost" not in read_json(workspace.artifact("q4") / quantize.PLAN_FILE)
+
+
 # --- error compensation ----------------------------------------------------------------------------------------------
 
 

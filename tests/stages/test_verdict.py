@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pipeline.errors import ConfigError, EvaluationError
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, sha256_of, write_json
+from pipeline.runtime.session import runtimes
 from pipeline.stages import verdict
 from pipeline.workspace import PLAN_FILE, REFERENCE, Workspace
 from tests import tiny
@@ -66,3 +67,25 @@ def test_talking_models_and_real_ones_are_judged_by_classes_of_their_own(
 def test_without_measurements_the_verdict_is_an_error(workspace: Workspace) -> None:
     judge(workspace, {"size": {"parameters": 500_000}})
     assert read_json(workspace.verdict("q4"))["verdict"] == "ERROR"
+
+
+def test_measurements_of_another_plan_or_runtime_are_no_evidence_until_measured_again(workspace: Workspace) -> None:
+    own = runtimes() | {"plan_sha256": sha256_of(workspace.artifact("q4") / PLAN_FILE)}
+
+    def evidence(variant: dict[str, str], reference: dict[str, str]) -> list[str]:
+        write_json(workspace.metrics(REFERENCE), {"identity": reference})
+        judge(workspace, {"size": {"parameters": 500_000}, "identity": variant})
+        found = read_json(workspace.verdict("q4"))
+        assert found["verdict"] == "ERROR"  # nothing else was measured here
+        return [line["note"] for line in found["lines"] if line["name"] == "evidence"]
+
+    assert evidence(own, runtimes()) == []
+    for name, installed in runtimes().items():
+        other = {name: "0.1"}
+        for whose, pair in {"variant": (own | other, runtimes()), "reference": (own, runtimes() | other)}.items():
+            (note,) = evidence(*pair)
+            assert f"the {whose} was measured in {name} 0.1, installed is {installed}" in note
+    write_json(workspace.artifact("q4") / PLAN_FILE, {"another": "plan"})
+    (note,) = evidence(own, runtimes())
+    assert "run `python -m pipeline validate` for this variant" in note
+    assert evidence(own | {"plan_sha256": sha256_of(workspace.artifact("q4") / PLAN_FILE)}, runtimes()) == []

@@ -80,6 +80,13 @@ def test_an_open_bracket_does_not_hide_the_next_definition() -> None:
     assert extract_completion("\n    return max((x,\n\ndef more(): pass") == "    return max((x,\n"
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_other_line_ends_are_line_ends(end: str) -> None:
+    text = "\n    # the sum\n    return x + y\n\nprint(1)\n".replace("\n", end)
+    assert extract_completion(text) == "    # the sum\n    return x + y\n"
+    assert should_stop(text) and not should_stop(text.partition("print")[0])
+
+
 def test_continuation_without_a_newline_and_empty_one() -> None:
     assert extract_completion("    return x + y") == "    return x + y\n"
     assert extract_completion("") == "\n"
