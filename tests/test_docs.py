@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.documented import PAGES, QUIET, blocks
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 _PATH = re.compile(r"`((?:pipeline|configs|tests|benchmarks|docs|verifiers|\.github)/[\w./-]*)`")
 
 
@@ -37,3 +37,8 @@ def test_the_first_page_is_one_page() -> None:
     assert text.count("\n") <= 140
     prose = [line for line in text.splitlines() if not line.startswith("|")]
     assert len(" ".join(prose).split()) <= 1_150
+
+
+def test_every_block_says_whether_a_test_runs_it() -> None:
+    known = re.compile(rf"sh (run|long|shown: .+)|{'|'.join(sorted(QUIET))}")
+    assert [f"{block.place}: ```{block.mark}" for block in blocks() if not known.fullmatch(block.mark)] == []
