@@ -1,7 +1,7 @@
 """The blocks of README and docs, as their fences mark them: what a test runs, and what is only shown, with the reason.
 
-A fence of shell says `sh run` (seconds), `sh long` (minutes) or `sh shown: REASON`. Commands of a page run in its order, in
-a copied tree with a tiny model in SmolLM2's place.
+A fence of shell says `sh run` (seconds), `sh long` (minutes) or `sh shown: REASON`. Commands of a page run in its
+order, in a copied tree with a tiny model in SmolLM2's place.
 """
 
 from __future__ import annotations

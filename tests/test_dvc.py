@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pipeline.bundle.keys import key_id, public_pem
 from tests import tiny
 from tests.conftest import ROOT
+from tests.documented import blocks
 
 MODEL_STAGES = {"download", "export", "calibrate", "sensitivity", "parity", "reference", "tiers", "packs"}
 QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
@@ -610,3 +611,44 @@ def test_a_tag_becomes_published_bundles_and_the_same_bytes_again(
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert "artifacts/bundles/tiny/q4/model.sig" in ours
+
+
+# --- documentation is executed ----------------------------------------------------------------------------------------
+
+
+def walk(project: Project, *marks: str) -> None:
+    """Run the documents' shell blocks of these marks as written, in the order of the pages.
+
+    The tiny model stands in SmolLM2's place, and /tmp for a folder of the test's own. After each page the configuration
+    is what was committed.
+    """
+    environment, scratch = project.folder / ".venv", project.folder.parent / "tmp"
+    if not environment.exists():
+        assert (Path(sys.prefix) / ".ready").exists(), "the tests run in the environment that `make` made"
+        environment.symlink_to(sys.prefix)
+    for path in (*project.folder.glob("*.txt"), *project.folder.glob("pipeline/keys/dvc_hook/*")):
+        os.utime(path, (0, 0))  # else `make` would install the environment again
+    scratch.mkdir(exist_ok=True)
+    for page, found in groupby(blocks(), lambda block: block.page):
+        for block in found:
+            if block.mark in marks:
+                text = block.text.replace("smollm2-135m", tiny.MODEL).replace("/tmp/", f"{scratch}/")
+                command = ["bash", "-euo", "pipefail", "-c", f"source .venv/bin/activate\n{text}"]
+                done = subprocess.run(
+                    command, cwd=project.folder, env=project.environment, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, f"{block.place}:\n{block.text}\n{done.stdout[-3000:]}"
+            elif block.mark.startswith("sh shown"):
+                print(f"{block.place} is not run: {block.mark.partition(': ')[2]}")
+        project.git("checkout", "-q", "--", "configs")
+        assert not project.git("status", "--short", "--", "configs"), f"{page} leaves other configurations behind"
+
+
+def test_the_documented_commands_run_as_written(project: Project, built: str, undo: None) -> None:
+    walk(project, "sh run")
+
+
+@pytest.mark.long
+def test_the_documented_commands_of_minutes_run_as_written(project: Project, built: str, undo: None) -> None:
+    walk(project, "sh long")
