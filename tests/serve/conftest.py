@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ CONTEXT = 192
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The full-precision graph, weights, tokenizer and genai_config.json. Never changed by a test."""
     folder = tmp_path_factory.mktemp("talking")
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +37,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         export.run(tiny.MODEL)
         reference = Workspace(tiny.MODEL).reference(Store())
         # The folder is links into the store: a test that wrote to one would damage it.
-        yield Path(shutil.copytree(reference, folder / "model"))
+        shutil.copytree(reference, folder / "model")
+    return folder / "model"
 
 
 @dataclass(frozen=True)
