@@ -392,17 +392,14 @@ def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) ->
 def test_a_recipe_put_back_computes_nothing_again(project: Project) -> None:
     """Though another artifact lies in its place, which no cache has."""
     kept = project.artifact("tiny/variants/q4/plan.json").read_bytes()
-    edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w4b32s"))
-    assert set(ran(project.dvc("repro", "verdict@tiny-q4"))) == {
-        "quantize@tiny-q4",
-        "validate@tiny-q4",
-        "verdict@tiny-q4",
-    }
+    edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w4b64s"))
+    stages = [f"{stage}@tiny-q4" for stage in ("quantize", "validate", "verdict")]
+    assert ran(project.dvc("repro", stages[-1])) == stages
     project.artifact("tiny/variants/q4/plan.json").unlink()
     edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w6b64a"))
     output = project.dvc("repro")
     assert ran(output) == []
-    assert output.count("is cached - skipping run") >= 3
+    assert re.findall(r"^Stage '(.+)' is cached - skipping run", output, re.MULTILINE) == stages
     assert project.artifact("tiny/variants/q4/plan.json").read_bytes() == kept
     assert project.status() == set()
 
