@@ -19,12 +19,12 @@ from pipeline import keys
 from pipeline.bundle.bom import PIPELINE
 from pipeline.bundle.dossier import origin, pypi
 from pipeline.bundle.provenance import Material
-from pipeline.bundle.release import git
 from pipeline.checkpoint.lock import SourceLock
 from pipeline.config.models import load_pipeline
 from pipeline.config.recipes import load_recipe
 from pipeline.config.typed_yaml import read
 from pipeline.errors import BundleError, ConfigError
+from pipeline.keys.commit import git
 from pipeline.workspace import Workspace
 
 LOCK = Path("dvc.lock")

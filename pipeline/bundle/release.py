@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +32,7 @@ from pipeline.config.recipes import KvCache
 from pipeline.config.signing import SigningConfig
 from pipeline.config.typed_yaml import Name, Sha256
 from pipeline.errors import BundleError
+from pipeline.keys.commit import git
 
 CONTENT = "content"
 SIGNATURE = "model.sig"
@@ -212,13 +211,6 @@ def parse(kind: type[Model], raw: bytes) -> Model:
         reason = problems(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(reason.encode("ascii", "backslashreplace").decode()) from None
     return value
-
-
-def git(*arguments: str) -> str:
-    """What a command of git prints about the working tree; nothing outside a repository, and where git is missing."""
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def build_time() -> datetime:

@@ -9,6 +9,7 @@ from pipeline.config.signing import load_released, load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
 from pipeline.errors import ConfigError
 from pipeline.judge.policy import gate_row, load_gates
+from pipeline.keys.commit import require_committed
 from pipeline.tasks.registry import load_suite
 
 
@@ -17,6 +18,7 @@ def check_all() -> None:
     the first stage that runs, whichever that is."""
     pipeline = load_pipeline()
     require_suite()
+    require_committed(load_signing())
     for model in pipeline.models:
         for variant in pipeline.variants:
             gate_row(model, variant)

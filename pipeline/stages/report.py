@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from pipeline.bundle.release import CONTENT, git
+from pipeline.bundle.release import CONTENT
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.files import read_json
 from pipeline.judge.verdicts import read_verdict
+from pipeline.keys.commit import git, uncommitted
 from pipeline.report.rows import Report, Row, build
 from pipeline.report.terminal import show
 from pipeline.report.write import write
@@ -42,9 +43,8 @@ def _about(suite: str) -> dict[str, str]:
     release of it would be."""
     signing, asked = load_signing(), [task.asks(part) for task, part in load_suite(suite).by_task()]
     head = git("log", "-1", "--format=%H of %cI") or "unknown: not a git repository"
-    changed = git("status", "--porcelain", "--", "configs", "pipeline")
     return {
-        "commit": head + ", with uncommitted changes" * bool(changed),
+        "commit": head + ", with uncommitted changes" * bool(uncommitted()),
         "suite": f"{suite}: {', '.join(filter(None, asked))}",
         "release": f"number {signing.release}, channel {signing.channel}, signing key {signing.key_id}",
     }

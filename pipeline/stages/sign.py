@@ -11,6 +11,7 @@ from pipeline.bundle.signing import sign
 from pipeline.bundle.verify import Report, verify
 from pipeline.config.signing import SigningConfig, load_signing
 from pipeline.errors import BundleError
+from pipeline.keys.commit import require_committed
 from pipeline.workspace import Workspace, public_key_path
 
 
@@ -24,7 +25,8 @@ def run(model: str, variant: str) -> None:
 
 def sign_folder(folder: Path, signing: SigningConfig, check: Callable[..., Report], **wanted: str) -> KeyIdentity:
     """Sign the content of a bundle or of tiers.json, keep the public half of the key for `verify`, and check it as
-    `wanted`. Raises BundleError for what does not verify."""
+    `wanted`. Raises BundleError for what does not verify, ConfigError as `require_committed`."""
+    require_committed(signing)
     key = load_signer(signing)
     public = public_key_path(key.identity.id)
     export_public_key(key, public)

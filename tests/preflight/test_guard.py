@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.signing import load_signing
 from pipeline.errors import ConfigError, PlanError
-from pipeline.preflight import guard, machine, new_recipe
+from pipeline.preflight import configuration, guard, machine, new_recipe
+from pipeline.stages import sign
 from tests import tiny
 
 
@@ -48,3 +50,24 @@ def test_a_budget_that_nothing_fits_is_known_before_its_sensitivities_are_measur
     new_recipe.run("mine", "q4", 900_000, None)
     with pytest.raises(AssertionError, match="ran with"):
         guard.guarded("export", never, tiny.MODEL)
+
+
+def test_a_release_is_not_made_of_an_uncommitted_tree_and_the_remedy_works(project: Path) -> None:
+    """A file that decides results differs from the commit; metrics, dvc.lock and outputs do not count."""
+    tiny.edit(project / "configs/signing.yaml", channel="release", key_id="0" * 64)
+    tiny.commit(project, "start", init=True)
+    for name in ("dvc.lock", "artifacts/metrics/tiny/q4.json"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("{}")
+    configuration.check_all()
+    tiny.edit(project / "configs/recipes/q4.yaml", search="weighted")
+    for stage in ("quantize", "calibrate"):
+        with pytest.raises(ConfigError, match=r"1 files .* differ .*, the first is configs/recipes/q4\.yaml"):
+            guard.guarded(stage, never, tiny.MODEL)
+    with pytest.raises(ConfigError, match="differ from the commit"):
+        sign.sign_folder(project, load_signing(), never)
+    tiny.edit(project / "configs/signing.yaml", channel="development")
+    configuration.check_all()
+    tiny.edit(project / "configs/signing.yaml", channel="release")
+    tiny.commit(project, "tuned")
+    configuration.check_all()
