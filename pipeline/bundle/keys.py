@@ -78,8 +78,15 @@ def load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
 
 
 def load_public_keys(paths: Path | Sequence[Path]) -> list[ec.EllipticCurvePublicKey]:
-    """The key of each PEM file: one, or the current and the next of a rotation. Raises BundleError as for one."""
-    return [load_public_key(path) for path in ([paths] if isinstance(paths, Path) else paths)]
+    """The key of each PEM file: one, or the current and the next of a rotation; of a folder, of each in it. Raises
+    BundleError as for one, and for a folder without any."""
+    found: list[ec.EllipticCurvePublicKey] = []
+    for path in [paths] if isinstance(paths, Path) else paths:
+        files = sorted(path.glob("*.pem")) if path.is_dir() else [path]
+        if not files:
+            raise BundleError(f"{path} holds no public key, which ends in .pem. Name a key, or a folder of keys.")
+        found += map(load_public_key, files)
+    return found
 
 
 def _require_p256(key: Any, where: str) -> Any:

@@ -448,6 +448,20 @@ def test_either_of_two_pinned_keys_may_sign(
         check(rotated, [])
 
 
+def test_a_folder_of_keys_trusts_each_of_them(
+    good_bundle: Path, public_key: Path, stranger: Any, tmp_path: Path
+) -> None:
+    """`artifacts/keys/*.pem` in a shell is an error once there is a second key."""
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    with pytest.raises(BundleError, match="holds no public key"):
+        check(good_bundle, folder)
+    (folder / "stranger.pem").write_bytes(public_pem(stranger.private.public_key()))
+    assert not check(good_bundle, folder).ok
+    shutil.copy(public_key, folder / "ours.pem")
+    assert check(good_bundle, folder).ok
+
+
 def test_the_next_key_is_announced(maker: Any, stranger: Any, public_key: Path, tmp_path: Path) -> None:
     signing = maker.config.model_copy(update={"next_key_id": stranger.key.identity.id})
     report = check(maker.bundle(tmp_path / "made", signing=signing), public_key)
