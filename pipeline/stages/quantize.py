@@ -137,14 +137,16 @@ def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
 
 
 def describe(planned: Planned, parameters: int) -> str:
-    """The plan for people: formats by role with their bytes, the parts and the exact total, memory, the budget."""
+    """The plan for people: formats by role with their bytes, those with the most first, the parts and the exact total, memory, the budget."""
     drafted, memory = planned.draft, planned.memory
     rows: dict[tuple[str, str], list[int]] = {}
     for item in drafted.plan.tables:
         role = "embedding and head" if drafted.plan.tied and item is drafted.plan.head else item.matrix.role
         rows.setdefault((role, item.formats), []).append(item.bytes)
     lines = [f"{drafted.model_file}: the plan"]
-    for (role, formats), sizes in rows.items():
+    roles = list(dict.fromkeys(role for role, _ in rows))
+    for role, formats in sorted(rows, key=lambda row: (roles.index(row[0]), -sum(rows[row]))):
+        sizes = rows[role, formats]
         lines.append(f"  {role:<19} {formats:<24} × {len(sizes):<3} {sum(sizes):>15,} bytes")
     lines.append(
         f"  {drafted.bytes:,} bytes in {len(drafted.layout.parts)} part(s) and the graph: "
