@@ -137,7 +137,7 @@ def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
 
 
 def describe(planned: Planned, parameters: int) -> str:
-    """The plan for people: formats by role with their bytes, the largest first; parts and exact total, memory, budget."""
+    """The plan for people: formats by role with their bytes, the largest first; parts, exact total, memory, budget."""
     drafted, memory = planned.draft, planned.memory
     rows: dict[tuple[str, str], list[int]] = {}
     for item in drafted.plan.tables:
