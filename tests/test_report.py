@@ -355,6 +355,27 @@ def test_answers_are_those_that_were_measured(tmp_path: Path) -> None:
     assert samples.read(tmp_path / "absent", {}) == {}
 
 
+def test_verdicts_come_first_on_narrow_screens(report_rows: list[Row]) -> None:
+    model = build(report_rows, ["smollm2-135m"], VARIANTS).models[0]
+    assert [row[1][0] for row in cells.table(model)[:2]] == ["verdict", cells.DASH]
+    assert cells.GATE_COLUMNS[1] == "verdict"
+
+
+def test_what_several_lines_say_is_said_once(report_rows: list[Row]) -> None:
+    """A reference that solves nothing is said too."""
+    verdict = report_rows[1].verdict
+    assert verdict
+    found = "; ".join(cells.decided(verdict))
+    assert found.count("do not decide") == 1 and found.count("limit") > 2
+    unsolved = [
+        dataclasses.replace(row, answers={"HumanEval/0#0": row.answers["HumanEval/0#0"]})
+        for row in advised(report_rows, {})
+    ]
+    sample = samples.choose(build(unsolved, ["smollm2-135m"], VARIANTS).models[0])
+    assert sample
+    assert sample.title == "HumanEval/0, the first problem of 1: the reference solves none"
+
+
 class _Page(HTMLParser):
     """Collects what a browser would fetch, and the cells of the first table."""
 
@@ -382,7 +403,8 @@ def test_files(report_rows: list[Row], tmp_path: Path) -> None:
     parser = _Page()
     parser.feed(html)
     assert parser.open == []
-    assert parser.fetched and all(value.startswith("data:image/png;base64,") for value in parser.fetched)
+    assert len(set(parser.fetched)) == 4  # dark and light, for a desk and for a phone
+    assert all(value.startswith("data:image/png;base64,") for value in parser.fetched)
     assert not re.search(r"https?://|@import|url\(|<(script|link|iframe)", html)
     assert "&lt;script&gt;" in html and "&lt;b&gt;abc" in html
     for fact in ("sha256 " + "a" * 64, "under-1b/q4 of configs/gates.yaml", "What these figures do not say"):

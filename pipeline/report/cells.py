@@ -79,15 +79,15 @@ def gate_cells(line: GateLine) -> list[str]:
 
 
 def decided(verdict: Verdict) -> list[str]:
-    """The lines that made a verdict what it is, in words; what they have to say is said once."""
-    deciding = [line for line in verdict.lines if line.verdict == verdict.verdict]
-    return [*map(_figures, deciding), *dict.fromkeys(line.note for line in deciding if line.note)]
-
-
-def _figures(line: GateLine) -> str:
-    title, _, _, estimate, interval, limit, _ = gate_cells(line)
-    known = [estimate] * (estimate != DASH) + [f"({interval})"] * (interval != DASH)
-    return " ".join([title, *known]) + f", limit {limit}" * (limit != DASH)
+    """The lines that made a verdict what it is, in words; what several of them have to say is said once."""
+    found, said = [], {""}
+    for line in (line for line in verdict.lines if line.verdict == verdict.verdict):
+        title, _, _, estimate, interval, limit, _ = gate_cells(line)
+        text = title + f" {estimate}" * (estimate != DASH) + f" ({interval})" * (interval != DASH)
+        text += f", limit {limit}" * (limit != DASH) + f": {line.note}" * (line.note not in said)
+        found.append(text)
+        said.add(line.note)
+    return found
 
 
 def reasons(row: Row) -> list[str]:

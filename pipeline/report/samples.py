@@ -45,17 +45,18 @@ class Sample:
 def choose(model: ModelReport) -> Sample | None:
     """The first problem that all rows with answers have and the reference solves, or else the first of all."""
     answered = {row.variant: row.answers for row in model.rows if row.answers}
-    names = [name for name in model.reference.answers if all(name in answers for answers in answered.values())]
-    if not names:
+    shared = set[str].intersection(*map(set, answered.values())) if answered else set()
+    asked = {name: own for name, own in model.reference.answers.items() if name in shared}
+    if not asked:
         return None
-    solved = [name for name in names if model.reference.answers[name].correct]
-    name, which = (solved[0], "the reference solves") if solved else (names[0], "was asked")
+    solved = [name for name, own in asked.items() if own.correct]
+    name = [*solved, *asked][0]
+    which = "that the reference solves" if solved else f"of {len(asked)}: the reference solves none"
     answers = {
         variant: (shown(own[name].text), "passed" if own[name].correct else f"failed: {shown(own[name].reason)}")
         for variant, own in answered.items()
     }
-    title = f"{name.split('#')[0]}, the first problem that {which}"
-    return Sample(title, shown(model.reference.answers[name].prompt), answers)
+    return Sample(f"{name.split('#')[0]}, the first problem {which}", shown(asked[name].prompt), answers)
 
 
 def shown(text: str) -> str:
