@@ -310,7 +310,9 @@ def test_the_advice_is_that_of_tiers_json(report_rows: list[Row]) -> None:
     tiers = load_tiers()
     model = build(advised(large, JUDGED), ["smollm2-135m"], VARIANTS).models[0]
     candidates = [measured_candidate(row.variant, row.metrics, JUDGED[row.variant]) for row in model.variants]
-    told = {name: row[1] for row in advice.advise(model).phones for name in row[0].split(", ")}
+    found = advice.advise(model)
+    told = {name: row[1] for row in found.phones for name in row[0].split(", ")}
+    assert re.fullmatch(r"ship (q\S+ to \d, )+nothing to \d of 10 classes of phones", found.headline)
     decisions = assign(tiers, candidates)
     assert told == {
         name: decision.variant if decision.decision == "bundle" else advice.NOTHING
@@ -322,7 +324,7 @@ def test_the_advice_is_that_of_tiers_json(report_rows: list[Row]) -> None:
 def test_what_passed_and_fits_nowhere_says_so(report_rows: list[Row]) -> None:
     huge = [dataclasses.replace(row, metrics={**row.metrics, "speed": _speed(9, 10**12)}) for row in report_rows]
     found = advice.advise(build(advised(huge, JUDGED), ["smollm2-135m"], VARIANTS).models[0])
-    assert found.headline == "ship nothing"
+    assert found.headline == "ship nothing to all 10 classes of phones"
     assert found.others["q4"][0].startswith("fits nowhere: ")
     failed = advised(report_rows, dict.fromkeys(VARIANTS, "FAIL"))
     found = advice.advise(build(failed, ["smollm2-135m"], VARIANTS).models[0])

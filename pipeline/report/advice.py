@@ -17,7 +17,7 @@ from pipeline.report.phones import gigabytes
 from pipeline.report.rows import ModelReport, Row
 from pipeline.tasks.task import nats
 
-COLUMNS = ("phones", "get", "and run it with", "peak memory")
+COLUMNS = ("phones", "get", "how", "peak memory")
 NOTHING = "nothing"
 
 
@@ -50,7 +50,7 @@ def advise(model: ModelReport) -> Advice:
     shipped = {name: one.chosen.candidate for name, one in decisions.items() if one.chosen}
     rest = [row for row in model.variants if row.variant not in {one.variant for one in shipped.values()}]
     return Advice(
-        _headline(shipped, len(decisions)),
+        _headline([shipped[name].variant if name in shipped else NOTHING for name in decisions]),
         [(", ".join(names), *answer) for answer, names in groups.items()],
         {row.variant: _why_not(row, candidates.get(row.variant), shipped, tiers) for row in rest},
     )
@@ -63,14 +63,13 @@ def _candidate(row: Row) -> Candidate | None:
         return None
 
 
-def _headline(shipped: Mapping[str, Candidate], classes: int) -> str:
-    held = Counter(candidate.variant for candidate in shipped.values())
-    if not held:
-        return "ship nothing"
-    if [*held.values()] == [classes]:
-        return f"ship {next(iter(held))} to all {classes} classes of phones"
-    parts = ", ".join(f"{variant} to {count}" for variant, count in held.items())
-    return f"ship {parts} of {classes} classes of phones"
+def _headline(got: Sequence[str]) -> str:
+    """The whole advice in a sentence, from what each class gets."""
+    counts = Counter(sorted(got, key=lambda name: name == NOTHING))
+    if len(counts) == 1:
+        return f"ship {got[0]} to all {len(got)} classes of phones"
+    parts = ", ".join(f"{variant} to {count}" for variant, count in counts.items())
+    return f"ship {parts} of {len(got)} classes of phones"
 
 
 def _answer(name: str, decision: Decision, tiers: TiersConfig) -> tuple[str, str, str]:
