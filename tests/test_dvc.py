@@ -455,7 +455,7 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
             {"calibrate@tiny"} | bundles(),  # what calibrate writes then makes quantize stale
         ),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"} | bundles()),
-        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, *BUNDLE, "tiers@tiny"}),
+        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, *BUNDLE, "tiers@tiny", "report"}),
         (
             "evaluation/seconds.yaml",
             lambda suite: suite["mmlu"].update(questions=58),

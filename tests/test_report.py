@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.bundle.tiers import assign
+from pipeline.config.phones import load_tiers
 from pipeline.errors import EvaluationError
 from pipeline.judge.gates import Policy, decide
+from pipeline.judge.measured import measured_candidate
 from pipeline.judge.policy import load_gates
-from pipeline.report import cells, plot, rows
+from pipeline.report import advice, cells, plot, rows, samples
 from pipeline.report.rows import REFERENCE, Row
 from pipeline.report.terminal import show
 from pipeline.report.write import write
@@ -55,6 +58,8 @@ def _speed(rate: float, peak: int) -> dict[str, Any]:
         "prompt_tokens": 128,
         "peak_memory_bytes": peak,
         "peak_private_bytes": peak - 40_000_000,
+        "load_peak_private_bytes": peak - 60_000_000,
+        "load_peak_mapped_bytes": 9_000_000,
     }
 
 
@@ -86,7 +91,13 @@ def sample(
         kl = rng.lognormal(-0.5, 1.0, 3000) * divergence * rng.normal(1, 0.08, windows.max() + 1)[windows]
         metrics = {
             "identity": _identity(plan_sha256="a" * 64),
-            "size": {"bytes_on_disk": size * scale, "bits_per_weight": bits, "parameters": 134_515_008 * scale},
+            "size": {
+                "bytes_on_disk": size * scale,
+                "bits_per_weight": bits,
+                "parameters": 134_515_008 * scale,
+                "prompt_token_bytes": 30_000,
+                "kv_cache": {"type": "float32", "bytes_per_token": 46_080},
+            },
             "divergence": statistics.summarise_divergence(
                 kl, rng.random(3000) < agreement, base - rng.normal(divergence / 2, 0.5, 3000), base, windows
             ),
@@ -239,10 +250,132 @@ def test_the_widest_figures_fit_too() -> None:
 def test_unmeasured_figures_are_dashes_not_zeros(report_rows: list[Row]) -> None:
     bare = [dataclasses.replace(row, metrics={"size": row.metrics["size"]}) for row in report_rows]
     report = build(bare, ["smollm2-135m"], VARIANTS)
-    table = _shown(report).split("gates of")[0]
+    table = _shown(report).split("smollm2-135m\n")[1].split("gates of")[0]
     assert "–" in table and " 0.0" not in table
     assert rows.pareto_points(report) == []
     assert plot.render(report)
+
+
+PROMPT = 'def one() -> int:\n    """One, <b>not</b> two."""\n'
+
+
+def advised(found: list[Row], verdicts: dict[str, str]) -> list[Row]:
+    """Rows with other verdicts, each said by the line of the mean KL, and with answers to two problems."""
+    result = []
+    for row in found:
+        solved = rows.Answer(PROMPT, "    return 1\n", True, "")
+        wrong = rows.Answer(PROMPT, "    return '<script>\x1b[31m'\n" + "    #\n" * 40, False, "assertion failed")
+        own = {"HumanEval/0#0": wrong, "HumanEval/7#0": wrong if row.variant == "q3" else solved}
+        verdict = row.verdict
+        if verdict and (name := verdicts.get(row.variant)):
+            lines = [
+                dataclasses.replace(line, verdict=name, note="") for line in verdict.lines if line.name == "kl_mean"
+            ]
+            verdict = dataclasses.replace(verdict, verdict=name, lines=tuple(lines))
+        result.append(dataclasses.replace(row, verdict=verdict, answers=own))
+    return result
+
+
+JUDGED = {"q4": "PASS", "q4_k_m": "PASS", "q3": "FAIL"}
+
+
+def test_the_report_leads_with_what_to_ship(report_rows: list[Row], tmp_path: Path) -> None:
+    """The same in text and page: the best that passed for every class, and of each other one why not."""
+    report = build(advised(report_rows, JUDGED), ["smollm2-135m"], VARIANTS, about=ABOUT)
+    found = advice.advise(report.models[0])
+    tiers = load_tiers().tiers
+    assert found.headline == f"ship q4_k_m to all {len(tiers)} classes of phones"
+    assert [row[:2] for row in found.phones] == [(", ".join(tiers), "q4_k_m")]
+    assert found.others.keys() == {"q4", "q3"}
+    (better,) = found.others["q4"]
+    assert re.fullmatch(r"every class .* a better one: mean KL 0\.\d+ \(q4_k_m\) against 0\.\d+", better)
+    (refused,) = found.others["q3"]
+    assert re.fullmatch(r"mean KL 0\.\d+ \(0\.\d+ to 0\.\d+\), limit ≤ 0\.\d+", refused)
+    html, text = write(report, tmp_path).read_text(), (tmp_path / "report.txt").read_text()
+    assert text.startswith(f"smollm2-135m: {found.headline}\n")
+    assert "Worst" not in html + text
+    for reason in (better, refused):
+        assert reason in html and reason in " ".join(text.split())
+    assert html.index(found.headline) < html.index("q3</strong>") < html.index(refused) < html.index("<picture>")
+
+
+def test_the_advice_is_that_of_tiers_json(report_rows: list[Row]) -> None:
+    """Also where phones get different variants, less context, or nothing."""
+    large = [
+        dataclasses.replace(
+            row, metrics={**row.metrics, "speed": _speed(9, 2_000_000_000 * (1 + (row.variant == "q4")))}
+        )
+        for row in report_rows
+    ]
+    tiers = load_tiers()
+    model = build(advised(large, JUDGED), ["smollm2-135m"], VARIANTS).models[0]
+    candidates = [measured_candidate(row.variant, row.metrics, JUDGED[row.variant]) for row in model.variants]
+    found = advice.advise(model)
+    told = {name: row[1] for row in found.phones for name in row[0].split(", ")}
+    assert re.fullmatch(r"ship (q\S+ to \d, )+nothing to \d of 10 classes of phones", found.headline)
+    decisions = assign(tiers, candidates)
+    assert told == {
+        name: decision.variant if decision.decision == "bundle" else advice.NOTHING
+        for name, decision in decisions.items()
+    }
+    assert len(set(told.values())) > 1
+
+
+def test_what_passed_and_fits_nowhere_says_so(report_rows: list[Row]) -> None:
+    huge = [dataclasses.replace(row, metrics={**row.metrics, "speed": _speed(9, 10**12)}) for row in report_rows]
+    found = advice.advise(build(advised(huge, JUDGED), ["smollm2-135m"], VARIANTS).models[0])
+    assert found.headline == "ship nothing to all 10 classes of phones"
+    assert found.others["q4"][0].startswith("fits nowhere: ")
+    failed = advised(report_rows, dict.fromkeys(VARIANTS, "FAIL"))
+    found = advice.advise(build(failed, ["smollm2-135m"], VARIANTS).models[0])
+    assert [row[1:3] for row in found.phones] == [(advice.NOTHING, "no variant passed its gates")]
+
+
+def test_a_sample_is_the_same_problem_for_all(report_rows: list[Row], tmp_path: Path) -> None:
+    """The first that the reference solves; what models wrote is escaped, and drives no terminal."""
+    report = build(advised(report_rows, JUDGED), ["smollm2-135m"], VARIANTS)
+    sample = samples.choose(report.models[0])
+    assert sample and sample.title == "HumanEval/7, the first problem that the reference solves"
+    assert {name: outcome for name, (_, outcome) in sample.answers.items()} == {
+        REFERENCE: "passed", "q4": "passed", "q4_k_m": "passed", "q3": "failed: assertion failed"
+    }  # fmt: skip
+    assert len(sample.answers["q3"][0].splitlines()) == 25 and sample.answers["q3"][0].endswith("…")
+    html, text = write(report, tmp_path).read_text(), (tmp_path / "report.txt").read_text()
+    assert "&lt;script&gt;" in html and "One, &lt;b&gt;not" in html and "<script" not in html
+    assert "    |     return 1\n" in text and "\x1b" not in html + text
+    assert samples.choose(build(report_rows, ["smollm2-135m"], VARIANTS).models[0]) is None
+
+
+def test_answers_are_those_that_were_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "humaneval"
+    folder.mkdir()
+    (folder / "solutions.jsonl").write_text('["HumanEval/0#0", {"prompt": "p", "text": "t", "cut": ""}]\n')
+    (folder / "humaneval.jsonl").write_text('["HumanEval/0#0", {"completion": "t", "correct": true, "reason": ""}]\n')
+    (folder / "section.json").write_text('{"items": {}, "metrics": {"n": 1}}')
+    assert samples.read(tmp_path, {"humaneval": {"n": 1}}) == {"HumanEval/0#0": rows.Answer("p", "t", True, "")}
+    assert samples.read(tmp_path, {"humaneval": {"n": 2}}) == {}
+    assert samples.read(tmp_path / "absent", {}) == {}
+
+
+def test_verdicts_come_first_on_narrow_screens(report_rows: list[Row]) -> None:
+    model = build(report_rows, ["smollm2-135m"], VARIANTS).models[0]
+    assert [row[1][0] for row in cells.table(model)[:2]] == ["verdict", cells.DASH]
+    assert cells.GATE_COLUMNS[1] == "verdict"
+
+
+def test_what_several_lines_say_is_said_once(report_rows: list[Row]) -> None:
+    """A reference that solves nothing is said too."""
+    verdict = report_rows[1].verdict
+    assert verdict
+    found = "; ".join(cells.decided(verdict))
+    assert found.count("do not decide") == 1 and found.count("limit") > 2
+    unsolved = [
+        dataclasses.replace(row, answers={"HumanEval/0#0": row.answers["HumanEval/0#0"]})
+        for row in advised(report_rows, {})
+    ]
+    sample = samples.choose(build(unsolved, ["smollm2-135m"], VARIANTS).models[0])
+    assert sample
+    assert sample.title == "HumanEval/0, the first problem of 1: the reference solves none"
 
 
 class _Page(HTMLParser):
@@ -272,8 +405,9 @@ def test_files(report_rows: list[Row], tmp_path: Path) -> None:
     parser = _Page()
     parser.feed(html)
     assert parser.open == []
-    assert parser.fetched and all(value.startswith("data:image/png;base64,") for value in parser.fetched)
-    assert not re.search(r"https?://|@import|<script", html)
+    assert len(set(parser.fetched)) == 4  # dark and light, for a desk and for a phone
+    assert all(value.startswith("data:image/png;base64,") for value in parser.fetched)
+    assert not re.search(r"https?://|@import|url\(|<(script|link|iframe)", html)
     assert "&lt;script&gt;" in html and "&lt;b&gt;abc" in html
     for fact in ("sha256 " + "a" * 64, "under-1b/q4 of configs/gates.yaml", "What these figures do not say"):
         assert fact in html
@@ -300,8 +434,10 @@ def test_plot_is_drawn_and_repeatable(report_rows: list[Row]) -> None:
 
 def test_front() -> None:
     sizes = [(3, 1.0), (1, 5.0), (2, 6.0), (4, 0.5), (4, 0.7), (1, 5.5)]
-    points = [{"bytes": size, "kl_mean": kl} for size, kl in sizes]
+    points = [{"bytes": size, "kl_mean": kl, "verdict": "PASS"} for size, kl in sizes]
     assert rows.front(points) == [points[1], points[0], points[3]]
+    points[0]["verdict"] = "FAIL"
+    assert rows.front(points) == [points[1], points[3]], "a refused variant is off the line"
     assert rows.front([]) == []
 
 

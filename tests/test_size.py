@@ -32,13 +32,13 @@ CEILINGS = {
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
-    "report": 930,
+    "report": 1095,
     "runtime": 1016,
     "serve": 187,
-    "stages": 885,
+    "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 18_048
+WHOLE = 18_215
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

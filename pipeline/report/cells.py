@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.judge.gates import rows
-from pipeline.judge.verdicts import REPORTED, GateLine
+from pipeline.judge.verdicts import REPORTED, GateLine, Verdict
 from pipeline.report.rows import ModelReport, Row
 from pipeline.tasks.registry import tasks
 from pipeline.tasks.task import AT_LEAST, AT_MOST, DASH, FLOOR, LOOKS, Gate, Task, maybe, number
 
-GATE_COLUMNS = ("gate", "n", "estimate", "90 % interval", "limit", "detectable", "verdict")
+GATE_COLUMNS = ("gate", "verdict", "n", "estimate", "90 % interval", "limit", "detectable")
 POWER_LEGEND = (
     "Detectable: the excess over the limit (for accuracy: the drop) that this sample reveals with 80 % power in a "
     "one-sided test at 5 %. Intervals are two-sided 90 %, so each end is a one-sided 95 % bound; a line passes when "
@@ -28,13 +28,13 @@ def table(model: ModelReport) -> list[list[tuple[str, str]]]:
     """Both lines of every cell: the heading's, then each row's. Tasks that no row was measured in have no columns."""
     measured = [task for task in tasks() if any(row.section(task.name) for row in model.rows)]
     shown = [(task.name, column) for task in measured for column in task.columns]
-    grid = [[("variant", ""), ("bytes on disk", "bits/weight"), *(one.heading for _, one in shown), ("verdict", "")]]
+    grid = [[("variant", ""), ("verdict", ""), ("bytes on disk", "bits/weight"), *(one.heading for _, one in shown)]]
     for row in model.rows:
         size, verdict = row.section("size"), row.verdict.verdict if row.verdict else DASH
         total = maybe(number(size, "bytes_on_disk"), "{:,.0f}".format)
         bits = maybe(number(size, "bits_per_weight"), "{:.2f}".format)
         cells = [column.cells(row.section(name)) for name, column in shown]
-        grid.append([(row.variant, ""), (total, bits), *cells, (verdict, "")])
+        grid.append([(row.variant, ""), (verdict, ""), (total, bits), *cells])
     return grid
 
 
@@ -69,13 +69,25 @@ def gate_cells(line: GateLine) -> list[str]:
         interval = f"{gate.format(line.low).split()[0]} to {high}"
     return [
         gate.title,
+        "reported" if line.verdict == REPORTED else line.verdict,
         DASH if line.n is None else f"{line.n:,}",
         maybe(line.estimate, gate.format),
         interval,
         DASH if line.limit is None else f"{'≥' if gate.kind == AT_LEAST else '≤'} {gate.format(line.limit)}",
         maybe(line.detectable, gate.effect or gate.format),
-        "reported" if line.verdict == REPORTED else line.verdict,
     ]
+
+
+def decided(verdict: Verdict) -> list[str]:
+    """The lines that made a verdict what it is, in words; what several of them have to say is said once."""
+    found, said = [], {""}
+    for line in (line for line in verdict.lines if line.verdict == verdict.verdict):
+        title, _, _, estimate, interval, limit, _ = gate_cells(line)
+        text = title + f" {estimate}" * (estimate != DASH) + f" ({interval})" * (interval != DASH)
+        text += f", limit {limit}" * (limit != DASH) + f": {line.note}" * (line.note not in said)
+        found.append(text)
+        said.add(line.note)
+    return found
 
 
 def reasons(row: Row) -> list[str]:

@@ -26,7 +26,7 @@ from pipeline.judge.verdicts import ERROR, FAIL, INCONCLUSIVE, PASS
 from pipeline.report.rows import ModelReport, Report, front, pareto_points
 from pipeline.tasks.task import memory, nats, number
 
-_INCHES = (8.6, 4.4)  # of one panel
+WIDE, NARROW = (8.6, 4.4), (4.4, 4.2)  # inches of one panel: on a desk, on a phone
 _DPI = 160
 _MARKERS = {PASS: "o", FAIL: "X", INCONCLUSIVE: "D", ERROR: "s"}
 _FLOOR = 1e-6  # nats; a log axis has no zero
@@ -53,10 +53,10 @@ DARK = Theme("#0d1117", "#e6edf3", "#8b949e", "#30363d", ("#3fb950", "#f85149", 
 Point = Mapping[str, Any]
 
 
-def render(report: Report, theme: Theme = LIGHT) -> bytes:
+def render(report: Report, theme: Theme = LIGHT, inches: tuple[float, float] = WIDE) -> bytes:
     """The plot as PNG bytes; equal reports give equal bytes."""
     points = pareto_points(report)
-    size = _INCHES[0], _INCHES[1] * len(report.models) + 0.3
+    size = inches[0], inches[1] * len(report.models) + 0.3
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.14)  # inches around each panel
     figure = Figure(size, dpi=_DPI, facecolor=theme.background, layout=layout)
     FigureCanvasAgg(figure)
@@ -67,7 +67,7 @@ def render(report: Report, theme: Theme = LIGHT) -> bytes:
         panels.append((main, [point for point in points if point["model"] == model.model]))
         _panel(*panels[-1], model, theme)
         _strip(figure.add_subplot(grid[index, 1], sharey=main), model, theme)
-    _legend(figure, {point["verdict"] for point in points}, theme)
+    _legend(figure, {point["verdict"] for point in points}, theme, 3 if inches == NARROW else 6)
     figure.canvas.draw()  # constrained layout moves the axes: labels are placed when they stand still
     figure.set_layout_engine("none")
     for main, own in panels:
@@ -79,7 +79,7 @@ def render(report: Report, theme: Theme = LIGHT) -> bytes:
 
 def _panel(axes: Axes, points: Sequence[Point], model: ModelReport, theme: Theme) -> None:
     _style(axes, theme)
-    axes.set_title(f"{model.model}: size and divergence", loc="left", color=theme.ink, fontsize=12, fontweight="bold")
+    axes.set_title(model.model, loc="left", color=theme.ink, fontsize=12, fontweight="bold")
     axes.set_ylabel("mean KL divergence from full precision\n(nats per token, log scale)", color=theme.ink)
     axes.set_xlabel("bytes on disk", color=theme.ink)
     if not points:
@@ -95,7 +95,8 @@ def _panel(axes: Axes, points: Sequence[Point], model: ModelReport, theme: Theme
     ]
     _scales(axes, [limit for _, limit in limits], points, theme)
     line = [(point["bytes"], _height(point)) for point in front(points)]
-    axes.plot(*zip(*line, strict=True), "--", color=theme.faint, lw=1.2, zorder=1)
+    if line:
+        axes.plot(*zip(*line, strict=True), "--", color=theme.faint, lw=1.2, zorder=1)
     for point in points:
         _draw_point(axes, point, theme)
     for size, limit in limits:
@@ -126,7 +127,7 @@ def _scales(axes: Axes, limits: Sequence[float], points: Sequence[Point], theme:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6 if axes.bbox.width > 5 * _DPI else 3))
     # Decimals that tell ticks apart, in GB; three fewer in MB.
     digits = max(0, 1 - math.floor(math.log10((max(sizes) - min(sizes) + 2 * room) / 1e9)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, digits)))
@@ -160,12 +161,14 @@ def _style(axes: Axes, theme: Theme) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, verdicts: set[str], theme: Theme) -> None:
+def _legend(figure: Figure, verdicts: set[str], theme: Theme, columns: int) -> None:
     seen = [verdict for verdict in _MARKERS if verdict in verdicts]
     handles = [Line2D([], [], marker=_MARKERS[name], color=theme.of(name), ls="none", label=name) for name in seen]
-    handles.append(Line2D([], [], color=theme.faint, ls="--", label="Pareto front"))
+    handles.append(Line2D([], [], color=theme.faint, ls="--", label="Pareto front of those that passed"))
     handles.append(Line2D([], [], color=theme.faint, marker="_", markersize=14, mew=1.6, ls="none", label="limit"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9, labelcolor=theme.ink)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=theme.ink
+    )
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

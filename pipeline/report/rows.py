@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import EvaluationError
-from pipeline.judge.verdicts import Verdict, worst
+from pipeline.judge.verdicts import PASS, Verdict
 from pipeline.tasks.task import number
 
 REFERENCE = "reference"
@@ -16,11 +16,22 @@ _FIGURES = {"kl_mean": "kl_mean", "kl_low": "kl_mean_low", "kl_high": "kl_mean_h
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model was asked, what it wrote, whether that passed the problem's tests, and the reason if not."""
+
+    prompt: str
+    text: str
+    correct: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One model × variant, or a model's reference (`variant == REFERENCE`, no verdict, no bundle).
 
     Metrics have the shape that `pipeline.tasks.statistics` defines, plus `size` and `speed`; what a section lacks
-    is shown as a dash. `delivery` names the bundle's path, or why there is none.
+    is shown as a dash. `delivery` names the bundle's path, or why there is none; `answers` are to HumanEval's problems,
+    by name, where they are on this machine.
     """
 
     model: str
@@ -28,6 +39,7 @@ class Row:
     metrics: Mapping[str, Any]
     verdict: Verdict | None = None
     delivery: str = ""
+    answers: Mapping[str, Answer] = field(default_factory=dict)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One section of the metrics; empty where nothing was measured."""
@@ -56,11 +68,6 @@ class Report:
 
     models: tuple[ModelReport, ...]
     about: Facts
-
-    @property
-    def verdict(self) -> str:
-        """The worst verdict of all variants."""
-        return worst(row.verdict.verdict for model in self.models for row in model.variants if row.verdict)
 
 
 def build(rows: Sequence[Row], models: Sequence[str], variants: Sequence[str], notes: Facts, about: Facts) -> Report:
@@ -102,9 +109,9 @@ def pareto_points(report: Report) -> list[dict[str, Any]]:
 
 
 def front(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those of `pareto_points` that no other one beats in size and divergence, by increasing size."""
+    """Those of `pareto_points` that passed and that no such other one beats in size and divergence, by size."""
     kept: list[Mapping[str, Any]] = []
     for point in sorted(points, key=lambda one: (one["bytes"], one["kl_mean"])):
-        if not kept or point["kl_mean"] < kept[-1]["kl_mean"]:
+        if point["verdict"] == PASS and (not kept or point["kl_mean"] < kept[-1]["kl_mean"]):
             kept.append(point)
     return kept

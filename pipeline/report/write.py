@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.bundle.template import render
 from pipeline.files import write_bytes, write_json
-from pipeline.report import cells, plot
+from pipeline.report import advice, cells, plot, samples
 from pipeline.report.columns import WIDTH
 from pipeline.report.rows import Report, pareto_points
 from pipeline.report.terminal import show
@@ -20,15 +20,20 @@ def write(report: Report, directory: Path) -> Path:
     """Write report.html, pareto.png, pareto.json and report.txt into `directory`, each whole or not at all.
 
     Returns:
-        The path of report.html: one file without links to anything outside it.
+        The path of report.html: one file that loads nothing from outside it.
     """
-    pictures = {"light": plot.render(report), "dark": plot.render(report, plot.DARK)}
+    themes, sizes = {"light": plot.LIGHT, "dark": plot.DARK}, {"wide": plot.WIDE, "narrow": plot.NARROW}
+    pictures = {
+        f"{theme}_{size}": plot.render(report, colours, inches)
+        for theme, colours in themes.items()
+        for size, inches in sizes.items()
+    }
     page, text = directory / "report.html", io.StringIO()
-    write_bytes(directory / "pareto.png", pictures["light"])
+    write_bytes(directory / "pareto.png", pictures["light_wide"])
     write_json(directory / "pareto.json", pareto_points(report))
     show(report, Console(file=text, width=WIDTH, no_color=True, force_terminal=False))
     write_bytes(directory / "report.txt", text.getvalue().encode())
     encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
     template = Path(__file__).with_name("page.html.j2")
-    write_bytes(page, render(template, report=report, cells=cells, **encoded))
+    write_bytes(page, render(template, report=report, cells=cells, advice=advice, samples=samples, **encoded))
     return page

@@ -10,6 +10,7 @@ from pipeline.config.signing import load_signing
 from pipeline.files import read_json
 from pipeline.judge.verdicts import read_verdict
 from pipeline.keys.commit import git, uncommitted
+from pipeline.report import samples
 from pipeline.report.rows import Report, Row, build
 from pipeline.report.terminal import show
 from pipeline.report.write import write
@@ -52,8 +53,9 @@ def _about(suite: str) -> dict[str, str]:
 
 def _row(workspace: Workspace, variant: str) -> Row:
     metrics, bundle = read_json(workspace.measurements(variant)), workspace.bundle(variant)
+    answers = samples.read(workspace.evaluation(variant), metrics)
     if variant == REFERENCE:
-        return Row(workspace.model, variant, metrics)
+        return Row(workspace.model, variant, metrics, answers=answers)
     refusal = bundle / CONTENT / "refusal.json"
     delivery = f"no bundle: {'; '.join(read_json(refusal)['reasons'])}" if refusal.exists() else f"bundle: {bundle}"
-    return Row(workspace.model, variant, metrics, read_verdict(workspace, variant), delivery)
+    return Row(workspace.model, variant, metrics, read_verdict(workspace, variant), delivery, answers)
