@@ -26,7 +26,7 @@ from pipeline.config.models import ModelConfig
 from pipeline.config.sources import LocalSource
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.files import write_json
-from pipeline.graph.genai import genai_config
+from pipeline.graph.genai import Generation, genai_config
 from tests.real_configs import architecture_of
 
 # Model: tensors, bytes of weights, shards.
@@ -402,10 +402,8 @@ def test_text_goes_through_transformers_and_onnxruntime_genai(model: str, folder
     from transformers import PreTrainedTokenizerFast
 
     folder = folders[model]
-    entry = ModelConfig(
-        title="t", source=LocalSource(kind="local", path="p"), context=64, mmlu_mode="letter", gate_class="g"
-    )
-    settings = genai_config(read_architecture(folder / "config.json"), folder, "model.onnx", entry, 64)
+    architecture = read_architecture(folder / "config.json")
+    settings = genai_config(architecture, Generation((2,), 1, 2, {"do_sample": False}, ()), "model.onnx", 64)
     write_json(folder / "genai_config.json", settings)
     phone, fast = genai.Tokenizer(str(folder)), PreTrainedTokenizerFast.from_pretrained(folder)
     for text in TEXTS:

@@ -406,15 +406,14 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def runnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact that onnxruntime-genai loads."""
-    from pipeline.config.models import ModelConfig
-    from pipeline.graph.genai import genai_config
+    from pipeline.graph.genai import Generation, genai_config
 
     folder = tmp_path_factory.mktemp("runnable")
     checkpoint = tiny.make_model(folder / "checkpoint")
     exported = export(checkpoint, 512)
     exported.write(changed("q4", search="nearest"), folder / "artifact")
-    entry = ModelConfig.model_validate(tiny.model_entry(checkpoint))
-    settings = genai_config(exported.architecture, checkpoint, "tiny.onnx", entry, 512)
+    generation = Generation((2,), 1, 2, {"do_sample": False}, ())
+    settings = genai_config(exported.architecture, generation, "tiny.onnx", 512)
     write_json(folder / "artifact/genai_config.json", settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, folder / "artifact")
