@@ -13,9 +13,8 @@ from pipeline.judge.verdicts import PASS
 from pipeline.planning import devices
 from pipeline.planning.devices import Candidate, Decision, Need
 from pipeline.report import cells
-from pipeline.report.phones import gigabytes
 from pipeline.report.rows import ModelReport, Row
-from pipeline.tasks.task import nats
+from pipeline.tasks.task import memory, nats
 
 COLUMNS = ("phones", "get", "how", "peak memory")
 NOTHING = "nothing"
@@ -79,7 +78,7 @@ def _answer(name: str, decision: Decision, tiers: TiersConfig) -> tuple[str, str
     if (closest := decision.closest) is None:
         return NOTHING, "no variant passed its gates", cells.DASH
     lacks = devices.excess(closest.need, tiers.tiers[name], tiers)
-    return NOTHING, f"{closest.candidate.variant} comes nearest", f"{gigabytes(lacks)} too much"
+    return NOTHING, f"{closest.candidate.variant} comes nearest", f"{memory(lacks)} too much"
 
 
 def _way(found: Need) -> str:
@@ -89,7 +88,7 @@ def _way(found: Need) -> str:
 
 
 def _takes(found: Need) -> str:
-    return f"{gigabytes(found.private)} private" + f" + {gigabytes(found.mapped)} mapped" * bool(found.mapped)
+    return f"{memory(found.private)} private" + f" + {memory(found.mapped)} mapped" * bool(found.mapped)
 
 
 def _why_not(
@@ -103,7 +102,7 @@ def _why_not(
     if not held:
         name, tier = max(tiers.tiers.items(), key=lambda one: one[1].ram_bytes)
         lacks = devices.excess(devices.nearest(candidate.footprint, tier, tiers), tier, tiers)
-        return [f"fits nowhere: {gigabytes(lacks)} too much even for {name}"]
+        return [f"fits nowhere: {memory(lacks)} too much even for {name}"]
     better = {one.variant: one.kl_mean for name, one in shipped.items() if name in held and one.kl_mean is not None}
     figures = ", ".join(f"{nats(kl)} ({variant})" for variant, kl in better.items())
     return [f"every class that holds it holds a better one: mean KL {figures} against {nats(candidate.kl_mean or 0)}"]
