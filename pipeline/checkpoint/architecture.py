@@ -36,9 +36,7 @@ MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
 _AGAIN = "Run the download stage again, or use another release of the model."
-_CORRECT = (
-    "If the file is wrong, correct it in a copy of the source, and name that folder as a source of `kind: local`."
-)
+_CORRECT = "If the file is wrong, correct it in a copy of the source, a folder that is a source of `kind: local`."
 T = TypeVar("T", int, float, bool)
 _ROPE_KEYS = {
     "attention_factor", "factor", "long_factor", "original_max_position_embeddings", "partial_rotary_factor",

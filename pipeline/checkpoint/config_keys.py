@@ -15,10 +15,16 @@ import yaml
 from pipeline.checkpoint.untrusted import shown
 from pipeline.errors import CheckpointError
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("config_keys.yaml").read_text(encoding="utf-8"))
+
+def read_table(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """A table of keys, and of it by key the `neutral` values, at which the key changes nothing."""
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return table, {key: row["values"] for row in table["neutral"] for key in row["keys"].split()}
+
+
+_TABLE, _NEUTRAL = read_table(Path(__file__).with_name("config_keys.yaml"))
 DEFAULTS: dict[str, dict[str, Any]] = _TABLE["defaults"]
 _HARMLESS = frozenset(_TABLE["harmless"].split())
-_NEUTRAL: dict[str, list[Any]] = {key: row["values"] for row in _TABLE["neutral"] for key in row["keys"].split()}
 
 
 def check_keys(values: dict[str, Any], honoured: Collection[str], family: str, path: Path) -> None:

@@ -166,9 +166,8 @@ def _fetch_local(folder: Path, names: list[str], store: Store, admit: Admit | No
             for name in names:
                 _show(folder / name, Path(shown) / name)
             complete.admit_shown(admit, Path(shown), str(folder))
-    require_free_space(
-        store.root, sum((folder / name).stat().st_size for name in names), f"copy {folder}", LARGER_STORE
-    )
+    size = sum((folder / name).stat().st_size for name in names)
+    require_free_space(store.root, size, f"copy {folder}", LARGER_STORE)
     for name in names:
         with open(folder / name, "rb") as stream:
             files.append(store.add(stream, name))

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture, unknown_keys
+from pipeline.checkpoint.architecture import Architecture, check_shapes, check_tensors, read_architecture, unknown_keys
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.phones import load_shapes
 from pipeline.door.generation import KEYS, read_generation
 from pipeline.door.tokenizer import check_tokenizer
-from pipeline.graph.genai import genai_config
+from pipeline.graph.genai import Generation, genai_config
 from pipeline.graph.limits import check_context
 
 
-def check_checkpoint(model: str, entry: ModelConfig, folder: Path) -> tuple[Checkpoint, list[str]]:
+def check_checkpoint(
+    model: str, entry: ModelConfig, folder: Path
+) -> tuple[Architecture, Checkpoint, Generation, list[str]]:
     """Read everything but weights of the checkpoint in `folder` as the product will; holes may stand for the weights.
 
     Returns:
-        its tensors, and a sentence for whatever is left out, or unknown and so not honoured.
+        what it is, its tensors, how it generates, and a sentence for whatever is left out, or unknown and not honoured.
 
     Raises:
         CheckpointError, GraphError: something that changes ids, logits, stops or sampling would not be honoured by what
@@ -35,4 +37,5 @@ def check_checkpoint(model: str, entry: ModelConfig, folder: Path) -> tuple[Chec
     if unknown := sorted(set(unknown_keys(path)) - KEYS):
         notes.append(f"config.json has keys that are unknown here and change nothing: {', '.join(unknown)}")
     checkpoint = Checkpoint(folder)
-    return checkpoint, [*notes, *generation.notes, *check_tensors(architecture, checkpoint)]
+    notes += [*generation.notes, *check_tensors(architecture, checkpoint)]
+    return architecture, checkpoint, generation, notes

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.calibrate.texts import read_tokenizer
 from pipeline.checkpoint.architecture import read_config
+from pipeline.checkpoint.config_keys import read_table
 from pipeline.checkpoint.untrusted import shown
 from pipeline.config.models import ModelConfig
 from pipeline.config.typed_yaml import known_name
@@ -21,8 +20,7 @@ from pipeline.errors import CheckpointError, EvaluationError
 from pipeline.graph.genai import Generation
 from pipeline.runtime.chat import rendered
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("generation_keys.yaml").read_text(encoding="utf-8"))
-_NEUTRAL: dict[str, list[Any]] = {key: row["values"] for row in _TABLE["neutral"] for key in row["keys"].split()}
+_TABLE, _NEUTRAL = read_table(Path(__file__).with_name("generation_keys.yaml"))
 _IDS = _TABLE["ids"].split()
 KEYS = frozenset([*_TABLE["carried"], *_IDS, *_NEUTRAL, *_TABLE["harmless"].split()])
 """Every key of generation_config.json that is known here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +13,19 @@ from pipeline.checkpoint import hub, wheels
 from pipeline.checkpoint.architecture import Architecture, read_architecture, shapes_of
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.sources import peek
+from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.models import ModelConfig
 from pipeline.config.phones import load_shapes
 from pipeline.config.sources import HubSource, LocalSource, Source, WheelSource
-from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check
+from pipeline.config.typed_yaml import CONFIGS, check
 from pipeline.door.check import check_checkpoint
-from pipeline.door.generation import read_generation
 from pipeline.errors import ConfigError
 from pipeline.files import write_bytes
+from pipeline.graph.genai import Generation
 from pipeline.graph.limits import longest_context
 from pipeline.judge.policy import load_gates
 from pipeline.preflight import machine
+from pipeline.preflight.configuration import require_name
 from pipeline.runtime.chat import THINK, template_text
 
 CONTEXT = 4_096
@@ -50,42 +53,33 @@ def run(name: str, place: str) -> int:
         SourceError, CheckpointError, GraphError: as the download stage. Nothing is written then.
     """
     file, shapes_file, store = CONFIGS / "models" / f"{name}.yaml", CONFIGS / "shapes.yaml", Store()
-    check(Named, {"name": name}, "add")
+    require_name(name, "add")
     if file.exists():
         raise ConfigError(f"{file} is there already. Remove it, or add the model under another name.")
     source = find_source(place, store)
 
-    def look(folder: Path) -> tuple[dict[str, Choice], Architecture, list[str]]:
-        choices = propose(source, place, folder)
+    def look(folder: Path) -> tuple[dict[str, Choice], Architecture, Checkpoint, Generation, list[str]]:
+        choices = propose(source, place, read_architecture(folder / "config.json"))
         entry = check(ModelConfig, {key: choice.value for key, choice in choices.items()}, file)
-        checkpoint, notes = check_checkpoint(name, entry, folder)
-        architecture = read_architecture(folder / "config.json")
-        stops = read_generation(folder, entry, architecture.vocab).stops
-        notes += [
-            f"{architecture.family}, {architecture.parameters:,} parameters, {len(checkpoint)} tensors, "
-            f"{checkpoint.weight_bytes:,} bytes of weights; a text ends at {', '.join(map(str, stops))}"
-        ]
-        return choices, architecture, notes
+        found = check_checkpoint(name, entry, folder)  # before its template is read, which may be none
+        return choices | propose_asking(template_text(folder), found[0].parameters), *found
 
-    choices, architecture, notes = peek(source, store, look)
+    choices, architecture, checkpoint, generation, notes = peek(source, store, look)
     write_bytes(file, _written(choices).encode())
     if not isinstance(source, LocalSource) and name not in load_shapes().models:
         shapes = {name: shapes_of(architecture).model_dump(exclude_none=True)}
-        text = yaml.safe_dump(shapes, sort_keys=False)
-        indented = "".join(f"  {line}\n" for line in text.splitlines())
+        indented = textwrap.indent(yaml.safe_dump(shapes, sort_keys=False), "  ")
         write_bytes(shapes_file, shapes_file.read_bytes().rstrip(b"\n") + b"\n" + indented.encode())
     for note in notes:
         print(f"{name}: {note}")
+    print(
+        f"{name}: {architecture.family}, {architecture.parameters:,} parameters, {len(checkpoint)} tensors, "
+        f"{checkpoint.weight_bytes:,} bytes of weights; a text ends at {', '.join(map(str, generation.stops))}"
+    )
     print(f"\n{file}\n{_written(choices)}")
     status = machine.run((name,))
     print(f'\nNext: make repro MODELS={name} (VARIANTS="q4 q4_k_m" SUITE=release for a release)')
     return status
-
-
-class Named(Frozen):
-    """What a model is called: the name of its entry."""
-
-    name: Name
 
 
 def find_source(place: str, store: Store) -> Source:
@@ -103,27 +97,27 @@ def find_source(place: str, store: Store) -> Source:
     return LocalSource(kind="local", path=place)
 
 
-def propose(source: Source, place: str, folder: Path) -> dict[str, Choice]:
-    """An entry for the checkpoint in `folder`, with its reasons. Raises as `run`."""
-    architecture = read_architecture(folder / "config.json")
+def propose(source: Source, place: str, architecture: Architecture) -> dict[str, Choice]:
+    """What an entry needs, with its reasons. Raises ConfigError where no class of gates judges such a size."""
     size, longest = architecture.parameters, longest_context(architecture)
-    template, small = template_text(folder), architecture.parameters < _LETTERS_FROM
-    thinks = THINK in template
-    found = {
+    mode = ("cloze", "too small for letters") if size < _LETTERS_FROM else ("five-shot", "the field's default")
+    return {
         "title": Choice(_title(source, place)),
         "source": Choice(source.model_dump()),
         "context": Choice(min(CONTEXT, longest), f"the model allows {longest:,}; phones pay for what is kept"),
         "gate_class": Choice(_gate_class(size), f"{size:,} parameters"),
-        "mmlu_mode": Choice(*(("cloze", "too small for letters") if small else ("five-shot", "the field's default"))),
+        "mmlu_mode": Choice(*mode),
     }
-    if thinks:
-        found["mmlu_close_think"] = Choice(True, "its template thinks")
-        found["humaneval_prompt"] = Choice("closed", "its thoughts would meet any limit that can be paid")
-    elif template and not small:
-        found["humaneval_prompt"] = Choice("chat", "it has a chat template")
-    else:
-        found["humaneval_prompt"] = Choice("completion", "it has no chat template" if not template else "a small model")
-    return found
+
+
+def propose_asking(template: str, parameters: int) -> dict[str, Choice]:
+    """How a model with this chat template is asked for code, with reasons."""
+    if THINK in template:
+        closed = Choice("closed", "its thoughts would meet any limit that can be paid")
+        return {"mmlu_close_think": Choice(True, "its template thinks"), "humaneval_prompt": closed}
+    if template and parameters >= _LETTERS_FROM:
+        return {"humaneval_prompt": Choice("chat", "it has a chat template")}
+    return {"humaneval_prompt": Choice("completion", "a small model" if template else "it has no chat template")}
 
 
 def _title(source: Source, place: str) -> str:

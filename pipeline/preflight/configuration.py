@@ -7,6 +7,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.phones import load_devices, load_shapes, load_tiers
 from pipeline.config.signing import load_released, load_signing
 from pipeline.config.sources import HubFile, WheelSource, load_datasets
+from pipeline.config.typed_yaml import Frozen, Name, check
 from pipeline.errors import ConfigError
 from pipeline.judge.policy import gate_row, load_gates
 from pipeline.keys.commit import require_committed
@@ -24,6 +25,15 @@ def check_all() -> None:
             gate_row(model, variant)
     for load in (needed_datasets, load_released, load_tiers, load_devices, load_shapes, load_signing, load_parity):
         load()
+
+
+class _Named(Frozen):
+    name: Name
+
+
+def require_name(name: str, what: str) -> None:
+    """Raise ConfigError unless `name` can be that of a file in configs/: small letters, digits, '_' and '-'."""
+    check(_Named, {"name": name}, what)
 
 
 def require_suite() -> None:

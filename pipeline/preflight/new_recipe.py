@@ -6,20 +6,16 @@ from typing import Any
 
 import yaml
 
+from pipeline.artifact.plans import SMALLEST
 from pipeline.config.models import load_pipeline
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import load_recipe
-from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check, known_name
+from pipeline.config.typed_yaml import CONFIGS, known_name
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import write_bytes
 from pipeline.judge.policy import gate_row
+from pipeline.preflight.configuration import require_name
 from pipeline.preflight.footprints import computed, known
-
-
-class Named(Frozen):
-    """What a recipe is called: the name of its variant."""
-
-    name: Name
 
 
 def run(name: str, extends: str, size: int | None, tier: str | None) -> None:
@@ -30,11 +26,11 @@ def run(name: str, extends: str, size: int | None, tier: str | None) -> None:
         PipelineError: the recipe cannot be planned for a model of the run, or nothing judges it. Nothing is left then.
     """
     file, base = CONFIGS / "recipes" / f"{name}.yaml", load_recipe(extends)
-    check(Named, {"name": name}, "new-recipe")
+    require_name(name, "new-recipe")
     if file.exists():
         raise ConfigError(f"{file} is there already. Edit it, or take another name.")
     if tier:
-        known_name(tier, [*load_tiers().tiers, "smallest"], "--tier", "configs/tiers.yaml")
+        known_name(tier, [*load_tiers().tiers, SMALLEST], "--tier", "configs/tiers.yaml")
     budget = {key: value for key, value in {"bytes": size, "tier": tier}.items() if value}
     values: dict[str, Any] = {"extends": extends, "title": name, "version": 1, "gate": base.gate or extends}
     if budget:
@@ -53,7 +49,5 @@ def _planned(model: str, variant: str) -> str:
     """What a variant takes of a model, and which row judges it."""
     row, _ = gate_row(model, variant)
     found = computed(known(model), variant, load_tiers().context)
-    most = "at most " * (found.download.basis == "bound")
-    return (
-        f"{model}: {most}{found.download.bytes:,} bytes, {found.packed.bytes:,} in the kernels' memory; judged by {row}"
-    )
+    size = f"{'at most ' * (found.download.basis == 'bound')}{found.download.bytes:,} bytes"
+    return f"{model}: {size}, {found.packed.bytes:,} in the kernels' memory; judged by {row}"

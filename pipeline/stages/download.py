@@ -23,7 +23,7 @@ def run(model: str) -> None:
     store, workspace = Store(), Workspace(model)
     check = partial(check_checkpoint, model, entry)
     lock = fetch_model(model, entry, store, check)
-    checkpoint, notes = check(workspace.link(lock, store))
+    _, checkpoint, _, notes = check(workspace.link(lock, store))
     checkpoint.require_finite()
     write_lock(workspace.lock, lock)  # last: no later stage starts on a checkpoint that was refused
     print(

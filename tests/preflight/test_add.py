@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import load_model
 from pipeline.config.phones import load_shapes
@@ -16,20 +18,9 @@ from pipeline.config.sources import HubSource, LocalSource
 from pipeline.errors import CheckpointError, ConfigError, SourceError
 from pipeline.files import read_json, write_json
 from pipeline.preflight import add
+from pipeline.runtime.chat import template_text
 from pipeline.stages import download
-from tests import tiny
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve
-
-BIG = 1_600_000
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny project; the current directory, with `checkpoint/` in it."""
-    tiny.make_store(tmp_path / "store")
-    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture
@@ -79,11 +70,29 @@ def test_what_the_door_refuses_is_not_added_and_the_remedy_works(project: Path, 
     assert add.run("mine", "checkpoint") == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "not readable as a fast tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "not an object"),
+    ],
+)
+def test_a_tokenizer_that_does_not_read_is_refused_as_download_would(
+    project: Path, change: Callable[[Path], object], said: str
+) -> None:
+    change(project / "checkpoint")
+    with pytest.raises(CheckpointError, match=said):
+        add.run("mine", "checkpoint")
+    assert not (project / "configs/models/mine.yaml").exists()
+
+
 def test_a_model_that_thinks_is_asked_with_its_thoughts_closed(project: Path) -> None:
     path = project / "checkpoint/tokenizer_config.json"
     settings = read_json(path)
-    write_json(path, settings | {"chat_template": settings["chat_template"] + "{# <think> #}"})
-    choices = add.propose(LocalSource(kind="local", path="x"), "x", project / "checkpoint")
+    write_json(path, settings | {"chat_template": settings["chat_template"] + "{% if false %}<think>{% endif %}"})
+    assert add.run("mine", "checkpoint") == 0
+    choices = add.propose_asking(template_text(project / "checkpoint"), 1)
+    assert (load_model("mine").humaneval_prompt, load_model("mine").mmlu_close_think) == ("closed", True)
     assert (choices["humaneval_prompt"].value, choices["mmlu_close_think"].value) == ("closed", True)
 
 
@@ -95,7 +104,8 @@ def test_a_billion_parameters_are_asked_by_letters_and_by_chat(project: Path, tm
     )
     text = (project / "configs/gates.yaml").read_text()
     (project / "configs/gates.yaml").write_text(text.replace("1000000", "9000000000"))
-    choices = add.propose(LocalSource(kind="local", path="x"), "x", folder)
+    choices = add.propose(LocalSource(kind="local", path="x"), "x", read_architecture(folder / "config.json"))
+    choices |= add.propose_asking(template_text(folder), 10**9)
     assert (choices["mmlu_mode"].value, choices["humaneval_prompt"].value) == ("five-shot", "chat")
 
 

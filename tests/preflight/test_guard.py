@@ -12,13 +12,7 @@ from pipeline.preflight import configuration, guard, machine, new_recipe
 from pipeline.stages import sign
 from tests import tiny
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tiny.make_store(tmp_path / "store")
-    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def never(*arguments: str, **options: bool) -> None:

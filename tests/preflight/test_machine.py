@@ -39,15 +39,6 @@ STAGES = [
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny model's configuration and checkpoint; nothing has run."""
-    tiny.make_store(tmp_path / "store")
-    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """`python -m pipeline preflight ARGUMENTS`: status and output."""
     monkeypatch.setattr(machine, "product_rate", lambda: 100e9)

@@ -9,14 +9,8 @@ import pytest
 from pipeline.config.recipes import BudgetRecipe, RecipeConfig, load_recipe
 from pipeline.errors import ConfigError, PipelineError, PlanError
 from pipeline.preflight import new_recipe
-from tests import tiny
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("project")
 
 
 @pytest.mark.parametrize(
