@@ -1,9 +1,11 @@
-"""The two models whose files are compared, and the pipeline's stages before quantize, run for each.
+"""The models whose files are compared, and the pipeline's stages before quantize, run for each.
 
 The small model's weights lie on Q4_1's grid, which favours a quantizer that finds the same grid again. So the second
 subject is the same model with seeded Gaussian noise of 0.4 grid steps on every weight, compared with itself alone: at
 this size the density of the weights within a step varies by 8 % (2·exp(−2π²·0.4²)), and round-to-nearest leaves the
 same relative error as on Gaussian weights to 3 %. It is a worse model (its perplexity is reported), not a wrong one.
+
+The third is cut from it to widths that are multiples of 256 (`native`), its own reference too.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 
 from benchmarks.project import SMALL, Project
 from pipeline import keys
 from pipeline.checkpoint.architecture import Architecture, read_architecture
+from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import SINGLE, read_header
 from pipeline.files import atomic_directory, read_json, sha256_of, write_json
 
-NOISY = f"{SMALL}-noise"
+NOISY, NATIVE = f"{SMALL}-noise", "smollm2-512"
 GRID_BLOCK = 32
 NOISE_STEPS = 0.4  # standard deviation, in steps of a block's grid
 _SEED = 20_240_801
@@ -50,6 +54,12 @@ SUBJECTS = (
         "SmolLM2-135M with seeded noise",
         f"The same weights with Gaussian noise of {NOISE_STEPS} grid steps, which dissolves the grid; it is its own "
         "reference.",
+    ),
+    Subject(
+        NATIVE,
+        "SmolLM2 cut to 512 channels",
+        "512 of 576 channels and 8 of 9 heads, keys and values for each, repaired by a short distillation: every "
+        "matrix is a multiple of 256 wide, and no weight lies on a grid. It is its own reference.",
     ),
 )
 
@@ -94,6 +104,8 @@ def prepare(project: Project, subject: Subject) -> Prepared:
     model = subject.model
     if model == NOISY:
         _add_noisy(project)
+    elif model == NATIVE:
+        _add_native(project)
     project.run("download", model)
     project.run("export", model)
     prepared = Prepared(subject, project, read_architecture(project.weights(model) / "config.json"))
@@ -132,9 +144,15 @@ def _add_noisy(project: Project) -> None:
                     shutil.copyfile(file, made / file.name)
             blur(made / SINGLE)
             write_json(made / "made_from.json", wanted)
-    entry = project.read(f"models/{SMALL}.yaml") | {"title": SUBJECTS[1].title, "note": SUBJECTS[1].note}
-    project.write(f"models/{NOISY}.yaml", entry)
-    project.use_source(NOISY, folder)
+    _add(project, NOISY, folder)
+
+
+def _add(project: Project, model: str, folder: Path) -> None:
+    """The small model's entry with another title and note, whose checkpoint lies in `folder`."""
+    subject = next(subject for subject in SUBJECTS if subject.model == model)
+    entry = project.read(f"models/{SMALL}.yaml") | {"title": subject.title, "note": subject.note}
+    project.write(f"models/{model}.yaml", entry)
+    project.use_source(model, folder)
 
 
 def _weights_digest(project: Project) -> str:
@@ -159,3 +177,15 @@ def grid_steps(weights: np.ndarray, symmetric: bool) -> np.ndarray:
     blocks = weights.reshape(len(weights), -1, GRID_BLOCK)
     size = np.abs(blocks).max(-1) / 127 if symmetric else (blocks.max(-1) - blocks.min(-1)) / 15
     return np.repeat(size.astype(np.float32), GRID_BLOCK, axis=1)
+
+
+# --- the subject of native widths -------------------------------------------------------------------------------------
+
+
+def _add_native(project: Project) -> None:
+    """An entry for the model that is cut from the small one, and its checkpoint."""
+    from benchmarks.quality import native  # torch, for this subject alone
+
+    folder = project.work / "sources" / NATIVE
+    native.make(project.weights(SMALL), folder, Store(project.store), lambda line: click.echo(f"  {line}", err=True))
+    _add(project, NATIVE, folder)
