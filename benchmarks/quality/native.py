@@ -58,7 +58,7 @@ class Making:
     packages: tuple[str, ...] = ("click", "fsspec", "Jinja2", "requests", "urllib3")
     python: float = 0.3
     closed: int = 32
-    training: distil.Schedule = field(default_factory=lambda: distil.Schedule(steps=200, rate=8e-4))
+    training: distil.Schedule = field(default_factory=lambda: distil.Schedule(steps=240, rate=8e-4))
     seed: int = 20_261_130
 
     @property
