@@ -10,7 +10,7 @@ https://arxiv.org/abs/1707.06168).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,7 +129,7 @@ def solved(x: Tensor, y: Tensor, prior: Tensor, weight: Tensor | None = None) ->
     held_out = torch.arange(len(x)) % 4 == 3
     parts = [_products(x[chosen], y[chosen], prior, weight if weight is None else weight[chosen])
              for chosen in (~held_out, held_out)]  # fmt: skip
-    whole = [sum(pair) for pair in zip(*parts, strict=True)]
+    whole = [first + second for first, second in zip(*parts, strict=True)]
     if not held_out.any():
         return prior + _ridge_solution(*whole, _RIDGES[-1]).float()
     return prior + _ridge_solution(*whole, _best_ridge(*parts)).float()
@@ -246,10 +246,10 @@ def _site(z: Tensor, readers: Sequence[Tensor]) -> Site:
     z = z.flatten(0, 1)
     moments = (z.T @ z).double() / len(z)
     grams = [(reader.T @ reader).double() for reader in readers]
-    return Site(moments, sum(gram / (gram * moments).sum() for gram in grams) + torch.zeros_like(moments))
+    return Site(moments, torch.stack([gram / (gram * moments).sum() for gram in grams]).sum(0))
 
 
-def _by_windows(function, query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+def _by_windows(function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
     parts = zip(*(states.split(_WINDOWS) for states in (query, key, value)), strict=True)
     return torch.cat([function(*part, shape) for part in parts])
 
