@@ -10,7 +10,7 @@ https://arxiv.org/abs/1707.06168).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,8 +131,8 @@ def solved(x: Tensor, y: Tensor, prior: Tensor, weight: Tensor | None = None) ->
              for chosen in (~held_out, held_out)]  # fmt: skip
     whole = [first + second for first, second in zip(*parts, strict=True)]
     if not held_out.any():
-        return prior + _ridge_solution(*whole, _RIDGES[-1]).float()
-    return prior + _ridge_solution(*whole, _best_ridge(*parts)).float()
+        return prior + _ridge_solution(_RIDGES[-1], *whole).float()
+    return prior + _ridge_solution(_best_ridge(*parts), *whole).float()
 
 
 def _best_ridge(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> float:
@@ -140,7 +140,7 @@ def _best_ridge(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> float:
     gram, across = held_out
     best, least = _RIDGES[0], torch.inf
     for ridge in _RIDGES:
-        change = _ridge_solution(*train, ridge)
+        change = _ridge_solution(ridge, *train)
         if (error := float(((change @ gram - 2 * across) * change).sum())) >= least:
             break
         best, least = ridge, error
@@ -155,7 +155,7 @@ def _products(x: Tensor, y: Tensor, prior: Tensor, weight: Tensor | None) -> tup
     return gram, (y.T @ scaled).double() - prior.double() @ gram
 
 
-def _ridge_solution(gram: Tensor, across: Tensor, ridge: float) -> Tensor:
+def _ridge_solution(ridge: float, gram: Tensor, across: Tensor) -> Tensor:
     return torch.cholesky_solve(across.T, torch.linalg.cholesky(_damped(gram, ridge))).T
 
 
@@ -168,14 +168,14 @@ def _cut_attention(
     z, states = _gained(wide, x, weights, found, norm_gain(layer, "attention"), kept, shape.eps)
     head_dim = weights[matrix(layer, "q")].shape[0] // shape.heads
     products = [F.linear(z, weights[matrix(layer, name)]) for name in "qkv"]
-    outputs = _by_windows(attended, *products, shape)
+    outputs = _by_windows(shape, *products)
     heads = drop_head(outputs.flatten(0, 1), weights[matrix(layer, "o")], shape.heads, narrow.heads)
     rows = _rows(heads, head_dim)
     shared = _rows(heads // (shape.heads // shape.kv_heads), head_dim)
     readers = [(matrix(layer, name), chosen) for name, chosen in zip("qkv", (rows, shared, shared), strict=True)]
     _read(states, products, readers, weights, found, kept)
     wide = wide + F.linear(outputs, weights[matrix(layer, "o")])
-    own = _by_windows(attended, *(F.linear(states, found[matrix(layer, name)]) for name in "qkv"), narrow)
+    own = _by_windows(narrow, *(F.linear(states, found[matrix(layer, name)]) for name in "qkv"))
     prior = weights[matrix(layer, "o")][kept][:, rows]
     return wide, _add(x, own, wide[..., kept], prior, found, matrix(layer, "o"))
 
@@ -236,7 +236,7 @@ def _final_gain(wide: Tensor, x: Tensor, weights: Weights, table: Tensor, kept: 
 def _written(z: Tensor, weights: Weights, layer: int, part: str, shape: Shape) -> Tensor:
     if part == "attention":
         products = (F.linear(z, weights[matrix(layer, name)]) for name in "qkv")
-        return F.linear(_by_windows(attended, *products, shape), weights[matrix(layer, "o")])
+        return F.linear(_by_windows(shape, *products), weights[matrix(layer, "o")])
     return F.linear(
         gated(*(F.linear(z, weights[matrix(layer, name)]) for name in ("gate", "up"))), weights[matrix(layer, "down")]
     )
@@ -249,9 +249,9 @@ def _site(z: Tensor, readers: Sequence[Tensor]) -> Site:
     return Site(moments, torch.stack([gram / (gram * moments).sum() for gram in grams]).sum(0))
 
 
-def _by_windows(function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+def _by_windows(shape: Shape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     parts = zip(*(states.split(_WINDOWS) for states in (query, key, value)), strict=True)
-    return torch.cat([function(*part, shape) for part in parts])
+    return torch.cat([attended(*part, shape) for part in parts])
 
 
 def _rows(heads: Tensor, head_dim: int) -> Tensor:
