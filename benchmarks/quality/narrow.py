@@ -251,7 +251,7 @@ def _site(z: Tensor, readers: Sequence[Tensor]) -> Site:
 
 def _by_windows(shape: Shape, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     parts = zip(*(states.split(_WINDOWS) for states in (query, key, value)), strict=True)
-    return torch.cat([attended(*part, shape) for part in parts])
+    return torch.cat([attended(query, key, value, shape) for query, key, value in parts])
 
 
 def _rows(heads: Tensor, head_dim: int) -> Tensor:
