@@ -1,0 +1,104 @@
+"""Who was asked, how it ended and what it cost: a row of an SQLite file for every attempt. No text of a prompt, ever.
+
+A row is written before its attempt begins and completed when it ends, so one that a crash interrupts is there as
+`begun`, with the cost of its prompt. WAL lets `cost` read while a server writes. A commit survives the end of the
+process; after a power cut the last ones may be missing, and the file is whole.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import PipelineError
+from pipeline.serve.hybrid.policy import Level, Place
+
+Usage = Literal["counted", "reported", "estimated", "disputed"]
+"""Where a row's tokens come from: counted on the device; reported by the service; estimated with the device's tokenizer
+where nothing was reported; reported, but far from that estimate."""
+
+ANSWERED, BEGUN, CANCELLED = "answered", "begun", "cancelled"
+
+
+@dataclass
+class Attempt:
+    """A row. Seconds count from the attempt's start; `own_*` tokens are those of the device's tokenizer.
+
+    Attributes:
+        request, number: which request's attempt it is, and its how manieth.
+        at: when it began, seconds since 1970 (UTC).
+        provider: row of configs/hybrid.yaml; "device" for the device.
+        outcome: `answered`, `cancelled` by the client, `begun` if nobody lived to say more, else why it failed.
+        cost: dollars by the price of that day.
+    """
+
+    request: str
+    number: int
+    place: Place
+    provider: str
+    model: str
+    mode: str
+    rule: str
+    level: Level
+    own_prompt_tokens: int
+    usage: Usage
+    prompt_tokens: int
+    cost: float
+    completion_tokens: int = 0
+    own_completion_tokens: int = 0
+    outcome: str = BEGUN
+    first_token: float | None = None
+    seconds: float | None = None
+    at: float = field(default_factory=time.time)
+
+
+_TYPES = {"int": "INTEGER", "float": "REAL", "float | None": "REAL"}
+_COLUMNS = {name: _TYPES.get(str(one.type), "TEXT") for name, one in Attempt.__dataclass_fields__.items()}
+
+
+class Ledger:
+    """The file of attempts, used by the thread that opened it; several processes may share it."""
+
+    def __init__(self, path: Path):
+        """Open or create it. Raises PipelineError for a file that is no ledger, or a place that cannot be written."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=5, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+            self._database.execute(f"CREATE TABLE IF NOT EXISTS attempts (id INTEGER PRIMARY KEY, {columns})")
+            self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM attempts LIMIT 0")
+        except (sqlite3.Error, OSError) as error:
+            raise PipelineError(f"{path} cannot be used as a ledger: {error}. Name another file as `ledger`.") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    @contextmanager
+    def attempt(self, row: Attempt) -> Iterator[Attempt]:
+        """Write the row, let the block fill it, write it again however the block ends: a block that is left before it
+        set an outcome was cancelled."""
+        marks = ", ".join("?" * len(_COLUMNS))
+        insert = f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({marks})"
+        key = self._database.execute(insert, list(asdict(row).values())).lastrowid
+        began = time.monotonic()
+        try:
+            yield row
+        finally:
+            row.outcome = CANCELLED if row.outcome == BEGUN else row.outcome
+            row.seconds = time.monotonic() - began
+            sets = ", ".join(f"{name} = ?" for name in _COLUMNS)
+            self._database.execute(f"UPDATE attempts SET {sets} WHERE id = ?", [*asdict(row).values(), key])
+
+    def rows(self) -> list[Attempt]:
+        """All attempts in the order in which they began."""
+        found = self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM attempts ORDER BY id")
+        return [Attempt(**dict(zip(_COLUMNS, row, strict=True))) for row in found]
