@@ -10,7 +10,6 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -22,6 +21,8 @@ from pipeline.errors import ConfigError
 from pipeline.serve.engine import FinishReason, Message, Settings
 
 _AFTERWARDS = 1.0  # seconds that usage may take after the end of the answer
+UNBILLED = ("HTTP", "no connection")
+"""How outcomes begin of which no service has read a prompt."""
 _NO_KEY = "none"  # else the client would send OPENAI_API_KEY, whoever it is for
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class Heard:
 
 
 class Patience:
-    """Seconds that may be spent waiting for the cloud. Time in which the reader of the answer is slow does not count."""
+    """Seconds that may be spent waiting for the cloud. While the answer's reader is slow, none are."""
 
     def __init__(self, seconds: float):
         self.left = seconds
@@ -145,7 +146,9 @@ class Cloud:
             pause = _retry_after(error.response.headers)
             patient = pause <= self._attempts.longest_pause
             return CloudFailure(
-                f"HTTP {error.status_code}", error.status_code in self._attempts.statuses and patient and not heard, pause
+                f"HTTP {error.status_code}",
+                error.status_code in self._attempts.statuses and patient and not heard,
+                pause,
             )
         outcome = "malformed event"
         if isinstance(error, TimeoutError | openai.APITimeoutError):

@@ -7,6 +7,7 @@ process; after a power cut the last ones may be missing, and the file is whole.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from typing import Literal
 from pipeline.errors import PipelineError
 from pipeline.serve.hybrid.policy import Level, Place
 
+_LOG = logging.getLogger(__name__)
+
 Usage = Literal["counted", "reported", "estimated", "disputed"]
 """Where a row's tokens come from: counted on the device; reported by the service; estimated with the device's tokenizer
 where nothing was reported; reported, but far from that estimate."""
 
-ANSWERED, BEGUN, CANCELLED = "answered", "begun", "cancelled"
+ANSWERED, BEGUN, CANCELLED, FAILED = "answered", "begun", "cancelled", "failed"
 
 
 @dataclass
@@ -85,18 +88,30 @@ class Ledger:
     @contextmanager
     def attempt(self, row: Attempt) -> Iterator[Attempt]:
         """Write the row, let the block fill it, write it again however the block ends: a block that is left before it
-        set an outcome was cancelled."""
-        marks = ", ".join("?" * len(_COLUMNS))
-        insert = f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({marks})"
-        key = self._database.execute(insert, list(asdict(row).values())).lastrowid
+        set an outcome was cancelled. A disk that takes no row costs no answer: it is logged."""
+        key = self._write(
+            f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})", row
+        )
         began = time.monotonic()
         try:
             yield row
+        except Exception:
+            row.outcome = FAILED if row.outcome == BEGUN else row.outcome
+            raise
         finally:
             row.outcome = CANCELLED if row.outcome == BEGUN else row.outcome
             row.seconds = time.monotonic() - began
-            sets = ", ".join(f"{name} = ?" for name in _COLUMNS)
-            self._database.execute(f"UPDATE attempts SET {sets} WHERE id = ?", [*asdict(row).values(), key])
+            if key is not None:
+                self._write(
+                    f"UPDATE attempts SET {', '.join(f'{name} = ?' for name in _COLUMNS)} WHERE id = {key}", row
+                )
+
+    def _write(self, statement: str, row: Attempt) -> int | None:
+        try:
+            return self._database.execute(statement, list(asdict(row).values())).lastrowid
+        except sqlite3.Error as error:
+            _LOG.error("%s: an attempt of %s is not noted: %s", self.path, row.provider, error)
+            return None
 
     def rows(self) -> list[Attempt]:
         """All attempts in the order in which they began."""

@@ -36,7 +36,7 @@ class Situation(Frozen):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the rules see it: tokens of its prompt, messages of the user, whether it may not leave the device."""
+    """A request as the rules see it: tokens of its prompt, the user's messages, whether it may not leave the device."""
 
     tokens: int
     turns: int
