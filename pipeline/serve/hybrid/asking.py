@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from pipeline.config.hybrid import Cascade, HybridConfig
-from pipeline.errors import EvaluationError
+from pipeline.errors import PipelineError
 from pipeline.serve.engine import Busy, Engine, Message, Piece, Settings, Usage
 from pipeline.serve.hybrid.bill import Bill
 from pipeline.serve.hybrid.cloud import Cloud, CloudFailure, Patience
@@ -70,7 +70,7 @@ class Asking:
                     row.outcome, pause = "busy", busy.retry_after
                     if (patience := patience - pause) < 0:
                         raise Failed("the device was busy", again=True, error=busy) from None
-                except EvaluationError as error:
+                except PipelineError as error:
                     row.outcome = FAILED
                     raise Failed("the device failed", error=error) from None
             await asyncio.sleep(pause)
@@ -90,7 +90,7 @@ class Asking:
                 pause = max(limits.pause, failure.after)
                 if not (left and failure.again and pause < patience.left):
                     raise Failed(f"the cloud failed ({', then '.join(outcomes)})") from None
-            await patience.wait(asyncio.sleep(pause))
+            await patience.pause(pause)
 
     async def _attempt_at_cloud(self, patience: Patience) -> AsyncGenerator[Piece, None]:
         cloud, bill = self.means.cloud, self.means.bill

@@ -69,6 +69,11 @@ class Patience:
         finally:
             self.left -= time.monotonic() - began
 
+    async def pause(self, seconds: float) -> None:
+        """Wait before the next attempt."""
+        self.left -= seconds
+        await asyncio.sleep(seconds)
+
 
 class Cloud:
     """A configured service, asked by many at once."""

@@ -60,6 +60,28 @@ class Attempt:
     at: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What one provider's model took in a month (UTC). `estimated` and `disputed` count attempts; `cost` is dollars."""
+
+    month: str
+    place: Place
+    provider: str
+    model: str
+    attempts: int
+    answered: int
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: int
+    disputed: int
+    cost: float
+
+
+_SPENT = """
+    SELECT strftime('%Y-%m', at, 'unixepoch') AS month, place, provider, model, COUNT(*), SUM(outcome = 'answered'),
+           SUM(prompt_tokens), SUM(completion_tokens), SUM(usage = 'estimated'), SUM(usage = 'disputed'), SUM(cost)
+    FROM attempts GROUP BY month, place, provider, model ORDER BY month, place, provider, model
+"""
 _TYPES = {"int": "INTEGER", "float": "REAL", "float | None": "REAL"}
 _COLUMNS = {name: _TYPES.get(str(one.type), "TEXT") for name, one in Attempt.__dataclass_fields__.items()}
 
@@ -117,3 +139,7 @@ class Ledger:
         """All attempts in the order in which they began."""
         found = self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM attempts ORDER BY id")
         return [Attempt(**dict(zip(_COLUMNS, row, strict=True))) for row in found]
+
+    def spent(self) -> list[Spent]:
+        """Sums by month, place, provider and model."""
+        return [Spent(*row) for row in self._database.execute(_SPENT)]

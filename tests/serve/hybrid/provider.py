@@ -72,7 +72,9 @@ class Provider:
 
 class _Completions(Handler):
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(length := int(self.headers["Content-Length"]))
+        if len(body) < length:
+            return  # whoever asked has gone
         script = self.state.next(json.loads(body), {name.lower(): value for name, value in self.headers.items()})
         self.send_response(script.status)
         for name, value in (
