@@ -328,7 +328,7 @@ def cost(parameters: Path | None, ledger: str | None, as_json: bool) -> None:
 @_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cascade(model: str, as_json: bool) -> None:
-    """Say how often each validated variant of MODEL would doubt its MMLU answers and ask the cloud, and what that gives."""
+    """Say how often each validated variant of MODEL would doubt its MMLU answers, ask a cloud, and be right then."""
     _function("report.cascade")(model, as_json)
 
 

@@ -1,9 +1,9 @@
 """cascade: how often a variant would doubt its MMLU answers and ask the cloud, and how right device and cloud then are.
 
 An answer's confidence is its mean log-probability, as validate recorded it: in letter modes that of the letter, in
-cloze mode that of the choice's tokens. It is what the hybrid manager compares with its threshold. Thresholds are those
-at which the full-precision model asks for a given share, and the one of configs/hybrid.yaml. Whatever is asked counts as
-answered right: what a cloud gives at most. The price of quantization is the share that a variant must ask to be as
+cloze mode that of the choice's tokens. The hybrid manager compares the same with its threshold. Thresholds are those at
+which the full-precision model asks for a given share, and the one of configs/hybrid.yaml. Whatever is asked counts as
+answered right: a cloud gives that at most. The price of quantization is the share that a variant must ask to be as
 right as the full-precision model is alone.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -116,8 +115,8 @@ def _answers(workspace: Workspace) -> dict[str, Sure]:
     names = [path.parts[-3] for path in measured if "metrics" in (read_record(path.parent) or {})]
     if len(names) < 2 or names[0] != REFERENCE:
         raise EvaluationError(
-            f"{folder} has MMLU answers of {', '.join(names) or 'nothing'}; a cascade needs those of {REFERENCE} and of "
-            f"a variant. Run `dvc repro`, or `python -m pipeline validate {workspace.model} {REFERENCE}`."
+            f"{folder} has MMLU answers of {', '.join(names) or 'nothing'}; a cascade needs those of {REFERENCE} and "
+            f"of a variant. Run `dvc repro`, or `python -m pipeline validate {workspace.model} {REFERENCE}`."
         )
     journals = {name: Journal(folder / name / "mmlu" / ITEMS).items for name in names}
     common = [name for name in journals[REFERENCE] if all(name in items for items in journals.values())]

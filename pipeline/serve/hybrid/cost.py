@@ -159,9 +159,11 @@ def _text(config: CostConfig, options: Sequence[Row], pairs: Sequence[BreakEven]
         (pair.first, pair.second, *("never" if one is None else f"{one:,.1f}" for one in (pair.months, pair.claimed)))
         for pair in pairs
     ]
+    outputs = {price.output for price in config.prices.values()}
+    at_prices = ", ".join(f"{tokens * one / 1e6:,.2f} $ at {one:g} $/M" for one in sorted(outputs, reverse=True))
     sentence = (
         f"{users:,.0f} users, {config.input_tokens.value:,.0f} input and {tokens:,.0f} output tokens a month, "
-        f"{tokens / users:,.0f} output tokens a user. Dollars, without value-added tax."
+        f"{tokens / users:,.0f} output tokens a user. All output tokens in the cloud: {at_prices}."
     )
     shares = [
         f"{one.title}: {one.share_local.value:.0%} on the device: {one.share_local.source} ({one.share_local.date})."
