@@ -87,14 +87,14 @@ _COLUMNS = {name: _TYPES.get(str(one.type), "TEXT") for name, one in Attempt.__d
 
 
 class Ledger:
-    """The file of attempts, used by the thread that opened it; several processes may share it."""
+    """The file of attempts, used by one thread at a time; several processes may share it."""
 
     def __init__(self, path: Path):
         """Open or create it. Raises PipelineError for a file that is no ledger, or a place that cannot be written."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=5, isolation_level=None)
+            self._database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())

@@ -4,7 +4,7 @@ Whoever fails is replaced: the cloud by the device, a device that is busy or in 
 asked for a doubt by the device again. An answer is never put together from two. Where the cloud fails after some of its
 text was shown, a piece with a note in brackets follows, then an empty piece with an `origin`, then the whole answer of
 the device. No other piece in the middle of an answer has an origin: a client that knows it drops what it showed before
-(as `standing` does), and one that does not shows the note between both.
+(as `pipeline.serve.engine.standing` does), and one that does not shows the note between both.
 """
 
 from __future__ import annotations
@@ -165,12 +165,3 @@ class _Answer:
             completion_tokens=last.completion_tokens if whole else None,
             cost=sum(one.cost for one in attempts) if whole else None,
         )
-
-
-async def standing(pieces: AsyncIterable[Piece]) -> tuple[str, Piece]:
-    """The text of the answer that stands, and its last piece: what came before an answer began anew is dropped."""
-    text, last = "", Piece()
-    async for piece in pieces:
-        text = piece.text if piece.origin and not piece.finish_reason else text + piece.text
-        last = piece
-    return text, last

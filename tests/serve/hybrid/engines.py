@@ -31,7 +31,9 @@ class Device:
     def count(self, messages: Sequence[Message]) -> int:
         return sum(3 + len(message["content"].split()) for message in messages)
 
-    async def stream(self, messages: Sequence[Message], settings: Settings) -> AsyncGenerator[Piece, None]:
+    async def stream(
+        self, messages: Sequence[Message], settings: Settings, tags: Sequence[str] = ()
+    ) -> AsyncGenerator[Piece, None]:
         self.asked.append(settings)
         if self.busy:
             self.busy -= 1

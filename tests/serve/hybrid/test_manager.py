@@ -7,6 +7,7 @@ import logging
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
-from pipeline.serve.engine import Busy, Piece, Settings
+from pipeline.serve.engine import Busy, Piece, Settings, standing
 from pipeline.serve.hybrid.ledger import Attempt, Ledger
-from pipeline.serve.hybrid.manager import Manager, NoAnswer, Refused, standing
+from pipeline.serve.hybrid.manager import Manager, NoAnswer, Refused
 from pipeline.serve.hybrid.policy import Situation
 from tests.serve.hybrid.engines import LOCAL, USER, Device, collected, config, manager
 from tests.serve.hybrid.provider import DONE, KEY, Provider, Script, answer, event, provider
@@ -36,14 +37,9 @@ def ask(own: Manager, **options: Any) -> tuple[list[Piece], list[Attempt]]:
     return asyncio.run(_asked(own, **options))
 
 
-def stands(pieces: list[Piece]) -> str:
+def stands(pieces: Sequence[Piece]) -> str:
     """The text that a client who knows origins is left with."""
-
-    async def again() -> Any:
-        for piece in pieces:
-            yield piece
-
-    return asyncio.run(standing(again()))[0]
+    return "".join(piece.text for piece in standing(pieces))
 
 
 def test_the_cloud_answers_and_says_so(tmp_path: Path) -> None:
@@ -225,7 +221,8 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
         return answer("cloud ", number) if chance.random() < 0.5 else chance.choice(scripts)
 
     async def one(own: Manager, number: int) -> tuple[str, Piece]:
-        return await standing(own.stream([{"role": "user", "content": f"number {number}"}], Settings()))
+        pieces = await collected(own, [{"role": "user", "content": f"number {number}"}])
+        return stands(pieces), pieces[-1]
 
     async def all_of_them(service: Provider) -> tuple[list[tuple[str, Piece]], list[Attempt]]:
         quick = {"first_token": 0.5, "whole": 1.0, "pause": 0.01}
