@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pipeline.config.hybrid import HybridConfig
-from pipeline.errors import EvaluationError
-from pipeline.serve.engine import Engine, Message, Origin, Piece, Settings
+from pipeline.errors import ResourceError
+from pipeline.serve.engine import Engine, Message, Origin, Piece, Settings, Unsupported
 from pipeline.serve.hybrid.asking import Asking, Failed, Means
 from pipeline.serve.hybrid.bill import Bill
 from pipeline.serve.hybrid.cloud import Cloud
@@ -29,15 +29,16 @@ _WHEN = {rule.name: rule.when for rule in RULES}
 _ANY = Situation()
 
 
-class Refused(EvaluationError):
+class Refused(Unsupported):
     """A request that the policy lets nobody answer. Nothing of it was sent."""
 
     def __init__(self, decision: Decision, said: str):
-        super().__init__(f"rule {decision.rule} lets nobody answer: {said}. Nothing was sent to the cloud.")
+        parameter = "x_tags" if decision.rule.startswith("private") else "x_situation"
+        super().__init__(parameter, f"rule {decision.rule} lets nobody answer: {said}. Nothing was sent to the cloud.")
         self.decision = decision
 
 
-class NoAnswer(EvaluationError):
+class NoAnswer(ResourceError):
     """The cloud failed, and the device may not answer in its place."""
 
 
