@@ -34,11 +34,11 @@ CEILINGS = {
     "quantize": 765,
     "report": 1210,
     "runtime": 1016,
-    "serve": 1024,
+    "serve": 1025,
     "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 19_289
+WHOLE = 19_290
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
