@@ -383,6 +383,28 @@ def schema(folder: Path) -> None:
         click.echo(path)
 
 
+@cli.command()
+@click.option("--parameters", type=_PATH, help="A file of the form of configs/cost.yaml, which is the default.")
+@click.option("--ledger", is_flag=False, flag_value="", help="Instead: what was spent, by FILE or configs/hybrid.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cost(parameters: Path | None, ledger: str | None, as_json: bool) -> None:
+    """Say what cloud only, hybrid and device only cost a month, and after how many months one pays for its set-up.
+
+    \b
+    python -m pipeline cost
+    python -m pipeline cost --ledger
+    """
+    _function("serve.hybrid.cost")(parameters, ledger, as_json)
+
+
+@cli.command()
+@_MODEL
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cascade(model: str, as_json: bool) -> None:
+    """Say how often each validated variant of MODEL would doubt its MMLU answers, ask a cloud, and be right then."""
+    _function("report.cascade")(model, as_json)
+
+
 @cli.command("key-id")
 @click.argument("public_key", type=_PATH)
 def key_id(public_key: Path) -> None:

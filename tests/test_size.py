@@ -18,13 +18,13 @@ CEILINGS = {
     "bundle": 1665,
     "calibrate": 250,
     "checkpoint": 1680,
-    "config": 406,
+    "config": 518,
     "confine": 435,
     "door": 740,
     "graph": 412,
     "judge": 563,
     "keys": 335,
-    "modules": 751,
+    "modules": 762,
     "packs": 925,
     "parity": 142,
     "planning": 548,
@@ -32,13 +32,13 @@ CEILINGS = {
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
-    "report": 1094,
+    "report": 1210,
     "runtime": 1016,
-    "serve": 187,
+    "serve": 1025,
     "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 19_290
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
