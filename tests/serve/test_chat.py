@@ -83,7 +83,7 @@ def test_a_full_context_is_said_and_forgotten(model_folder: Path, tmp_path: Path
 def test_a_stop_ends_the_answer_and_is_not_part_of_it(model_folder: Path, tmp_path: Path) -> None:
     plain = Conversation(model_folder)
     text = told(plain, "Good morning.")
-    ids = [int(token) for token in plain._generator.get_sequence(0)][-8:]
+    ids = [int(token) for token in plain._model._generator.get_sequence(0)][-8:]
     place = next(place for place in range(1, 8) if ids[place] not in ids[:place])
     stopped = Conversation(changed(model_folder, tmp_path / "m", model={"eos_token_id": [ids[place]]}))
     answer = stopped.answer("Good morning.", lambda piece: None, 8)
