@@ -25,12 +25,13 @@ class Busy(ResourceError):
 
 
 class TooLong(EvaluationError):
-    """A prompt of `tokens` tokens that leaves no room for an answer within `limit`."""
+    """A prompt of `tokens` tokens that leaves no room within `limit` for the answer that was asked for."""
 
-    def __init__(self, model: str, tokens: int, limit: int):
+    def __init__(self, model: str, tokens: int, limit: int, answer: int | None = None):
+        asked = f"and {answer:,} for the answer exceed" if answer else "leaves no room for an answer in"
         super().__init__(
-            f"{model}: a prompt of {tokens:,} tokens leaves no room for an answer in the context of {limit:,}. "
-            f"Shorten the messages."
+            f"{model}: a prompt of {tokens:,} tokens {asked} the context of {limit:,}. Shorten the messages"
+            f"{', or lower max_tokens' if answer else ''}."
         )
         self.tokens, self.limit = tokens, limit
 
