@@ -189,13 +189,14 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 async def _invalid(_request: Request, problem: RequestValidationError) -> JSONResponse:
     first = problem.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    unknown = first["type"] == "extra_forbidden"
-    parameter = ".".join(place) or None
-    message = (
-        f"{parameter} is not supported: it would be ignored" if unknown else f"{parameter or 'body'}: {first['msg']}"
-    )
-    code = "unsupported_parameter" if unknown else "invalid_value"
+    # Beside the names of fields and places in lists, a place may say which member of a union was tried.
+    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    parameter = None if first["type"] == "json_invalid" else ".".join(place) or None
+    code, message = "invalid_value", f"{parameter}: {first['msg']}"
+    if parameter is None:
+        message = f"the body must be a JSON object, sent as application/json: {first['msg']}"
+    elif first["type"] == "extra_forbidden":
+        code, message = "unsupported_parameter", f"{parameter} is not supported: it would be ignored"
     return JSONResponse(error(message, "invalid_request_error", code, parameter), 400)
 
 
