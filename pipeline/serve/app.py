@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.serve.engine import Busy, Engine, Piece, TooLong, Unsupported
 from pipeline.serve.guard import Door, Guard
-from pipeline.serve.metrics import Metrics
+from pipeline.serve.metrics import Metrics, Reading
 from pipeline.serve.wire import END, Answer, ChatRequest, error, event
 
 _PAGE = Path(__file__).with_name("page")
@@ -35,19 +36,13 @@ class _Gone(Exception):
     """The client closed the connection."""
 
 
-def build(
-    engines: Mapping[str, Engine], door: Door, gauges: Mapping[str, tuple[str, Callable[[], float]]] | None = None
-) -> FastAPI:
-    """The application that serves `engines`, by the ids that requests name.
-
-    Args:
-        gauges: more to show in /metrics, as `Metrics` takes it.
-    """
+def build(engines: Mapping[str, Engine], door: Door, gauges: Mapping[str, Reading] = MappingProxyType({})) -> FastAPI:
+    """The application that serves `engines`, by the ids that requests name; `gauges` are shown in /metrics."""
     app = FastAPI(title="Bundles behind an OpenAI-compatible API", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, door=door, public=_PUBLIC)
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
-    metrics, started = Metrics(gauges or {}), int(time.time())
+    metrics, started = Metrics(gauges), int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:

@@ -12,12 +12,15 @@ from pipeline.serve.engine import Piece
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
+Reading = tuple[str, Callable[[], float]]
+"""What a gauge says, and the function that reads it when Prometheus asks."""
+
 
 class Metrics:
     """One server's figures."""
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]):
-        """`gauges`: name → what it says, and a function that reads it when asked."""
+    def __init__(self, gauges: Mapping[str, Reading]):
+        """`gauges`: by name, more to show."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "pipeline_requests", "Chats asked, by status; 499: the client went.", ["model", "status"], registry=registry

@@ -17,6 +17,7 @@ from pipeline.serve.app import build
 from pipeline.serve.bundles import verified
 from pipeline.serve.guard import Door
 from pipeline.serve.local import Line, Local, Shelf, Source
+from pipeline.serve.metrics import Reading
 
 _LAST_SECONDS = 10  # that answers have to end once the server is to stop
 
@@ -35,13 +36,9 @@ def run(
     door = Door.at(host)
     shelf, line = Shelf(sources(bundles, public_keys, unverified)), Line(queue)
     engines = {name: Local(name, shelf, line) for name in shelf.chats}
-    gauges = {
-        "waiting": ("Requests in line.", lambda: float(line.waiting)),
-        "loaded": ("Models in memory.", lambda: float(shelf.loaded)),
-    }
-    listening = _listen(host, port)
+    listening = listen(host, port)
     config = uvicorn.Config(
-        build(engines, door, gauges), log_level="warning", server_header=False, access_log=False,
+        build(engines, door, gauges(line, shelf)), log_level="warning", server_header=False, access_log=False,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )  # fmt: skip
     place = f"[{host}]" if ":" in host else host
@@ -68,7 +65,16 @@ def sources(bundles: Sequence[Path], public_keys: Sequence[Path], unverified: bo
     return found
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def gauges(line: Line, shelf: Shelf) -> dict[str, Reading]:
+    """What /metrics shows of them."""
+    return {
+        "waiting": ("Requests in line.", lambda: float(line.waiting)),
+        "loaded": ("Models in memory.", lambda: float(shelf.loaded)),
+    }
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 is any that is free. Raises ResourceError where there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,17 +17,7 @@ from pipeline.files import read_json, write_json
 from pipeline.serve.chat import Conversation
 from tests.bundle.conftest import Maker
 from tests.conftest import ROOT
-from tests.serve.conftest import CONTEXT, Talking
-
-
-def changed(folder: Path, where: Path, **settings: Any) -> Path:
-    """A copy of a model's folder with other keys in a section of genai_config.json: `search={"do_sample": True}`."""
-    shutil.copytree(folder, where)
-    config = read_json(where / "genai_config.json")
-    for section, values in settings.items():
-        config[section] |= values
-    write_json(where / "genai_config.json", config)
-    return where
+from tests.serve.conftest import CONTEXT, Talking, changed
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -112,7 +112,6 @@ class Answer {
   }
 
   mark(place) {
-    this.box.querySelector("mark")?.replaceWith(...this.box.querySelector("mark").childNodes);
     const token = this.tokens.slice(place).find(({ node }) => node.textContent); // a token may complete no character
     if (!token) return;
     const marked = element("mark", "", token.node.textContent);
