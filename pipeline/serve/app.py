@@ -74,7 +74,7 @@ def build(engines: Mapping[str, Engine], door: Door, gauges: Mapping[str, Readin
 
 
 async def _chat(request: Request, body: ChatRequest, engine: Engine, metrics: Metrics) -> Response:
-    stream = engine.stream(body.plain(), body.settings())
+    stream = engine.stream(body.plain(), body.settings(), body.x_tags)
     pieces = attended(request, metrics.watched(body.model, stream), stream)
     try:
         if not body.stream:

@@ -104,7 +104,8 @@ class Piece:
         logprob: natural logarithm of the token's probability, where `Settings.logprobs` asked for it.
         finish_reason: of the last piece, and of no other.
         usage: of the last piece.
-        origin: from engines that choose: on the first piece as far as it is known, whole on the last one.
+        origin: from engines that choose: on the first piece as far as it is known, whole on the last one. In between it
+            says that the answer begins anew, by somebody else: what was shown before does not stand.
     """
 
     text: str = ""
@@ -113,6 +114,11 @@ class Piece:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     origin: Origin | None = None
+
+
+def standing(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Those of the answer that stands: what came before it began anew is left out."""
+    return pieces[max((place for place, piece in enumerate(pieces[:-1]) if piece.origin), default=0) :]
 
 
 class Engine(Protocol):
@@ -127,8 +133,12 @@ class Engine(Protocol):
         """Tokens of the prompt that these messages become. Raises EvaluationError where they cannot be rendered."""
         ...
 
-    def stream(self, messages: Sequence[Message], settings: Settings) -> AsyncGenerator[Piece, None]:
+    def stream(
+        self, messages: Sequence[Message], settings: Settings, tags: Sequence[str] = ()
+    ) -> AsyncGenerator[Piece, None]:
         """The answer piece by piece, the last one with its `finish_reason` and `usage`.
+
+        `tags` are the asker's words on the messages, such as "private", for engines that could send them elsewhere.
 
         Closing it (`aclose`), or cancelling the task that reads it, ends the generation within a token.
 

@@ -147,8 +147,10 @@ class Local:
         """Tokens of the prompt that these messages become. Raises EvaluationError where they cannot be rendered."""
         return len(self._chats.encode(messages))
 
-    async def stream(self, messages: Sequence[Message], settings: Settings) -> AsyncGenerator[Piece, None]:
-        """The answer piece by piece, as `pipeline.serve.engine.Engine.stream`."""
+    async def stream(
+        self, messages: Sequence[Message], settings: Settings, tags: Sequence[str] = ()
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer piece by piece, as `pipeline.serve.engine.Engine.stream`. Nothing leaves, whatever `tags` say."""
         async with self._line.place():
             try:
                 ids = await self._line.run(self._chats.encode, messages)

@@ -1,6 +1,7 @@
 """What goes over the wire: OpenAI's chat completions, as far as an engine honours them. The rest is refused by name.
 
-https://platform.openai.com/docs/api-reference/chat. `return_token_ids` is vLLM's: token ids beside the text.
+https://platform.openai.com/docs/api-reference/chat. `return_token_ids` is vLLM's: token ids beside the text. `x_tags` and
+`x_origin` are ours: what a message is ("private"), and who answered it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from pipeline.serve.engine import Message, Piece, Settings
+from pipeline.serve.engine import Message, Piece, Settings, standing
 
 _NEUTRAL: dict[str, Any] = {
     "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "tools": [],
@@ -73,6 +74,7 @@ class ChatRequest(_Strict):
     logprobs: bool = False
     return_token_ids: bool = False
     user: str | None = None
+    x_tags: list[str] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +112,7 @@ class Answer:
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Of an answer that is not streamed."""
+        pieces = standing(pieces)
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": pieces[-1].finish_reason} | self._extras(pieces)
         return {
@@ -119,11 +122,12 @@ class Answer:
 
     def chunk(self, piece: Piece, first: bool) -> str:
         """A piece as server-sent events, "" where it has nothing to say yet."""
-        if not (first or piece.text or piece.finish_reason or self._request.logprobs or self._request.return_token_ids):
+        asked = self._request.logprobs or self._request.return_token_ids
+        if not (first or piece.text or piece.origin or piece.finish_reason or asked):
             return ""
         delta = ({"role": "assistant"} if first else {}) | {"content": piece.text}
         choice = {"index": 0, "delta": delta, "finish_reason": piece.finish_reason} | self._extras([piece])
-        events = [self._event([choice], **(_origin(piece) if piece.finish_reason else {}))]
+        events = [self._event([choice], **_origin(piece))]
         if piece.finish_reason and self._request.stream_options.include_usage:
             events.append(self._event([], usage=_usage(piece)))
         return "".join(events)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ import uvicorn
 
 from pipeline.bundle import card, keys, release
 from pipeline.checkpoint.blobs import Store
+from pipeline.errors import EvaluationError
 from pipeline.files import read_json, write_json
 from pipeline.serve.app import build
 from pipeline.serve.engine import Engine
 from pipeline.serve.guard import Door
 from pipeline.serve.local import Line, Local, Shelf, Source
+from pipeline.serve.model import Chats, Step
 from pipeline.serve.server import gauges, listen
 from pipeline.stages import download, export
 from pipeline.workspace import Workspace
@@ -127,3 +129,48 @@ def until(condition: Any, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.005)
+
+
+class Puppet:
+    """Stands for a model in memory: it writes the tokens of `text` again and again, each when it is let."""
+
+    def __init__(self, chats: Chats, text: str, steps: int = 0):
+        self._chats, self._ids = chats, [int(token) for token in chats.tokenizer.encode(text)]
+        self._allowed, self.asked, self.broken = threading.Semaphore(steps), 0, False
+
+    def let(self, steps: int) -> None:
+        self._allowed.release(steps)
+
+    def begin(self, ids: Sequence[int], search: dict[str, Any], fresh: bool) -> list[Sequence[int]]:
+        self._at, self._stream = 0, self._chats.tokenizer.create_stream()
+        return [ids]
+
+    def read(self, ids: Sequence[int]) -> None:
+        if self.broken:
+            raise EvaluationError("the runtime is out of order")
+
+    def step(self, logprobs: bool) -> Step:
+        self.asked += 1
+        assert self._allowed.acquire(timeout=60)
+        token = self._ids[self._at % len(self._ids)]
+        self._at += 1
+        return Step(token, self._stream.decode(token), False, None)
+
+
+SAID = "Xin chào, tiếng Việt 😀 👩‍👩‍👧 漢字 🇻🇳 "
+
+
+@dataclass(frozen=True)
+class Played(Served):
+    """A server whose model is a puppet."""
+
+    puppet: Puppet
+
+
+@pytest.fixture
+def played(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    with serving_folders(queue=1, plain=model_folder) as found:
+        puppet = Puppet(found.shelf.chats["plain"], SAID)
+        monkeypatch.setattr(found.shelf, "model", lambda name: puppet)
+        yield Played(found.url, found.line, found.shelf, puppet)
+        puppet.let(1000)

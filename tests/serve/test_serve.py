@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,26 @@ import openai
 import pytest
 import requests
 
-from pipeline.errors import BundleError, ConfigError, EvaluationError, ResourceError
+from pipeline.errors import BundleError, ConfigError, ResourceError
 from pipeline.serve import local
 from pipeline.serve.chat import Conversation
 from pipeline.serve.engine import Message, Origin, Piece, Settings, Usage
 from pipeline.serve.guard import TOKEN, Door
 from pipeline.serve.local import Ending, search_options
-from pipeline.serve.model import Chats, Step
+from pipeline.serve.model import Chats
 from pipeline.serve.server import listen, sources
 from tests.conftest import ROOT
-from tests.serve.conftest import CONTEXT, Served, Talking, changed, serving, serving_folders, until
+from tests.serve.conftest import (
+    CONTEXT,
+    SAID,
+    Played,
+    Served,
+    Talking,
+    changed,
+    serving,
+    serving_folders,
+    until,
+)
 
 HELLO = [{"role": "user", "content": "Good morning."}]
 
@@ -218,51 +227,6 @@ def test_other_mistakes_are_errors_of_the_same_shape(served: Served) -> None:
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-class Puppet:
-    """Stands for a model in memory: it writes the tokens of `text` again and again, each when it is let."""
-
-    def __init__(self, chats: Chats, text: str, steps: int = 0):
-        self._chats, self._ids = chats, [int(token) for token in chats.tokenizer.encode(text)]
-        self._allowed, self.asked, self.broken = threading.Semaphore(steps), 0, False
-
-    def let(self, steps: int) -> None:
-        self._allowed.release(steps)
-
-    def begin(self, ids: Sequence[int], search: dict[str, Any], fresh: bool) -> list[Sequence[int]]:
-        self._at, self._stream = 0, self._chats.tokenizer.create_stream()
-        return [ids]
-
-    def read(self, ids: Sequence[int]) -> None:
-        if self.broken:
-            raise EvaluationError("the runtime is out of order")
-
-    def step(self, logprobs: bool) -> Step:
-        self.asked += 1
-        assert self._allowed.acquire(timeout=60)
-        token = self._ids[self._at % len(self._ids)]
-        self._at += 1
-        return Step(token, self._stream.decode(token), False, None)
-
-
-SAID = "Xin chào, tiếng Việt 😀 👩‍👩‍👧 漢字 🇻🇳 "
-
-
-@dataclass(frozen=True)
-class Played(Served):
-    """A server whose model is a puppet."""
-
-    puppet: Puppet
-
-
-@pytest.fixture
-def played(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
-    with serving_folders(queue=1, plain=model_folder) as found:
-        puppet = Puppet(found.shelf.chats["plain"], SAID)
-        monkeypatch.setattr(found.shelf, "model", lambda name: puppet)
-        yield Played(found.url, found.line, found.shelf, puppet)
-        puppet.let(1000)
-
-
 def test_a_stream_is_whole_characters(played: Played) -> None:
     played.puppet.let(1000)
     count = len(played.puppet._ids)
@@ -347,32 +311,35 @@ def test_an_engine_that_fails_answers_500_and_the_server_goes_on(played: Played)
 
 
 class Chooser:
-    """An engine that says who answered, and may fail in the middle."""
+    """An engine that is cut off in the middle and says who answered anew, or fails."""
 
-    model, fails = "chooser", False
+    model, fails, tags = "chooser", False, ()
 
     def count(self, messages: Sequence[Message]) -> int:
         return 3
 
-    async def stream(self, messages: Sequence[Message], settings: Settings) -> AsyncIterator[Piece]:
+    async def stream(
+        self, messages: Sequence[Message], settings: Settings, tags: Sequence[str] = ()
+    ) -> AsyncIterator[Piece]:
+        self.tags = tuple(tags)
         yield Piece("Good ", origin=Origin("cloud:x", "prefer cloud"))
         if self.fails:
             raise RuntimeError("secret detail")
-        yield Piece(
-            "day", None, None, "stop", Usage(3, 2), Origin("local", "the cloud was cut off", 0.1, 0.2, 3, 2, 0.01)
-        )
+        yield Piece(origin=Origin("local", "the cloud was cut off", 0.1))
+        yield Piece("Good day")
+        yield Piece("", None, None, "stop", Usage(3, 2), Origin("local", "the cloud was cut off", 0.1, 0.2, 3, 2, 0.01))
 
 
 def test_an_engine_that_chooses_says_who_answered() -> None:
     chooser = Chooser()
     with serving({"chooser": chooser}) as url:  # type: ignore[dict-item]
-        whole = post(url, model="chooser").json()
+        whole = post(url, model="chooser", x_tags=["private"]).json()
         assert whole["choices"][0]["message"]["content"] == "Good day"
-        assert whole["x_origin"]["who"] == "local"
-        assert whole["x_origin"]["cost"] == 0.01
+        assert (whole["x_origin"]["who"], whole["x_origin"]["cost"]) == ("local", 0.01)
+        assert chooser.tags == ("private",)
         stream = post(url, model="chooser", stream=True)
         assert json.loads(stream.headers["x-origin"])["who"] == "cloud:x"
-        assert [body.get("x_origin", {}).get("who") for body in events(stream)] == [None, "local"]
+        assert [body.get("x_origin", {}).get("who") for body in events(stream)] == ["cloud:x", "local", None, "local"]
         chooser.fails = True
         with client(url) as stock, pytest.raises(openai.APIError, match="the server failed; its log says how"):
             list(stock.chat.completions.create(model="chooser", messages=HELLO, stream=True))  # type: ignore[call-overload]

@@ -71,6 +71,11 @@ class Answer {
     return this.text.textContent;
   }
 
+  clear() {
+    this.tokens = [];
+    this.text.replaceChildren();
+  }
+
   add(piece) {
     const node = element("span", "", piece.delta.content);
     this.text.append(node);
@@ -94,6 +99,8 @@ class Answer {
     let origin = null;
     let reason = null;
     for await (const chunk of chunks(body, signal)) {
+      const last = chunk.choices.some((piece) => piece.finish_reason);
+      if (chunk.x_origin && origin && !last) this.clear(); // somebody else answers anew
       origin = chunk.x_origin ?? origin;
       for (const piece of chunk.choices) {
         this.add(piece);
