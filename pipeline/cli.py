@@ -47,6 +47,7 @@ def cli() -> None:
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
     Compare        python -m pipeline compare q4 q4_k_m
     Talk           python -m pipeline chat artifacts/bundles/smollm2-135m/q4
+    Serve          python -m pipeline serve artifacts/bundles/smollm2-135m/*
     Full size      make repro MODELS="mimo-8b phi-4" VARIANTS="q4 q4_k_m" SUITE=release
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
     """

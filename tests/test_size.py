@@ -24,7 +24,7 @@ CEILINGS = {
     "graph": 412,
     "judge": 563,
     "keys": 335,
-    "modules": 751,
+    "modules": 767,
     "packs": 925,
     "parity": 142,
     "planning": 548,
@@ -34,11 +34,11 @@ CEILINGS = {
     "quantize": 765,
     "report": 1094,
     "runtime": 1016,
-    "serve": 187,
+    "serve": 915,
     "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 18_958
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

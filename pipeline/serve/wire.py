@@ -1,7 +1,7 @@
 """What goes over the wire: OpenAI's chat completions, as far as an engine honours them. The rest is refused by name.
 
-https://platform.openai.com/docs/api-reference/chat. `return_token_ids` is vLLM's: token ids beside the text. `x_tags` and
-`x_origin` are ours: what a message is ("private"), and who answered it.
+https://platform.openai.com/docs/api-reference/chat. `return_token_ids` is vLLM's: token ids beside the text. `x_tags`
+(what a message is, such as "private") and `x_origin` (who answered it) are ours.
 """
 
 from __future__ import annotations

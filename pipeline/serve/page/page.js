@@ -81,7 +81,9 @@ class Answer {
     this.text.append(node);
     this.times ??= { asked: this.asked, first: performance.now() };
     this.times.last = performance.now();
-    (piece.token_ids ?? [piece.delta.content]).forEach((id) => this.tokens.push({ id, node }));
+    const { content } = piece.delta;
+    const ids = piece.token_ids?.length ? piece.token_ids : content ? [content] : []; // a cloud's pieces have no ids
+    ids.forEach((id) => this.tokens.push({ id, node }));
     this.figures.textContent = this.describe();
   }
 
