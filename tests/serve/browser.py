@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,8 +42,7 @@ class Page:
         )
         self._writes.flush()
         while (answer := self._next()).get("id") != number:
-            if answer.get("method") in {"Runtime.exceptionThrown", "Log.entryAdded"}:
-                self.messages.append(json.dumps(answer["params"]))
+            pass
         assert "error" not in answer, answer
         return dict(answer["result"])
 
@@ -52,6 +52,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
+        self.until("document.readyState == 'complete'")
 
     def value(self, expression: str) -> Any:
         """What an expression of JavaScript gives, as JSON."""
@@ -61,10 +62,16 @@ class Page:
 
     def until(self, expression: str) -> None:
         """Wait until an expression is true, for a minute."""
-        again = f"while (!({expression}) && Date.now() < end) await new Promise(requestAnimationFrame)"
-        wait = f"const end = Date.now() + 60000; {again}"
-        self.value(f"(async () => {{ {wait} }})()")
-        assert self.value(f"Boolean({expression})"), f"{expression}: {self.value('document.body.innerText')}"
+        end = time.monotonic() + 60
+        while not self._holds(expression):
+            assert time.monotonic() < end, f"{expression}: {self.value('document.body.innerText')}"
+            time.sleep(0.01)
+
+    def _holds(self, expression: str) -> bool:
+        try:
+            return bool(self.value(f"Boolean({expression})"))
+        except AssertionError:  # it is going elsewhere
+            return False
 
     def write(self, text: str) -> None:
         """Type into what has the focus."""
@@ -86,7 +93,10 @@ class Page:
         while (byte := self._reads.read(1)) != b"\0":
             assert byte, "the browser has ended"
             raw += byte
-        return dict(json.loads(raw))
+        message: dict[str, Any] = json.loads(raw)
+        if message.get("method") in {"Runtime.exceptionThrown", "Log.entryAdded"}:
+            self.messages.append(json.dumps(message["params"]))
+        return message
 
 
 @contextmanager
@@ -96,7 +106,7 @@ def browser(profile: Path) -> Iterator[Page]:
     # The browser reads from descriptor 3 and writes to 4. Root may not use its sandbox; it sees our own page only.
     script = f'exec "$0" "$@" 3<&{theirs[0]} 4>&{ours[1]}'
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-    words = ["sh", "-c", script, str(PROGRAM), *flags, "--hide-scrollbars", f"--user-data-dir={profile}"]
+    words = ["bash", "-c", script, str(PROGRAM), *flags, "--hide-scrollbars", f"--user-data-dir={profile}"]
     process = subprocess.Popen(words, pass_fds=(theirs[0], ours[1]), stderr=subprocess.DEVNULL)
     os.close(theirs[0])
     os.close(ours[1])
