@@ -125,6 +125,7 @@ class Answer {
     if (!token) return;
     const marked = element("mark", "", token.node.textContent);
     marked.title = `token ${place + 1}: the first that differs`;
+    if (!marked.textContent.trim()) marked.dataset.blank = marked.textContent.includes("\n") ? "⏎" : "␣";
     token.node.replaceChildren(marked);
   }
 }
@@ -173,7 +174,8 @@ async function ask(message) {
   find("turns").append(element("div", "question", message), row, verdict);
   sides.forEach((side) => histories[side].push({ role: "user", content: message }));
   row.previousSibling.scrollIntoView();
-  await Promise.all(sides.map((side, place) => answerOn(side, answers[place], running.signal)));
+  // In turn, because the engine takes one at a time: the time to the first token is then the model's own.
+  for (const [place, side] of sides.entries()) await answerOn(side, answers[place], running.signal);
   compare(answers, verdict);
   verdict.scrollIntoView({ block: "nearest" });
 }
