@@ -74,12 +74,13 @@ def gauges(line: Line, shelf: Shelf) -> dict[str, Reading]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 is any that is free. Raises ResourceError where there is none."""
+    """A socket that takes connections from now on; port 0 is any that is free. Raises ResourceError where there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except OSError as error:
         raise ResourceError(f"the server cannot listen on {host} port {port}: {error}. Try another --port.") from None
     return listening

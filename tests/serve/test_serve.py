@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -440,10 +441,16 @@ def test_a_request_has_a_size(stated: bool) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> subprocess.Popen[bytes]:
+@contextmanager
+def command(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, which is ended where a test fails."""
     environment = {name: value for name, value in os.environ.items() if name != TOKEN}
     words = [sys.executable, "-m", "pipeline", "serve", *map(str, arguments)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -463,7 +470,6 @@ def test_the_command_serves_and_ends_an_answer_before_itself(stop: signal.Signal
 
 def test_a_port_that_is_taken_is_said(talking: Talking) -> None:
     with listen("127.0.0.1", 0) as taken:
-        taken.listen()
         with pytest.raises(ResourceError, match="Try another --port"):
             listen("127.0.0.1", taken.getsockname()[1])
 

@@ -30,10 +30,12 @@ def server(model_folder: Path) -> Iterator[tuple[str, int]]:
     words = ["-m", "pipeline", "serve", str(model_folder), "--unverified", "--port", "0", "--queue", str(AT_ONCE)]
     with subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE) as process:
         assert process.stderr
-        found = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline().decode())
-        assert found
-        yield found[0], process.pid
-        process.terminate()
+        try:
+            found = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline().decode())
+            assert found
+            yield found[0], process.pid
+        finally:
+            process.terminate()
 
 
 def test_a_thousand_requests_lose_none_and_memory_stays_flat(server: tuple[str, int], model_folder: Path) -> None:
