@@ -74,7 +74,7 @@ def gauges(line: Line, shelf: Shelf) -> dict[str, Reading]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; port 0 is any that is free. Raises ResourceError where there is none."""
+    """A socket that takes connections from now on; port 0 is any that is free. Raises ResourceError where none is."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
