@@ -79,16 +79,20 @@ async def _chat(request: Request, body: ChatRequest, engine: Engine, metrics: Me
     try:
         if not body.stream:
             async with aclosing(pieces):
-                return JSONResponse(Answer(body).whole([piece async for piece in pieces]))
+                written = [piece async for piece in pieces]
+            return JSONResponse(Answer(body).whole(written), headers=_who(written[-1]))
         first = await anext(pieces)
     except _Gone:
         return Response(status_code=_GONE)
     except Exception as problem:
         return _failed(problem)
-    headers = {"cache-control": "no-store"}
-    if first.origin:
-        headers["x-origin"] = json.dumps(asdict(first.origin))
+    headers = {"cache-control": "no-store"} | _who(first)
     return StreamingResponse(_events(body, first, pieces, metrics), media_type="text/event-stream", headers=headers)
+
+
+def _who(piece: Piece) -> dict[str, str]:
+    """A header that says who answered, where the engine chose."""
+    return {"x-origin": json.dumps(asdict(piece.origin))} if piece.origin else {}
 
 
 async def _events(

@@ -334,7 +334,9 @@ class Chooser:
 def test_an_engine_that_chooses_says_who_answered() -> None:
     chooser = Chooser()
     with serving({"chooser": chooser}) as url:  # type: ignore[dict-item]
-        whole = post(url, model="chooser", x_tags=["private"]).json()
+        response = post(url, model="chooser", x_tags=["private"])
+        whole = response.json()
+        assert json.loads(response.headers["x-origin"]) == whole["x_origin"]
         assert whole["choices"][0]["message"]["content"] == "Good day"
         assert (whole["x_origin"]["who"], whole["x_origin"]["cost"]) == ("local", 0.01)
         assert chooser.tags == ("private",)
@@ -468,10 +470,9 @@ def test_the_command_serves_and_ends_an_answer_before_itself(stop: signal.Signal
     assert said == b""
 
 
-def test_a_port_that_is_taken_is_said(talking: Talking) -> None:
-    with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(ResourceError, match="Try another --port"):
-            listen("127.0.0.1", taken.getsockname()[1])
+def test_a_port_that_is_taken_is_said() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ResourceError, match="Try another --port"):
+        listen("127.0.0.1", taken.getsockname()[1])
 
 
 def test_a_bundle_that_does_not_verify_is_not_served(talking: Talking) -> None:
