@@ -1,4 +1,4 @@
-"""serve under load, and asked by lm-evaluation-harness."""
+"""serve under load, and asked by lm-evaluation-harness: LM_EVAL_PYTHON may name an interpreter that has it."""
 
 from __future__ import annotations
 
