@@ -269,7 +269,7 @@ def test_an_answer_ends_within_a_token_when_its_client_goes(stream: bool, played
         waiting = threading.Thread(target=lambda: post(url, max_tokens=1))
         waiting.start()
         until(lambda: played.line.waiting == 1)
-    until(lambda: played.line.waiting == 0)  # the one behind has its turn while the last token is being written
+    until(lambda: played.line._places == 1)  # that of the one behind, while the last token is being written
     assert puppet.asked == 4
     puppet.let(2)  # that token, and the other's only one
     waiting.join()
