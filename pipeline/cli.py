@@ -47,6 +47,7 @@ def cli() -> None:
     Tune           dvc exp run -S 'configs/recipes/q4.yaml:head=w4b32a' && dvc metrics diff
     Compare        python -m pipeline compare q4 q4_k_m
     Talk           python -m pipeline chat artifacts/bundles/smollm2-135m/q4
+    Serve          python -m pipeline serve artifacts/bundles/smollm2-135m/*
     Full size      make repro MODELS="mimo-8b phi-4" VARIANTS="q4 q4_k_m" SUITE=release
     Release        python -m pipeline gate && python -m pipeline verify BUNDLE --public-key KEY
     """
@@ -308,6 +309,30 @@ def chat(bundle: Path, public_keys: tuple[Path, ...], **options: Any) -> None:
     The model's own chat template, stops and sampling hold. Ctrl-C ends an answer; at the prompt, the conversation.
     """
     sys.exit(_function("serve.chat")(bundle, public_keys, **options))
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=_PATH)
+@click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    type=_PATH,
+    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Elsewhere than here, PIPELINE_SERVE_TOKEN asks.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--unverified", is_flag=True, help="BUNDLES are folders with genai_config.json, loaded as they lie.")
+def serve(bundles: tuple[Path, ...], **options: Any) -> None:
+    """Verify BUNDLES, development bundles too, and serve them: OpenAI's chat completions, and a page to try them.
+
+    A request names one as MODEL/VARIANT. One answer is written at a time; Ctrl-C ends the server.
+
+    \b
+    python -m pipeline serve artifacts/bundles/smollm2-135m/*
+    """
+    _function("serve.server")(bundles, **options)
 
 
 @cli.command("update-size")

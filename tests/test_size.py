@@ -14,31 +14,31 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 700,
+    "artifact": 698,
     "bundle": 1665,
-    "calibrate": 250,
-    "checkpoint": 1680,
+    "calibrate": 248,
+    "checkpoint": 1679,
     "config": 518,
-    "confine": 435,
+    "confine": 431,
     "door": 740,
-    "graph": 412,
+    "graph": 400,
     "judge": 563,
     "keys": 335,
-    "modules": 762,
-    "packs": 925,
-    "parity": 142,
+    "modules": 777,
+    "packs": 921,
+    "parity": 141,
     "planning": 548,
-    "preflight": 1091,
-    "prepack": 670,
-    "publish": 790,
-    "quantize": 765,
+    "preflight": 1089,
+    "prepack": 669,
+    "publish": 788,
+    "quantize": 764,
     "report": 1210,
     "runtime": 1016,
-    "serve": 1025,
+    "serve": 1680,
     "stages": 887,
-    "tasks": 2195,
+    "tasks": 2193,
 }
-WHOLE = 19_290
+WHOLE = 19_960
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

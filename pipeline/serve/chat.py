@@ -5,27 +5,20 @@ Only answers go to stdout; what is said about them goes to stderr.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime_genai as genai
-from google.protobuf.message import DecodeError
 
 from pipeline.bundle.release import CONTENT
-from pipeline.bundle.verify import verify
-from pipeline.errors import BundleError, EvaluationError
-from pipeline.files import read_json
-from pipeline.runtime.chat import template_text
-from pipeline.runtime.generate import Prompter, load
-from pipeline.workspace import ARTIFACTS, GENAI_CONFIG
+from pipeline.errors import EvaluationError
+from pipeline.serve.bundles import verified
+from pipeline.serve.model import Chats, Model
 
 _INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
@@ -65,29 +58,24 @@ class Conversation:
         Raises:
             EvaluationError: onnxruntime-genai cannot load it; or it has no chat template, and `system` is given.
         """
-        self.folder = folder
-        try:
-            self._model, self._prompter = load(folder), Prompter(folder)
-        except (KeyError, TypeError) as error:
-            raise EvaluationError(f"{folder / GENAI_CONFIG} is not complete: its model lacks {error}.") from None
-        except DecodeError as error:
-            raise EvaluationError(f"{folder}: its graph cannot be read: {error}.") from None
-        self._search: dict[str, Any] = {"max_length": self._prompter.context}
-        self._search |= {"do_sample": False} if greedy else {}
-        self._search |= {} if seed is None else {"random_seed": seed}
-        # LongRoPE's factors change within the context, where such models are run in whole prompts: nothing is reused.
-        self._reuses = read_json(folder / GENAI_CONFIG).get("search", {}).get("chunk_size", 1) != 0
-        self._generator: Any = None
-        self._start = [{"role": "system", "content": system}] if system else []
-        self.messages = self._start
-        self.has_template = self._rendered([{"role": "user", "content": "Hello"}]) is not None
+        self.folder, self._chats = folder, Chats(folder)
         if system and not self.has_template:
             raise EvaluationError(f"{folder} has no chat template, so it takes no system message: leave out --system.")
+        self._model = Model(self._chats)
+        self._search: dict[str, Any] = {"do_sample": False} if greedy else {}
+        self._search |= {} if seed is None else {"random_seed": seed}
+        self._start = [{"role": "system", "content": system}] if system else []
+        self.messages = self._start
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages are rendered by a chat template of the model's own."""
+        return self._chats.has_template
 
     @property
     def context(self) -> int:
         """Tokens that a conversation may have."""
-        return self._prompter.context
+        return self._chats.context
 
     def answer(self, text: str, show: Callable[[str], object], max_tokens: int | None = None) -> Answer:
         """Answer a message, `show` each piece as it is generated, and remember both. Ctrl-C ends the answer.
@@ -99,55 +87,35 @@ class Conversation:
         """
         message = {"role": "user", "content": text}
         before, forgotten = self.messages, ""
-        ids = self._encoded([*before, message])
+        ids = self._chats.encode([*before, message])
         if len(ids) >= self.context and before != self._start:
             forgotten = f"the context of {self.context:,} tokens was full: the conversation before it is forgotten"
             before = self._start
-            ids = self._encoded([*before, message])
+            ids = self._chats.encode([*before, message])
         if len(ids) >= self.context:
             raise EvaluationError(
                 f"{self.folder}: a message of {len(ids):,} tokens leaves no room for an answer in the context of "
                 f"{self.context:,}. Shorten it."
             )
-        try:
-            answer = self._generate(ids, show, max_tokens, forgotten)
-        except RuntimeError as error:  # of the runtime
-            raise EvaluationError(f"{self.folder}: onnxruntime-genai cannot generate: {error}") from None
+        answer = self._generate(ids, show, max_tokens, forgotten)
         self.messages = [*before, message, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def _encoded(self, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens up to where the answer begins: by the chat template, or of the plain text of a model without one."""
-        text = self._rendered(messages)
-        if text is None:
-            text = "".join(one["content"] + "\n" * (one["role"] == "assistant") for one in messages)
-        if not (ids := list(map(int, self._prompter.tokenizer.encode(text)))):
-            raise EvaluationError(f"{self.folder}: an empty prompt cannot be continued. Give it a first word.")
-        return ids
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str | None:
-        try:
-            return self._prompter.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
-        except Exception as error:  # the bindings raise plain RuntimeError and their own types
-            if not template_text(self.folder):
-                return None
-            raise EvaluationError(
-                f"{self.folder}: onnxruntime-genai cannot render the chat template with these messages: {error}."
-            ) from None
-
     def _generate(self, ids: list[int], show: Callable[[str], object], most: int | None, forgotten: str) -> Answer:
-        stream, text, times = self._prompter.tokenizer.create_stream(), "", [time.monotonic()]
-        read, room, cuts = 0, self.context - len(ids), [forgotten]
+        text, times, read = "", [time.monotonic()], 0
+        room, cuts = self.context - len(ids), [forgotten]
         most = min(most or room, room)
         try:
-            read = self._feed(ids)
+            for part in self._model.begin(ids, self._search):
+                self._model.read(part)
+                read += len(part)
             while len(times) <= most:
-                self._generator.generate_next_token()
+                step = self._model.step()
                 times.append(time.monotonic())
-                if (token := int(self._generator.get_next_tokens()[0])) in self._prompter.stop_ids:
+                if step.stops:
                     break
-                text += (piece := stream.decode(token))
-                show(piece)
+                text += step.text
+                show(step.text)
             else:
                 full = f"the context of {self.context:,} tokens is full"
                 cuts.append(full if most == room else f"cut at {most:,} tokens")
@@ -156,21 +124,6 @@ class Conversation:
         first = times[min(1, len(times) - 1)]
         seconds = first - times[0], times[-1] - first
         return Answer(text, "; ".join(filter(None, cuts)), read, len(times) - 1, *seconds)
-
-    def _feed(self, ids: list[int]) -> int:
-        """Make `ids` what the generator has read; how many of them it had to compute."""
-        kept = 0
-        if self._generator is not None and self._reuses:
-            # At least one is computed: logits are those of the last.
-            pairs = zip(ids[:-1], map(int, self._generator.get_sequence(0)), strict=False)
-            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self._generator.rewind_to(kept)
-        else:
-            params = genai.GeneratorParams(self._model)
-            params.set_search_options(**self._search)
-            self._generator = genai.Generator(self._model, params)
-        self._generator.append_tokens(ids[kept:])
-        return len(ids) - kept
 
 
 def run(
@@ -187,7 +140,10 @@ def run(
         BundleError: the bundle does not verify under `public_keys` (none: those that signed on this machine).
         EvaluationError: as `Conversation` and its answers; of what is typed, the message is said and the next is read.
     """
-    folder = bundle if unverified else _verified(bundle, public_keys)
+    folder = bundle
+    if not unverified:
+        _tell(verified(bundle, public_keys).describe())
+        folder = bundle / CONTENT
     conversation = Conversation(folder, **options)
     if not conversation.has_template:
         _tell("This model has no chat template: it goes on with the text that it is given.")
@@ -231,28 +187,3 @@ def _encodable(text: str) -> str:
 
 def _tell(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _verified(bundle: Path, public_keys: Sequence[Path]) -> Path:
-    """The content of a bundle that verifies, a development bundle included."""
-    if (bundle / GENAI_CONFIG).is_file():
-        raise BundleError(
-            f"{bundle} is a model's folder, not a bundle's, which holds {CONTENT}/ and model.sig. Name the bundle, or "
-            f"give --unverified to load the folder as it is."
-        )
-    if not (bundle / CONTENT).is_dir():
-        known = sorted(str(found.parent) for found in (ARTIFACTS / "bundles").glob("*/*/model.sig"))
-        here = f"Bundles here: {', '.join(known)}." if known else "`dvc repro` makes those of configs/pipeline.yaml."
-        raise BundleError(f"{bundle} is no folder of a bundle: it has no {CONTENT}/. {here}")
-    keys = list(public_keys) or sorted((ARTIFACTS / "keys").glob("*.pem"))
-    if not keys:
-        raise BundleError(
-            f"there is no key to verify {bundle} with: artifacts/keys holds none that signed here. Give --public-key "
-            f"KEY, the PEM file of whom you trust to have made it."
-        )
-    report = verify(bundle, keys, allow_development=True)
-    if not report.ok:
-        wrong = "; ".join(map(str, report.findings))
-        raise BundleError(f"{bundle} does not verify under {' or '.join(report.trusted)}: {wrong}.")
-    _tell(report.describe())
-    return bundle / CONTENT

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,17 +17,7 @@ from pipeline.files import read_json, write_json
 from pipeline.serve.chat import Conversation
 from tests.bundle.conftest import Maker
 from tests.conftest import ROOT
-from tests.serve.conftest import CONTEXT, Talking
-
-
-def changed(folder: Path, where: Path, **settings: Any) -> Path:
-    """A copy of a model's folder with other keys in a section of genai_config.json: `search={"do_sample": True}`."""
-    shutil.copytree(folder, where)
-    config = read_json(where / "genai_config.json")
-    for section, values in settings.items():
-        config[section] |= values
-    write_json(where / "genai_config.json", config)
-    return where
+from tests.serve.conftest import CONTEXT, Talking, changed
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -83,7 +71,7 @@ def test_a_full_context_is_said_and_forgotten(model_folder: Path, tmp_path: Path
 def test_a_stop_ends_the_answer_and_is_not_part_of_it(model_folder: Path, tmp_path: Path) -> None:
     plain = Conversation(model_folder)
     text = told(plain, "Good morning.")
-    ids = [int(token) for token in plain._generator.get_sequence(0)][-8:]
+    ids = [int(token) for token in plain._model._generator.get_sequence(0)][-8:]
     place = next(place for place in range(1, 8) if ids[place] not in ids[:place])
     stopped = Conversation(changed(model_folder, tmp_path / "m", model={"eos_token_id": [ids[place]]}))
     answer = stopped.answer("Good morning.", lambda piece: None, 8)
