@@ -324,6 +324,7 @@ def chat(bundle: Path, public_keys: tuple[Path, ...], **options: Any) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
 @click.option("--unverified", is_flag=True, help="BUNDLES are folders with genai_config.json, loaded as they lie.")
+@click.option("--hybrid", type=_PATH, help="Ask a cloud where this policy says so, such as configs/hybrid.yaml.")
 def serve(bundles: tuple[Path, ...], **options: Any) -> None:
     """Verify BUNDLES, development bundles too, and serve them: OpenAI's chat completions, and a page to try them.
 

@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.serve.engine import Busy, Engine, Piece, TooLong, Unsupported
 from pipeline.serve.guard import Door, Guard
+from pipeline.serve.hybrid.manager import Manager, Refused
 from pipeline.serve.metrics import Metrics, Reading
 from pipeline.serve.wire import END, Answer, ChatRequest, error, event
 
@@ -74,7 +75,10 @@ def build(engines: Mapping[str, Engine], door: Door, gauges: Mapping[str, Readin
 
 
 async def _chat(request: Request, body: ChatRequest, engine: Engine, metrics: Metrics) -> Response:
-    stream = engine.stream(body.plain(), body.settings(), body.x_tags)
+    try:
+        stream = _stream(engine, body)
+    except Unsupported as problem:
+        return _failed(problem)
     pieces = attended(request, metrics.watched(body.model, stream), stream)
     try:
         if not body.stream:
@@ -93,6 +97,16 @@ async def _chat(request: Request, body: ChatRequest, engine: Engine, metrics: Me
 def _who(piece: Piece) -> dict[str, str]:
     """A header that says who answered, where the engine chose."""
     return {"x-origin": json.dumps(asdict(piece.origin))} if piece.origin else {}
+
+
+def _stream(engine: Engine, body: ChatRequest) -> AsyncGenerator[Piece, None]:
+    """The engine's answer. Raises Unsupported for a situation where nobody chooses who answers."""
+    asked = body.plain(), body.settings(), body.x_tags
+    if body.x_situation is None:
+        return engine.stream(*asked)
+    if not isinstance(engine, Manager):
+        raise Unsupported("x_situation", "x_situation is not supported without --hybrid: it would be ignored")
+    return engine.stream(*asked, body.x_situation)
 
 
 async def _events(
@@ -165,9 +179,8 @@ def _failed(problem: Exception) -> JSONResponse:
             body = error(str(problem), "invalid_request_error", "context_length_exceeded", "messages")
             return JSONResponse(body, 400)
         case Unsupported():
-            return JSONResponse(
-                error(str(problem), "invalid_request_error", "unsupported_value", problem.parameter), 400
-            )
+            status, code = (403, "refused_by_policy") if isinstance(problem, Refused) else (400, "unsupported_value")
+            return JSONResponse(error(str(problem), "invalid_request_error", code, problem.parameter), status)
         case ResourceError():
             return JSONResponse(error(str(problem), "server_error", "out_of_resources"), 503)
         case PipelineError():

@@ -12,10 +12,13 @@ import click
 import uvicorn
 
 from pipeline.bundle.release import CONTENT, Release
+from pipeline.config.hybrid import load_hybrid
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.serve.app import build
 from pipeline.serve.bundles import verified
+from pipeline.serve.engine import Engine
 from pipeline.serve.guard import Door
+from pipeline.serve.hybrid.manager import Manager
 from pipeline.serve.local import Line, Local, Shelf, Source
 from pipeline.serve.metrics import Reading
 
@@ -23,19 +26,28 @@ _LAST_SECONDS = 10  # that answers have to end once the server is to stop
 
 
 def run(
-    bundles: Sequence[Path], public_keys: Sequence[Path], host: str, port: int, queue: int, unverified: bool = False
+    bundles: Sequence[Path],
+    public_keys: Sequence[Path],
+    host: str,
+    port: int,
+    queue: int,
+    unverified: bool = False,
+    hybrid: Path | None = None,
 ) -> None:
-    """Serve `bundles` at `host`:`port`; `queue` requests may wait.
+    """Serve `bundles` at `host`:`port`; `queue` requests may wait. `hybrid`: the policy by which a cloud is asked, too.
 
     Raises:
         BundleError: one does not verify under `public_keys` (none: those that signed on this machine).
-        ConfigError: two have one id, or `Door.at` refuses the host.
+        ConfigError: two have one id, `Door.at` refuses the host, or `hybrid` or the key that it names is not there.
         EvaluationError: a tokenizer cannot be loaded.
         ResourceError: the port is taken.
     """
     door = Door.at(host)
     shelf, line = Shelf(sources(bundles, public_keys, unverified)), Line(queue)
-    engines = {name: Local(name, shelf, line) for name in shelf.chats}
+    engines: dict[str, Engine] = {name: Local(name, shelf, line) for name in shelf.chats}
+    if hybrid:
+        policy = load_hybrid(hybrid)
+        engines = {name: Manager(engine, policy) for name, engine in engines.items()}
     listening = listen(host, port)
     config = uvicorn.Config(
         build(engines, door, gauges(line, shelf)), log_level="warning", server_header=False, access_log=False,

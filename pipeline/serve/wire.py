@@ -1,7 +1,8 @@
 """What goes over the wire: OpenAI's chat completions, as far as an engine honours them. The rest is refused by name.
 
 https://platform.openai.com/docs/api-reference/chat. `return_token_ids` is vLLM's: token ids beside the text. `x_tags`
-(what a message is, such as "private") and `x_origin` (who answered it) are ours.
+(what a message is, such as "private"), `x_situation` (what an app knows of its phone) and `x_origin` (who answered)
+are ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from pipeline.serve.engine import Message, Piece, Settings, standing
+from pipeline.serve.hybrid.policy import Situation
 
 _NEUTRAL: dict[str, Any] = {
     "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "tools": [],
@@ -75,6 +77,7 @@ class ChatRequest(_Strict):
     return_token_ids: bool = False
     user: str | None = None
     x_tags: list[str] = []
+    x_situation: Situation | None = None
 
     @model_validator(mode="before")
     @classmethod
