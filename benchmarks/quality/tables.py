@@ -28,10 +28,10 @@ def _full(result: Record) -> list[Record]:
 
 
 def claim(result: Record) -> str:
-    """What the comparison with llama.cpp found, in two sentences for each subject: wins and losses."""
+    """What the comparison with llama.cpp found, in a few sentences for each subject: wins and losses."""
     return "\n".join(
         f"On {subject['title']}, whose widths llama.cpp's formats fit, {_outcome(subject, 'bytes')} "
-        f"There, {_outcome(subject, 'memory')}"
+        f"There, {_outcome(subject, 'memory')} In brackets: our KL over theirs."
         for subject in _full(result)
     )
 

@@ -269,6 +269,7 @@ def test_the_claim_tells_wins_and_losses() -> None:
     found = "our files have less KL than Q4_K_M (0.50 ×); more KL than IQ3_S (2.00 ×)."
     assert claim({"subjects": [compared()]}) == (
         f"On A, whose widths llama.cpp's formats fit, at the same download, {found} There, at the same memory, {found}"
+        " In brackets: our KL over theirs."
     )
     fell = compared(brief=True, title="C")
     fell["rows"][2]["fallback"] = 0.8
