@@ -50,7 +50,7 @@ bench: $(READY)  ## full-size models converted, loaded and run; searches beside 
 	python -m benchmarks.generation
 	python -m benchmarks.tables
 
-bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, on the same text: benchmarks/README.md
+bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, at the same download and memory: benchmarks/README.md
 	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.quality
 	python -m benchmarks.tables

@@ -1,4 +1,4 @@
-"""Put the figures of benchmarks/results/ into README.md's tables.
+"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md, and its claim into README.md.
 
 python -m benchmarks.tables
 """
@@ -12,8 +12,9 @@ from typing import Any
 from benchmarks import arm64, half, kernels, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
-from benchmarks.project import RESULTS
+from benchmarks.project import RESULTS, ROOT
 from benchmarks.quality.tables import TABLES as QUALITY_TABLES
+from benchmarks.quality.tables import claim
 from benchmarks.searches import BESIDE, pooled, ratio
 from pipeline.files import read_json
 
@@ -280,6 +281,7 @@ def main() -> None:
     if phones := [read_json(file) for file in sorted(RESULTS.glob("phone-*.json"))]:
         tables["phone"] = phone.tables(phones)
     fill(README, tables)
+    fill(ROOT / "README.md", {"quality-claim": claim(read_json(RESULTS / "quality.json"))})
 
 
 if __name__ == "__main__":

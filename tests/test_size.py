@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 698,
+    "artifact": 700,
     "bundle": 1665,
     "calibrate": 248,
     "checkpoint": 1679,
-    "config": 518,
+    "config": 519,
     "confine": 431,
     "door": 740,
     "graph": 400,
     "judge": 563,
     "keys": 335,
-    "modules": 777,
+    "modules": 778,
     "packs": 921,
     "parity": 141,
     "planning": 548,
@@ -34,11 +34,11 @@ CEILINGS = {
     "quantize": 764,
     "report": 1210,
     "runtime": 1016,
-    "serve": 1680,
+    "serve": 1704,
     "stages": 887,
     "tasks": 2193,
 }
-WHOLE = 19_960
+WHOLE = 19_988
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

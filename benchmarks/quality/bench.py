@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import measure, ours, peers_llama, peers_onnx, simulated, targets
+from benchmarks.project import SMALL
+from benchmarks.quality import measure, ours, peers_llama, peers_onnx, sizes, targets
 from benchmarks.quality.cache import Cache
-from benchmarks.quality.measure import Measured, OnnxFile, Runtime, Text, excess
-from benchmarks.quality.ours import Written
+from benchmarks.quality.compare import KINDS, excess
+from benchmarks.quality.measure import Measured, OnnxFile, Runtime, Text
+from benchmarks.quality.ours import By, Written
 from benchmarks.quality.peer import Peer
 from benchmarks.quality.subjects import Prepared, digest_of
 from benchmarks.searches import alone
@@ -29,6 +31,14 @@ Row = dict[str, Any]
 Opened = Callable[[], AbstractContextManager[Path]]
 _SCORING = ("pipeline.tasks.divergence_scores", "pipeline.runtime.session", "pipeline.tasks.statistics")
 _TIMING = ("pipeline.runtime.speed",)
+_SIZING = ("pipeline.quantize.formats",)
+BRIEF = {
+    SMALL: (
+        peers_llama.SOURCE, "Q4_K_M, imatrix", "Q3_K_M, imatrix", "int4 (default, block 32 sym)",
+        "int4 k_quant_mixed, block 32",
+    ),
+}  # fmt: skip
+"""Subjects with few rows: the peers' files that are enough there. llama.cpp's formats fall back on SmolLM2's width."""
 
 
 class Bench:
@@ -41,6 +51,7 @@ class Bench:
 
     def __init__(self, prepared: Prepared, timed: bool, report: Callable[[str], None]):
         self.prepared, self.timed, self.report = prepared, timed, report
+        self.brief = BRIEF.get(prepared.subject.model)
         self.cache = Cache(prepared.project.work / "measured")
         self.rows: list[Row] = []
         self.missing: dict[str, str] = {}
@@ -71,16 +82,17 @@ class Bench:
         return Text(self._windows, folder, vocab), read_json(stamp)["perplexity"]
 
     def run(self) -> None:
-        """Measure everything."""
-        for peer in (*peers_llama.peers(), *peers_onnx.peers(), *simulated.peers()):
-            self._attempt(peer.tool, peer.name, lambda peer=peer: self._peer(peer))
+        """Measure everything, then set ours beside each peer's."""
+        for peer in (*peers_llama.peers(), *peers_onnx.peers()):
+            if self.brief is None or peer.name in self.brief:
+                self._attempt(peer.tool, peer.name, lambda peer=peer: self._peer(peer))
         for name, recipe in ours.recipes(self.prepared).items():
             self._attempt("ours", name, lambda name=name, recipe=recipe: self._ours(self._write(name, recipe)))
-        self._attempt("ours", "budgets", self._budgets)
-        if ours.CONTROLLED in self._kl and ours.CONTROL in self._kl:
-            mine, control = self._kl[ours.CONTROLLED], self._kl[ours.CONTROL]
-            gap = excess(mine, control, self._windows, targets.NEAREST_SHARE)
-            self._row(ours.CONTROLLED)["control"] = {"name": ours.CONTROL, "gap": gap}
+        for by in ours.SIZES if self.brief is None else ():
+            self._attempt("ours", f"budgets by {by}", lambda by=by: self._budgets(by))
+        for row in self.rows:
+            if row["tool"] != "ours":
+                row["ours"] = {by: self._beside(row, by) for by in ours.SIZES}
 
     def _attempt(self, tool: str, name: str, work: Callable[[], None]) -> None:
         """Do it, or note why there is no such row: not installed, refused, or its process died."""
@@ -107,18 +119,18 @@ class Bench:
         with ExitStack() as stack:
             folder = cache(lambda: stack.enter_context(opened()))
 
-            def score() -> Measured:
-                found = alone(runtime.score, folder(), self.text)
-                return Measured({**runtime.size(folder()), **found.figures}, found.kl)
+            def kept(what: str, key: Any, measure: Callable[[], Measured]) -> Measured:
+                return self.cache.get({"file": file, what: key}, measure)
 
-            def speed() -> Measured:
-                return Measured(alone(runtime.speed, folder()), np.empty(0))
+            def figures(measure: Callable[[Path], dict[str, Any]]) -> Measured:
+                return Measured(alone(measure, folder()), np.empty(0))
 
-            found = self.cache.get({"file": file, "text": self._text_key}, score)
-            if not self.timed:
-                return found
-            rates = self.cache.get({"file": file, "speed": _code(_TIMING)}, speed)
-            return Measured({**found.figures, **rates.figures}, found.kl)
+            found = kept("text", self._text_key, lambda: alone(runtime.score, folder(), self.text))
+            size = kept("size", _code(_SIZING, sizes.__file__), lambda: figures(runtime.size))
+            rates = (
+                kept("speed", _code(_TIMING), lambda: figures(runtime.speed)) if self.timed else Measured({}, found.kl)
+            )
+            return Measured({**size.figures, **found.figures, **rates.figures}, found.kl)
 
     # --- ours
 
@@ -129,25 +141,27 @@ class Bench:
         found = self._measured(dict(written.sha256), OnnxFile(), lambda: nullcontext(written.folder))
         self._add({"tool": "ours", "name": written.variant, "body_bits": written.body_bits}, found)
 
-    def _budgets(self) -> None:
-        peers = [row for row in self.rows if row["tool"] not in {"ours", "simulated"}]
-        peers = [row for row in peers if row["name"] != peers_llama.SOURCE]
+    def _budgets(self, by: By) -> None:
+        """Plans solved at the size of every mixture of llama.cpp."""
+        peers = [row for row in self.rows if row["tool"] == peers_llama.TOOL and row["name"] != peers_llama.SOURCE]
         used = set()
-        for size, written in ours.budgets(self.prepared, (row["bytes"] for row in peers)):
-            if written.variant not in self._kl:
-                self._ours(written)
-            row = self._row(written.variant)
-            for peer in (peer for peer in peers if peer["bytes"] == size):
-                gap = excess(self._kl[written.variant], self._kl[peer["name"]], self._windows)
-                row.setdefault("beside", {})[peer["name"]] = gap
+        for written in ours.budgets(self.prepared, by, (row[by] for row in peers)):
+            self._ours(written)
             used.add(written.variant)
-        self._drop_budgets(used)
-
-    def _drop_budgets(self, used: set[str]) -> None:
-        """Remove what budgets of earlier runs wrote."""
-        for folder in self.prepared.project.artifact(self.prepared.subject.model, "").glob("budget_*"):
-            if folder.name not in used:
+        for folder in self.prepared.project.artifact(self.prepared.subject.model, "").glob(f"{by}_*"):
+            if folder.name not in used:  # of an earlier run
                 shutil.rmtree(folder)
+
+    def _beside(self, peer: Row, by: By) -> dict[str, Any] | None:
+        """The best of our files that is no larger than a peer's, and what it loses beyond that, in all and by kind."""
+        best = targets.best_within(self.rows, by, peer[by])
+        if best is None:
+            return None
+        kinds = {kind: self._excess(best["name"], peer["name"], kind=kind) for kind in dict.fromkeys(KINDS)}
+        return {"name": best["name"], **self._excess(best["name"], peer["name"]), "kinds": kinds}
+
+    def _excess(self, own: str, peer: str, factor: float = 1.0, kind: str | None = None) -> dict[str, float]:
+        return excess(self._kl[own], self._kl[peer], factor, kind)
 
     # --- rows
 
@@ -156,9 +170,6 @@ class Bench:
         self.rows.append({**row, "bits_per_weight": bits, **found.figures})
         self._kl[row["name"]] = found.kl
         self.report(f"{row['tool']} {row['name']}: {found.figures['bytes']:,} bytes, KL {found.figures['kl_mean']:.4f}")
-
-    def _row(self, name: str) -> Row:
-        return next(row for row in self.rows if row["name"] == name)
 
     def record(self) -> dict[str, Any]:
         """The subject's part of the results."""
@@ -171,9 +182,10 @@ class Bench:
             "reference_perplexity": self.perplexity,
             "rows": self.rows,
             "missing": self.missing,
-            "targets": targets.evaluate(self.rows),
+            "brief": self.brief is not None,
+            "targets": [] if self.brief else targets.evaluate(self.rows, self._excess),
         }
 
 
-def _code(modules: tuple[str, ...]) -> str:
-    return keys.digest([digest_of([Path(measure.__file__)]), keys.code(*modules)])
+def _code(modules: tuple[str, ...], file: str = measure.__file__) -> str:
+    return keys.digest([digest_of([Path(file)]), keys.code(*modules)])

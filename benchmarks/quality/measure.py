@@ -1,4 +1,4 @@
-"""What is measured of every written file: its bytes, its divergence from the reference on one text, its speed.
+"""What is measured of every written file: its size, its divergence from the reference on four kinds of text, its speed.
 
 A `Runtime` is how a kind of file is loaded. Each measurement runs in a process of its own (`searches.alone`), so its
 memory, threads and crashes stay there.
@@ -15,16 +15,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.quality.sizes import onnx_size
 from pipeline.errors import EvaluationError
 from pipeline.runtime import speed
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.tasks import divergence_scores as divergence
 from pipeline.tasks.divergence import DivergenceConfig
 from pipeline.tasks.divergence_scores import Logits
-from pipeline.tasks.statistics import mean_interval, summarise_divergence
+from pipeline.tasks.statistics import summarise_divergence
 
-# text-wiki judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams).
-TEXT = DivergenceConfig(prose={"text-wiki": 16}, window=256)
+# Text that judges and never calibrates (configs/calibration.yaml; the calibrate stage refuses shared 13-grams): a
+# quarter of each kind, as the shipped suites have it.
+TEXT = DivergenceConfig(
+    prose={"text-wiki": 8},
+    chat={"chat-mt-bench": 8},
+    code={"text-bottle": 8},
+    languages={"text-vietnamese": 4, "text-chinese": 4},
+    window=256,
+)
 SPEED = ((128,), 32, 3)  # prompt lengths, new tokens, repeats
 REFERENCE_GRAPH = "model.onnx"
 
@@ -50,7 +58,8 @@ class Runtime(Protocol):
     """How a kind of file is loaded."""
 
     def size(self, folder: Path) -> dict[str, Any]:
-        """`bytes` of weights and graph; other counts beside it."""
+        """`bytes` of weights and graph on disk, `memory` that the weights take as products read them, both in bytes;
+        other counts beside them."""
 
     def score(self, folder: Path, text: Text) -> Measured:
         """Divergence, top-1 agreement and perplexity."""
@@ -64,7 +73,7 @@ class OnnxFile:
 
     def size(self, folder: Path) -> dict[str, Any]:
         """The graph and its data; not the tokenizer's files."""
-        return {"bytes": onnx_bytes(folder)}
+        return onnx_size(folder)
 
     def score(self, folder: Path, text: Text) -> Measured:
         """In ONNX Runtime."""
@@ -81,12 +90,6 @@ class OnnxFile:
         return {name: found[name] for name in ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")}
 
 
-def onnx_bytes(folder: Path) -> int:
-    """Bytes of the graph and of the data files beside it: what is neither tokenizer nor configuration."""
-    kept = (".onnx", ".data")
-    return sum(file.stat().st_size for file in folder.iterdir() if any(part in kept for part in file.suffixes))
-
-
 def record_reference(graph: Path, windows: Sequence[np.ndarray], folder: Path) -> float:
     """Keep the reference's log-probabilities of the windows in `folder`; its perplexity."""
     decoder = OnnxDecoder(graph)
@@ -95,25 +98,11 @@ def record_reference(graph: Path, windows: Sequence[np.ndarray], folder: Path) -
 
 
 def scored(logits: Logits, text: Text, name: str) -> Measured:
-    """A model compared with the reference on the text."""
+    """A model compared with the reference on the text, in all and by kind."""
     with tempfile.TemporaryDirectory() as folder:
         scores = divergence.compare(logits, text.windows, text.reference, Path(folder), name)
     own = divergence.read_scores(text.reference)
     figures = summarise_divergence(
-        scores["kl"], scores["top"] == own["top"], scores["logprob"], own["logprob"], scores["window_id"]
+        scores["kl"], scores["top"] == own["top"], scores["logprob"], own["logprob"], scores["window_id"], TEXT.windows
     )
     return Measured({name: value for name, value in figures.items() if "detectable" not in name}, scores["kl"])
-
-
-def excess(
-    ours: np.ndarray, theirs: np.ndarray, windows: Sequence[np.ndarray], factor: float = 1.0
-) -> dict[str, float]:
-    """Mean of KL(ours) − factor · KL(theirs), paired by token, with its 90 % interval; below 0 is a win.
-
-    Args:
-        ours, theirs: KL divergence of each scored token, float64 [tokens].
-        windows: the token windows, the independent units.
-    """
-    ids = np.repeat(np.arange(len(windows)), [len(window) - 1 for window in windows])
-    found = mean_interval(ours - factor * theirs, ids)
-    return {"excess": found.estimate, "excess_low": found.low, "excess_high": found.high}

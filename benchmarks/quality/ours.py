@@ -1,8 +1,10 @@
-"""Our files, written by the pipeline's own `quantize` command: the recipes as shipped, q4's control, and budgets.
+"""Our files, written by the pipeline's own `quantize` command: recipes by name, and budgets at the peers' sizes.
 
+- A row of `RECIPES` is a recipe of configs/recipes with some keys replaced: a new option is one more row.
 - The control is q4 with `search: nearest`: ONNX Runtime's default quantizer (the same rounding, see
   tests/benchmarks/test_searches.py) in q4's formats with q4's table, so at the same bytes but for its longer file name.
-- A budget is solved at exactly the bytes of a peer's file, with q4's search and every other option at its default.
+- A budget is solved at exactly the bytes of a peer's file, on disk or in memory, with q4's way to search and every
+  other option at its default.
 """
 
 from __future__ import annotations
@@ -10,30 +12,44 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.quality.subjects import Prepared
 from pipeline.files import read_json
 
-SHIPPED = ("q4", "q4_k_m", "q3")
 CONTROLLED, CONTROL = "q4", "q4_nearest"
+RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "q4": ("q4", {}),
+    "q4_k_m": ("q4_k_m", {}),
+    "q3": ("q3", {}),
+    CONTROL: (CONTROLLED, {"search": "nearest"}),
+}
+"""What is measured beside the budgets: the shipped recipe, and the keys that replace its own."""
+By = Literal["bytes", "memory"]
+SIZES: tuple[By, ...] = ("bytes", "memory")
+"""What files are compared at: bytes on disk, and bytes of memory."""
+_SEARCHED = ("search", "rotation")  # keys of q4 that say how, not what: a budget takes them over
+_PACKED = {  # larger blocks keep less beside their codes in memory
+    "formats": ["w2b64a", "w2b128a", "w4b32a", "w4b64a", "w4b128a", "w6b64a", "w8b64s"],
+    "tables": ["w4b32a", "w4b64a", "w4b128a", "w6b64a", "w8b64s"],
+}
 
 
 @dataclass(frozen=True)
 class Written:
-    """One of our artifacts: its folder and what its plan says of it."""
+    """One of our artifacts: its folder and what its plan says of it, `memory` being its packed bytes."""
 
     variant: str
     folder: Path
     bytes: int
+    memory: int
     body_bits: float
     sha256: Mapping[str, str]
 
 
 def recipes(prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """What is measured beside the budgets: recipes by name."""
-    shipped = {name: prepared.project.read(f"recipes/{name}.yaml") for name in SHIPPED}
-    return shipped | {CONTROL: shipped[CONTROLLED] | {"search": "nearest"}}
+    """The recipes of `RECIPES`, whole."""
+    return {name: {**prepared.project.read(f"recipes/{base}.yaml"), **own} for name, (base, own) in RECIPES.items()}
 
 
 def write(prepared: Prepared, variant: str, recipe: Mapping[str, Any]) -> Written:
@@ -42,18 +58,20 @@ def write(prepared: Prepared, variant: str, recipe: Mapping[str, Any]) -> Writte
     prepared.project.run("quantize", prepared.subject.model, variant)
     folder = prepared.project.artifact(prepared.subject.model, variant)
     plan = read_json(folder / "plan.json")
-    return Written(variant, folder, plan["bytes"], plan["body_bits_per_weight"], plan["sha256"])
+    return Written(variant, folder, plan["bytes"], plan["packed_bytes"], plan["body_bits_per_weight"], plan["sha256"])
 
 
-def budgets(prepared: Prepared, sizes: Iterable[int]) -> Iterator[tuple[int, Written]]:
-    """For each size in bytes, the largest first, the plan that a budget of so much gives.
+def budgets(prepared: Prepared, by: By, sizes: Iterable[int]) -> Iterator[Written]:
+    """The plans that budgets of so many bytes give, the largest first.
 
     The best plan for a larger budget that fits a smaller one is the best for that too, so it is not solved again.
     """
-    search = prepared.project.read(f"recipes/{CONTROLLED}.yaml")["search"]
+    base = prepared.project.read(f"recipes/{CONTROLLED}.yaml")
+    searched = {key: base[key] for key in _SEARCHED if key in base}
     last: Written | None = None
     for size in sorted(set(sizes), reverse=True):
-        if last is None or last.bytes > size:
-            recipe = {"title": f"At most {size} bytes", "version": 1, "search": search, "budget": {"bytes": size}}
-            last = write(prepared, f"budget_{size}", recipe)
-        yield size, last
+        if last is None or getattr(last, by) > size:
+            budget = {"bytes": size} if by == "bytes" else {"packed": size, **_PACKED}
+            recipe = {"title": f"At most {size} bytes ({by})", "version": 1, "budget": budget, **searched}
+            last = write(prepared, f"{by}_{size}", recipe)
+            yield last

@@ -19,25 +19,25 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from benchmarks.quality.gguf_file import tokenizer_bytes, write_gguf
+from benchmarks.quality.gguf_file import write_gguf
 from benchmarks.quality.measure import SPEED, Measured, Text, scored
 from benchmarks.quality.peer import Peer
+from benchmarks.quality.sizes import MIXTURES, gguf_size
 from benchmarks.quality.subjects import Prepared
-from benchmarks.searches import LLAMA, Importance, set_imatrix
+from benchmarks.searches import Importance, set_imatrix
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.machine import cores
 
-SOURCE = "F16"
+TOOL, SOURCE = "llama.cpp", "F16"
 _FILE = "model.gguf"
 
 
 class GgufFile:
     """A folder with one GGUF, in llama.cpp."""
 
-    def size(self, folder: Path) -> dict[str, int]:
-        """The file without its tokenizer, which ONNX has beside the model, and as it lies."""
-        whole = (folder / _FILE).stat().st_size
-        return {"bytes": whole - tokenizer_bytes(folder / _FILE), "file_bytes": whole}
+    def size(self, folder: Path) -> dict[str, Any]:
+        """The file without its tokenizer, and the types of its tensors."""
+        return gguf_size(folder / _FILE)
 
     def score(self, folder: Path, text: Text) -> Measured:
         """All positions of a window in one batch."""
@@ -54,12 +54,12 @@ class GgufFile:
 
 
 def peers() -> list[Peer]:
-    """The float16 source, then every type without and with an importance matrix."""
-    kinds = [(SOURCE, False), *((name, imatrix) for name in LLAMA for imatrix in (False, True))]
+    """The float16 source; one mixture without an importance matrix, to show what it brings; all with one."""
+    kinds = [(SOURCE, False), ("Q4_K_M", False), *((name, True) for name in MIXTURES)]
     code, packages = (Path(__file__), Path(__file__).with_name("gguf_file.py")), ("cyllama", "gguf")
     return [
         Peer(
-            "llama.cpp", f"{name}{', imatrix' * imatrix}", {"type": name, "imatrix": imatrix}, make, GgufFile(), code,
+            TOOL, f"{name}{', imatrix' * imatrix}", {"type": name, "imatrix": imatrix}, make, GgufFile(), code,
             packages, calibrated=imatrix,
         )
         for name, imatrix in kinds
@@ -78,7 +78,7 @@ def make(prepared: Prepared, options: Mapping[str, Any], folder: Path) -> None:
         return
     llama = _llama()
     params = llama.LlamaModelQuantizeParams()
-    params.ftype, params.nthread = LLAMA[options["type"]], cores()
+    params.ftype, params.nthread = gguf.LlamaFileType[f"MOSTLY_{options['type']}"].value, cores()
     moments = load_file(prepared.moments)
     importances = _importances(prepared.architecture, moments)
     if options["imatrix"]:

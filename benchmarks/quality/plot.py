@@ -1,88 +1,126 @@
-"""Size against divergence, a panel for each subject: every file, and the curve of our budgets under the peers."""
+"""Size against divergence of one subject's files: by download or by memory, every file and each side's frontier.
+
+Sides differ by mark, fill and line as well as by colour, so the plot reads in grey. It brings its own white ground, so
+it reads on a dark page.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 Row = Mapping[str, Any]
 
-_INCHES = (11.0, 6.2)  # of one panel
-_DPI = 150
-_INK, _FAINT, _LINE = "#1f2328", "#6e7781", "#d8dee4"
-# Colour and marker by tool; the order of the legend.
+
+class Style(NamedTuple):
+    """How the files of a tool are drawn."""
+
+    colour: str
+    marker: str
+    filled: bool
+    line: str  # of its frontier; none where it is empty
+
+
+_INCHES, _DPI = (11.0, 6.6), 150
+_INK, _FAINT, _LINE = "#1f2328", "#57606a", "#d8dee4"
 _STYLES = {
-    "ours": ("#1a7f37", "o"),
-    "llama.cpp": ("#0969da", "s"),
-    "onnxruntime": ("#cf222e", "^"),
-    "onnxruntime-genai builder": ("#9a6700", "D"),
-    "simulated": ("#6e7781", "P"),
+    "ours": Style("#0b5d1e", "o", True, "-"),
+    "llama.cpp": Style("#0969da", "s", False, "--"),
+    "onnxruntime": Style("#a40e26", "^", False, ""),
+    "onnxruntime-genai builder": Style("#9a6700", "D", False, ""),
 }
-_TICKS = (40, 50, 60, 70, 80, 90, 100, 110, 120, 140, 160, 180, 200, 250, 300, 400, 600, 800)  # megabytes
+_TITLES = {"bytes": "download", "memory": "memory"}
+_AXES = {
+    "bytes": "bytes on disk of weights and graph, MB",
+    "memory": "bytes of memory of the weights: packed for ONNX Runtime, mapped for llama.cpp, MB",
+}
+_SHOWN = 1.3  # times the largest mixture of llama.cpp: what is larger is told in words
+_STEP = 4  # pixels between the boxes along a line
 _OFFSETS = [
     (dx, dy, side)
-    for reach in (7, 16, 28, 42)
+    for reach in (7, 14, 22, 32, 44)
     for dx, dy, side in (
-        (reach, 3, "left"), (-reach, 3, "right"), (reach, -reach, "left"), (-reach, -reach, "right"),
-        (reach, reach, "left"), (-reach, reach, "right"), (0, reach, "center"), (0, -reach - 6, "center"),
+        (reach, 3, "left"), (-reach, 3, "right"), (reach, reach, "left"), (-reach, -reach - 4, "right"),
+        (reach, -reach, "left"), (-reach, reach, "right"), (0, reach + 2, "center"), (0, -reach - 8, "center"),
     )
 ]  # fmt: skip
 
 
-def render(result: Mapping[str, Any]) -> bytes:
-    """The plot as PNG bytes; equal results give equal bytes."""
-    subjects = result["subjects"]
-    size = (_INCHES[0], _INCHES[1] * len(subjects) + 0.4)
-    figure = Figure(figsize=size, dpi=_DPI, facecolor="white", layout="constrained")
+def render(result: Mapping[str, Any], by: str) -> bytes:
+    """The plot of the subject that all files are compared on, by `bytes` on disk or in `memory`, as PNG bytes.
+
+    Equal results give equal bytes.
+    """
+    subject = next((subject for subject in result["subjects"] if not subject["brief"]), result["subjects"][-1])
+    rows, left = _shown([row for row in subject["rows"] if _belongs(row, by)], by)
+    figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    panels = []
-    for index, subject in enumerate(subjects):
-        axes = figure.add_subplot(len(subjects), 1, index + 1)
-        rows = [row for row in subject["rows"] if row["name"] != "F16"]
-        _panel(axes, subject["title"], rows)
-        panels.append((axes, rows))
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9, labelcolor=_INK)
+    axes = figure.add_subplot()
+    axes.set_title(f"{subject['title']}: {_TITLES[by]} and divergence", loc="left", color=_INK, fontweight="bold")
+    for tool in (tool for tool in _STYLES if any(row["tool"] == tool for row in rows)):
+        _draw(axes, [row for row in rows if row["tool"] == tool], tool, by)
+    _axes_style(axes, by)
+    legend = axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor=_LINE, fontsize=9, labelcolor=_INK)
+    if left:
+        figure.supxlabel(f"Larger, not shown: {left}", fontsize=7.5, color=_FAINT)
     figure.canvas.draw()  # constrained layout moves the axes: labels are placed when they stand still
     figure.set_layout_engine("none")
-    for axes, rows in panels:
-        _label(axes, rows)
+    _label(axes, rows, by, legend.get_window_extent())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
-    axes.set_title(f"{title}: size and divergence of the written files", loc="left", color=_INK, fontweight="bold")
-    axes.set_ylabel("mean KL divergence from full precision\n(nats per token, 90 % interval, log scale)", color=_INK)
-    axes.set_xlabel("bytes of weights and graph (log scale)", color=_INK)
-    for tool, (colour, marker) in _STYLES.items():
-        own = [row for row in rows if row["tool"] == tool]
-        for row in own:
-            axes.plot([row["bytes"]] * 2, [row["kl_mean_low"], row["kl_mean_high"]], color=colour, lw=1.6, alpha=0.5)
-        places = [row["bytes"] for row in own], [row["kl_mean"] for row in own]
-        axes.plot(*places, marker, color=colour, markersize=7, markeredgecolor="white", label=tool, zorder=3)
-    curve = sorted((row["bytes"], row["kl_mean"]) for row in rows if "beside" in row)
-    axes.plot(*zip(*curve, strict=True), "--", color=_STYLES["ours"][0], lw=1.2, label="our budgets", zorder=1)
-    _axes_style(axes, rows)
+def _belongs(row: Row, by: str) -> bool:
+    """Quantized files, but for budgets that were solved for the other size: tables have them."""
+    kind, _, size = row["name"].partition("_")
+    return row["name"] != "F16" and not (kind in _TITLES and kind != by and size.isdigit())
 
 
-def _axes_style(axes: Axes, rows: Sequence[Row]) -> None:
-    sizes = [row["bytes"] for row in rows]
-    axes.set_xscale("log")
+def _shown(rows: Sequence[Row], by: str) -> tuple[list[Row], str]:
+    """The rows in reach of llama.cpp's, and what is told of the others."""
+    most = _SHOWN * max((row[by] for row in rows if row["tool"] == "llama.cpp"), default=max(row[by] for row in rows))
+    far = [f"{row['name']} {row[by] / 1e6:.0f} MB, KL {row['kl_mean']:.3f}" for row in rows if row[by] > most]
+    return [row for row in rows if row[by] <= most], "; ".join(far)
+
+
+def _draw(axes: Axes, rows: Sequence[Row], tool: str, by: str) -> None:
+    style = _STYLES[tool]
+    for row in rows:
+        ends = [row["kl_mean_low"], row["kl_mean_high"]]
+        axes.plot([row[by] / 1e6] * 2, ends, color=style.colour, lw=1.2, alpha=0.45, zorder=1)
+    if style.line and rows:
+        axes.plot(*zip(*_frontier(rows, by), strict=True), style.line, color=style.colour, lw=1.4, zorder=2)
+    axes.plot(
+        [row[by] / 1e6 for row in rows], [row["kl_mean"] for row in rows], style.marker, color=style.colour, ms=7,
+        mew=1.5, markerfacecolor=style.colour if style.filled else "white", label=tool, zorder=3,
+    )  # fmt: skip
+
+
+def _frontier(rows: Sequence[Row], by: str) -> Iterator[tuple[float, float]]:
+    """Files that no smaller one of the same tool beats: megabytes and KL."""
+    least = float("inf")
+    for row in sorted(rows, key=lambda row: (row[by], row["kl_mean"])):
+        if row["kl_mean"] < least:
+            least = row["kl_mean"]
+            yield row[by] / 1e6, least
+
+
+def _axes_style(axes: Axes, by: str) -> None:
+    axes.set_ylabel("mean KL divergence from full precision\n(nats per token, log scale)", color=_INK)
+    axes.set_xlabel(_AXES[by], color=_INK)
     axes.set_yscale("log")
-    axes.set_xlim(min(sizes) / 1.07, max(sizes) * 1.1)
-    axes.xaxis.set_major_locator(FixedLocator([megabytes * 10**6 for megabytes in _TICKS]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:.0f} MB"))
+    axes.margins(x=0.07, y=0.06)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -94,34 +132,54 @@ def _axes_style(axes: Axes, rows: Sequence[Row]) -> None:
         spine.set_color(_FAINT)
 
 
-def _label(axes: Axes, rows: Sequence[Row]) -> None:
-    """Write each file's name where it covers no point and no earlier name. Budgets are named by the curve."""
-    points = [axes.transData.transform((row["bytes"], row["kl_mean"])) for row in rows]
-    taken = [Bbox([[x - 10, y - 10], [x + 10, y + 10]]) for x, y in points]
-    for row in rows:
-        if row["name"].startswith("budget"):
-            continue
-        frame = axes.get_window_extent()
-        tries = [(note, note.get_window_extent()) for note in _tries(axes, row)]
-        chosen, box = min(tries, key=lambda pair: _covered(pair[1], taken, frame))
+def _label(axes: Axes, rows: Sequence[Row], by: str, legend: Bbox) -> None:
+    """Write each file's name where it covers no mark, no line and no earlier name. Budgets are named by their curve."""
+    taken, frame = [legend.extents, *_drawn(axes)], axes.get_window_extent().extents
+    for row in (row for row in rows if not row["name"].startswith(f"{by}_")):
+        tries = [(note, note.get_window_extent().extents) for note in _tries(axes, row, by)]
+        earlier = np.array(taken)
+        chosen, box = min(tries, key=lambda pair: _covered(pair[1], earlier, frame))
         taken.append(box)
         for note, _ in tries:
             if note is not chosen:
                 note.remove()
 
 
-def _tries(axes: Axes, row: Row) -> Iterator[Annotation]:
-    colour = _STYLES[row["tool"]][0]
+def _drawn(axes: Axes) -> Iterator[np.ndarray]:
+    """Boxes (left, bottom, right, top, in pixels) over every mark, and along every line and interval."""
+    for line in axes.get_lines():
+        points = axes.transData.transform(np.column_stack(line.get_data()))
+        if line.get_marker() != "None":
+            yield from (_around(point, 9) for point in points)
+        for start, end in pairwise(points) if line.get_linestyle() != "None" else ():
+            count = 2 + int(np.abs(end - start).max() / _STEP)
+            yield from (_around(point, 2) for point in np.linspace(start, end, count))
+
+
+def _around(point: np.ndarray, reach: float) -> np.ndarray:
+    return np.concatenate([point - reach, point + reach])
+
+
+def _tries(axes: Axes, row: Row, by: str) -> Iterator[Annotation]:
     for dx, dy, side in _OFFSETS:
         yield axes.annotate(
-            row["name"], (row["bytes"], row["kl_mean"]), (dx, dy), textcoords="offset points", ha=side, fontsize=7.5,
-            color=colour, zorder=4,
+            _name(row), (row[by] / 1e6, row["kl_mean"]), (dx, dy), textcoords="offset points", ha=side, fontsize=7.5,
+            color=_STYLES[row["tool"]].colour, zorder=4,
         )  # fmt: skip
 
 
-def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-    """Pixels of `box` that are covered by others or outside the frame."""
-    overlaps = [overlap for other in taken if (overlap := Bbox.intersection(box, other))]
-    inside = Bbox.intersection(box, frame)
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-    return sum(overlap.width * overlap.height for overlap in overlaps) + max(0.0, outside)
+def _name(row: Row) -> str:
+    """As in the table, but what is usual is left out."""
+    plain = row["name"].removesuffix(", imatrix")
+    return f"{plain}, no imatrix" if row["tool"] == "llama.cpp" and plain == row["name"] else plain
+
+
+def _covered(box: np.ndarray, taken: np.ndarray, frame: np.ndarray) -> float:
+    """Pixels of `box` that `taken` [boxes, 4] covers, and those outside the frame."""
+    (inside,) = _overlap(box, frame[None])
+    return float(_overlap(box, taken).sum() + np.prod(box[2:] - box[:2]) - inside)
+
+
+def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return sides.clip(0).prod(axis=1)

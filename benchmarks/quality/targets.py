@@ -1,84 +1,75 @@
-"""The claims that the benchmark tests, as arithmetic on measured rows."""
+"""The claims that the benchmark tests, as arithmetic on measured rows.
+
+A claim compares the best of our files that is no larger, on disk or in memory, with a file of a peer. It is met when
+the paired interval of KL(ours) − factor · KL(peer) lies below zero.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-NEAREST_SHARE = 0.6  # q4 loses at most this share of what the default quantizer loses at the same bytes
-Q3_BODY_BITS = 3.5  # scales and zero points included
+from benchmarks.quality.ours import CONTROL, CONTROLLED, By
 
 Row = Mapping[str, Any]
+Excess = Callable[[str, str, float], dict[str, float]]
+"""(our row, a peer's row, factor) → KL(ours) − factor · KL(peer) with its interval."""
 
 
-def interpolated(points: Sequence[tuple[float, float]], bits: float) -> float:
-    """KL divergence at `bits` on the straight line through (bits, log KL) of two points: a bit divides it by a factor.
+@dataclass(frozen=True)
+class Target:
+    """At most `factor` times the KL of each file of `peers` at no more bytes, on disk or in memory."""
 
-    Raises ValueError unless the points have different bits and a positive KL.
-    """
-    (bits_a, kl_a), (bits_b, kl_b) = points
-    if bits_a == bits_b or min(kl_a, kl_b) <= 0:
-        raise ValueError(f"no line in the logarithm passes through {points}")
-    share = (bits - bits_a) / (bits_b - bits_a)
-    return math.exp((1 - share) * math.log(kl_a) + share * math.log(kl_b))
+    title: str
+    by: By
+    factor: float
+    peers: Callable[[Row], bool]
 
 
-def evaluate(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every target that these rows of one subject can tell: what is compared, the figures, and whether it is met.
+def _named(*mixtures: str) -> Callable[[Row], bool]:
+    return lambda row: row["name"] in {f"{mixture}, imatrix" for mixture in mixtures}
 
-    A budget's row names its peers in `beside`: {peer: {"excess": …}}, mean KL(ours) − KL(peer) with its interval.
-    """
-    found = [_budget(row, peer, gap, rows) for row in rows for peer, gap in row.get("beside", {}).items()]
-    found += [_control(row, rows) for row in rows if "control" in row]
-    frontier = [(row["body_bits"], row["kl_mean"]) for row in rows if row["tool"] == "simulated"]
-    if len(frontier) == 2:
-        found += [_frontier(row, frontier) for row in rows if row["tool"] == "ours" and row["name"] == "q3"]
+
+def _between(low: float, high: float, kind: str = "") -> Callable[[Row], bool]:
+    """Quantized files of llama.cpp whose layers have from `low` to below `high` bits per weight."""
+    return lambda row: row["tool"] == "llama.cpp" and row["name"].startswith(kind) and low <= row["body_bits"] < high
+
+
+TARGETS = (
+    Target("15 % less KL, same download", "bytes", 0.85, _named("IQ4_XS", "Q4_K_M")),
+    Target("less KL, same download", "bytes", 1.0, _named("IQ3_S", "IQ3_M")),
+    Target("less KL, same memory, layers of 4.25 to 5.5 bits", "memory", 1.0, _between(4.25, 5.5)),
+    Target("at most 1.5 × the KL of IQ-quants, same memory, layers of 3.25 to 4.25 bits", "memory", 1.5,
+           _between(3.25, 4.25, "IQ")),
+)  # fmt: skip
+NEAREST = Target("q4: at most 0.35 × the KL of rounding to nearest in its formats", "bytes", 0.35, _named())
+
+
+def evaluate(rows: Sequence[Row], excess: Excess) -> list[dict[str, Any]]:
+    """Every target that these rows of one subject can tell: what is compared, the figures, and whether it is met."""
+    found = [
+        _judged(target, best_within(rows, target.by, peer[target.by]), peer, excess)
+        for target in TARGETS
+        for peer in rows
+        if target.peers(peer)
+    ]
+    controls = {row["name"]: row for row in rows if row["name"] in (CONTROLLED, CONTROL)}
+    if len(controls) == 2:
+        found.append(_judged(NEAREST, controls[CONTROLLED], controls[CONTROL], excess))
     return found
 
 
-def _named(rows: Sequence[Row], name: str) -> Row:
-    return next(row for row in rows if row["name"] == name)
+def best_within(rows: Sequence[Row], by: By, size: int) -> Row | None:
+    """Of our files with no more bytes, the one of least KL."""
+    fitting = [row for row in rows if row["tool"] == "ours" and row[by] <= size]
+    return min(fitting, key=lambda row: row["kl_mean"], default=None)
 
 
-def _budget(row: Row, peer: str, gap: Mapping[str, float], rows: Sequence[Row]) -> dict[str, Any]:
-    other = _named(rows, peer)
-    return {
-        "target": "lower KL at a peer's bytes",
-        "ours": row["name"],
-        "beside": f"{other['tool']} {peer}",
-        "bytes": (row["bytes"], other["bytes"]),
-        "kl": row["kl_mean"],
-        "limit": other["kl_mean"],
-        **gap,
-        "met": row["kl_mean"] < other["kl_mean"] and row["bytes"] <= other["bytes"],
-    }
-
-
-def _control(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    name, gap = row["control"]["name"], row["control"]["gap"]
-    control = _named(rows, name)
-    limit = NEAREST_SHARE * control["kl_mean"]
-    return {
-        "target": f"at most {NEAREST_SHARE} × the KL of the default quantizer's rounding",
-        "ours": row["name"],
-        "beside": name,
-        "bytes": (row["bytes"], control["bytes"]),
-        "kl": row["kl_mean"],
-        "limit": limit,
-        **gap,
-        "met": row["kl_mean"] <= limit,
-    }
-
-
-def _frontier(row: Row, frontier: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    limit = interpolated(frontier, row["body_bits"])
-    return {
-        "target": f"at most {Q3_BODY_BITS} bits/weight of the body, and no more KL than GPTQ on a 3-bit grid there",
-        "ours": row["name"],
-        "beside": "GPTQ, 3-bit grid (simulated)",
-        "body_bits": row["body_bits"],
-        "kl": row["kl_mean"],
-        "limit": limit,
-        "met": row["body_bits"] <= Q3_BODY_BITS and row["kl_mean"] <= limit,
-    }
+def _judged(target: Target, ours: Row | None, peer: Row, excess: Excess) -> dict[str, Any]:
+    limit = target.factor * peer["kl_mean"]
+    told = {"target": target.title, "by": target.by, "beside": peer["name"], "size": peer[target.by], "limit": limit}
+    if ours is None:
+        return told | {"ours": None, "met": False}
+    gap = excess(ours["name"], peer["name"], target.factor)
+    return told | {"ours": ours["name"], "kl": ours["kl_mean"], **gap, "met": gap["excess_high"] < 0}

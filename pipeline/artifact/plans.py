@@ -91,6 +91,8 @@ def _limits(recipe: BudgetRecipe, architecture: Architecture, context: int) -> d
     used = sum(use_memory(architecture, context, recipe.kv_cache)[:2])
     if budget.memory is not None:
         limits["memory"] = budget.memory - used
+    if budget.packed is not None:
+        limits["packed"] = budget.packed
     if budget.tier is not None:
         name, left = _tier_room(recipe, architecture, used)
         limits[name] = min(limits.get(name, left), left)

@@ -56,6 +56,7 @@ class Budget(Frozen):
     bytes: int | None = Field(default=None, gt=0, description="graph and parts on disk, exactly as written")
     body_bits: float | None = Field(default=None, gt=0, description="bits per weight of the body, scales included")
     memory: int | None = Field(default=None, gt=0, description="peak private bytes in use")
+    packed: int | None = Field(default=None, gt=0, description="bytes of the weights as kernels keep them")
     tier: Name | None = Field(
         default=None,
         description="row of configs/tiers.yaml: its memory is the limit; `smallest`: the row of least RAM that leaves "
@@ -71,8 +72,8 @@ class Budget(Frozen):
 
     @model_validator(mode="after")
     def _is_limited(self) -> Budget:
-        if all(limit is None for limit in (self.bytes, self.body_bits, self.memory, self.tier)):
-            raise ValueError("no limit is given; name one or more of bytes, body_bits, memory, tier")
+        if all(limit is None for limit in (self.bytes, self.body_bits, self.memory, self.packed, self.tier)):
+            raise ValueError("no limit is given; name one or more of bytes, body_bits, memory, packed, tier")
         return self
 
 

@@ -17,7 +17,7 @@ from pipeline.config.recipes import load_recipe
 from pipeline.config.typed_yaml import CONFIGS
 from pipeline.errors import PipelineError
 from pipeline.planning.budget import Solution
-from pipeline.planning.memory import Memory
+from pipeline.planning.memory import Memory, packed_memory
 from pipeline.planning.recipes import make_plan
 from pipeline.planning.sensitivity import read_sensitivity
 from pipeline.preflight.guard import guarded
@@ -77,6 +77,10 @@ def test_every_budget_is_kept_to_the_byte_or_refused(workspace: Workspace) -> No
         add_budget(bytes=size)
         planned = plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
         assert planned.draft.bytes <= size
+    packed = sum(map(packed_memory, planned.draft.plan.tables))
+    add_budget(packed=packed)
+    planned = plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
+    assert 0.9 * packed < sum(map(packed_memory, planned.draft.plan.tables)) <= packed
     add_budget(bytes=q4 // 3)
     with pytest.raises(PipelineError, match="at least"):
         plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
