@@ -22,7 +22,6 @@ from benchmarks.quality.measure import Measured
 from benchmarks.quality.ours import Written, budgets
 from benchmarks.quality.peers_onnx import with_plain_products
 from benchmarks.quality.sizes import gguf_size, onnx_bytes, onnx_memory
-from benchmarks.quality.subjects import grid_steps
 from benchmarks.quality.tables import TABLES, claim
 from benchmarks.quality.targets import evaluate
 from pipeline.config.recipes import BudgetRecipe, RecipeConfig
@@ -100,19 +99,6 @@ def test_a_file_tells_which_tensors_fell_back(tmp_path: Path) -> None:
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-def test_grid_steps_find_the_grids_that_made_the_weights() -> None:
-    rng = np.random.default_rng(0)
-    steps = np.array([[0.5, 0.25], [2.0, 1.0]], np.float32)
-    codes = rng.integers(0, 16, (2, 2, 32))
-    codes[..., :2] = 0, 15  # a block's extremes lie on the ends of its grid
-    weights = (codes * steps[..., None] - 3).astype(np.float32).reshape(2, 64)
-    assert np.array_equal(grid_steps(weights, symmetric=False), np.repeat(steps, 32, axis=1))
-    codes = rng.integers(-126, 127, (2, 2, 32))
-    codes[..., 0] = -127
-    weights = (codes * steps[..., None]).astype(np.float32).reshape(2, 64)
-    assert np.array_equal(grid_steps(weights, symmetric=True), np.repeat(steps, 32, axis=1))
 
 
 def test_rotary_order_puts_halves_of_a_head_side_by_side() -> None:
