@@ -123,9 +123,7 @@ def samples(prepared: Prepared, layers: int) -> list[Sample]:
 
 def _held_out(prepared: Prepared, inputs: set[str]) -> dict[str, np.ndarray]:
     """Σ x·xᵀ of each input over the text that judges files (`measure.TEXT`)."""
-    windows = scored_ids(
-        measure.TEXT.by_kind, measure.TEXT.window, prepared.reference, Store(prepared.project.store)
-    )
+    windows = scored_ids(measure.TEXT.by_kind, measure.TEXT.window, prepared.reference, Store(prepared.project.store))
     graph = onnx.load(prepared.reference / MODEL_FILE, load_external_data=False)
     slices, found = DecoderSlices(graph, prepared.architecture), {}
     with tempfile.TemporaryDirectory() as folder:
