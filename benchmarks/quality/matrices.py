@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.matrices [--model smollm2-135m-noise] [--layers 6]
 
-Minutes in place of an hour, and nothing but the quantizer is judged: every MLP matrix whose width is a multiple of 256
-(others fall back in llama.cpp) is quantized under the statistics that the calibrate stage left, and judged by
+Minutes in place of an hour, and nothing but the quantizer is judged: MLP matrices whose width is a multiple of 256
+(others fall back in llama.cpp), 512 rows of each, are quantized under the statistics that the calibrate stage left,
+and judged by
 
     ‖(W − Ŵ)X‖ / ‖WX‖ on the inputs X that it has over held-out text: the root mean square over some layers.
 
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,14 @@ from scipy.linalg import hadamard
 
 from benchmarks import machine
 from benchmarks.markdown import table
-from benchmarks.project import RESULTS, ROOT, Project
+from benchmarks.project import RESULTS, ROOT, SMALL, Project
 from benchmarks.quality import measure
-from benchmarks.quality.peers_llama import _llama
-from benchmarks.quality.subjects import SUBJECTS, Prepared, prepare
+from benchmarks.quality.subjects import NOISY, SUBJECTS, Prepared, prepare
 from benchmarks.searches import Importance, alone, set_imatrix
 from pipeline.calibrate.results import read_moments, read_products
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.config.calibration import load_calibration
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.graph.slices import DecoderSlices
@@ -55,11 +57,13 @@ from pipeline.workspace import MODEL_FILE, Workspace
 
 ROLES = {"gate_proj": "ffn_gate", "down_proj": "ffn_down"}  # what is measured, and llama.cpp's names
 WIDTH = 256  # what K- and IQ-quants need a multiple of
+ROWS = 512  # of each matrix, evenly spaced: rows are quantized one by one, here and there
 ROTATED = 128
 # In an ascending order of bits. A split's first format holds the share of the most important channels.
 OURS: tuple[tuple[tuple[str, float], ...], ...] = (
-    (("w2b64a", 1),), (("w4b128a", 0.5), ("w2b128a", 0.5)), (("w4b64a", 0.625), ("w2b64a", 0.375)), (("w4b128a", 1),),
-    (("w4b64a", 1),), (("w4b32a", 1),), (("w6b64a", 1),),
+    (("w2b64a", 1),), (("w2b64a8", 1),), (("w4b128a", 0.5), ("w2b128a", 0.5)), (("w4b64a8", 0.5), ("w2b64a8", 0.5)),
+    (("w4b64a", 0.625), ("w2b64a", 0.375)), (("w4b64a8", 0.7), ("w2b64a8", 0.3)), (("w4b128a", 1),),
+    (("w4b64a8", 1),), (("w4b64a", 1),), (("w4b32s8", 1),), (("w4b32a8", 1),), (("w4b32a", 1),), (("w6b64a", 1),),
 )  # fmt: skip
 # llama_ftype in llama.h whose matrices, all alike (`pure`), have the type of this name.
 LLAMA = {
@@ -116,7 +120,8 @@ def samples(prepared: Prepared, layers: int) -> list[Sample]:
         moments = read_moments(workspace)
         for matrix in wanted:
             statistics = read_products(workspace, matrix.input, moments[matrix.input])
-            weights = checkpoint.rows(matrix.name)
+            rows = np.linspace(0, matrix.rows - 1, min(ROWS, matrix.rows)).astype(int)
+            weights = checkpoint.rows(matrix.name)[rows]
             found.append(Sample(matrix.role, matrix.layer, weights, *statistics, held[matrix.input]))
     return found
 
@@ -231,8 +236,11 @@ def _write_source(path: Path, taken: Mapping[str, Sample]) -> None:
 
 
 def quantize(source: Path, target: Path, kind: int, moments: Mapping[str, np.ndarray]) -> None:
-    """Every matrix of a GGUF to one type of `llama_ftype`, `moments` as its importance matrix."""
-    llama = _llama()
+    """Every matrix of a GGUF to one type of `llama_ftype`, `moments` as its importance matrix. Raises ImportError
+    without cyllama."""
+    llama = import_module("cyllama.llama.llama_cpp")
+    llama.disable_logging()
+    llama.ggml_backend_load_all()
     params = llama.LlamaModelQuantizeParams()
     params.ftype, params.nthread, params.pure = kind, 1, True
     entries = (Importance * (len(moments) + 1))()
@@ -268,7 +276,8 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of README.md."""
-    return f"{result['subject']}; {result['matrices']} matrices.\n\n{table(*cells(result))}"
+    tokens = f"{result['matrices']} matrices, calibrated on {result['tokens']:,} tokens"
+    return f"{result['subject']}; {tokens}.\n\n{table(*cells(result))}"
 
 
 TABLES = {"matrices": markdown}
@@ -285,12 +294,15 @@ def main(work: Path, model: str, layers: int) -> None:
         project = Project(work.resolve())
         project.seed_store()
         subject = next(subject for subject in SUBJECTS if subject.model == model)
-        taken = samples(prepare(project, subject), layers)
+        if model == NOISY:
+            project.run("download", SMALL)  # it is made of that
+        prepared = prepare(project, subject)
+        taken = samples(prepared, layers)
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
     result = {
         "machine": machine.describe(), "model": model, "subject": subject.title, "matrices": len(taken),
-        "rows": measured(taken),
+        "tokens": load_calibration().grown(prepared.architecture.widest).tokens, "rows": measured(taken),
     }  # fmt: skip
     write_json(RESULTS / "matrices.json", result)
     head, lines = cells(result)

@@ -64,4 +64,4 @@ def test_llama_cpp_rounds_the_same_matrices(tmp_path: Path, monkeypatch: pytest.
     assert [(row["format"], row["bits"]) for row in rows] == [("Q6_K", 6.5625), ("Q4_K", 4.5)]
     assert all(0.001 < error < 0.15 for row in rows for error in row["error"].values())
     assert rows[0]["error"]["down_proj"] < rows[1]["error"]["down_proj"] / 2
-    assert matrices.markdown({"subject": "s", "matrices": 2, "rows": rows}).count("\n") == 5
+    assert matrices.markdown({"subject": "s", "matrices": 2, "tokens": 2000, "rows": rows}).count("\n") == 5
