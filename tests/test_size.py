@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 700,
+    "artifact": 705,
     "bundle": 1665,
     "calibrate": 250,
     "checkpoint": 1680,
@@ -31,14 +31,14 @@ CEILINGS = {
     "preflight": 1091,
     "prepack": 670,
     "publish": 790,
-    "quantize": 765,
+    "quantize": 815,
     "report": 1094,
     "runtime": 1016,
     "serve": 187,
     "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 18_270
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
