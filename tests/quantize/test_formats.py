@@ -99,7 +99,7 @@ def test_short_scales_are_near_and_keep_what_they_are(seed: int, name: str, size
     np.testing.assert_array_equal(fmt.shorten(short, used), short)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "w4b64a8", "w2b128s8"])
 def test_names_round_trip(name: str) -> None:
     fmt = TensorFormat.parse(name)
     assert str(fmt) == name
