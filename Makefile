@@ -52,6 +52,7 @@ bench: $(READY)  ## full-size models converted, loaded and run; searches beside 
 
 bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.cpp's, at the same download and memory: benchmarks/README.md
 	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
+	python -m benchmarks.quality.matrices
 	python -m benchmarks.quality
 	python -m benchmarks.tables
 

@@ -13,6 +13,7 @@ from benchmarks import arm64, half, kernels, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS, ROOT
+from benchmarks.quality.matrices import TABLES as MATRIX_TABLES
 from benchmarks.quality.tables import TABLES as QUALITY_TABLES
 from benchmarks.quality.tables import claim
 from benchmarks.searches import BESIDE, pooled, ratio
@@ -257,6 +258,7 @@ def on_arm64(found: dict[str, Any]) -> str:
 
 BY_FILE = {
     "quality.json": QUALITY_TABLES,
+    "matrices.json": MATRIX_TABLES,
     "reference.json": {"reference": reference},
     "generation.json": {"generation": generation},
     "mmlu.json": {"mmlu": mmlu},

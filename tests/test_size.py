@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 700,
+    "artifact": 706,
     "bundle": 1665,
     "calibrate": 248,
     "checkpoint": 1679,
@@ -31,14 +31,14 @@ CEILINGS = {
     "preflight": 1089,
     "prepack": 669,
     "publish": 788,
-    "quantize": 764,
+    "quantize": 814,
     "report": 1210,
     "runtime": 1016,
     "serve": 1704,
     "stages": 887,
     "tasks": 2193,
 }
-WHOLE = 19_988
+WHOLE = 20_044
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -7,7 +7,7 @@ format's business: here its nodes get their names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -165,18 +165,21 @@ class QuantizedGraph(GraphWriter):
         tensors = {tensor.name: tensor for tensor in piece.format.tensors(planned.matrix.rows, piece.columns)}
         results = [output] if len(nodes) == 1 else [f"{output}{node.ending}" for node in nodes]
         for node, result in zip(nodes, results, strict=True):
-            inputs = [x if item is None else self._operand(prefix, tensors[item.tensor], item) for item in node.inputs]
+            inputs = [x if item is None else self._operand(prefix, tensors, item) for item in node.inputs]
             self.node(node.op, inputs, result, MICROSOFT, **node.attributes)
         return output if len(nodes) == 1 else self.node("Add", results, output)
 
-    def _operand(self, prefix: str, tensor: Stored, item: Operand) -> str:
-        """Scales are float16 on disk and float32 for the kernel, whose scales have the activations' type."""
-        stored = tensor._replace(name=prefix + tensor.name)
+    def _operand(self, prefix: str, tensors: Mapping[str, Stored], item: Operand) -> str:
+        """Scales are float16 or shares on disk and float32 for the kernel, whose scales have the activations' type."""
+        stored = tensors[item.tensor]._replace(name=prefix + item.tensor)
         if item.shape:
             return self._declare(stored, item.shape, f"{stored.name}/blocks")
         name = self._declare(stored)
-        if stored.dtype == "float16":
+        if stored.dtype == "float16" or item.rows:
             name = self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
+        if item.rows:
+            largest = self._operand(prefix, tensors, Operand(item.rows))
+            name = self.node("Mul", [name, largest], f"{stored.name}/rows")
         if item.unit == 1:
             return name
         unit = self.constant(f"unit.{item.unit}", np.array(item.unit, np.float32))

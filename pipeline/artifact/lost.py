@@ -35,7 +35,10 @@ def find_lost(
         CheckpointError: more vanished.
     """
     rows = planned.matrix.rows
-    scales = [np.frombuffer(read(f"{name}.scales"), np.float16).reshape(rows, -1) for name in piece_names(planned)]
+    scales = [
+        piece.format.read_scales(lambda ending, name=name: read(name + ending), rows)
+        for piece, name in zip(planned.pieces, piece_names(planned), strict=True)
+    ]
     if all(map(plain, scales)):
         return None
     coarse, weights, share = sum(map(subnormal, scales)), np.zeros(1, np.int64), 0.0

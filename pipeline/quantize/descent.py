@@ -8,8 +8,9 @@ output error eᵀHe is quadratic in one level and in one scale, so the best valu
     level   q_j + (He)_j / (H_jj s), rounded, and clipped to the format's codes,
     scale   s + qᵀ(He)_B / qᵀH_BB q of the block B, rounded to float16, and taken if it helps.
 
-Neither raises the error. A sweep costs a product with H, 2 · columns² a row. Rows are lanes and tiles as in `gptq`, so
-bytes depend neither on chunks nor on threads.
+Neither raises the error. Short scales are rounded to 8 bits before the last sweep, whose levels are chosen for them:
+that adds less than the sweep takes off. A sweep costs a product with H, 2 · columns² a row. Rows are lanes and tiles as
+in `gptq`, so bytes depend neither on chunks nor on threads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.compiled import compiled
-from pipeline.quantize.formats import Quantized, stacked
+from pipeline.quantize.formats import Quantized, TensorFormat, stacked
 from pipeline.quantize.gptq import TILE, bounds, move
 from pipeline.quantize.search import LANES, round_scales, set_grid
 
@@ -64,15 +65,20 @@ def _tile(weights: np.ndarray, hessian: np.ndarray, damping: float, pieces: Sequ
     own = hessian.diagonal()
     unit = np.float32(1 / own[own > 0].mean(dtype=np.float64)) if (own > 0).any() else np.float32(1)
     extra = np.float32(damping) * (own * unit)
-    for piece, (levels, scales, zeros), (first, stop) in SWEEPS * list(zip(pieces, grids, places, strict=True)):
-        for k, start in enumerate(range(first, stop, piece.format.block)):
-            block, mine = (slice(begin, begin + piece.format.block) for begin in (start, start - first))
-            moves = hessian[block, block] * unit
-            moves[np.diag_indices(len(moves))] += extra[block]
-            pull = hessian[block] @ errors
-            pull *= unit
-            pull += extra[block, None] * errors[block]
-            _descend(pull, moves, levels[mine], errors[block], scales[k], zeros[k], np.float32(piece.format.top))
+    for sweep in range(SWEEPS):
+        for piece, (levels, scales, zeros), (first, stop) in zip(pieces, grids, places, strict=True):
+            fmt = piece.format
+            final = fmt.short and sweep == SWEEPS - 1
+            if final:  # scales as they are stored; their last sweep is the codes' alone
+                _shorten(fmt, levels, scales, errors[first:stop])
+            for k, start in enumerate(range(first, stop, fmt.block)):
+                block, mine = (slice(begin, begin + fmt.block) for begin in (start, start - first))
+                moves = hessian[block, block] * unit
+                moves[np.diag_indices(len(moves))] += extra[block]
+                pull = hessian[block] @ errors
+                pull *= unit
+                pull += extra[block, None] * errors[block]
+                _descend(pull, moves, levels[mine], errors[block], scales[k], zeros[k], np.float32(fmt.top), final)
     found = []
     for piece, (levels, scales, zeros) in zip(pieces, grids, strict=True):
         cells = (levels + np.repeat(zeros, piece.format.block, axis=0))[:, : len(usable)].T
@@ -83,9 +89,18 @@ def _tile(weights: np.ndarray, hessian: np.ndarray, damping: float, pieces: Sequ
     return found
 
 
+def _shorten(fmt: TensorFormat, levels: np.ndarray, scales: np.ndarray, errors: np.ndarray) -> None:
+    """Round scales, [blocks, rows], to what 8 bits hold, and change the errors, [columns, rows], by what that moves."""
+    used = levels.reshape(len(scales), fmt.block, -1).any(axis=1)
+    short = np.ascontiguousarray(fmt.shorten(scales.T, used.T).T)
+    errors -= levels * np.repeat(short - scales, fmt.block, axis=0)
+    scales[:] = short
+
+
 @compiled(nogil=True)
-def _descend(pull, moves, levels, errors, scales, zeros, top):
-    """Levels and errors of a block, float32 [block, rows], one column after the other, then its scales, [rows].
+def _descend(pull, moves, levels, errors, scales, zeros, top, final):
+    """Levels and errors of a block, float32 [block, rows], one column after the other, then its scales, [rows], unless
+    they are `final`.
 
     `pull` is He as the block is reached, `moves` H_BB. What the steps d of earlier columns add to a column's pull is
     added when it is reached; of the symmetric products qᵀH_BB q and qᵀH_BB d only the lower half is summed.
@@ -107,7 +122,8 @@ def _descend(pull, moves, levels, errors, scales, zeros, top):
             kept[j] = level
             steps[j] = lanes[6 * LANES : 7 * LANES]
             levels[j, strip] = level
-        _rescale(lanes, change, scales[strip])
+        if not final:
+            _rescale(lanes, change, scales[strip])
         errors[:, strip] += steps - change * kept
 
 

@@ -5,14 +5,17 @@ block). A weight is (code − zero) · scale, scale in float16, the zero of a sy
 packed little-end first, which is MatMulNBits' layout:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
+`w4b32s8` stores a scale in 8 bits, as a share of its row's largest: a quarter of a bit less for each weight, on the
+disk alone. The graph multiplies shares by the row's float16 once, when it is loaded.
+
 A format describes the nodes that compute with it as data (`Node`); what writes a graph makes operators of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,11 +51,12 @@ class Stored(NamedTuple):
 
 class Operand(NamedTuple):
     """What a node reads of a matrix: the tensor with this ending of its name, seen under another shape if one is given.
-    Scales, float16, are read as float32, `unit` times as large."""
+    Scales are read as float32, `unit` times as large, and times the tensor with the ending `rows`, one value a row."""
 
     tensor: str
     shape: tuple[int, ...] | None = None
-    unit: int = 1
+    unit: float = 1
+    rows: str | None = None
 
 
 class Node(NamedTuple):
@@ -74,6 +78,7 @@ class TensorFormat:
     Attributes:
         block: input channels per scale.
         symmetric: without zero points.
+        short: with scales of 8 bits.
         bits: of a code.
         blocks: those with kernels that are fast on x86-64 and arm64 with int8 activations (accuracy_level 4). Others
             exist in the operators' schema and run 20 to 400 times slower, or are refused when the session starts: a
@@ -86,20 +91,21 @@ class TensorFormat:
 
     block: int
     symmetric: bool
+    short: bool = False
     bits: ClassVar[int]
     blocks: ClassVar[tuple[int, ...]]
     ranges: ClassVar[np.ndarray]
     planes: ClassVar[tuple[Plane, ...]]
 
     def __str__(self) -> str:
-        return f"w{self.bits}b{self.block}{'s' if self.symmetric else 'a'}"
+        return f"w{self.bits}b{self.block}{'s' if self.symmetric else 'a'}{'8' * self.short}"
 
     @staticmethod
     def parse(name: str) -> TensorFormat:
         """`TensorFormat.parse(str(f)) == f`. Raises PlanError when no fast kernel runs the format."""
-        match = re.fullmatch(r"w(\d+)b(\d+)([sa])", name)
+        match = re.fullmatch(r"w(\d+)b(\d+)([sa])(8?)", name)
         if not match:
-            raise PlanError(f"tensor format {name!r} is not of the form w<bits>b<block><s|a>, such as w4b32s.")
+            raise PlanError(f"tensor format {name!r} is not of the form w<bits>b<block><s|a>[8], such as w4b32s.")
         bits, found = int(match[1]), FORMATS.get(int(match[1]))
         if found is None:
             raise PlanError(
@@ -107,7 +113,7 @@ class TensorFormat:
                 f"{bits}. For an average of about {bits} bits, split a matrix along its input channels (see "
                 f"configs/recipes/q3.yaml)."
             )
-        chosen = found(int(match[2]), match[3] == "s")
+        chosen = found(int(match[2]), match[3] == "s", match[4] == "8")
         if chosen.block not in found.blocks:
             raise PlanError(
                 f"tensor format {name!r}: {bits}-bit blocks of {chosen.block} have no fast kernel; "
@@ -128,7 +134,7 @@ class TensorFormat:
         """
         for block in sorted(self.blocks, reverse=True):
             if block <= self.block and columns % block == 0:
-                return type(self)(block, self.symmetric)
+                return replace(self, block=block)
         raise PlanError(f"format {self}: no block of at most {self.block} divides {columns} input channels.")
 
     # --- the grid ---
@@ -155,7 +161,11 @@ class TensorFormat:
         blocks = columns // self.block
         codes = [Stored(f"{name}.codes", "uint8", (rows, _width(columns, plane))) for name, plane in self._named]
         zeros = [Stored(f"{name}.zeros", "uint8", (rows, _width(blocks, plane))) for name, plane in self._named]
-        return [*codes, Stored(".scales", "float16", (rows, blocks)), *(() if self.symmetric else zeros)]
+        scales = [Stored(".scales", "float16", (rows, blocks))]
+        if self.short:
+            kind = "int8" if self.symmetric else "uint8"
+            scales = [Stored(".scales", kind, (rows, blocks)), Stored(".largest", "float16", (rows, 1))]
+        return [*codes, *scales, *(() if self.symmetric else zeros)]
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes on disk: codes, scales and zero points."""
@@ -193,6 +203,32 @@ class TensorFormat:
         """Bits in which a search writes a code: as the only plane has it, or a byte, to be packed into planes."""
         return self.planes[0].bits if len(self.planes) == 1 else 8
 
+    @property
+    def shares(self) -> int:
+        """The largest scale of a row in 8 bits. A step is what `.largest` holds / (shares + 1): that is a power of two,
+        so no product is rounded."""
+        return 127 if self.symmetric else 255
+
+    def shorten(self, scales: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """The nearest scales that 8 bits hold, float32, of [rows, blocks]; 0 for blocks that are not `used`, a step at
+        least for others. The largest of a row is all shares, so `.largest` follows from it."""
+        sizes = np.where(used, np.abs(scales), 0).astype(np.float32)
+        most = sizes.max(axis=1, keepdims=True)
+        # Where a scale is not finite, its row is not either.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            step = _largest(most, self.shares).astype(np.float32) / (self.shares + 1)
+            counts = np.clip(np.rint(sizes / step), 1, self.shares)
+            counts[sizes == most] = self.shares
+            return np.where(used, np.copysign(counts, scales) * step, 0).astype(np.float32)
+
+    def read_scales(self, read: Callable[[str], bytes], rows: int) -> np.ndarray:
+        """The scales, float16 [rows, blocks], as nearly as it holds them, from stored tensors by their ending."""
+        if not self.short:
+            return np.frombuffer(read(".scales"), np.float16).reshape(rows, -1)
+        counts = np.frombuffer(read(".scales"), np.int8 if self.symmetric else np.uint8).reshape(rows, -1)
+        steps = np.frombuffer(read(".largest"), np.float16).astype(np.float32)[:, None] / (self.shares + 1)
+        return (counts * steps).astype(np.float16)
+
     # --- what computes with it ---
 
     def product(self, rows: int, columns: int) -> list[Node]:
@@ -215,7 +251,10 @@ class TensorFormat:
     def _node(self, op: str, name: str, plane: Plane, first: tuple[Operand | None, ...], **settings: int) -> Node:
         """All planes have one scale, which counts for more in the upper ones."""
         zeros = [] if self.symmetric else [Operand(f"{name}.zeros")]
-        inputs = (*first, Operand(".scales", unit=plane.unit), *zeros)
+        scales = Operand(".scales", unit=plane.unit)
+        if self.short:
+            scales = Operand(".scales", unit=plane.unit / (self.shares + 1), rows=".largest")
+        inputs = (*first, scales, *zeros)
         return Node(op, name, inputs, settings | {"bits": plane.bits, "block_size": self.block})
 
 
@@ -258,7 +297,7 @@ FORMATS: dict[int, type[TensorFormat]] = {kind.bits: kind for kind in (TwoBits, 
 @dataclass(frozen=True)
 class Quantized:
     """Rows of a matrix in a format: packed codes and zero points, uint8 [rows, bytes of a row] (none for a symmetric
-    format; a row's planes one behind the other), scales float16 [rows, columns/block]."""
+    format; a row's planes one behind the other), scales float16 [rows, columns/block], of a short format float32."""
 
     format: TensorFormat
     codes: np.ndarray
@@ -271,7 +310,10 @@ class Quantized:
     ) -> Quantized:
         """From codes in cells of so many bits, 8 or the format's own, and zero points, uint8 [rows, columns/block]."""
         kept = np.empty((len(zeros), 0), np.uint8) if fmt.symmetric else fmt.pack(zeros)
-        return cls(fmt, fmt.pack(codes) if cell == 8 else codes, scales, kept)
+        found = cls(fmt, fmt.pack(codes) if cell == 8 else codes, scales, kept)
+        if not fmt.short:
+            return found
+        return replace(found, scales=fmt.shorten(scales, found.levels().reshape(*scales.shape, -1).any(axis=-1)))
 
     def rows(self, part: slice | np.ndarray) -> Quantized:
         """Some of the rows."""
@@ -280,8 +322,17 @@ class Quantized:
     def stored(self) -> list[np.ndarray]:
         """The arrays as they are stored: the planes of the codes, the scales, the planes of the zero points."""
         blocks = self.scales.shape[1]
-        found = [*self.format.split(self.codes, self.columns), self.scales]
+        found = [*self.format.split(self.codes, self.columns), *self._stored_scales()]
         return found if self.format.symmetric else [*found, *self.format.split(self.zeros, blocks)]
+
+    def _stored_scales(self) -> list[np.ndarray]:
+        if not self.format.short:
+            return [self.scales]
+        shares = self.format.shares
+        largest = _largest(np.abs(self.scales).max(axis=1, keepdims=True), shares)
+        steps = largest.astype(np.float32) / (shares + 1)
+        counts = np.divide(self.scales, steps, out=np.zeros_like(self.scales), where=steps > 0)
+        return [counts.astype(np.int8 if self.format.symmetric else np.uint8), largest]
 
     @property
     def columns(self) -> int:
@@ -313,6 +364,11 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
 def _width(count: int, plane: Plane) -> int:
     """Bytes of a row of `count` packed values; each row starts on a byte."""
     return -(-count * plane.bits // 8)
+
+
+def _largest(scales: np.ndarray, shares: int) -> np.ndarray:
+    """What `.largest` holds of a row whose largest scale is `shares` steps, float32 [rows, 1]."""
+    return (scales * np.float32(shares + 1) / np.float32(shares)).astype(np.float16)
 
 
 def _shift(plane: Plane) -> np.uint8:

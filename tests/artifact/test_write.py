@@ -64,6 +64,12 @@ TABLES = {
         body=[{"roles": ROLES, "format": {"high": "w6b32a", "low": "w2b64a", "high_fraction": 0.5}}],
     ),
     "w4s": changed("q4", embedding="w4b16s", head="w4b128a", body=[{"roles": ROLES, "format": "w2b64s"}]),
+    "short scales": changed(
+        "q4",
+        embedding="w6b64a8",
+        head="w4b32s8",
+        body=[{"roles": ROLES, "format": {"high": "w4b64a8", "low": "w2b64s8", "high_fraction": 0.5}}],
+    ),
 }
 
 
@@ -77,7 +83,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 # --- a second decoder: the operators' documentation, bit by bit -------------------------------------------------------
 
-NUMPY = {TensorProto.UINT8: "u1", TensorProto.FLOAT16: "<f2", TensorProto.FLOAT: "<f4", TensorProto.INT32: "<i4"}
+NUMPY = {
+    TensorProto.UINT8: "u1", TensorProto.INT8: "i1", TensorProto.FLOAT16: "<f2", TensorProto.FLOAT: "<f4",
+    TensorProto.INT32: "<i4",
+}  # fmt: skip
 
 
 class Written:
@@ -93,6 +102,8 @@ class Written:
             for node in self.nodes("Mul")
             if node.input[1] in self.tensors
         }
+        products = {node.output[0]: node.input for node in self.nodes("Mul")}
+        self.shares = {name: pair for name, pair in products.items() if set(pair) <= self.cast_of.keys()}
 
     def value(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
@@ -113,7 +124,10 @@ class Written:
         )
         bits, block = attributes["bits"], attributes["block_size"]
         scales, unit = self.larger.get(scales, (scales, 1))
+        scales, *largest = self.shares.get(scales, [scales])
         scale = self.value(self.cast_of[scales]).astype(np.float64) * unit
+        for name in largest:
+            scale = scale * self.value(self.cast_of[name])
         rows, blocks = scale.shape
         codes = fields(self.value(data).reshape(rows, -1), bits)[:, : blocks * block].reshape(rows, blocks, block)
         zero = fields(self.value(zeros[0]), bits)[:, :blocks, None] if zeros else 1 << (bits - 1)
@@ -197,7 +211,9 @@ def check_kernels(written: Written) -> None:
     """
     graph = onnx.GraphProto(name="kernels")
     graph.initializer.extend(written.model.graph.initializer)
-    graph.node.extend(node for node in written.model.graph.node if ".scales/float32" in node.output[0])
+    graph.node.extend(
+        node for node in written.model.graph.node if ".scales/" in node.output[0] or ".largest/" in node.output[0]
+    )
     widths = set()
     for node in [*written.nodes("MatMulNBits"), *written.nodes("GatherBlockQuantized")]:
         copy = graph.node.add()

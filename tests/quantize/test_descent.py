@@ -28,7 +28,7 @@ from tests.quantize.test_gptq import (
     values,
 )
 
-ALL = [*SPLITS.values(), *(formats(name, COLUMNS) for name in (*WHOLE, "w6b64a"))]
+ALL = [*SPLITS.values(), *(formats(name, COLUMNS) for name in (*WHOLE, "w6b64a", "w4b64a8"))]
 
 
 def sweep(weights: np.ndarray, matrix: np.ndarray, pieces: list[Quantized]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -86,6 +86,18 @@ def test_no_row_has_more_error(pieces: Formats, correlation: float) -> None:
     for mine, other in zip(found, start, strict=True):
         assert mine.format == other.format
         np.testing.assert_array_equal(mine.zeros, other.zeros)
+
+
+@pytest.mark.parametrize("name", ["w4b32a", "w4b64s", "w2b64a"])
+def test_short_scales_cost_next_to_nothing(name: str) -> None:
+    """Codes are chosen for the scales as they are stored; what is returned is stored without another change."""
+    matrix, weights, lost = hessian(), sample(), []
+    for pieces in (formats(name, COLUMNS), formats(f"{name}8", COLUMNS)):
+        (found,) = descended(weights, matrix, DAMPING, compensated(weights, factor(matrix), pieces))
+        lost.append(output_error(weights, found.dequantize(), damped(matrix)).sum())
+    assert lost[1] < 1.01 * lost[0]
+    used = found.levels().reshape(*found.scales.shape, -1).any(axis=-1)
+    np.testing.assert_array_equal(found.format.shorten(found.scales, used), found.scales)
 
 
 def test_more_sweeps_lose_less_and_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,40 @@ def test_golden_bytes_and_weights(name: str) -> None:
         assert block[: len(first)].tolist() == first
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "counts"), [("w4b32s8", "c07f"), ("w4b32a8", "80ff")])
+def test_short_scales_are_shares_of_the_largest_of_their_row(name: str, counts: str) -> None:
+    """Golden: -64 of 127 and the whole; 128 of 255 and the whole. What is stored gives them again."""
+    fmt, shares = TensorFormat.parse(name), int(counts[2:], 16)
+    first = np.float32(-1 if fmt.symmetric else 1) * round(shares / 2) / (shares + 1)
+    scales = np.array([[0.501 * np.sign(first), 1.0]]) * shares / (shares + 1)
+    codes = np.array([[*range(16)] * 4], np.uint8)
+    found = Quantized.of(fmt, codes, scales.astype(np.float16), np.array([[3, 14]], np.uint8))
+    assert found.scales.tolist() == [[first, shares / (shares + 1)]] and found.scales.dtype == np.float32
+    stored = dict(zip((tensor.name for tensor in fmt.tensors(1, 64)), found.stored(), strict=True))
+    assert {key: stored[key].tobytes().hex() for key in (".scales", ".largest")} == {
+        ".scales": counts,
+        ".largest": "003c",
+    }
+    assert [(array.dtype.name, array.shape) for array in stored.values()] == [
+        (t.dtype, t.shape) for t in fmt.tensors(1, 64)
+    ]
+    read = fmt.read_scales(lambda ending: stored[ending].tobytes(), 1)
+    np.testing.assert_array_equal(read, found.scales.astype(np.float16))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["w4b32s8", "w2b64a8"]), st.sampled_from([1e-6, 1e-2, 30.0]))
+def test_short_scales_are_near_and_keep_what_they_are(seed: int, name: str, size: float) -> None:
+    fmt, rng = TensorFormat.parse(name), np.random.default_rng(seed)
+    scales = (size * np.exp(0.5 * rng.standard_normal((4, 6)))).astype(np.float16)
+    used = rng.random((4, 6)) < 0.8
+    short = fmt.shorten(scales, used)
+    step = np.where(used, scales, 0).max(axis=1, keepdims=True) / fmt.shares
+    assert (np.abs(short - scales)[used] <= 0.51 * np.broadcast_to(step, used.shape)[used] + 2.0**-24).all()
+    assert (short[~used] == 0).all() and (short[used] > 0).all()
+    np.testing.assert_array_equal(fmt.shorten(short, used), short)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "w4b64a8", "w2b128s8"])
 def test_names_round_trip(name: str) -> None:
     fmt = TensorFormat.parse(name)
     assert str(fmt) == name
