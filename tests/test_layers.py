@@ -23,6 +23,7 @@ ROOMS = [
     ("parity",),
     ("planning",),
     ("artifact",),
+    ("learn",),
     ("prepack",),
     ("confine",),
     ("tasks",),
