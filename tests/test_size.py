@@ -14,31 +14,32 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 700,
-    "bundle": 1665,
+    "artifact": 728,
+    "bundle": 1666,
     "calibrate": 250,
     "checkpoint": 1680,
-    "config": 406,
+    "config": 414,
     "confine": 435,
     "door": 740,
     "graph": 412,
     "judge": 563,
     "keys": 335,
-    "modules": 751,
+    "learn": 330,
+    "modules": 754,
     "packs": 925,
     "parity": 142,
     "planning": 548,
-    "preflight": 1091,
+    "preflight": 1118,
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
     "report": 1094,
     "runtime": 1016,
     "serve": 187,
-    "stages": 887,
+    "stages": 1000,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 18_730
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
