@@ -17,11 +17,14 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import GraphError
 from pipeline.graph.last_token import every_token
 from pipeline.graph.slices import reads
 
+# Whose gradients are the same bytes every time, those that take least memory first.
+_REPEATABLE = {"cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], "cuda": [SDPBackend.MATH]}
 Tensor = torch.Tensor
 Values = dict[str, Tensor]
 Attributes = Mapping[str, Any]
@@ -200,9 +203,10 @@ def _attention(
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     if len(rest) > 10:
         k, v = (_rounded(part, scale) for part, scale in zip((k, v), rest[9:11], strict=True))
-    mixed = functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=attributes["scale"], enable_gqa=heads != kv_heads
-    )
+    with sdpa_kernel(_REPEATABLE[q.device.type]):
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=attributes["scale"], enable_gqa=heads != kv_heads
+        )
     return mixed.transpose(1, 2).flatten(2), k, v
 
 

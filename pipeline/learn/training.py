@@ -212,7 +212,9 @@ def _settled() -> Iterator[None]:
 def _fitting() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise ResourceError(
             f"learning: the device's memory does not hold the model and a window's activations ({error}). Shorten "
             f"`window` in configs/calibration.yaml, or hide the device (CUDA_VISIBLE_DEVICES=) and learn on the CPU."
