@@ -96,6 +96,18 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_same_values(
     assert all(value.tobytes() == whole.values[name].tobytes() for name, value in found.values.items())
 
 
+def test_products_in_bfloat16_have_the_same_gradients_up_to_their_rounding(exported: Exported) -> None:
+    """What a GPU computes with, here on the CPU."""
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        drafted, folder = exported.draft(load_recipe("q3")).model, exported.folder.parent / "artifact"
+        one = Interpreter(drafted, folder, precision=precision)
+        scales = {name: one.stored[name].float().requires_grad_() for name in training.learnable(one)}
+        one.logits(torch.from_numpy(np.stack(windows(1, 2))), scales).square().mean().backward()
+        found.append(torch.cat([value.grad.flatten() for value in scales.values()]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
+
+
 def test_another_seed_learns_from_other_text_first(exported: Exported, whole: Learned, tmp_path: Path) -> None:
     wanted = WANTED.model_copy(update={"seed": 1})
     assert learned(exported, tmp_path / "state", wanted).losses[0] != whole.losses[0]

@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.make_store(folder / "store")
         patch.setenv("PIPELINE_STORE", str(folder / "store"))
         patch.chdir(tiny.copy_configs(folder))
-        settings(steps=4, tokens=128, rate=3e-3)
+        settings(steps=6, tokens=192, rate=5e-4)
         for stage in (download, export, calibrate):
             stage.run(tiny.MODEL)
         guarded("learn", learn.run, tiny.MODEL, "q4")
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_quantize_adopts_its_files(
     assert not (workspace.root / "partial").exists()
     plan = read_json(workspace.artifact(LEARNED) / PLAN_FILE)
     assert plan["learned"]["kl_after"] < plan["learned"]["kl_before"]
-    assert (plan["learned"]["steps"], len(plan["learned"]["losses"])) == (4, 4)
+    assert (plan["learned"]["steps"], len(plan["learned"]["losses"])) == (6, 6)
     own, plain = tensors(workspace, LEARNED), tensors(workspace, "q4")
     assert own.keys() == plain.keys()
     differing = {name.rpartition(".")[2] for name in own if own[name] != plain[name]}
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_and_quantize_adopts_its_files(
 
 def test_other_settings_learn_again(workspace: Workspace) -> None:
     before = read_json(workspace.artifact(LEARNED) / PLAN_FILE)
-    settings(steps=2, tokens=128, rate=3e-3)
+    settings(steps=2, tokens=192, rate=5e-4)
     learn.run(tiny.MODEL, LEARNED)
     quantize.run(tiny.MODEL, LEARNED)
     after = read_json(workspace.artifact(LEARNED) / PLAN_FILE)
