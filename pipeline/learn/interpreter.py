@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 Values = dict[str, Tensor]
 Attributes = Mapping[str, Any]
 
-_TYPES = {
+_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
@@ -137,14 +137,14 @@ class _Product(torch.autograd.Function):
     """x · Wᵀ, W = (codes − zeros) · scales of a block: what is kept for the gradients is x and the packed matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
         ctx.save_for_backward(x, codes, scales, zeros)
         ctx.bits = bits
         levels = _levels(codes, zeros, bits, scales.shape[1], x.dtype)
         return x @ levels.mul_(scales.to(x.dtype).unsqueeze(-1)).flatten(1).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales, zeros = ctx.saved_tensors
         levels = _levels(codes, zeros, ctx.bits, scales.shape[1], x.dtype)
         of_weights = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).view_as(levels)
