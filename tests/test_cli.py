@@ -30,8 +30,8 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "preflight", "add", "new-recipe", "plan", "download", "export", "calibrate", "sensitivity", "parity", "learn", "quantize",
-    "validate", "verdict", "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "compare", "gate",
+    "preflight", "add", "new-recipe", "plan", "download", "export", "calibrate", "sensitivity", "parity", "learn",
+    "quantize", "validate", "verdict", "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "compare", "gate",
     "escalate", "record-release", "verify", "inspect", "chat", "update-size", "push", "fetch", "prepack", "vectors",
     "schema", "key-id",
 )  # fmt: skip
