@@ -133,6 +133,7 @@ _STAGES = (
     ("calibrate", (_MODEL,), "Measure activation statistics on the calibration text."),
     ("sensitivity", (_MODEL, _IF_NEEDED), "Measure what each matrix loses in each format, for recipes with a budget."),
     ("parity", (_MODEL,), "Compare the graph's logits with Optimum's export of the same checkpoint."),
+    ("learn", (_MODEL, _VARIANT), "Learn scales and norms against the full-precision model, if VARIANT says so."),
     ("quantize", (_MODEL, _VARIANT, _DRY), "Apply recipe VARIANT to MODEL; prints the plan first."),
     ("validate", (_MODEL, _VARIANT), "Measure a written VARIANT, or the full-precision model: VARIANT `reference`."),
     ("verdict", (_MODEL, _VARIANT), "Apply the gates of configs/gates.yaml to the measurements."),
@@ -151,7 +152,7 @@ _STAGES = (
 )
 
 
-_GUARDED = ("download", "calibrate", "sensitivity", "parity", "quantize", "validate")
+_GUARDED = ("download", "calibrate", "sensitivity", "parity", "learn", "quantize", "validate")
 """Stages that take hours or gigabytes. What guards them imports half of the pipeline, which costs others seconds."""
 
 

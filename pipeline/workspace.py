@@ -66,6 +66,10 @@ class Workspace:
         """Folder of a variant's quantized graph and data."""
         return self.root / "variants" / variant
 
+    def learned(self, variant: str) -> Path:
+        """Folder of the files of a variant whose recipe learns, before `quantize` adopts them; empty for others."""
+        return self.root / "learned" / variant
+
     def partial(self, variant: str) -> Path:
         """A variant's artifact while it is written: no output of a stage, so that `dvc repro` lets it be."""
         return self.root / "partial" / variant

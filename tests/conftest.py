@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SLOW = (
     "artifact/test_cache", "artifact/test_memory", "artifact/test_resume", "artifact/test_write", "benchmarks/",
     "bundle/test_signing", "bundle/test_trust", "calibrate/", "checkpoint/test_hostile", "confine/", "door/",
-    "graph/test_genai", "graph/test_optimum", "graph/test_parity", "parity/", "planning/test_shipped", "preflight/",
-    "publish/", "quantize/test_descent", "quantize/test_gptq", "runtime/", "serve/", "stages/",
+    "graph/test_genai", "graph/test_optimum", "graph/test_parity", "learn/", "parity/", "planning/test_shipped",
+    "preflight/", "publish/", "quantize/test_descent", "quantize/test_gptq", "runtime/", "serve/", "stages/",
     "tasks/test_humaneval_judging",
     "test_cli", "test_dvc", "test_keys", "test_smollm2", "verifiers/",
 )  # fmt: skip

@@ -30,10 +30,10 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "preflight", "add", "new-recipe", "plan", "download", "export", "calibrate", "sensitivity", "parity", "quantize",
-    "validate", "verdict", "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "compare", "gate",
-    "escalate", "record-release", "verify", "inspect", "chat", "update-size", "push", "fetch", "prepack", "vectors",
-    "schema", "key-id",
+    "preflight", "add", "new-recipe", "plan", "download", "export", "calibrate", "sensitivity", "parity", "learn",
+    "quantize", "validate", "verdict", "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "compare",
+    "gate", "escalate", "record-release", "verify", "inspect", "chat", "update-size", "push", "fetch", "prepack",
+    "vectors", "schema", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]
@@ -155,7 +155,7 @@ def test_a_misspelt_model_is_named_with_its_neighbour(stage: str, project: Path,
     assert "configs/models/tinny.yaml: no such file. Did you mean 'tiny'?" in message
 
 
-@pytest.mark.parametrize("stage", ["quantize", "validate", "verdict", "bundle", "sign"])
+@pytest.mark.parametrize("stage", ["learn", "quantize", "validate", "verdict", "bundle", "sign"])
 def test_a_misspelt_variant_is_named_with_its_neighbour(stage: str, project: Path, command: Command) -> None:
     message = paragraph(command(stage, "tiny", "q4_km"))
     assert "configs/recipes/q4_km.yaml: no such file. Did you mean 'q4_k_m'?" in message

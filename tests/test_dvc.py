@@ -32,9 +32,10 @@ from tests.conftest import ROOT
 from tests.documented import blocks
 
 MODEL_STAGES = {"download", "export", "calibrate", "sensitivity", "parity", "reference", "tiers", "packs"}
+LEARN = [f"learn@tiny-{variant}" for variant in tiny.VARIANTS]
 QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
 BUNDLE = [f"bundle@tiny-{variant}" for variant in tiny.VARIANTS]
-VARIANT_STAGES = ("quantize", "validate", "verdict", "bundle", "sign")  # in their order
+VARIANT_STAGES = ("learn", "quantize", "validate", "verdict", "bundle", "sign")  # in their order
 PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
 METRICS = ("metrics", "speed")  # folders of what DVC compares; git tracks the first
 SLOW_WRITES = """
@@ -375,7 +376,7 @@ def test_an_experiment_on_one_recipe_runs_only_that_variant(project: Project) ->
     """Also what is shown of it: the parameter that changed and what it did to the measurements."""
     before = project.metrics("metrics", "q4")
     output = project.dvc("exp", "run", "-S", "configs/recipes/q4.yaml:head=w4b32s")
-    assert set(ran(output)) == after("quantize", "q4")
+    assert set(ran(output)) == after("learn", "q4")
     assert project.status() == set()
     params = json.loads(project.dvc("params", "diff", "--json"))
     assert params["configs/recipes/q4.yaml"]["head"] == {"old": "w6b64a", "new": "w4b32s"}
@@ -393,7 +394,7 @@ def test_a_recipe_put_back_computes_nothing_again(project: Project) -> None:
     """Though another artifact lies in its place, which no cache has."""
     kept = project.artifact("tiny/variants/q4/plan.json").read_bytes()
     edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w4b64s"))
-    stages = [f"{stage}@tiny-q4" for stage in ("quantize", "validate", "verdict")]
+    stages = [f"{stage}@tiny-q4" for stage in ("learn", "quantize", "validate", "verdict")]
     assert ran(project.dvc("repro", stages[-1])) == stages
     project.artifact("tiny/variants/q4/plan.json").unlink()
     edit(project, "recipes/q4.yaml", lambda recipe: recipe.update(head="w6b64a"))
@@ -446,16 +447,16 @@ def test_another_key_signs_again_and_only_that(project: Project) -> None:
         (
             "recipes/q3.yaml",
             lambda recipe: recipe.update(version=99),
-            {"quantize@tiny-q3"} | bundles("q3"),
+            {"learn@tiny-q3", "quantize@tiny-q3"} | bundles("q3"),
         ),
         ("released.yaml", lambda released: released.update(models={"other": {}}), set()),
         (
             "calibration.yaml",
             lambda calibration: calibration.update(window=32),
-            {"calibrate@tiny"} | bundles(),  # what calibrate writes then makes quantize stale
+            {"calibrate@tiny", *LEARN} | bundles(),  # what calibrate writes then makes quantize stale
         ),
         ("parity.yaml", lambda parity: parity.update(prompt_tokens=9), {"parity@tiny"} | bundles()),
-        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*QUANTIZE, *BUNDLE, "tiers@tiny", "report"}),
+        ("tiers.yaml", lambda tiers: tiers.update(context=77), {*LEARN, *QUANTIZE, *BUNDLE, "tiers@tiny", "report"}),
         (
             "evaluation/seconds.yaml",
             lambda suite: suite["mmlu"].update(questions=58),

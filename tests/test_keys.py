@@ -117,14 +117,15 @@ def yaml_with(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str
     [
         ("stages/download.py", {"download", "bundle"}),
         ("checkpoint/hub.py", {"download", "bundle"}),
-        ("graph/decoder.py", {"export", "parity", "quantize", *MEASURED, "bundle"}),
+        ("graph/decoder.py", {"export", "parity", "learn", "quantize", *MEASURED, "bundle"}),
         ("graph/genai.py", {"download", "export", "bundle"}),
         ("stages/calibrate.py", {"calibrate", "bundle"}),
         ("calibrate/damage.py", {"sensitivity", "bundle"}),
         ("parity/compare.py", {"parity", "bundle"}),
-        ("quantize/gptq.py", {"quantize", "bundle"}),
-        ("quantize/factor.py", {"calibrate", "quantize", "bundle"}),
-        ("artifact/write.py", {"quantize", "bundle"}),
+        ("learn/training.py", {"learn", "bundle"}),
+        ("quantize/gptq.py", {"learn", "quantize", "bundle"}),
+        ("quantize/factor.py", {"calibrate", "learn", "quantize", "bundle"}),
+        ("artifact/write.py", {"learn", "quantize", "bundle"}),
         ("runtime/generate.py", {*MEASURED, *TASKS}),
         ("tasks/mmlu_scoring.py", {*MEASURED, *TASKS}),
         ("stages/validate.py", {*MEASURED, "bundle"}),
@@ -200,7 +201,7 @@ def test_a_default_makes_the_stages_stale_that_read_it(edited: Callable[..., set
     [
         ("models/tiny.yaml", lambda entry: entry.update(mmlu_close_think=True), {*MEASURED, *TASKS}),
         ("models/tiny.yaml", lambda entry: entry.update(note="Read this."), {*MEASURED, "verdict", "bundle", "report"}),
-        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"quantize", "validate", *TASKS}),
+        ("recipes/q4.yaml", lambda recipe: recipe.update(title="Other"), {"learn", "quantize", "validate", *TASKS}),
         ("gates.yaml", lambda gates: gates.update(ratchet=1.5), {"verdict", "bundle"}),
         (
             "signing.yaml",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ ROOMS = [
     ("parity",),
     ("planning",),
     ("artifact",),
+    ("learn",),
     ("prepack",),
     ("confine",),
     ("tasks",),
@@ -37,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 MODULES = {
     ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in Path("pipeline").rglob("*.py")
 }
-CORE = ["download", "export", "calibrate", "quantize", "verdict", "bundle", "sign", "tiers", "packs", "report"]
+CORE = ["download", "export", "calibrate", "learn", "quantize", "verdict", "bundle", "sign", "tiers", "packs", "report"]
 
 
 def imported(name: str) -> set[str]:
@@ -64,6 +66,12 @@ def test_no_modules_import_each_other() -> None:
     while done := {name for name, needed in left.items() if not needed & left.keys()}:
         left = {name: needed for name, needed in left.items() if name not in done}
     assert not left
+
+
+def test_only_the_room_that_learns_and_the_reference_exporter_import_torch() -> None:
+    """`learn` imports that room when a recipe asks for it: its stage loads without torch, as the core stages do."""
+    found = {name for name, path in MODULES.items() if re.search("(import|from) torch", path.read_text())}
+    assert {name.split(".")[1] for name in found} == {"learn", "parity"}
 
 
 def test_core_stages_import_neither_torch_nor_optimum() -> None:

@@ -35,6 +35,7 @@ CHAIN = (
     "pipeline.stages.calibrate",
     "pipeline.stages.sensitivity",
     "pipeline.stages.parity",
+    "pipeline.stages.learn",
     "pipeline.stages.quantize",
     "pipeline.stages.validate",
     "pipeline.stages.verdict",

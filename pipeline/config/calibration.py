@@ -31,12 +31,15 @@ class CalibrationConfig(Frozen):
         return sum(self.texts.values()) + sum(self.chats.values())
 
     def grown(self, channels: int) -> Self:
-        """What a model reads whose widest input has so many channels: texts grow alike, in whole windows, until
-        `per_channel` is met. Chats stay: few are conversations."""
-        factor = (self.per_channel * channels - sum(self.chats.values())) / sum(self.texts.values())
+        """What a model reads whose widest input has so many channels: enough for `per_channel`."""
+        return self.holding(self.per_channel * channels)
+
+    def holding(self, tokens: float) -> Self:
+        """At least so many tokens: texts grow alike, in whole windows. Chats stay: few are conversations."""
+        factor = (tokens - sum(self.chats.values())) / sum(self.texts.values())
         if factor <= 1:
             return self
-        windows = {name: math.ceil(tokens * factor / self.window) for name, tokens in self.texts.items()}
+        windows = {name: math.ceil(count * factor / self.window) for name, count in self.texts.items()}
         return self.model_copy(update={"texts": {name: count * self.window for name, count in windows.items()}})
 
 

@@ -77,6 +77,15 @@ class Budget(Frozen):
         return self
 
 
+class Learning(Frozen):
+    """How scales and norms are learned once the artifact is written (docs/tuning.md)."""
+
+    steps: int = Field(default=80, gt=0)
+    tokens: int = Field(default=1024, gt=0, description="of one step, in whole windows of configs/calibration.yaml")
+    rate: float = Field(default=1e-3, gt=0, lt=1, description="how far a step may move a value, as a share of it")
+    seed: int = Field(default=0, ge=0)
+
+
 class RecipeBase(Frozen):
     """What every recipe has."""
 
@@ -87,6 +96,7 @@ class RecipeBase(Frozen):
     kv_cache: KvCache = "float32"
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
     gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
+    learn: Learning | None = Field(default=None, description="nothing is learned without it; {} for the defaults")
     lost_max: float = Field(
         default=LOST_MAX, ge=0, le=1, description="share of a tensor's energy (its sum of squares) that may become zero"
     )

@@ -50,6 +50,8 @@ def guarded(
     """
     if dry_run:
         run(model, variant, dry_run=True)
+    elif stage == "learn" and not load_recipe(variant).learn:
+        run(model, variant)
     elif if_needed and not has_budget(load_pipeline().variants):
         Workspace(model).sensitivity.mkdir(parents=True, exist_ok=True)
         print(f"{model}: no variant has a budget, so nothing was measured")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import files, machine
+from pipeline.artifact.learned import RECORD
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
@@ -39,6 +40,7 @@ _WIDTH = 118
 _MORE_MEMORY = {
     "calibrate": "Shorten `window` in configs/calibration.yaml, or run the stage on a larger machine.",
     "sensitivity": "Lower the tokens of `texts` in configs/sensitivity.yaml, or run the stage on a larger machine.",
+    "learn": "Shorten `window` in configs/calibration.yaml, or run the stage on a larger machine.",
     "parity": "Lower memory_bytes in configs/parity.yaml: a smaller part of the model is compared then.",
     "reference": (
         "Let it run layer by layer (`reference: auto` in the suite), or run this stage once on a larger machine (dvc "
@@ -157,6 +159,8 @@ def stage_needs(
     artifacts = [computed(found, variant, context) for variant in variants]
     for one in artifacts:
         search = load_recipe(one.variant).search
+        if wanted := load_recipe(one.variant).learn:
+            yield needs.learn(one.variant, one.download.bytes, architecture, wanted, calibration.window, rates)
         yield needs.quantize(one.variant, one.download.bytes, architecture, search, rates)
     if runs_layered(asked.reference, found.weight_bytes, architecture.parameters, memory):
         yield needs.layered_reference(architecture, found.weight_bytes, asked, entry, memory, rates)
@@ -232,6 +236,7 @@ def _output(model: str, wanted: Needs) -> Path:
         "calibrate": workspace.moments,
         "sensitivity": workspace.nats,
         "parity": workspace.parity,
+        "learn": workspace.learned(variant) / RECORD,
         "quantize": workspace.artifact(variant),
         "reference": workspace.evaluation(variant),
         "validate": workspace.evaluation(variant),

@@ -16,6 +16,7 @@ from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
+from pipeline.config.recipes import Learning
 from pipeline.graph.decoder import activation_bytes
 from pipeline.runtime import stream
 from pipeline.runtime.session import memory_needed, widened_bytes
@@ -35,6 +36,10 @@ EXPORTER_BYTES = 16
 """Peak bytes of Optimum's export for each float32 parameter, measured on 507 million."""
 PREPACKED = 1.18
 """Private bytes per byte of MatMulNBits data after loading (1.0 GB of it, ONNX Runtime 1.31, x86-64)."""
+TORCH_BYTES = 400_000_000
+"""Torch once it has multiplied."""
+LEARNING_LOGITS = 6
+"""Of a window the full-precision model's, the variant's, their logarithms and gradients."""
 WIDENED_PER_SECOND = 0.08e9
 """Half-precision weights read, widened and packed by the runtime per second, on one core (a layer of MiMo's shapes)."""
 STORED_PER_SECOND = 130e6
@@ -183,6 +188,29 @@ def parity(parameters: int, weight_bytes: int) -> Needs:
         2 * 4 * parameters + SMALL_FILES_BYTES,
         f"Optimum's float32 export of {parameters:,} parameters, {EXPORTER_BYTES} bytes each at its peak",
         scratch=True,
+    )
+
+
+def learn(
+    variant: str, size: int, architecture: Architecture, wanted: Learning, window: int, rates: Rates = UNMEASURED
+) -> Needs:
+    """Scales and norms of an artifact of `size` bytes trained on the CPU, a window at a time; both models' weights stay
+    mapped.
+
+    Products of a token: the full-precision model's, the variant's, and two for its gradients.
+    """
+    widths = 12 * architecture.hidden + 6 * architecture.intermediate
+    kept = 4 * window * (architecture.layers * widths + LEARNING_LOGITS * architecture.vocab)
+    widest = 3 * 4 * architecture.vocab * architecture.hidden
+    values = architecture.parameters // 32
+    tokens = wanted.steps * max(wanted.tokens, window)
+    return Needs(
+        "learn",
+        PROCESS_BYTES + TORCH_BYTES + kept + widest + 6 * 4 * values,
+        2 * size + SMALL_FILES_BYTES,
+        f"activations of all layers and logits of {window:,} tokens, the head three times, what training keeps",
+        variant,
+        _product_seconds(architecture, 4 * tokens, rates),
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
 from threadpoolctl import threadpool_limits
 
 from pipeline import keys, machine
+from pipeline.artifact.learned import adopt, digests_of, lost_of, require_learned
 from pipeline.artifact.lost import sentence
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND, Compensated, Search
@@ -23,7 +25,7 @@ from pipeline.config.recipes import Recipe, load_recipe
 from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
-from pipeline.partial import discard, open_partial
+from pipeline.partial import Partial, discard, open_partial
 from pipeline.planning.memory import packed_memory
 from pipeline.quantize.lost import Lost
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
@@ -48,27 +50,23 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         seconds = architecture.parameters / (WEIGHTS_PER_CORE_SECOND[recipe.search] * cores)
         print(f"  estimate: about {seconds:,.0f} s of computing on {cores} cores (computed){text}")
         return
-    key, folder = _key(workspace, recipe, planned), workspace.artifact(variant)
+    key, folder = artifact_key(workspace, recipe, planned), workspace.artifact(variant)
+    grown = workspace.learned(variant)
+    learned = require_learned(grown, key) if recipe.learn else {}
+    key = learned.get("key", key)
     remove_leftovers(folder)
     if record := _intact(folder, key, recipe.lost_max):
         discard(workspace.partial(variant))
-        kept = {name: Lost(**lost) for name, lost in record.get("lost", {}).items()}
-        write_json(
-            folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, record["sha256"], kept)
-        )
+        decided = key, record["sha256"], lost_of(record), learned
+        write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
         print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
         return
-    with open_partial(workspace.partial(variant), key) as partial, ExitStack() as stack:
-        search = _search(recipe, workspace, stack)
-        ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
-        lost = write_artifact(
-            partial, drafted, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
-        )
-        _make_runnable(partial.folder, workspace, drafted.model_file)
-        digests = _digests(partial.folder)
-        write_json(
-            partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, key, digests, lost)
-        )
+    with open_partial(workspace.partial(variant), key) as partial:
+        if learned:
+            adopt(learned, grown, partial.folder)
+        lost = lost_of(learned) if learned else write_files(partial, recipe, planned, checkpoint, workspace)
+        decided = key, digests_of(partial.folder), lost, learned
+        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
         written = sum((partial.folder / name).stat().st_size for name in drafted.files)
         if written != drafted.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
@@ -76,6 +74,20 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     for name, item in lost.items():
         print(sentence(name, item))
     print(f"{model} {variant}: {written:,} bytes written, as planned")
+
+
+def write_files(
+    partial: Partial, recipe: Recipe, planned: Planned, checkpoint: Checkpoint, workspace: Workspace
+) -> dict[str, Lost]:
+    """The artifact's files, all but the plan, in `partial.folder`; what float16 lost of it, by tensor."""
+    ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
+    with ExitStack() as stack:
+        search = _search(recipe, workspace, stack)
+        lost = write_artifact(
+            partial, planned.draft, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
+        )
+    _make_runnable(partial.folder, workspace, planned.draft.model_file)
+    return lost
 
 
 def _search(recipe: Recipe, workspace: Workspace, stack: ExitStack) -> Search:
@@ -90,11 +102,6 @@ def _search(recipe: Recipe, workspace: Workspace, stack: ExitStack) -> Search:
     return Compensated(moments, lambda name: read_products(workspace, name, moments[name]))
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an artifact but the plan."""
-    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != PLAN_FILE}
-
-
 def _intact(folder: Path, key: str, lost_max: float) -> dict[str, Any] | None:
     """The record of the artifact in `folder` if `key` decides its bytes, they are all there, and no
     tensor lost more than `lost_max`, else None.
@@ -106,11 +113,11 @@ def _intact(folder: Path, key: str, lost_max: float) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     accepted = all(lost["share"] <= lost_max for lost in record.get("lost", {}).values())
-    return record if accepted and record.get("key") == key and record["sha256"] == _digests(folder) else None
+    return record if accepted and record.get("key") == key and record["sha256"] == digests_of(folder) else None
 
 
-def _key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
-    """What decides an artifact's bytes: unfinished work goes on only under the same. 64 hex digits.
+def artifact_key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
+    """What decides an artifact's bytes before learning: unfinished work goes on only under the same. 64 hex digits.
 
     The moments' file names what made the correlations beside it.
     """
@@ -167,10 +174,11 @@ def describe(planned: Planned, parameters: int) -> str:
 
 
 def plan_record(
-    planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str], lost: Mapping[str, Lost]
-) -> dict[str, Any]:
+    planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str], lost: Mapping[str, Lost],
+    learned: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     """The plan for machines. `key`: what decided the artifact's bytes; `digests`: their SHA-256 by file; `lost`: what
-    float16 lost, by tensor."""
+    float16 lost, by tensor; `learned`: the record of what was learned, if anything was."""
     drafted, solution = planned.draft, planned.solution
     record: dict[str, Any] = {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
@@ -192,6 +200,8 @@ def plan_record(
     if solution:  # rules do not depend on the context, so an edited one must not change their plan
         record |= {"predicted_nats": solution.cost, "least_possible_nats": solution.bound}
         record["memory"] = planned.memory.record() | {"context": planned.context}
+    if learned:
+        record["learned"] = learned["learned"]
     if lost:
         record["lost"] = {name: item._asdict() for name, item in lost.items()}
     return record

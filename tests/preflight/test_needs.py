@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config.calibration import CalibrationConfig, load_calibration, load_sensitivity
 from pipeline.config.models import ModelConfig, load_model
+from pipeline.config.recipes import Learning
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Rates
 from pipeline.runtime.side_by_side import fitting_texts, working_bytes
@@ -76,6 +77,14 @@ def test_two_layers_take_what_was_measured(tmp_path: Path) -> None:
     assert 3.142e9 <= sensitivity.memory <= 1.1 * 3.142e9
     mimo = replace(architecture_of("mimo-8b", tmp_path), layers=2)
     assert 1.783e9 <= needs.quantize("q4", 10**6, mimo, "gptq", RATES).memory <= 1.2 * 1.783e9
+
+
+def test_learning_grows_with_the_window_and_not_with_a_step(tmp_path: Path) -> None:
+    mimo, wanted = architecture_of("mimo-8b", tmp_path), Learning(steps=80, tokens=1024)
+    few = needs.learn("q3", 10**9, mimo, wanted, 512, RATES)
+    many = needs.learn("q3", 10**9, mimo, wanted.model_copy(update={"tokens": 2048}), 512, RATES)
+    assert (many.memory, many.seconds) == (few.memory, pytest.approx(2 * few.seconds))
+    assert needs.learn("q3", 10**9, mimo, wanted, 256, RATES).memory < few.memory
 
 
 def test_parity_is_the_exporter_and_leaves_nothing(tmp_path: Path) -> None:
