@@ -76,6 +76,19 @@ class Budget(Frozen):
         return self
 
 
+class Rotation(Frozen):
+    """What is rotated before it is quantized, so that no channel stands out (`pipeline.quantize.rotation`)."""
+
+    residual: bool = Field(default=False, description="the residual stream: folded into the weights")
+    values: bool = Field(default=False, description="every head's values: folded into the weights")
+    down: Literal[0, 32, 64, 128] = Field(
+        default=0, description="down_proj's input when it runs, in blocks of at most so many channels; 0: not at all"
+    )
+
+
+UNROTATED = Rotation()
+
+
 class RecipeBase(Frozen):
     """What every recipe has."""
 
@@ -84,6 +97,7 @@ class RecipeBase(Frozen):
     title: str
     search: Literal["nearest", "weighted", "gptq"] = "weighted"
     kv_cache: KvCache = "float32"
+    rotation: Rotation = UNROTATED
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
     gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
     lost_max: float = Field(
