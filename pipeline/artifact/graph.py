@@ -141,7 +141,8 @@ class QuantizedGraph(GraphWriter):
         looked_up = f"{target}/table" if self._turns_table else target
         self._compute(piece.format.lookup(), planned, piece, prefix, "input_ids", looked_up)
         if self._turns_table:
-            rotate_states(self, looked_up, planned.matrix.columns, target)
+            columns = planned.matrix.columns
+            rotate_states(self, looked_up, columns, self._plan.rotation.run(columns), target)
 
     def _product(self, node: onnx.NodeProto) -> None:
         planned = self._planned[self._widened.get(node.input[1], node.input[1])]
@@ -169,13 +170,13 @@ class QuantizedGraph(GraphWriter):
     @property
     def _turns_table(self) -> bool:
         """One table serves two inputs, of which the head's has a gain: rotated states are turned to and from it."""
-        return self._plan.tied and self._plan.rotation.residual
+        return self._plan.tied and bool(self._plan.rotation.residual)
 
     def _head_input(self, x: str) -> str:
         if not self._turns_table:
             return x
         channels = self._plan.head.matrix.columns
-        back = rotate_states_back(self, x, channels, "head/back")
+        back = rotate_states_back(self, x, channels, self._plan.rotation.run(channels), "head/back")
         return self.node("Mul", [back, self._declare(Stored(HEAD_GAIN, "float32", (channels,)))], "head/input")
 
     def _compute(

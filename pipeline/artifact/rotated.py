@@ -37,29 +37,29 @@ class _Turn(NamedTuple):
 class Rotated(Checkpoint):
     """The tensors of a checkpoint folder as `rotation` has them, and the statistics of their inputs.
 
-    Memory: rows that `rows` gives, and the largest matrix that writes to the residual in float32: each of its rows is
-    made of all rows. The last of these is kept, and its rows are asked for one after the other.
+    Memory: rows that `rows` gives; where the residual is one run, also the largest matrix that writes to it in float32:
+    each of its rows is made of all rows. The last of these is kept, and its rows are asked for one after the other.
     """
 
     def __init__(self, folder: Path, architecture: Architecture, rotation: Rotation):
         super().__init__(folder)
         self._arch, self._rotation = architecture, rotation
+        self._run = rotation.run(architecture.hidden)
         self._matrices = {matrix.name: matrix for matrix in (*architecture.tables, *architecture.matrices)}
         self._turns = {matrix.input: self._turn(matrix) for matrix in self._matrices.values()}
         self._lock = Lock()
         self._kept: tuple[str, np.ndarray] | None = None
-        if rotation.residual and architecture.tied:
+        if self._run and architecture.tied:
             self[HEAD_GAIN] = self[_FINAL_NORM]
 
     def _turn(self, matrix: Matrix) -> _Turn | None:
         if matrix.role in {"o_proj", "down_proj"}:
             return _Turn(self._arch.head_dim, None) if matrix.role == "o_proj" and self._rotation.values else None
-        if not self._rotation.residual or (matrix.name == self._arch.head.name and self._arch.tied):
+        if not self._run or (matrix.name == self._arch.head.name and self._arch.tied):
             return None
-        kind = matrix.input.rpartition(".")[2]
         prefix = f"model.layers.{matrix.layer}."
         norms = {"attention": f"{prefix}input_layernorm.weight", "mlp": f"{prefix}post_attention_layernorm.weight"}
-        return _Turn(self._arch.hidden, (norms | {"head": _FINAL_NORM}).get(kind))
+        return _Turn(self._run, (norms | {"head": _FINAL_NORM}).get(matrix.kind))
 
     # --- weights ---
 
@@ -69,10 +69,15 @@ class Rotated(Checkpoint):
         matrix = self._matrices.get(name)
         if matrix is None:
             found = self._vector(name)[start:stop]
-        elif matrix.role in {"o_proj", "down_proj"} and self._rotation.residual:
+        elif matrix.role in {"o_proj", "down_proj"} and self._run == matrix.rows:
             found = self._mixed(matrix)[start:stop].copy()
+        elif matrix.role in {"o_proj", "down_proj"} and self._run:
+            found = self._by_runs(matrix, start, stop, 0, self._run)
         elif matrix.role in {"v_proj", "qkv_proj"} and self._rotation.values:
-            found = self._by_heads(matrix, start, stop)
+            first = (
+                matrix.rows - self._arch.cache_channels
+            )  # values come last where a product gives queries and keys too
+            found = self._by_runs(matrix, start, stop, first, self._arch.head_dim)
         else:
             found = self._turned(matrix, start, stop)
         if out is None:
@@ -83,8 +88,8 @@ class Rotated(Checkpoint):
     def _vector(self, name: str) -> np.ndarray:
         values = super().rows(name)
         if name == HEAD_GAIN:
-            return values * factors(len(values)).signs
-        if name.endswith("norm.weight") and self._rotation.residual:
+            return values * np.tile(factors(self._run).signs, len(values) // self._run)
+        if name.endswith("norm.weight") and self._run:
             return np.ones_like(values)
         if name.endswith("v_proj.bias") and self._rotation.values:
             rotate(values[None], self._arch.head_dim)
@@ -97,16 +102,15 @@ class Rotated(Checkpoint):
             values *= super().rows(turn.gain)
         return rotate(values, turn.width) if turn else values
 
-    def _by_heads(self, matrix: Matrix, start: int, stop: int) -> np.ndarray:
-        """Rows of what computes values, alone or behind queries and keys: those of a head are mixed."""
-        size, first = self._arch.head_dim, matrix.rows - self._arch.cache_channels
+    def _by_runs(self, matrix: Matrix, start: int, stop: int, first: int, size: int) -> np.ndarray:
+        """Rows that are mixed with others of their run of `size`, those from row `first` on."""
         begin = start // size * size
         values = self._turned(matrix, begin, min(-(-stop // size) * size, matrix.rows))
         rotate(values[max(first - begin, 0) :].T, size)
         return values[start - begin : stop - begin]
 
     def _mixed(self, matrix: Matrix) -> np.ndarray:
-        """A whole matrix that writes to the residual."""
+        """A whole matrix whose rows are all mixed with each other."""
         with self._lock:
             if self._kept is None or self._kept[0] != matrix.name:
                 self._kept = None

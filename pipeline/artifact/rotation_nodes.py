@@ -17,23 +17,25 @@ def rotate_blocks(graph: GraphWriter, x: str, channels: int, block: int, output:
     return _reshape(graph, graph.node("MatMul", [blocks, matrix], f"{output}/product"), [channels], output)
 
 
-def rotate_states(graph: GraphWriter, x: str, channels: int, output: str) -> str:
-    """x · R of float32 [batch, sequence, channels]."""
-    signs, mix, _ = factors(channels)
-    signed = graph.node("Mul", [x, graph.constant("rotation.signs", signs)], f"{output}/signed")
-    return _mixed(graph, signed, channels, "rotation.mix", mix.T, output)
+def rotate_states(graph: GraphWriter, x: str, channels: int, run: int, output: str) -> str:
+    """x · R of every `run` of float32 [batch, sequence, channels]."""
+    signs, mix, _ = factors(run)
+    signed = graph.constant("rotation.signs", np.tile(signs, channels // run))
+    signed = graph.node("Mul", [x, signed], f"{output}/signed")
+    return _mixed(graph, signed, channels, run, "rotation.mix", mix.T, output)
 
 
-def rotate_states_back(graph: GraphWriter, x: str, channels: int, output: str) -> str:
+def rotate_states_back(graph: GraphWriter, x: str, channels: int, run: int, output: str) -> str:
     """x · Rᵀ before its last step: the channels of `output` are still to be multiplied with R's signs."""
-    return _mixed(graph, x, channels, "rotation.mix.back", factors(channels).mix, output)
+    return _mixed(graph, x, channels, run, "rotation.mix.back", factors(run).mix, output)
 
 
-def _mixed(graph: GraphWriter, x: str, channels: int, name: str, mix: np.ndarray, output: str) -> str:
-    """Channels that are numbered [points, run, place in the run], mixed along one axis after the other."""
-    order = factors(channels).order
+def _mixed(graph: GraphWriter, x: str, channels: int, run: int, name: str, mix: np.ndarray, output: str) -> str:
+    """Channels that are numbered [run, point, place], places again as two digits, mixed along one axis after the
+    other."""
+    order = factors(run).order
     inner = min(order, _SIDE)
-    before = 1
+    before = channels // run
     for label, side in ((name, mix), *((f"hadamard.{size}", hadamard(size)) for size in (order // inner, inner))):
         if (size := len(side)) > 1:
             tall = _reshape(graph, x, [before, size, channels // before // size], f"{output}/{before}")

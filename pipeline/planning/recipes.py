@@ -127,10 +127,10 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
 
 
 def rotated(plan: Plan, recipe: Recipe) -> Plan:
-    """A plan with its recipe's rotation. Blocks that a product rotates divide each piece of a matrix."""
-    most = recipe.rotation.down
+    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix."""
+    runs = recipe.rotation.inputs
     body = tuple(
-        replace(item, rotated=math.gcd(most, *item.widths)) if most and item.matrix.role == "down_proj" else item
+        replace(item, rotated=math.gcd(runs[kind], *item.widths)) if (kind := item.matrix.kind) in runs else item
         for item in plan.body
     )
     return replace(plan, body=body, rotation=recipe.rotation)

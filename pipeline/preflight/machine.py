@@ -156,8 +156,9 @@ def stage_needs(
     context = load_tiers().context
     artifacts = [computed(found, variant, context) for variant in variants]
     for one in artifacts:
-        search = load_recipe(one.variant).search
-        yield needs.quantize(one.variant, one.download.bytes, architecture, search, rates)
+        recipe = load_recipe(one.variant)
+        size = one.download.bytes
+        yield needs.quantize(one.variant, size, architecture, recipe.search, rates, recipe.rotation)
     if runs_layered(asked.reference, found.weight_bytes, architecture.parameters, memory):
         yield needs.layered_reference(architecture, found.weight_bytes, asked, entry, memory, rates)
     else:

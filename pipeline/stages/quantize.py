@@ -161,7 +161,7 @@ def describe(planned: Planned, parameters: int) -> str:
         f"  {drafted.bytes:,} bytes in {len(drafted.layout.parts)} part(s) and the graph: "
         f"{8 * drafted.bytes / parameters:.2f} bits per weight, body {drafted.plan.body_bits:.2f}"
     )
-    if turned := [told for told, on in _rotations(drafted.plan) if on]:
+    if turned := _rotations(drafted.plan):
         lines.append(f"  rotated: {', '.join(turned)}")
     if drafted.plan.cache.type != "float32":
         lines.append(f"  KV cache in {drafted.plan.cache.type}: {drafted.plan.cache.bytes:,} bytes per token")
@@ -177,14 +177,15 @@ def describe(planned: Planned, parameters: int) -> str:
     return "\n".join(lines)
 
 
-def _rotations(plan: Plan) -> list[tuple[str, bool]]:
-    """What may be rotated, for people, and whether it is."""
-    blocks = sorted({item.rotated for item in plan.body if item.rotated})
-    return [
-        ("residual stream", plan.rotation.residual),
-        ("values by heads", plan.rotation.values),
-        (f"down_proj's input in blocks of {' and '.join(map(str, blocks))} at run time", bool(blocks)),
-    ]
+def _rotations(plan: Plan) -> list[str]:
+    """What is rotated, for people."""
+    run, found = plan.rotation.run(plan.head.matrix.columns), list[str]()
+    if run:
+        found.append(f"residual stream in runs of {run}")
+    if plan.rotation.values:
+        found.append("values by heads")
+    runs = sorted({(item.matrix.kind, item.rotated) for item in plan.body if item.rotated})
+    return found + [f"{kind} in runs of {size} when it runs" for kind, size in runs]
 
 
 def plan_record(

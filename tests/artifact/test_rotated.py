@@ -6,7 +6,6 @@ And statistics of its inputs are those that its inputs have.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.artifact.graph import channel_names
 from pipeline.artifact.quantizers import arranged
-from pipeline.artifact.rotated import Rotated
 from pipeline.artifact.write import Draft
 from pipeline.calibrate.correlations import packed, unpacked
 from pipeline.config.recipes import RecipeConfig
@@ -32,9 +30,11 @@ from tests.artifact.exported import Exported, changed, contents, export
 from tests.artifact.test_write import ROLES
 from tests.families import CASES, make_checkpoint
 
-ALL = {"residual": True, "values": True, "down": 64}
+ALL = {"residual": "all", "values": True, "down": 64}
 SPLIT = {"high": "w8b16s", "low": "w2b32a", "high_fraction": 0.4}
-PARTS = ({"residual": True}, {"values": True}, {"down": 32}, ALL)
+RUNS = {"residual": 32, "values": True}
+INPUTS = {"attention": 32, "output": 64, "mlp": 128, "down": 32}
+PARTS = (INPUTS, {"residual": "all"}, {"values": True}, {"down": 32}, RUNS, ALL)
 FAMILIES = ("llama-tied", "llama-untied", "mimo", "phi3", "phi3-partial-tied")
 
 
@@ -50,8 +50,7 @@ def rotated(folder: Path, rotation: dict[str, object], case: str) -> Exported:
     tensors = load_file(made / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][[3, 7]] = 0, 1e-4
     save_file(tensors, made / "model.safetensors")
-    found = export(made)
-    return replace(found, checkpoint=Rotated(made, found.architecture, recipe(rotation).rotation))
+    return export(made).rotated(recipe(rotation))
 
 
 def in_full_precision(found: Exported, drafted: Draft, folder: Path) -> Path:
@@ -102,15 +101,16 @@ def test_the_function_stays(case: str, rotation: dict[str, object], tmp_path: Pa
 
 
 def test_the_function_stays_where_matrices_are_split(tmp_path: Path) -> None:
-    found = rotated(tmp_path, ALL, "phi3")
-    drafted = found.write(recipe(ALL, SPLIT), tmp_path / "artifact")
-    assert {item.rotated for item in drafted.plan.body if item.matrix.role == "down_proj"} == {64}
+    turned = ALL | INPUTS
+    found = rotated(tmp_path, turned, "phi3")
+    drafted = found.write(recipe(turned, SPLIT), tmp_path / "artifact")
+    assert {item.rotated for item in drafted.plan.body} == {32, 64}
     assert difference(found, drafted, tmp_path / "artifact") < 1e-4
 
 
 def test_weights_are_rotated_at_all(tmp_path: Path) -> None:
     """Every matrix of an untied model is another one, and every norm's gain is 1."""
-    found = rotated(tmp_path, {"residual": True, "values": True}, "mimo")
+    found = rotated(tmp_path, {"residual": "all", "values": True}, "mimo")
     plain = export(found.folder).checkpoint
     for name in found.architecture.expected_tensors():
         values, before = found.checkpoint.rows(name), plain.rows(name)
@@ -122,9 +122,10 @@ def test_weights_are_rotated_at_all(tmp_path: Path) -> None:
             assert np.abs(values - before).max() > 0.1 * np.abs(before).max(), name
 
 
+@pytest.mark.parametrize("rotation", [ALL, RUNS], ids=str)
 @pytest.mark.parametrize("case", ["mimo", "phi3"])
-def test_rows_do_not_depend_on_how_they_are_asked_for(case: str, tmp_path: Path) -> None:
-    found = rotated(tmp_path, ALL, case)
+def test_rows_do_not_depend_on_how_they_are_asked_for(case: str, rotation: dict[str, object], tmp_path: Path) -> None:
+    found = rotated(tmp_path, rotation, case)
     for matrix in (*found.architecture.tables, *found.architecture.body(1)):
         whole = found.checkpoint.rows(matrix.name)
         bounds = sorted({0, 1, 45, 61, matrix.rows})
@@ -142,7 +143,7 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["mimo", "phi3-partial-tied"])
 def test_statistics_are_those_of_the_rotated_inputs(case: str, tmp_path: Path) -> None:
     """Measured on the model as it is, turned, against measured on the rotated model."""
-    found = rotated(tmp_path, {"residual": True, "values": True}, case)
+    found = rotated(tmp_path, {"residual": "all", "values": True}, case)
     measured, products = passed(found, tmp_path / "plain")
     tensors = {name: found.checkpoint.rows(name) for name in found.architecture.expected_tensors()}
     (tmp_path / "turned").mkdir()
@@ -191,7 +192,7 @@ def test_rotations_are_plain_nodes(tmp_path: Path) -> None:
 
 def test_a_loud_channel_is_spread(tmp_path: Path) -> None:
     """What rotation is for."""
-    found = rotated(tmp_path, {"residual": True}, "llama-untied")
+    found = rotated(tmp_path, {"residual": "all"}, "llama-untied")
     plain = np.ones(128, np.float32)
     plain[17] = 1000
     turned = found.checkpoint.moments({"head": plain})["head"]
