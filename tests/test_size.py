@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 700,
+    "artifact": 868,
     "bundle": 1665,
     "calibrate": 250,
-    "checkpoint": 1680,
-    "config": 406,
+    "checkpoint": 1682,
+    "config": 423,
     "confine": 435,
     "door": 740,
     "graph": 412,
@@ -27,18 +27,18 @@ CEILINGS = {
     "modules": 751,
     "packs": 925,
     "parity": 142,
-    "planning": 548,
-    "preflight": 1091,
+    "planning": 560,
+    "preflight": 1097,
     "prepack": 670,
     "publish": 790,
-    "quantize": 765,
+    "quantize": 852,
     "report": 1094,
-    "runtime": 1016,
+    "runtime": 1021,
     "serve": 187,
-    "stages": 887,
+    "stages": 905,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 18_534
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
