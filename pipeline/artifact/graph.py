@@ -14,6 +14,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from pipeline.artifact.layout import Layout
+from pipeline.artifact.rotated import HEAD_GAIN
+from pipeline.artifact.rotation_nodes import rotate_blocks, rotate_states, rotate_states_back
 from pipeline.errors import GraphError
 from pipeline.graph.last_token import LAST_TOKEN
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
@@ -136,18 +138,25 @@ class QuantizedGraph(GraphWriter):
         (piece,), (prefix,) = planned.pieces, piece_names(planned)
         half = self._references[node.input[0]].data_type != TensorProto.FLOAT
         target = "embedding/float32" if half else "embedding"
-        self._compute(piece.format.lookup(), planned, piece, prefix, "input_ids", target)
+        looked_up = f"{target}/table" if self._turns_table else target
+        self._compute(piece.format.lookup(), planned, piece, prefix, "input_ids", looked_up)
+        if self._turns_table:
+            columns = planned.matrix.columns
+            rotate_states(self, looked_up, columns, self._plan.rotation.run(columns), target)
 
     def _product(self, node: onnx.NodeProto) -> None:
         planned = self._planned[self._widened.get(node.input[1], node.input[1])]
         x, output, halves = node.input[0], node.output[0], []
         if planned is self._plan.head:
-            x = self._last_token(x)
+            x = self._head_input(self._last_token(x))
         for piece, prefix, channels in zip(planned.pieces, piece_names(planned), channel_names(planned), strict=False):
             source, result = x, output
             if planned.split:
                 indices = self._declare(Stored(channels, "int32", (piece.columns,)))
                 source = self.node("Gather", [x, indices], channels.removesuffix(".channels"), axis=2)
+            if planned.rotated:
+                source = rotate_blocks(self, source, piece.columns, planned.rotated, f"{source}/rotated")
+            if planned.split:
                 result = f"{output}.{prefix.rsplit('.', 1)[1]}"
             nodes = piece.format.product(planned.matrix.rows, piece.columns)
             halves.append(self._compute(nodes, planned, piece, prefix, source, result))
@@ -157,6 +166,18 @@ class QuantizedGraph(GraphWriter):
     def _last_token(self, x: str) -> str:
         """A phone samples from the last token's logits: the others would be most of the memory of reading a prompt."""
         return self.node("Gather", [x, self.constant("last", np.array([-1], np.int64))], LAST_TOKEN, axis=1)
+
+    @property
+    def _turns_table(self) -> bool:
+        """One table serves two inputs, of which the head's has a gain: rotated states are turned to and from it."""
+        return self._plan.tied and bool(self._plan.rotation.residual)
+
+    def _head_input(self, x: str) -> str:
+        if not self._turns_table:
+            return x
+        channels = self._plan.head.matrix.columns
+        back = rotate_states_back(self, x, channels, self._plan.rotation.run(channels), "head/back")
+        return self.node("Mul", [back, self._declare(Stored(HEAD_GAIN, "float32", (channels,)))], "head/input")
 
     def _compute(
         self, nodes: Sequence[Node], planned: PlannedMatrix, piece: Piece, prefix: str, x: str, output: str

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.artifact.graph import channel_names, piece_names
+from pipeline.artifact.graph import piece_names
+from pipeline.artifact.quantizers import arranged, order_of
 from pipeline.artifact.work import units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.planning.recipes import PlannedMatrix
+from pipeline.quantize.gptq import bounds
 from pipeline.quantize.lost import Lost, energy, plain, subnormal, suspects, vanished
 
 
@@ -60,14 +62,14 @@ def _vanished(
     planned: PlannedMatrix, scales: Sequence[np.ndarray], checkpoint: Checkpoint, channels: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, float]:
     """Nonzero weights of each block that vanished, int [blocks], and their share of the tensor's energy."""
-    whole_row = np.arange(planned.matrix.columns)
-    orders = [channels[name] for name in channel_names(planned)] if planned.split else [whole_row]
+    order, places = order_of(planned, channels), bounds(planned.pieces)
     counts, lost, whole = list[np.ndarray](), 0.0, 0.0
     for unit in units(planned):
         weights = checkpoint.rows(planned.matrix.name, unit.start, unit.stop)
         whole += energy(weights)
-        for part, order in zip(scales, orders, strict=True):
-            piece, own = weights[:, order], part[unit.start : unit.stop]
+        stored = arranged(weights, order, planned.rotated)
+        for part, (first, stop) in zip(scales, places, strict=True):
+            piece, own = stored[:, first:stop], part[unit.start : unit.stop]
             counts.append(vanished(piece, own).reshape(-1))
             lost += energy(piece.reshape(counts[-1].size, -1)[counts[-1] > 0])
     return np.concatenate(counts), lost / whole if whole else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import onnx
 
@@ -16,7 +15,7 @@ from pipeline.errors import PlanError
 from pipeline.planning.budget import Bound, Solution, bound, groups, smallest, solve
 from pipeline.planning.devices import PREPACKED_PRIVATE, room_bytes
 from pipeline.planning.memory import Memory, packed_memory, plan_memory, use_memory
-from pipeline.planning.recipes import Plan, apply_format, make_plan
+from pipeline.planning.recipes import Plan, apply_format, make_plan, rotated
 from pipeline.planning.sensitivity import Sensitivity, read_sensitivity
 from pipeline.workspace import Workspace
 
@@ -48,7 +47,10 @@ def plan_recipe(
         context = load_tiers().context
         drafted = draft(source, make_plan(architecture, recipe), stem, recipe.part_bytes)
         return Planned(drafted, plan_memory(drafted.plan, architecture, context), context, None)
-    drafts = partial(draft, source, stem=stem, part_bytes=recipe.part_bytes)
+
+    def drafts(plan: Plan) -> Draft:
+        return draft(source, rotated(plan, recipe), stem, recipe.part_bytes)
+
     try:
         return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
     except PlanError as error:

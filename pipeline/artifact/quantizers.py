@@ -18,7 +18,8 @@ from pipeline.planning.recipes import TABLES, Plan, PlannedMatrix
 from pipeline.quantize.descent import descended
 from pipeline.quantize.factor import Factor, factor
 from pipeline.quantize.formats import Quantized
-from pipeline.quantize.gptq import TILE, compensated
+from pipeline.quantize.gptq import TILE, bounds, compensated
+from pipeline.quantize.rotation import rotate, rotate_products, rotated_moments
 from pipeline.quantize.search import nearest, weighted
 
 Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second moment of each channel
@@ -50,20 +51,25 @@ class Search:
 
     def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
         """The function of a matrix; `channels` are those of its input, if it is split."""
-        matrix = planned.matrix
-        parts: list[np.ndarray | None] = [None]
-        if planned.split:
-            parts = [channels[name] for name in channel_names(planned)]
-        pieces: list[Callable[[np.ndarray], Quantized]] = []
-        for piece, part in zip(planned.pieces, parts, strict=True):
-            if self.moments is None:
-                pieces.append(partial(nearest, fmt=piece.format))
-            else:
-                # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head.
-                alike = matrix.role == "embedding"
-                moments = np.ones(matrix.columns, np.float32) if alike else self.moments[matrix.input]
-                pieces.append(partial(weighted, moments=_taken(moments, part), fmt=piece.format))
-        return lambda weights: [piece(_taken(weights, part)) for piece, part in zip(pieces, parts, strict=True)]
+        matrix, order = planned.matrix, order_of(planned, channels)
+        # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head.
+        alike = np.ones(matrix.columns, np.float32)
+        moments = _taken((self.moments or {}).get(matrix.input, alike), order)
+        if planned.rotated:
+            moments = rotated_moments(moments, planned.rotated)
+        places = [slice(*place) for place in bounds(planned.pieces)]
+        pieces: list[Callable[[np.ndarray], Quantized]] = [
+            partial(nearest, fmt=piece.format)
+            if self.moments is None
+            else partial(weighted, moments=moments[place], fmt=piece.format)
+            for piece, place in zip(planned.pieces, places, strict=True)
+        ]
+
+        def quantize(weights: np.ndarray) -> list[Quantized]:
+            ordered = arranged(weights, order, planned.rotated)
+            return [piece(ordered[:, place]) for piece, place in zip(pieces, places, strict=True)]
+
+        return quantize
 
 
 class Compensated(Search):
@@ -87,26 +93,39 @@ class Compensated(Search):
         """Under the whole second moment matrix of the matrix's input, for a matrix of the body."""
         if planned.matrix.role in TABLES:
             return super().of(planned, channels)
-        order = np.concatenate([channels[name] for name in channel_names(planned)]) if planned.split else None
-        _, hessian, found = self._statistics(planned.matrix.input, order)
+        order, block = order_of(planned, channels), planned.rotated
+        _, hessian, found = self._statistics(planned.matrix.input, order, block)
 
         def quantize(weights: np.ndarray) -> list[Quantized]:
-            ordered = _taken(weights, order)
+            ordered = arranged(weights, order, block)
             return descended(ordered, hessian, found.damping, compensated(ordered, found, planned.pieces))
 
         return quantize
 
-    def _statistics(self, name: str, order: np.ndarray | None) -> tuple[str, np.ndarray, Factor]:
-        """E[x·xᵀ] with its channels in `order`, and its factor. Those of the input asked for last are kept: matrices
-        that share it follow one another."""
+    def _statistics(self, name: str, order: np.ndarray | None, block: int) -> tuple[str, np.ndarray, Factor]:
+        """E[x·xᵀ] with its channels in `order`, rotated in blocks, and its factor. Those of the input asked for last
+        are kept: matrices that share it follow one another."""
         with self._lock:
             if self._kept is None or self._kept[0] != name:
                 self._kept = None  # more than two such matrices at a time would be the peak of memory
                 hessian, damping = self._products(name)
                 if order is not None:
                     hessian = hessian[np.ix_(order, order)]
+                if block:
+                    hessian = rotate_products(hessian, block)
                 self._kept = name, hessian, factor(hessian, damping)
             return self._kept
+
+
+def order_of(planned: PlannedMatrix, channels: Channels) -> np.ndarray | None:
+    """The channels of a split matrix's pieces, one piece behind the other; None for a whole one."""
+    return np.concatenate([channels[name] for name in channel_names(planned)]) if planned.split else None
+
+
+def arranged(weights: np.ndarray, order: np.ndarray | None, block: int) -> np.ndarray:
+    """float32 [rows, columns] as they are stored: columns in `order`, then rotated in blocks, if in any."""
+    ordered = _taken(weights, order)
+    return rotate(ordered.copy() if ordered is weights else ordered, block) if block else ordered
 
 
 def _taken(values: np.ndarray, part: np.ndarray | None) -> np.ndarray:

@@ -94,6 +94,11 @@ class Matrix:
     columns: int
     input: str
 
+    @property
+    def kind(self) -> str:
+        """What its input is, in any layer: attention, output, mlp, down, head or tokens."""
+        return self.input.rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,6 +87,37 @@ class Learning(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
+Run = Literal[0, 32, 64, 128]
+
+
+class Rotation(Frozen):
+    """What is rotated before it is quantized, so that no channel stands out (`pipeline.quantize.rotation`).
+
+    `residual` and `values` are folded into the weights. The others are inputs of products: a small product of its own
+    rotates each whenever it runs, in runs of at most so many channels; 0: not at all.
+    """
+
+    residual: Run | Literal["all"] = Field(default=0, description="the residual stream, in such runs or as a whole")
+    values: bool = Field(default=False, description="values, by heads")
+    attention: Run = Field(default=0, description="what queries, keys and values are made of")
+    output: Run = Field(default=0, description="what o_proj multiplies; `values` rotates it for nothing")
+    mlp: Run = Field(default=0, description="what gate and up are made of")
+    down: Run = Field(default=0, description="what down_proj multiplies")
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Runs of the inputs that are rotated when they run, by the end of the input's name."""
+        runs = {"attention": self.attention, "output": self.output, "mlp": self.mlp, "down": self.down}
+        return {kind: run for kind, run in runs.items() if run}
+
+    def run(self, hidden: int) -> int:
+        """Channels of the residual stream that are mixed with each other; 0: it is not rotated."""
+        return hidden if self.residual == "all" else math.gcd(self.residual, hidden) if self.residual else 0
+
+
+UNROTATED = Rotation()
+
+
 class RecipeBase(Frozen):
     """What every recipe has."""
 
@@ -94,6 +126,7 @@ class RecipeBase(Frozen):
     title: str
     search: Literal["nearest", "weighted", "gptq"] = "weighted"
     kv_cache: KvCache = "float32"
+    rotation: Rotation = UNROTATED
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
     gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
     learn: Learning | None = Field(default=None, description="nothing is learned without it; {} for the defaults")

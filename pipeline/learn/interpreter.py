@@ -33,6 +33,7 @@ _TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.INT8: torch.int8,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT32: torch.int32,
     TensorProto.INT64: torch.int64,

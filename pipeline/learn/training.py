@@ -162,19 +162,23 @@ class _Training:
 
 
 def learnable(student: Interpreter) -> list[str]:
-    """Names of the stored tensors that are learned: scales, which are float16; norms and biases, float32 vectors."""
+    """Names of the stored tensors that are learned: scales; norms and biases, float32 vectors."""
     return [
         name
         for name, item in student.external.items()
-        if item.data_type == TensorProto.FLOAT16 or (item.data_type == TensorProto.FLOAT and len(item.dims) == 1)
+        if (len(item.dims) == 1 if item.data_type == TensorProto.FLOAT else name.endswith(".scales"))
     ]
 
 
 def _stored(written: Tensor, factor: Tensor) -> Tensor:
+    """Float32, as the type of `written` holds it. A short scale counts shares of its row's largest, which stays."""
     value = written.float() * (1 + factor)
     if written.dtype == torch.float32:
         return value
-    return value + (value.to(written.dtype).float() - value).detach()
+    if written.dtype == torch.float16:
+        return value + (value.half().float() - value).detach()
+    most = torch.iinfo(written.dtype).max
+    return value + (value.round().clamp(-most, most) - value).detach()
 
 
 def _height(step: int, steps: int) -> float:

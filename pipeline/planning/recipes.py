@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
-from pipeline.config.recipes import KvCache, RecipeConfig, SplitFormat
+from pipeline.config.recipes import UNROTATED, KvCache, Recipe, RecipeConfig, Rotation, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.quantize.formats import TensorFormat
 
@@ -23,10 +25,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """A matrix and its pieces: one that holds all channels, or a split into two (the most important channels first)."""
+    """A matrix and its pieces: one that holds all channels, or a split into two (the most important channels first).
+
+    `rotated`: the input of each piece is rotated when it runs, in blocks of so many channels; 0: it is not.
+    """
 
     matrix: Matrix
     pieces: tuple[Piece, ...]
+    rotated: int = 0
 
     @property
     def split(self) -> bool:
@@ -74,7 +80,7 @@ class Cache:
 class Plan:
     """Formats of all matrices in order of execution: the embedding, the body, the head.
 
-    With a tied head there is one table, planned once as the head.
+    With a tied head there is one table, planned once as the head. `rotation`: what `body` and the graph have of it.
     """
 
     embedding: PlannedMatrix
@@ -82,6 +88,7 @@ class Plan:
     head: PlannedMatrix
     tied: bool
     cache: Cache
+    rotation: Rotation = UNROTATED
 
     @property
     def tables(self) -> tuple[PlannedMatrix, ...]:
@@ -111,11 +118,22 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
             differently.
     """
     layers = architecture.layers
-    body = tuple(apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1])
+    body = [apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1]]
     _check_shared_inputs(body)
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
-    return Plan(embedding, body, head, architecture.tied, cache_of(architecture, recipe.kv_cache))
+    cache = cache_of(architecture, recipe.kv_cache)
+    return rotated(Plan(embedding, tuple(body), head, architecture.tied, cache), recipe)
+
+
+def rotated(plan: Plan, recipe: Recipe) -> Plan:
+    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix."""
+    runs = recipe.rotation.inputs
+    body = tuple(
+        replace(item, rotated=math.gcd(runs[kind], *item.widths)) if (kind := item.matrix.kind) in runs else item
+        for item in plan.body
+    )
+    return replace(plan, body=body, rotation=recipe.rotation)
 
 
 def cache_of(architecture: Architecture, kv_cache: KvCache) -> Cache:
@@ -157,7 +175,7 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
         raise PlanError(f"tensor {matrix.name} [{matrix.rows}, {matrix.columns}]: {error}") from None
 
 
-def _check_shared_inputs(body: tuple[PlannedMatrix, ...]) -> None:
+def _check_shared_inputs(body: Sequence[PlannedMatrix]) -> None:
     seen: dict[str, PlannedMatrix] = {}
     for item in body:
         first = seen.setdefault(item.matrix.input, item)

@@ -158,10 +158,11 @@ def stage_needs(
     context = load_tiers().context
     artifacts = [computed(found, variant, context) for variant in variants]
     for one in artifacts:
-        search = load_recipe(one.variant).search
-        if wanted := load_recipe(one.variant).learn:
-            yield needs.learn(one.variant, one.download.bytes, architecture, wanted, calibration.window, rates)
-        yield needs.quantize(one.variant, one.download.bytes, architecture, search, rates)
+        recipe = load_recipe(one.variant)
+        size = one.download.bytes
+        if recipe.learn:
+            yield needs.learn(one.variant, size, architecture, recipe.learn, calibration.window, rates)
+        yield needs.quantize(one.variant, size, architecture, recipe.search, rates, recipe.rotation)
     if runs_layered(asked.reference, found.weight_bytes, architecture.parameters, memory):
         yield needs.layered_reference(architecture, found.weight_bytes, asked, entry, memory, rates)
     else:

@@ -16,7 +16,7 @@ from pipeline.calibrate.damage import BATCH_TOKENS
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
-from pipeline.config.recipes import Learning
+from pipeline.config.recipes import UNROTATED, Learning, Rotation
 from pipeline.graph.decoder import activation_bytes
 from pipeline.runtime import stream
 from pipeline.runtime.session import memory_needed, widened_bytes
@@ -214,10 +214,14 @@ def learn(
     )
 
 
-def quantize(variant: str, size: int, architecture: Architecture, search: str, rates: Rates = UNMEASURED) -> Needs:
+def quantize(
+    variant: str, size: int, architecture: Architecture, search: str, rates: Rates = UNMEASURED,
+    rotation: Rotation = UNROTATED,
+) -> Needs:  # fmt: skip
     """A recipe applied: `size` is the plan's exact bytes.
 
-    GPTQ holds the widest input's second moments as they were read, in the plan's order, and as a factor.
+    GPTQ holds the widest input's second moments as they were read, in the plan's order, and as a factor. Where the
+    residual is one run, a matrix that writes to it is held whole.
     """
     body = _body_weights(architecture)
     rate, tables_rate = (WEIGHTS_PER_CORE_SECOND[name] for name in (search, "weighted" if search == "gptq" else search))
@@ -227,6 +231,9 @@ def quantize(variant: str, size: int, architecture: Architecture, search: str, r
         memory += 3 * 4 * architecture.widest**2 + stored_bytes(architecture.widest)
         why = "the widest input's second moments three times; the plan's exact bytes"
         seconds += architecture.layers * _factor_seconds(_input_widths(architecture), rates)
+    if rotation.residual == "all":
+        memory += 4 * architecture.hidden * max(architecture.intermediate, architecture.heads * architecture.head_dim)
+        why += "; a matrix that writes to the residual"
     return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
 
 

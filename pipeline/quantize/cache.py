@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 LEVELS = 127
+ROTATED = ".rotated"
+"""Ends the name of ranges of values that are rotated by heads (`quantize.rotation`)."""
 # Least range of a channel, in parts of the tensor's largest: what text never excited is still kept with 8 bits of it,
 # and its rounding error is far below the other channels'.
 FLOOR = 1e-3

@@ -21,7 +21,8 @@ from threadpoolctl import threadpool_limits
 from pipeline.errors import EvaluationError
 from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
-from pipeline.quantize.cache import magnitudes
+from pipeline.quantize.cache import ROTATED, magnitudes
+from pipeline.quantize.rotation import rotate
 from pipeline.runtime.session import open_slice
 
 Windows = Sequence[np.ndarray]
@@ -40,7 +41,7 @@ class Passed:
             Phi-4's widest.
         samples: input name → x of some windows (`sampled`), float32 [tokens, channels].
         ranges: `layers.0.key` → of cached keys and values (`quantize.cache.magnitudes`), float32 [channels]; empty
-            unless the slices give those.
+            unless the slices give those. Of values also once their heads are rotated, `layers.0.value.rotated`.
     """
 
     products: dict[str, np.ndarray]
@@ -107,7 +108,7 @@ class LayerStream:
         found = Passed(
             {name: np.zeros((count, count), np.float32) for name, count in channels.items()},
             {name: np.empty((0, count), np.float32) for name, count in channels.items()},
-            {name: np.zeros(arch.cache_channels, np.float32) for name in part.cached},
+            {},
         )
         kept, last = sampled(self._windows), len(self._windows) - 1
         waiting: dict[str, list[np.ndarray]] = {name: [] for name in channels}
@@ -120,8 +121,10 @@ class LayerStream:
                     _add(found.products[name], np.concatenate(waiting[name]))
                     waiting[name].clear()
             for name, value in part.cached.items():
-                reached = magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0)
-                np.maximum(found.ranges[name], reached, out=found.ranges[name])
+                _raise(found.ranges, name, magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0))
+                if name.endswith(".value"):
+                    turned = rotate(values[value].reshape(-1, arch.head_dim), arch.head_dim)
+                    _raise(found.ranges, f"{name}{ROTATED}", magnitudes(turned.reshape(values[value].shape)))
         self.layer += 1
         for total in found.products.values():
             _mirror(total)
@@ -154,6 +157,11 @@ class LayerStream:
         with open(self._states / self.states_file(self.layer), "rb") as file:
             for ids in self._windows:
                 yield np.fromfile(file, np.float32, len(ids) * width).reshape(len(ids), width)
+
+
+def _raise(ranges: dict[str, np.ndarray], name: str, reached: np.ndarray) -> None:
+    """Ranges that include what another window reached."""
+    ranges[name] = np.maximum(ranges.get(name, reached), reached)
 
 
 def _add(total: np.ndarray, x: np.ndarray) -> None:

@@ -18,11 +18,11 @@ import onnx
 from pipeline import keys, machine
 from pipeline.artifact.learned import RECORD, digests_of, read_learned
 from pipeline.artifact.plans import Planned, plan_recipe
+from pipeline.artifact.rotated import Rotated
 from pipeline.artifact.write import PartWriter
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import CalibrationConfig, load_calibration
 from pipeline.config.recipes import Learning, load_recipe
 from pipeline.errors import PipelineError
@@ -59,7 +59,8 @@ def run(model: str, variant: str) -> None:
     store = Store()
     reference = workspace.reference(store)
     source = onnx.load(reference / MODEL_FILE, load_external_data=False)
-    planned = plan_recipe(recipe, read_architecture(reference / "config.json"), source, variant, model)
+    architecture = read_architecture(reference / "config.json")
+    planned = plan_recipe(recipe, architecture, source, variant, model)
     windows = _windows(learning_text(recipe.learn, load_calibration()), recipe.learn, reference, store)
     quantized = artifact_key(workspace, recipe, planned)
     key = _key(quantized, recipe.learn, windows)
@@ -69,7 +70,7 @@ def run(model: str, variant: str) -> None:
         print(f"{model} {variant}: learned before from the same plan, weights, text and code; kept")
         return
     with open_partial(grown, key) as partial:
-        lost = write_files(partial, recipe, planned, Checkpoint(reference), workspace)
+        lost = write_files(partial, recipe, planned, Rotated(reference, architecture, recipe.rotation), workspace)
         learned = _learn(partial, planned, reference, windows, recipe.learn)
         record = {"key": key, "quantized": quantized, "sha256": digests_of(partial.folder)}
         record |= {"lost": {name: item._asdict() for name, item in lost.items()}}

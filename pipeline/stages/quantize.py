@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx
 from threadpoolctl import threadpool_limits
 
@@ -16,17 +17,18 @@ from pipeline.artifact.learned import adopt, digests_of, lost_of, require_learne
 from pipeline.artifact.lost import sentence
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND, Compensated, Search
+from pipeline.artifact.rotated import Rotated
 from pipeline.artifact.write import write_artifact
 from pipeline.calibrate.results import read_moments, read_products, read_ranges
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
-from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import Recipe, load_recipe
 from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
 from pipeline.partial import Partial, discard, open_partial
 from pipeline.planning.memory import packed_memory
+from pipeline.planning.recipes import Plan
 from pipeline.quantize.lost import Lost
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, PLAN_FILE, Workspace
 
@@ -43,7 +45,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
     source = onnx.load(workspace.require(workspace.export / MODEL_FILE, "export"), load_external_data=False)
     planned = plan_recipe(recipe, architecture, source, variant, model)
     drafted = planned.draft
-    checkpoint = Checkpoint(weights)
+    checkpoint = Rotated(weights, architecture, recipe.rotation)
     print(describe(planned, architecture.parameters))
     if dry_run:
         cores, text = machine.cores(), ", and one pass of the calibration text" * (recipe.search == "gptq")
@@ -77,12 +79,12 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
 
 
 def write_files(
-    partial: Partial, recipe: Recipe, planned: Planned, checkpoint: Checkpoint, workspace: Workspace
+    partial: Partial, recipe: Recipe, planned: Planned, checkpoint: Rotated, workspace: Workspace
 ) -> dict[str, Lost]:
     """The artifact's files, all but the plan, in `partial.folder`; what float16 lost of it, by tensor."""
-    ranges = read_ranges(workspace) if recipe.kv_cache == "int8" else None
+    ranges = checkpoint.ranges(read_ranges(workspace)) if recipe.kv_cache == "int8" else None
     with ExitStack() as stack:
-        search = _search(recipe, workspace, stack)
+        search = _search(recipe, workspace, checkpoint, stack)
         lost = write_artifact(
             partial, planned.draft, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
         )
@@ -90,16 +92,22 @@ def write_files(
     return lost
 
 
-def _search(recipe: Recipe, workspace: Workspace, stack: ExitStack) -> Search:
+def _search(recipe: Recipe, workspace: Workspace, checkpoint: Rotated, stack: ExitStack) -> Search:
     """What `search` of a recipe names."""
     if recipe.search == "nearest":
         return Search()
-    moments = read_moments(workspace)
+    measured = read_moments(workspace)
+    moments = checkpoint.moments(measured)
     if recipe.search == "weighted":
         return Search(moments)
     # Units of rows keep all cores busy; a product that took them all too would only get in their way.
     stack.enter_context(threadpool_limits(1, "blas"))
-    return Compensated(moments, lambda name: read_products(workspace, name, moments[name]))
+
+    def products(name: str) -> tuple[np.ndarray, float]:
+        found, damping = read_products(workspace, name, measured[name])
+        return checkpoint.products(name, found), damping
+
+    return Compensated(moments, products)
 
 
 def _intact(folder: Path, key: str, lost_max: float) -> dict[str, Any] | None:
@@ -127,6 +135,7 @@ def artifact_key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
         "export": {file.name: sha256_of(file) for file in workspace.export.iterdir()},
         "statistics": [sha256_of(workspace.require(file, "calibrate")) for file in statistics],
         "search": recipe.search,
+        "rotation": recipe.rotation.model_dump(),
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
     }
@@ -159,6 +168,8 @@ def describe(planned: Planned, parameters: int) -> str:
         f"  {drafted.bytes:,} bytes in {len(drafted.layout.parts)} part(s) and the graph: "
         f"{8 * drafted.bytes / parameters:.2f} bits per weight, body {drafted.plan.body_bits:.2f}"
     )
+    if turned := _rotations(drafted.plan):
+        lines.append(f"  rotated: {', '.join(turned)}")
     if drafted.plan.cache.type != "float32":
         lines.append(f"  KV cache in {drafted.plan.cache.type}: {drafted.plan.cache.bytes:,} bytes per token")
     lines.append(
@@ -173,6 +184,17 @@ def describe(planned: Planned, parameters: int) -> str:
     return "\n".join(lines)
 
 
+def _rotations(plan: Plan) -> list[str]:
+    """What is rotated, for people."""
+    run, found = plan.rotation.run(plan.head.matrix.columns), list[str]()
+    if run:
+        found.append(f"residual stream in runs of {run}")
+    if plan.rotation.values:
+        found.append("values by heads")
+    runs = sorted({(item.matrix.kind, item.rotated) for item in plan.body if item.rotated})
+    return found + [f"{kind} in runs of {size} when it runs" for kind, size in runs]
+
+
 def plan_record(
     planned: Planned, recipe: Recipe, parameters: int, key: str, digests: dict[str, str], lost: Mapping[str, Lost],
     learned: Mapping[str, Any] = MappingProxyType({}),
@@ -182,6 +204,7 @@ def plan_record(
     drafted, solution = planned.draft, planned.solution
     record: dict[str, Any] = {
         "recipe": {"title": recipe.title, "version": recipe.version, "search": recipe.search},
+        "rotation": recipe.rotation.model_dump(),
         "key": key,
         "sha256": digests,
         "bytes": drafted.bytes,

@@ -9,7 +9,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from contextlib import chdir
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from multiprocessing.process import BaseProcess
@@ -21,6 +21,7 @@ import onnx
 
 from pipeline.artifact import work, write
 from pipeline.artifact.quantizers import Ranges, Search
+from pipeline.artifact.rotated import Rotated
 from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -48,6 +49,10 @@ class Exported:
     checkpoint: Checkpoint
     model: onnx.ModelProto
     moments: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def rotated(self, recipe: RecipeConfig) -> Exported:
+        """The same read in the coordinates of a recipe's rotation."""
+        return replace(self, checkpoint=Rotated(self.folder, self.architecture, recipe.rotation))
 
     def draft(self, recipe: RecipeConfig, part_bytes: int = PART_BYTES) -> Draft:
         """The artifact of `recipe` before its weights."""

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.calibration import CalibrationConfig, load_calibration, load_sensitivity
 from pipeline.config.models import ModelConfig, load_model
-from pipeline.config.recipes import Learning
+from pipeline.config.recipes import Learning, Rotation
 from pipeline.preflight import needs
 from pipeline.preflight.needs import Rates
 from pipeline.runtime.side_by_side import fitting_texts, working_bytes
@@ -103,6 +103,8 @@ def test_quantize_memory_does_not_grow_and_its_disk_is_the_plan(tmp_path: Path) 
         )
         assert small.memory == large.memory <= 6e9
         assert large.disk - small.disk == 10**10 - 10**6
+    turned = needs.quantize("q4", 10**6, phi, "gptq", RATES, Rotation(residual="all")).memory
+    assert turned - small.memory == 4 * 5120 * 17_920
     searches = ("nearest", "weighted", "gptq")
     seconds = [needs.quantize("q4", 10**6, phi, search, RATES).seconds for search in searches]
     assert seconds == sorted(seconds)

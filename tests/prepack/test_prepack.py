@@ -45,6 +45,7 @@ def make_artifact(folder: Path, case: str, recipe: str) -> Exported:
         shape = (architecture.kv_heads, 64, architecture.head_dim)
         names = [f"layers.{layer}.{part}" for layer in range(architecture.layers) for part in ("key", "value")]
         ranges = {name: magnitudes(rng.standard_normal(shape, np.float32), 0) for name in names}
+    exported = exported.rotated(load_recipe(recipe))
     exported.write(load_recipe(recipe), folder / "artifact", ranges=ranges)
     write_json(folder / "artifact/genai_config.json", {"model": {"decoder": {"filename": "tiny.onnx"}}})
     return exported
@@ -94,7 +95,13 @@ def packed_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[device.O
 
 @pytest.mark.parametrize(
     ("case", "recipe"),
-    [("llama-tied", "q4"), ("mimo", "q3"), ("phi3-longrope", "q4_k_m"), ("qwen2", "q4_kv8")],
+    [
+        ("llama-tied", "q4"),
+        ("mimo", "q3"),
+        ("phi3-longrope", "q4_k_m"),
+        ("qwen2", "q4_kv8"),
+        ("phi3-partial-tied", "q4_rotated"),
+    ],
 )
 def test_mapped_logits_are_the_private_ones_bit_for_bit(case: str, recipe: str, tmp_path: Path) -> None:
     make_artifact(tmp_path, case, recipe)

@@ -1,6 +1,7 @@
 """Recipes that stay as they are while those of configs/recipes are tuned: rules alone, no calibration text.
 
-q4 is one format, q4_k_m follows a layer rule, q3 splits every matrix, q4_kv8 has an int8 cache.
+q4 is one format, q4_k_m follows a layer rule, q3 splits every matrix, q4_kv8 has an int8 cache,
+q4_rotated rotates all that can be.
 """
 
 from __future__ import annotations

@@ -27,16 +27,17 @@ def matrix_bytes(plan: Plan) -> int:
 
 
 def other_bytes(exported: Exported, plan: Plan) -> int:
-    """Norms and biases, the channel orders of split inputs, scales of an int8 cache: read whole. Of rotary tables,
-    cosines and sines of one position (and LongRoPE has two)."""
+    """Norms and biases, a rotated head's gain, the channel orders of split inputs, scales of an int8 cache: read whole.
+    Of rotary tables, cosines and sines of one position (and LongRoPE has two)."""
     model = exported.architecture
     vectors = 4 * sum(shape[0] for shape in model.expected_tensors().values() if len(shape) == 1)
     orders = 4 * sum({item.matrix.input: item.matrix.columns for item in plan.body if item.split}.values())
+    gain = 4 * model.hidden if plan.tied and plan.rotation.residual else 0
     scales = 4 * len(plan.cache.names) * plan.cache.channels if plan.cache.type == "int8" else 0
-    return vectors + orders + scales + 4 * model.rope.dims * (2 if model.rope.long_factor else 1)
+    return vectors + orders + gain + scales + 4 * model.rope.dims * (2 if model.rope.long_factor else 1)
 
 
-@pytest.mark.parametrize("recipe", ["q4", "q4_k_m", "q3", "q4_kv8"])
+@pytest.mark.parametrize("recipe", ["q4", "q4_k_m", "q3", "q4_kv8", "q4_rotated"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_token_reads_what_the_plan_says(name: str, recipe: str, exports: dict[str, Exported]) -> None:
     drafted = exports[name].draft(load_recipe(recipe))

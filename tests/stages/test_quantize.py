@@ -43,7 +43,7 @@ from tests.families import make_checkpoint
 from tests.graph.test_genai import assert_greedy, greedy, prompt
 from tests.stages import crashing
 
-CACHE = [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
+CACHE = [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value", "value.rotated")]
 POINTS = 40  # calls to the system at which a run is killed, of about 200
 
 
@@ -442,7 +442,9 @@ def test_an_int8_cache_is_said_everywhere_and_decoded_by_genai(
 ) -> None:
     Path("configs/recipes/q4_kv32.yaml").write_text(WIDE_CACHE)
     quantize.run(tiny.MODEL, "q4_kv32")
-    assert "KV cache" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "KV cache" not in told
+    assert "rotated: values by heads, attention in runs of 32 when it runs, down in runs of 32" in told
     quantize.run(tiny.MODEL, "q4")
     assert "KV cache in int8: 384 bytes per token" in capsys.readouterr().out  # 3 layers, keys and values of 64
     plans = [read_json(workspace.artifact(variant) / quantize.PLAN_FILE) for variant in ("q4_kv32", "q4")]
