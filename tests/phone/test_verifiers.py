@@ -20,7 +20,7 @@ from pipeline.bundle.verify import Kind, verify, verify_tiers
 from pipeline.errors import BundleError
 from tests.conftest import ROOT
 
-VERIFIERS = ROOT / "verifiers"
+PHONE = ROOT / "phone"
 CASES = sorted(vectors.cases())
 
 
@@ -79,7 +79,7 @@ def test_a_folder_of_something_else_is_kept(tmp_path: Path) -> None:
     "name", ["javascript/bundle-verifier.mjs", "kotlin/BundleVerifier.kt", "swift/BundleVerifier.swift"]
 )
 def test_every_verifier_knows_every_kind(name: str) -> None:
-    source = (VERIFIERS / name).read_text()
+    source = (PHONE / name).read_text()
     assert [kind for kind in Kind if f'"{kind}"' not in source] == []
 
 
@@ -107,7 +107,7 @@ def test_javascript_agrees(written: Path, tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("optional: Node 20 or later is not installed")
-    run_all([node, str(VERIFIERS / "javascript/vectors.mjs")], written, wrong_vector(written, tmp_path))
+    run_all([node, str(PHONE / "javascript/vectors.mjs")], written, wrong_vector(written, tmp_path))
 
 
 # --- Kotlin on the JVM -----------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def kotlin_compiler(java: str) -> tuple[list[str], Path | None]:
 
 
 def compiled(compiler: list[str]) -> Path:
-    """A jar of verifiers/kotlin, kept in the temporary folder until sources or compiler change: it takes 20 s."""
-    sources = sorted((VERIFIERS / "kotlin").glob("*.kt"))
+    """A jar of phone/kotlin, kept in the temporary folder until sources or compiler change: it takes 20 s."""
+    sources = sorted((PHONE / "kotlin").glob("*.kt"))
     key = hashlib.sha256("\0".join([*compiler, *(source.read_text() for source in sources)]).encode()).hexdigest()
     jar = Path(tempfile.gettempdir()) / f"bundle-verifier-{os.getuid()}" / f"{key}.jar"
     if not jar.exists():
