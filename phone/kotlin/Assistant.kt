@@ -3,6 +3,7 @@ package modelbundle
 // One answer, from this phone if it can, else from a cloud if the user's policy allows it, else a refusal with a reason.
 
 import java.io.Closeable
+import java.io.File
 
 /** A loaded model, such as onnxruntime-genai's behind android/Genai.kt. */
 interface Model : Closeable {
@@ -72,6 +73,29 @@ fun overlay(way: Way, settings: Settings, graph: String? = null): String {
     val file = if (graph == null) emptyMap() else mapOf("filename" to graph)
     val search = way.genai.part("search") + ("chunk_size" to settings.prefillChunk)
     return toJson(way.genai + mapOf("model" to model + mapOf("decoder" to decoder + file + ("session_options" to session)), "search" to search))
+}
+
+private fun laidOver(below: Any?, above: Any?): Any? {
+    if (below !is Map<*, *> || above !is Map<*, *>) return above
+    return below + above.mapValues { (key, value) -> laidOver(below[key], value) }
+}
+
+/**
+ * For a runtime without Config.overlay: a folder that it loads in place of `content`. It has genai_config.json with
+ * `overlay` laid over it, small files as they are, and the graph by its path in `content`, which stays as it was signed.
+ */
+fun runFolder(content: File, target: File, overlay: String): File {
+    target.deleteRecursively()
+    val name = "genai_config.json"
+    val laid = laidOver(StrictJson.parse(File(content, name).readBytes()), StrictJson.parse(overlay.toByteArray()))
+    val graph = (((laid as Map<*, *>)["model"] as Map<*, *>)["decoder"] as Map<*, *>)["filename"] as String
+    val there = File(content.absoluteFile.toRelativeString(target.absoluteFile), graph).invariantSeparatorsPath
+    val found = laidOver(laid, mapOf("model" to mapOf("decoder" to mapOf("filename" to there))))
+    write(File(target, name), toJson(found).toByteArray())
+    for (file in content.listFiles().orEmpty().filter { it.name.startsWith("tokenizer") || it.name.startsWith("special_tokens") }) {
+        file.copyTo(File(target, file.name))
+    }
+    return target
 }
 
 /** How an answer ended: end, length, heat. */

@@ -1,7 +1,7 @@
 // Is this bundle what its maker signed, and may this app take it now? Copy this file and StrictJSON.swift.
 //
-// NOT COMPILED where it was written: no Swift toolchain was there. It follows kotlin/BundleVerifier.kt step by step, which
-// is tested. Compile it, and run it over the test vectors (docs/trust.md), before you rely on it.
+// Compiled and run over the test vectors with Swift 6.0 on Linux, where OpenSSL stands for CryptoKit; never on an Apple
+// system: run the vectors there (docs/phone.md) before you rely on it. It follows kotlin/BundleVerifier.kt step by step.
 //
 // CryptoKit and Foundation, iOS 14 or later. The order is the defence: names, then the signature over the bytes as they
 // lie, with pinned keys, then every file's SHA-256, and only then is release.json read, from bytes whose digest was
@@ -12,8 +12,7 @@ import Foundation
 #if canImport(CryptoKit)
     import CryptoKit
     import Darwin
-#else  // tests on Linux
-    import Crypto
+#else  // tests on Linux, which bring what is used of CryptoKit
     import Glibc
 #endif
 

@@ -1,5 +1,3 @@
-// Not compiled where it was written: see BundleVerifier.swift.
-
 /// Bytes that are not JSON as `StrictJSON` reads it.
 struct NotJSON: Error {
     let message: String

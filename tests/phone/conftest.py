@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,20 +43,17 @@ def kotlin_compiler(java: str) -> tuple[list[str], Path | None]:
     pytest.skip("optional: no Kotlin compiler; pip install -r requirements-dev.txt, or set KOTLINC")
 
 
-def compiled(compiler: list[str], sources: list[Path], name: str) -> Path:
-    """What `compiler` makes of `sources`, kept in the temporary folder until they or the compiler change."""
+def compiled(compiler: list[str], sources: list[Path], name: str, output: str = "-d") -> Path:
+    """What `compiler` makes of `sources`, kept in the temporary folder until they or the compiler change; `output` is its
+    option that names the result."""
     key = hashlib.sha256("\0".join([*compiler, *(source.read_text() for source in sources)]).encode()).hexdigest()
     made = Path(tempfile.gettempdir()) / f"phone-{os.getuid()}" / f"{key}-{name}"
     if not made.exists():
         made.parent.mkdir(mode=0o700, exist_ok=True)
         unfinished = made.with_name(f"{os.getpid()}-{name}")
-        subprocess.run([*compiler, *map(str, sources), *_output(compiler), str(unfinished)], check=True)
+        subprocess.run([*compiler, *map(str, sources), output, str(unfinished)], check=True)
         unfinished.rename(made)
     return made
-
-
-def _output(compiler: list[str]) -> list[str]:
-    return ["-o"] if "swiftc" in compiler[0] else ["-d"]
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +75,16 @@ def kotlin() -> Callable[[str], list[str]]:
     jar = compiled(compiler, sorted((PHONE / "kotlin").glob("*.kt")), "phone.jar")
     classpath = os.pathsep.join([str(jar), *([str(library)] if library else [])])
     return lambda name: [java, "-XX:TieredStopAtLevel=1", "-cp", classpath, f"modelbundle.{name}"]
+
+
+@pytest.fixture(scope="session")
+def swift() -> list[str]:
+    """The command of phone/swift's vectors, compiled by $SWIFTC or the `swiftc` of the PATH; on Linux over OpenSSL."""
+    found = os.environ.get("SWIFTC") or shutil.which("swiftc")
+    if found is None:
+        pytest.skip("optional: no Swift compiler is installed")
+    folder, shim = PHONE / "swift", ROOT / "tests/phone/swift"
+    sources = sorted([*folder.glob("*.swift"), folder / "vectors/main.swift"])
+    if sys.platform == "darwin":
+        return [str(compiled([found], sources, "vectors", "-o"))]
+    return [str(compiled([found, "-I", str(shim / "openssl")], [*sources, shim / "Crypto.swift"], "vectors", "-o"))]

@@ -55,6 +55,10 @@ def test_the_jvm_agrees(kotlin: Program, tmp_path: Path) -> None:
     run_all(kotlin("Behaviour"), tmp_path)
 
 
+def test_swift_agrees(swift: list[str], tmp_path: Path) -> None:
+    run_all(swift, tmp_path)
+
+
 # --- the pipeline's own code -----------------------------------------------------------------------------------------
 
 

@@ -103,3 +103,7 @@ def test_javascript_agrees(javascript: Program, written: Path, tmp_path: Path) -
 
 def test_the_jvm_agrees(kotlin: Program, written: Path, tmp_path: Path) -> None:
     run_all(kotlin("VectorsKt"), written, wrong_vector(written, tmp_path))
+
+
+def test_swift_agrees(swift: list[str], written: Path, tmp_path: Path) -> None:
+    run_all(swift, written, wrong_vector(written, tmp_path))
