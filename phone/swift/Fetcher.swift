@@ -136,7 +136,7 @@ final class Fetcher {
     private let network: NetworkPolicy
     private var left: Int64 = 0
 
-    init(_ place: Place, _ network: NetworkPolicy = Network()) {
+    init(_ place: Place, _ network: NetworkPolicy = NetworkPolicy()) {
         (self.place, self.network) = (place, network)
     }
 

@@ -78,7 +78,7 @@ final class Library {
     private let fetcher: Fetcher
     let releases: Releases
 
-    init(_ root: URL, _ place: Place, _ asked: Asked, _ network: NetworkPolicy = Network()) {
+    init(_ root: URL, _ place: Place, _ asked: Asked, _ network: NetworkPolicy = NetworkPolicy()) {
         (self.root, self.asked, fetcher) = (root, asked, Fetcher(place, network))
         releases = Releases(file: root.appendingPathComponent("releases.json"))
     }

@@ -44,8 +44,10 @@ def kotlin_compiler(java: str) -> tuple[list[str], Path | None]:
 
 
 def compiled(compiler: list[str], sources: list[Path], name: str, output: str = "-d") -> Path:
-    """What `compiler` makes of `sources`, kept in the temporary folder until they or the compiler change; `output` is its
-    option that names the result."""
+    """What `compiler` makes of `sources`, kept in the temporary folder until they or the compiler change.
+
+    `output`: its option that names the result.
+    """
     key = hashlib.sha256("\0".join([*compiler, *(source.read_text() for source in sources)]).encode()).hexdigest()
     made = Path(tempfile.gettempdir()) / f"phone-{os.getuid()}" / f"{key}-{name}"
     if not made.exists():

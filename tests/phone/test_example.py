@@ -118,7 +118,7 @@ def test_what_a_phone_does_not_take(example: Run, line: Line, web: Web, public_k
 
 def code(text: str) -> list[str]:
     """Lines without indentation and empty ones."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [found for row in text.splitlines() if (found := row.strip())]
 
 
 def test_the_page_shows_programs_that_ran() -> None:
@@ -129,7 +129,10 @@ def test_the_page_shows_programs_that_ran() -> None:
     for block in shown:
         wanted = code(block.text)
         starts = [
-            (lines, at) for lines in sources.values() for at in range(len(lines)) if lines[at : at + len(wanted)] == wanted
+            (lines, at)
+            for lines in sources.values()
+            for at in range(len(lines))
+            if lines[at : at + len(wanted)] == wanted
         ]
         assert starts, f"{block.place}: no file of phone/ has these lines"
 
