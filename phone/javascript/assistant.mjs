@@ -32,10 +32,10 @@ export async function loadBest(options, { installed, lacks, prepare, load }) {
 
 /** What onnxruntime-genai's Config.overlay takes: the signed way, what heat leaves of it, and the mapped graph's name. */
 export function overlay(way, settings, graph) {
-  const { decoder = {}, ...model } = way.genai.model ?? {};
+  const { model: { decoder = {}, ...model } = {} } = way.genai ?? {};
   const session_options = { ...decoder.session_options, intra_op_num_threads: settings.threads };
   const file = graph === undefined ? {} : { filename: graph };
-  const search = { ...way.genai.search, chunk_size: settings.prefill_chunk };
+  const search = { ...way.genai?.search, chunk_size: settings.prefill_chunk };
   return { ...way.genai, model: { ...model, decoder: { ...decoder, session_options, ...file } }, search };
 }
 

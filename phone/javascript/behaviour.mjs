@@ -6,7 +6,7 @@ import os from "node:os";
 import path from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import { Governor } from "./adapt.mjs";
-import { answerOrFallBack, generate } from "./assistant.mjs";
+import { answerOrFallBack, generate, overlay } from "./assistant.mjs";
 import { choose, lacks, ranked } from "./choose.mjs";
 import { Fetcher, FetchError, Interrupted } from "./fetcher.mjs";
 import { Releases, StateError } from "./library.mjs";
@@ -68,6 +68,8 @@ async function answers({ way, celsius, pieces, most }, { profile }) {
     if (done) return { ...value, paused_ms, started };
   }
 }
+
+const overlays = ({ way, settings, graph }) => overlay(way, settings, graph ?? undefined);
 
 const records = ({ file, record }) =>
   inFolder((folder) => {
@@ -190,7 +192,16 @@ function policies({ defaults, decisions, doubts: doubted, tags }) {
   ];
 }
 
-const RUNS = { answer: answers, choose: chooses, fall_back: fallsBack, fetch: fetches, heat: heats, prepare: prepares, releases: records };
+const RUNS = {
+  answer: answers,
+  choose: chooses,
+  fall_back: fallsBack,
+  fetch: fetches,
+  heat: heats,
+  overlay: overlays,
+  prepare: prepares,
+  releases: records,
+};
 
 let [agree, all] = [0, 0];
 for (const file of fs.readdirSync(process.argv[2]).sort()) {

@@ -4,6 +4,7 @@ package modelbundle
 
 import java.io.Closeable
 import java.io.File
+import java.nio.file.Files
 
 /** A loaded model, such as onnxruntime-genai's behind android/Genai.kt. */
 interface Model : Closeable {
@@ -82,16 +83,20 @@ private fun laidOver(below: Any?, above: Any?): Any? {
 
 /**
  * For a runtime without Config.overlay: a folder that it loads in place of `content`. It has genai_config.json with
- * `overlay` laid over it, small files as they are, and the graph by its path in `content`, which stays as it was signed.
+ * `overlay` laid over it, the tokenizer's files, and a link to `content`, which stays as it was signed. (onnxruntime-genai
+ * refuses a graph's name with `..` in it.)
  */
 fun runFolder(content: File, target: File, overlay: String): File {
+    val link = File(target, "content")
+    Files.deleteIfExists(link.toPath()) // before the rest: deleteRecursively would follow it
     target.deleteRecursively()
     val name = "genai_config.json"
     val laid = laidOver(StrictJson.parse(File(content, name).readBytes()), StrictJson.parse(overlay.toByteArray()))
-    val graph = (((laid as Map<*, *>)["model"] as Map<*, *>)["decoder"] as Map<*, *>)["filename"] as String
-    val there = File(content.absoluteFile.toRelativeString(target.absoluteFile), graph).invariantSeparatorsPath
-    val found = laidOver(laid, mapOf("model" to mapOf("decoder" to mapOf("filename" to there))))
+    val graph = listOf("model", "decoder", "filename").fold(laid as Any?) { at, key -> (at as? Map<*, *>)?.get(key) } as? String
+        ?: throw NotJson("$name names no graph")
+    val found = laidOver(laid, mapOf("model" to mapOf("decoder" to mapOf("filename" to "content/$graph"))))
     write(File(target, name), toJson(found).toByteArray())
+    Files.createSymbolicLink(link.toPath(), content.absoluteFile.toPath())
     for (file in content.listFiles().orEmpty().filter { it.name.startsWith("tokenizer") || it.name.startsWith("special_tokens") }) {
         file.copyTo(File(target, file.name))
     }

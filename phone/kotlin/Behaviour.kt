@@ -89,6 +89,14 @@ private fun answers(case: Fields, shared: Fields): Any? {
     return mapOf("tokens" to ended.tokens, "ended" to ended.ended, "paused_ms" to paused, "started" to started)
 }
 
+private fun overlays(case: Fields, shared: Fields): Any? {
+    val given = case.map("settings")
+    val settings = Settings(
+        given.long("threads"), given.long("prefill_chunk"), given.long("answer_tokens"), given.long("pause_ms")
+    )
+    return StrictJson.parse(overlay(way(case), settings, case["graph"] as String?).toByteArray())
+}
+
 private fun records(case: Fields, shared: Fields): Any? = inFolder { folder ->
     val state = File(folder, "releases.json")
     (case["file"] as String?)?.let { state.writeText(it) }
@@ -242,6 +250,7 @@ private val RUNS: Map<String, Map<String, (Fields, Fields) -> Any?>> = mapOf(
     "fall_back" to mapOf("cases" to ::fallsBack),
     "fetch" to mapOf("cases" to ::fetches),
     "heat" to mapOf("cases" to ::heats),
+    "overlay" to mapOf("cases" to ::overlays),
     "policy" to mapOf("decisions" to ::decides, "doubts" to ::doubted, "tags" to ::kept),
     "prepare" to mapOf("cases" to ::prepares),
     "releases" to mapOf("cases" to ::records)

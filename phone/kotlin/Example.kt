@@ -30,18 +30,24 @@ object Example {
         println("${option.variant} release ${installed.release}: ${installed.downloaded} downloaded, ${installed.reused} reused")
 
         // prepare → load, or fall back
+        val limits = Profile(StrictJson.parse(profile.readBytes()) as Map<*, *>)
         val means = object : Means {
             override val installed = library.installed(model)
             override fun phone() = phone()
             override fun prepare(option: Option): String? = null // Prepare(content, runtime).run().graph, once a download
-            override fun load(option: Option, graph: String?): Model = Parrot()
+            override fun load(option: Option, graph: String?): Model {
+                val settings = Governor(limits, option.way).settings
+                val content = File(library.folder(model, option.variant), "content")
+                runFolder(content, File(root, "run"), overlay(option.way, settings, graph)) // what Genai(folder) loads
+                return Parrot()
+            }
         }
         val answerer = answerOrFallBack(tiers.ranked(phone()), means, cloud = null)
         println("answered by ${answerer.by}")
 
         // generate → adapt, and write down how it went
         val way = answerer.option?.way ?: return println(answerer.tried.joinToString { "${it.variant}: ${it.why} ${it.message}" })
-        val governor = Governor(Profile(StrictJson.parse(profile.readBytes()) as Map<*, *>), way)
+        val governor = Governor(limits, way)
         val subject = mapOf(
             "device" to "example", "system" to System.getProperty("os.name"), "model" to model, "variant" to option.variant,
             "release" to installed.release, "way" to way.fields, "runtime" to "none: a parrot", "started" to "${Instant.now()}",

@@ -36,8 +36,8 @@ _PROMPT = "Write a long history of a town at a river, from its first bridge on."
 _INTERVAL = 1.0  # seconds between two looks
 _SYSTEM = Path("/sys")
 _HEAD = """\
-# What phones showed under sustained load. `python -m pipeline sustain --import FILE` writes this file; docs/phone.md says
-# how a phone makes FILE.
+# What phones showed under sustained load. `python -m pipeline sustain --import FILE` writes this file; docs/phone.md
+# says how a phone makes FILE.
 """
 
 

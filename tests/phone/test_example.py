@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.publish.push import push
+from pipeline.runtime.sustained import Sustained
 from tests.bundle import conftest as bundles
 from tests.bundle.conftest import maker, public_key, stranger  # noqa: F401 (fixtures)
 from tests.conftest import ROOT
@@ -20,7 +21,6 @@ from tests.phone.conftest import PHONE
 from tests.publish.conftest import PARTS, SMALL, Line, line  # noqa: F401 (fixtures)
 from tests.publish.web import Web, serve
 
-TOTAL = sum(map(len, (PARTS | SMALL).values()))
 RAM = 16 << 30  # bytes; the made-up tiers begin at 8 GiB
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,6 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def _now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents that are valid by this machine's clock, as a program sees it."""
     monkeypatch.setattr(bundles, "CREATED", datetime.now(UTC).replace(microsecond=0))
+    monkeypatch.setitem(SMALL, "genai_config.json", b'{"model": {"decoder": {"filename": "demo_q4.onnx"}}}\n')
 
 
 @pytest.fixture
@@ -64,13 +65,19 @@ def test_a_phone_gets_its_bundle_updates_and_removes_it(
     example: Run, line: Line, web: Web, public_key: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     release(line, web, public_key, 7)
+    total = sum(map(len, (PARTS | SMALL).values()))
     web.statuses = [503]
     first = example()
     assert first.returncode == 0, first.stdout + first.stderr
-    assert f"q4 release 7: {TOTAL} downloaded, 0 reused" in first.stdout
+    assert f"q4 release 7: {total} downloaded, 0 reused" in first.stdout
     assert "answered by device\nsay this back to me (end)" in first.stdout
-    written = json.loads((tmp_path / "phone/sustained.json").read_text())
-    assert written["variant"] == "q4" and sum(sample["tokens"] for sample in written["samples"]) == 5
+    written = Sustained.model_validate_json((tmp_path / "phone/sustained.json").read_bytes())
+    assert written.variant == "q4" and sum(sample.tokens for sample in written.samples) == 5
+    if (overlaid := tmp_path / "phone/run/genai_config.json").exists():  # Kotlin: for a runtime without Config.overlay
+        decoder = json.loads(overlaid.read_text())["model"]["decoder"]
+        assert decoder["filename"] == "content/demo_q4.onnx"
+        assert (overlaid.parent / "content/demo_q4.onnx").is_file()
+        assert decoder["session_options"]["intra_op_num_threads"] == 4
 
     again = example()
     assert "q4 release 7: 0 downloaded, 0 reused" in again.stdout
@@ -85,7 +92,7 @@ def test_a_phone_gets_its_bundle_updates_and_removes_it(
     web.corrupt = set()
     update = example()
     assert update.returncode == 0, update.stdout + update.stderr
-    assert f"q4 release 8: {len(new)} downloaded, {TOTAL - len(PARTS['demo_q4.onnx.data.1'])} reused" in update.stdout
+    assert f"q4 release 8: {len(new)} downloaded, {total - len(PARTS['demo_q4.onnx.data.1'])} reused" in update.stdout
     installed = tmp_path / "phone/demo/q4"
     assert {path.name: path.read_bytes() for path in (installed / "content").iterdir()} == {
         path.name: path.read_bytes() for path in (bundle / "content").iterdir()

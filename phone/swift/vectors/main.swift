@@ -123,6 +123,14 @@ func answers(_ given: Fields, _ shared: Fields) async throws -> StrictJSON {
     ])
 }
 
+func overlays(_ given: Fields, _ shared: Fields) async throws -> StrictJSON {
+    func number(_ name: String) -> Int64 { given["settings"]?.number(name) ?? 0 }
+    let settings = Settings(
+        threads: number("threads"), prefillChunk: number("prefill_chunk"), answerTokens: number("answer_tokens"),
+        pauseMs: number("pause_ms"))
+    return try StrictJSON.parse([UInt8](overlay(try Way(given["way"]), settings, graph: given["graph"]?.text).utf8))
+}
+
 // MARK: - releases
 
 func records(_ given: Fields, _ shared: Fields) async throws -> StrictJSON {
@@ -300,7 +308,7 @@ func kept(_ given: Fields, _ shared: Fields) async throws -> StrictJSON {
 typealias Run = (Fields, Fields) async throws -> StrictJSON
 let runs: [String: [(String, Run)]] = [
     "answer": [("cases", answers)], "choose": [("cases", chooses)], "fall_back": [("cases", fallsBack)],
-    "fetch": [("cases", fetches)], "heat": [("cases", heats)], "prepare": [("cases", prepares)],
+    "fetch": [("cases", fetches)], "heat": [("cases", heats)], "overlay": [("cases", overlays)], "prepare": [("cases", prepares)],
     "policy": [("decisions", decides), ("doubts", doubted), ("tags", kept)], "releases": [("cases", records)],
 ]
 
