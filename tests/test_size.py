@@ -15,10 +15,10 @@ import pytest
 
 CEILINGS = {
     "artifact": 700,
-    "bundle": 1665,
+    "bundle": 1666,
     "calibrate": 250,
     "checkpoint": 1680,
-    "config": 406,
+    "config": 429,
     "confine": 435,
     "door": 740,
     "graph": 412,
@@ -32,13 +32,13 @@ CEILINGS = {
     "prepack": 670,
     "publish": 790,
     "quantize": 765,
-    "report": 1094,
-    "runtime": 1016,
-    "serve": 187,
+    "report": 1105,
+    "runtime": 1130,
+    "serve": 343,
     "stages": 887,
     "tasks": 2195,
 }
-WHOLE = 18_214
+WHOLE = 18_531
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
