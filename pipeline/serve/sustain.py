@@ -174,6 +174,10 @@ def draw(record: Sustained) -> bytes:
     memory.legend(frameon=False)
     heat.plot(seconds, [one.celsius for one in record.samples], color="#cf222e")
     heat.set(ylabel="°C", xlabel="seconds")
+    if any(one.hertz for one in record.samples):
+        clock = speed.twinx()
+        clock.plot(seconds, [one.hertz and one.hertz / 1e9 for one in record.samples], color="#6e7781")
+        clock.set(ylabel="GHz", ylim=(0, None))
     steps = heat.twinx()
     steps.step(seconds, [one.step for one in record.samples], where="post", color="#9a6700")
     steps.set(ylabel="step", ylim=(-0.2, 3.2), yticks=range(4))

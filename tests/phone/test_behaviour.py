@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,12 @@ import pytest
 from urllib3.util import Retry
 
 from pipeline.bundle.release import FileEntry
+from pipeline.bundle.tiers import assign
 from pipeline.bundle.trust import ReleaseMemory
+from pipeline.config.phones import TiersConfig, load_tiers
 from pipeline.errors import BundleError, ResourceError
+from pipeline.planning.devices import budget_bytes
+from pipeline.preflight.footprints import candidate, known
 from pipeline.prepack import device
 from pipeline.progress import Progress
 from pipeline.publish import fetch as fetching
@@ -60,6 +65,38 @@ def test_the_jvm_agrees(kotlin: Program, tmp_path: Path) -> None:
 
 def test_swift_agrees(swift: list[str], tmp_path: Path) -> None:
     run_all(swift, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["mimo-8b", "phi-4", "phi-4-mini"])
+def test_a_phone_at_the_edge_of_its_class_gets_what_was_planned(
+    javascript: Program, model: str, tmp_path: Path
+) -> None:
+    """With as much memory as its class counts on, and no more, `choose` is the tiers' own decision."""
+    tiers, found = load_tiers(), known(model)
+    variants = [candidate(found, variant, tiers.context) for variant in ("q3", "q4", "q4_k_m")]
+    judged = [replace(one, verdict="PASS", kl_mean=0.3 / (1 + rank)) for rank, one in enumerate(variants)]
+    decisions = assign(tiers, judged)
+    shared = {"tiers": {name: one.model_dump(mode="json") for name, one in decisions.items()}}
+    shared["bundles"] = {one.variant: {"signature_sha256": "e" * 64, "release": 7} for one in judged}
+    cases = [expected(name, decisions[name], tiers) for name in decisions]
+    (tmp_path / "choose.json").write_text(json.dumps(shared | {"cases": cases}))
+    done = subprocess.run([*javascript("behaviour"), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{len(cases)} of {len(cases)} cases agree\n", done.stdout + done.stderr
+
+
+def expected(name: str, decision: Any, tiers: TiersConfig) -> dict[str, Any]:
+    """A case of choose.json: the smallest phone of a class, and the decision of the signed tiers."""
+    tier = tiers.tiers[name]
+    memory = {"available_bytes": budget_bytes(tier), "resident_bytes": None, "maps": True}
+    device = {"platform": tier.platform, "ram_bytes": tier.ram_bytes} | memory
+    if decision.decision == "refuse":
+        return {
+            "name": name,
+            "device": device,
+            "expect": {"refused": "refused", "missing_bytes": decision.shortfall_bytes},
+        }
+    found = {"variant": decision.variant, "tier": name, "weights": decision.way.weights}
+    return {"name": name, "device": device, "expect": found}
 
 
 # --- the pipeline's own code -----------------------------------------------------------------------------------------
