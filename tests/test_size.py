@@ -24,7 +24,7 @@ CEILINGS = {
     "graph": 412,
     "judge": 563,
     "keys": 335,
-    "modules": 751,
+    "modules": 764,
     "packs": 925,
     "parity": 142,
     "planning": 548,
