@@ -337,6 +337,25 @@ def serve(bundles: tuple[Path, ...], **options: Any) -> None:
     _function("serve.server")(bundles, **options)
 
 
+@cli.command()
+@click.argument("bundle", type=_PATH, required=False)
+@click.option("--import", "record", type=_PATH, help="Take over a phone's record: its row of configs/measured.yaml.")
+@click.option("--public-key", "public_keys", multiple=True, type=_PATH, help="PEM of a key to trust, as for `chat`.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
+@click.option("--celsius", help="A made-up trace, such as 30,36,43: the power profile follows it instead of sensors.")
+@click.option("--device", default="this-machine", show_default=True, help="Name in the record.")
+@click.option("--to", "target", type=_PATH, default=Path(".bench/sustained"), show_default=True)
+@click.option("--unverified", is_flag=True, help="BUNDLE is a folder with genai_config.json, loaded as it lies.")
+def sustain(bundle: Path | None, record: Path | None, **options: Any) -> None:
+    """Generate with BUNDLE for minutes on end: tokens/s, memory, clock and heat over time, as JSON and a plot.
+
+    phone/profile.json slows it down as sensors or the trace say. With --import, nothing runs.
+    """
+    if (bundle is None) == (record is None):
+        raise click.UsageError("give either a BUNDLE to run or a record to --import.")
+    _function("serve.sustain", "take_over")(record) if record else _function("serve.sustain")(bundle, **options)
+
+
 @cli.command("update-size")
 @click.argument("old_bundle", type=_PATH)
 @click.argument("new_bundle", type=_PATH)

@@ -26,7 +26,7 @@ SLOW = (
     "graph/test_genai", "graph/test_optimum", "graph/test_parity", "learn/", "parity/", "planning/test_shipped",
     "preflight/", "publish/", "quantize/test_descent", "quantize/test_gptq", "runtime/", "serve/", "stages/",
     "tasks/test_humaneval_judging",
-    "test_cli", "test_dvc", "test_keys", "test_smollm2", "verifiers/",
+    "test_cli", "test_dvc", "test_keys", "test_smollm2", "phone/",
 )  # fmt: skip
 """What `make check` leaves to `make test`: whole models, DVC, sandboxes, other languages, loops to be compiled."""
 

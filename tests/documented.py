@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
-QUIET = {"json", "kotlin", "python", "swift", "text", "yaml"}
+QUIET = {"js", "json", "kotlin", "python", "swift", "text", "yaml"}
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<mark>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 

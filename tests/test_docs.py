@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.documented import PAGES, QUIET, blocks
 
-_PATH = re.compile(r"`((?:pipeline|configs|tests|benchmarks|docs|verifiers|\.github)/[\w./-]*)`")
+_PATH = re.compile(r"`((?:pipeline|configs|tests|benchmarks|docs|phone|\.github)/[\w./-]*)`")
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,4 +1,5 @@
-"""JSON Schemas of the signed documents, for those who read them without this pipeline: docs/schemas/."""
+"""JSON Schemas of the signed documents, for those who read them without this pipeline, and of the record that phones
+write: docs/schemas/."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pydantic_core.core_schema import DictSchema
 from pipeline import files
 from pipeline.bundle.release import Refusal, Release
 from pipeline.bundle.tiers import TiersDocument
+from pipeline.runtime.sustained import Sustained
 
 
 class _Closed(GenerateJsonSchema):
@@ -21,13 +23,14 @@ class _Closed(GenerateJsonSchema):
 
 
 def write(folder: Path) -> list[Path]:
-    """Write release.schema.json, refusal.schema.json and tiers.schema.json; equal code writes equal bytes.
+    """Write release.schema.json, refusal.schema.json, tiers.schema.json and sustained.schema.json; equal code writes
+    equal bytes.
 
     Raises:
         ResourceError: the disk is full or not writable.
     """
     written = []
-    for kind in (Release, Refusal, TiersDocument):
+    for kind in (Release, Refusal, TiersDocument, Sustained):
         path = folder / f"{Path(kind.file_name).stem}.schema.json"
         files.write_json(path, {"$schema": _Closed.schema_dialect} | kind.model_json_schema(schema_generator=_Closed))
         written.append(path)

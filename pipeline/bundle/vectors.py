@@ -2,7 +2,7 @@
 
 vectors.yaml has a row for each: what is done to a sample of samples.yaml, and the expected answer. One folder per row
 is written: `bundle/`, as it would lie on a phone, and `vector.json`, the question and the answer. The verifiers in
-verifiers/ and `verify` here are tested over all of them, so an app developer's copy can be, too. The same bytes on
+phone/ and `verify` here are tested over all of them, so an app developer's copy can be, too. The same bytes on
 every machine: the keys come from constants, and are good for nothing but this.
 """
 

@@ -1,4 +1,4 @@
-"""What phones have and what models take: configs/tiers.yaml, devices.yaml, shapes.yaml"""
+"""What phones have, what models take, what was measured: tiers.yaml, devices.yaml, shapes.yaml, measured.yaml"""
 
 from __future__ import annotations
 
@@ -76,6 +76,37 @@ class DevicesConfig(Frozen):
     devices: dict[Name, Device]
 
 
+class Measured(Frozen):
+    """What a phone showed under sustained load: tokens per second in the first minute and in the last quarter."""
+
+    device: Name
+    model: Name
+    variant: Name
+    release: int | None
+    weights: Weights
+    runtime: str
+    started: str
+    seconds: float
+    tokens_per_second: float
+    sustained_tokens_per_second: float
+    throttled_after_seconds: float | None
+    peak_private_bytes: int | None
+    hottest_celsius: float | None
+    cold_start_seconds: float | None
+    warm_start_seconds: float | None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a newer row replaces."""
+        return self.device, self.model, self.variant, self.weights
+
+
+class MeasuredConfig(Frozen):
+    """Rows that `python -m pipeline sustain --import` wrote."""
+
+    rows: tuple[Measured, ...] = ()
+
+
 class Shapes(Frozen):
     """What a checkpoint is expected to be: all that sizes depend on, in the words of `Architecture`."""
 
@@ -126,6 +157,11 @@ def load_devices() -> DevicesConfig:
                 f"{own.platform}, not {device.tier!r}, which begins at {own.ram_bytes:,}."
             )
     return loaded
+
+
+def load_measured() -> MeasuredConfig:
+    """configs/measured.yaml"""
+    return load(MeasuredConfig, CONFIGS / "measured.yaml")
 
 
 def load_shapes() -> ShapesConfig:

@@ -88,7 +88,15 @@ def _devices(model: str, devices: Record) -> list[str]:
             expected = f"{speed['low']:.1f}–{speed['high']:.1f}"
         bandwidth = f"{phone['memory_bandwidth'] / 1e9:.1f}"
         rows.append((phone["title"], phone["tier"], bandwidth, bound, expected, _runs(phone["runs"], model)))
-    return aligned(rows, {0, 1, 5}, "  ") if devices else []
+    found = [_measured(phone["title"], row) for phone in devices.values() for row in phone["measured"]]
+    return [*(aligned(rows, {0, 1, 5}, "  ") if devices else []), *found]
+
+
+def _measured(title: str, row: Record) -> str:
+    rates = f"{row['tokens_per_second']:.1f} tokens/s, {row['sustained_tokens_per_second']:.1f} at the end"
+    throttled = row["throttled_after_seconds"]
+    slow = "never throttled" if throttled is None else f"throttled after {throttled:.0f} s"
+    return f"  measured, {title}: {row['variant']} {row['weights']}, {rates} of {row['seconds']:.0f} s, {slow}"
 
 
 def _runs(runs: Record | None, model: str) -> str:

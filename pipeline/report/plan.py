@@ -16,8 +16,8 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
       tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null, lacks_bytes};
                     closest comes nearest to fitting and lacks so many bytes, instead is a smaller model; all three are
                     null for a bundle
-      devices       name → {title, tier, memory_bandwidth, runs, tokens_per_second}; runs is a CHOICE; it and the speeds
-                    are null where nothing runs
+      devices       name → {title, tier, memory_bandwidth, runs, tokens_per_second, measured}; runs is a CHOICE; it and
+                    the speeds are null where nothing runs; measured are the phone's rows of configs/measured.yaml
     NEED            {way: {context, kv_cache, weights, prefill_chunk, threads}, private_bytes, mapped_bytes, basis,
                     parts: name → FIGURE}
     CHOICE          {model, variant, need: NEED}
@@ -32,7 +32,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.models import load_model, load_pipeline, model_names
-from pipeline.config.phones import Device, Tier, TiersConfig, load_devices, load_tiers
+from pipeline.config.phones import Device, Tier, TiersConfig, load_devices, load_measured, load_tiers
 from pipeline.config.typed_yaml import known_name
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.planning import devices as planning
@@ -115,6 +115,7 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
     smaller = sorted((name for name in sizes if sizes[name] < found.architecture.parameters), key=lambda n: -sizes[n])
     fallbacks = {name: built[name][1] for name in smaller}
     decisions = {name: planning.decide(variants, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
+    measured = load_measured().rows
     return {
         "title": load_model(model).title,
         "parameters": found.architecture.parameters,
@@ -122,7 +123,11 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
         "variants": {one.variant: _variant(one, tiers, tokens) for one in variants},
         "forbidden": {one: why for one in load_pipeline().variants if (why := forbidden(model, one))},
         "tiers": {name: _tier(one, model, tiers.tiers[name], tiers) for name, one in decisions.items()},
-        "devices": {name: _device(device, decisions[device.tier].runs, model) for name, device in devices.items()},
+        "devices": {
+            name: _device(device, decisions[device.tier].runs, model)
+            | {"measured": [row.model_dump() for row in measured if (row.device, row.model) == (name, model)]}
+            for name, device in devices.items()
+        },
     }
 
 

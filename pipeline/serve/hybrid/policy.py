@@ -1,6 +1,6 @@
 """Who answers: a table of rules, of which the first that holds decides. Pure, and small enough to port.
 
-`policy_vectors.json` beside this module says the same as inputs and decisions: ports in other languages run it.
+phone/vectors/policy.json says the same as inputs and decisions: ports in other languages run it.
 """
 
 from __future__ import annotations

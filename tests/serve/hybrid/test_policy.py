@@ -13,7 +13,7 @@ from pipeline.config.hybrid import Cascade, Limits, Mode
 from pipeline.serve.hybrid.policy import RULES, Asked, Situation, decide, doubts, is_private
 from tests.conftest import ROOT
 
-VECTORS = json.loads((ROOT / "pipeline/serve/hybrid/policy_vectors.json").read_text())
+VECTORS = json.loads((ROOT / "phone/vectors/policy.json").read_text())
 
 
 @pytest.mark.parametrize("vector", VECTORS["decisions"], ids=lambda vector: vector["name"])

@@ -108,6 +108,14 @@ function pae(payload) {
   return Buffer.concat([Buffer.from(`DSSEv1 ${PAYLOAD_TYPE.length} ${PAYLOAD_TYPE} ${payload.length} `), payload]);
 }
 
+/**
+ * The digests (file name → SHA-256) of a signature's bytes, once a pinned key has signed them: what to fetch next.
+ * Throws for a signature that proves nothing.
+ */
+export function openSignature(raw, pinnedKeys) {
+  return readStatement(authenticate(raw, pinnedKeys.map(pinnedKey)).payload);
+}
+
 /** The pinned key that signed, and the statement's bytes, unread. */
 function authenticate(raw, pinned) {
   const envelope = readEnvelope(raw);
@@ -193,6 +201,7 @@ function readDocument(raw, documentName) {
   }
   if (documentName === "release.json" && files.size === 0) throw new Malformed("it lists no files");
   document.files = files;
+  document.fields = parsed;
   return document;
 }
 
@@ -420,7 +429,8 @@ class Verification {
  *
  * options: pinnedKeys (base64 DER SubjectPublicKeyInfo of P-256 keys: current and next), now (Date), highestRelease
  * (number or null), allowDevelopment, appVersion, tier, model, variant (null: not asked), kind ("bundle" or "tiers").
- * Returns { ok, signer, document, findings: [{ kind, file, message }] }. Throws when a file cannot be read, or for a
+ * Returns { ok, signer, document, findings: [{ kind, file, message }] }; `document.fields` is all that was read, as
+ * strict-json.mjs reads it. Throws when a file cannot be read, or for a
  * pinned key that is none: that is no answer, so the bundle must not be used either.
  */
 export function verifyBundle(folder, options) {

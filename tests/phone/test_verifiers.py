@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ from pipeline.bundle import vectors
 from pipeline.bundle.release import parse_time
 from pipeline.bundle.verify import Kind, verify, verify_tiers
 from pipeline.errors import BundleError
-from tests.conftest import ROOT
+from tests.phone.conftest import PHONE
 
-VERIFIERS = ROOT / "verifiers"
+Program = Callable[[str], list[str]]
 CASES = sorted(vectors.cases())
 
 
@@ -79,7 +76,7 @@ def test_a_folder_of_something_else_is_kept(tmp_path: Path) -> None:
     "name", ["javascript/bundle-verifier.mjs", "kotlin/BundleVerifier.kt", "swift/BundleVerifier.swift"]
 )
 def test_every_verifier_knows_every_kind(name: str) -> None:
-    source = (VERIFIERS / name).read_text()
+    source = (PHONE / name).read_text()
     assert [kind for kind in Kind if f'"{kind}"' not in source] == []
 
 
@@ -100,60 +97,13 @@ def run_all(command: list[str], written: Path, wrong: Path) -> None:
     assert "file-flipped: expected [extra: content/demo.onnx.data.0], found [modified: " in done.stdout
 
 
-# --- JavaScript ------------------------------------------------------------------------------------------------------
+def test_javascript_agrees(javascript: Program, written: Path, tmp_path: Path) -> None:
+    run_all(javascript("vectors"), written, wrong_vector(written, tmp_path))
 
 
-def test_javascript_agrees(written: Path, tmp_path: Path) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("optional: Node 20 or later is not installed")
-    run_all([node, str(VERIFIERS / "javascript/vectors.mjs")], written, wrong_vector(written, tmp_path))
+def test_the_jvm_agrees(kotlin: Program, written: Path, tmp_path: Path) -> None:
+    run_all(kotlin("VectorsKt"), written, wrong_vector(written, tmp_path))
 
 
-# --- Kotlin on the JVM -----------------------------------------------------------------------------------------------
-
-
-def kotlin_compiler(java: str) -> tuple[list[str], Path | None]:
-    """Command of a Kotlin compiler, and the library that its output needs if the compiler does not include it.
-
-    $KOTLINC if set, else the compiler inside the wheel of requirements-dev.txt, else `kotlinc` of the PATH.
-    """
-    if os.environ.get("KOTLINC"):
-        return [os.environ["KOTLINC"], "-include-runtime"], None
-    wheel = importlib.util.find_spec("run_kotlin_kernel")
-    if wheel is not None and wheel.submodule_search_locations:
-        jars = Path(wheel.submodule_search_locations[0]) / "jars"
-        library = next(iter(jars.glob("kotlin-stdlib-*.jar")))
-        options = [
-            "-Xmx1g",
-            "-XX:TieredStopAtLevel=1",
-            "-cp",
-            f"{jars}/*",
-            "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler",
-        ]
-        return [java, *options, "-no-stdlib", "-no-reflect", "-classpath", str(library)], library
-    if found := shutil.which("kotlinc"):
-        return [found, "-include-runtime"], None
-    pytest.skip("optional: no Kotlin compiler; pip install -r requirements-dev.txt, or set KOTLINC")
-
-
-def compiled(compiler: list[str]) -> Path:
-    """A jar of verifiers/kotlin, kept in the temporary folder until sources or compiler change: it takes 20 s."""
-    sources = sorted((VERIFIERS / "kotlin").glob("*.kt"))
-    key = hashlib.sha256("\0".join([*compiler, *(source.read_text() for source in sources)]).encode()).hexdigest()
-    jar = Path(tempfile.gettempdir()) / f"bundle-verifier-{os.getuid()}" / f"{key}.jar"
-    if not jar.exists():
-        jar.parent.mkdir(mode=0o700, exist_ok=True)
-        unfinished = jar.with_name(f"{os.getpid()}.jar")
-        subprocess.run([*compiler, *map(str, sources), "-d", str(unfinished)], check=True)
-        unfinished.rename(jar)
-    return jar
-
-
-def test_the_jvm_agrees(written: Path, tmp_path: Path) -> None:
-    java = shutil.which("java")
-    if java is None:
-        pytest.skip("optional: no JDK is installed")
-    compiler, library = kotlin_compiler(java)
-    classpath = os.pathsep.join([str(compiled(compiler)), *([str(library)] if library else [])])
-    run_all([java, "-cp", classpath, "modelbundle.VectorsKt"], written, wrong_vector(written, tmp_path))
+def test_swift_agrees(swift: list[str], written: Path, tmp_path: Path) -> None:
+    run_all(swift, written, wrong_vector(written, tmp_path))

@@ -1,17 +1,22 @@
 // Is this bundle what its maker signed, and may this app take it now? Copy this file and StrictJSON.swift.
 //
-// NOT COMPILED where it was written: no Swift toolchain was there. It follows kotlin/BundleVerifier.kt step by step, which
-// is tested. Compile it, and run it over the test vectors (docs/trust.md), before you rely on it.
+// Compiled and run over the test vectors with Swift 6.0 on Linux, where OpenSSL stands for CryptoKit; never on an Apple
+// system: run the vectors there (docs/phone.md) before you rely on it. It follows kotlin/BundleVerifier.kt step by step.
 //
 // CryptoKit and Foundation, iOS 14 or later. The order is the defence: names, then the signature over the bytes as they
 // lie, with pinned keys, then every file's SHA-256, and only then is release.json read, from bytes whose digest was
 // signed. A field of release.json that this file does not know is ignored: raise min_app_version when an app must know it.
 
-import CryptoKit
-import Darwin
 import Foundation
 
-private let small = 16 << 20  // bytes; no signature or document comes near it
+#if canImport(CryptoKit)
+    import CryptoKit
+    import Darwin
+#else  // tests on Linux, which bring what is used of CryptoKit
+    import Glibc
+#endif
+
+let small = 16 << 20  // bytes; no signature or document comes near it
 private let chunk = 1 << 20
 private let clockSkew: TimeInterval = 24 * 3600  // that two honest clocks may differ by
 private let contentName = "content"
@@ -52,7 +57,7 @@ public struct Answer {
 }
 
 /// Malformed input; its message becomes a finding.
-private struct Malformed: Error {
+struct Malformed: Error {
     let message: String
 }
 
@@ -129,11 +134,11 @@ private func members(
     return found
 }
 
-private func hex<Bytes: Sequence>(_ bytes: Bytes) -> String where Bytes.Element == UInt8 {
+func hex<Bytes: Sequence>(_ bytes: Bytes) -> String where Bytes.Element == UInt8 {
     bytes.map { String(format: "%02x", $0) }.joined()
 }
 
-private func sha256(_ data: Data) -> String { hex(SHA256.hash(data: data)) }
+func sha256(_ data: Data) -> String { hex(SHA256.hash(data: data)) }
 
 // MARK: - the signature
 
@@ -270,6 +275,12 @@ private let forms: [String: [String: Check]] = [
     "tiers.json": ["kind": absentOr("tiers"), "tiers": isObject],
 ]
 
+/// A file as it was signed: bytes, and the SHA-256 of them.
+public struct SignedFile {
+    public let size: Int64
+    public let sha256: String
+}
+
 /// What was read of release.json, refusal.json or tiers.json.
 public struct Document {
     public let name: String
@@ -286,7 +297,9 @@ public struct Document {
     fileprivate let keyId: String
     fileprivate let keyKind: String
     fileprivate let reasons: [String]
-    fileprivate let files: [String: (size: Int64, sha256: String)]
+    let files: [String: SignedFile]
+    /// All that was read.
+    let fields: StrictJSON
 
     fileprivate init(_ raw: Data, name: String) throws {
         let checks = stamp.merging(forms[name] ?? [:]) { _, special in special }
@@ -306,6 +319,7 @@ public struct Document {
         maxAppVersion = fields["max_app_version"]?.integer
         variant = fields["variant"]?.text
         nextKeyId = fields["next_key_id"]?.text
+        self.fields = parsed
         keyId = key["id"]?.text ?? ""
         keyKind = key["kind"]?.text ?? ""
         tiers = fields["tiers"]?.object.map { Array($0.keys) } ?? []
@@ -314,12 +328,12 @@ public struct Document {
         if name == "release.json" && files.isEmpty { throw Malformed(message: "it lists no files") }
     }
 
-    private static func readFiles(_ listed: [String: StrictJSON]) throws -> [String: (size: Int64, sha256: String)] {
-        var files: [String: (size: Int64, sha256: String)] = [:]
+    private static func readFiles(_ listed: [String: StrictJSON]) throws -> [String: SignedFile] {
+        var files: [String: SignedFile] = [:]
         for (file, value) in listed {
             guard isFileName(.text(file)) else { throw Malformed(message: "files: \(file) is no file name") }
             let entry = try members(value, ["size": atLeast(0), "sha256": isSha256], "files: \(file)")
-            files[file] = (entry["size"]?.integer ?? 0, entry["sha256"]?.text ?? "")
+            files[file] = SignedFile(size: entry["size"]?.integer ?? 0, sha256: entry["sha256"]?.text ?? "")
         }
         return files
     }
@@ -350,7 +364,7 @@ private func names(in folder: String) throws -> [String] {
 }
 
 /// Call `use` with each chunk of a file seen to be regular; a symlink put in its place meanwhile is not followed.
-private func readChunks(_ path: String, _ use: (Data) -> Void) throws {
+func readChunks(_ path: String, _ use: (Data) -> Void) throws {
     let descriptor = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
     guard descriptor >= 0 else { throw CannotVerify(message: "\(path) cannot be read: error \(errno)") }
     defer { close(descriptor) }
@@ -363,7 +377,7 @@ private func readChunks(_ path: String, _ use: (Data) -> Void) throws {
     }
 }
 
-private func hashFile(_ path: String) throws -> String {
+func hashFile(_ path: String) throws -> String {
     var hasher = SHA256()
     try readChunks(path) { hasher.update(data: $0) }
     return hex(hasher.finalize())
@@ -391,6 +405,12 @@ public struct BundleVerifier {
     private var digests: [String: String] = [:]
     private var signer: String?
     private var document: Document?
+
+    /// The digests (file name → SHA-256) of a signature's bytes, once a pinned key has signed them: what to fetch next.
+    /// Throws for a signature that proves nothing.
+    static func openSignature(_ raw: Data, pinnedKeys: [String]) throws -> [String: String] {
+        try readStatement(try authenticate(raw, try pinnedKeys.map { try Pin($0) }).payload)
+    }
 
     /// Throws `CannotVerify`: that is no answer, so the bundle must not be used either.
     public static func verify(_ folder: URL, _ question: Question) throws -> Answer {

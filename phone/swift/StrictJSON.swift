@@ -1,5 +1,3 @@
-// Not compiled where it was written: see BundleVerifier.swift.
-
 /// Bytes that are not JSON as `StrictJSON` reads it.
 struct NotJSON: Error {
     let message: String
@@ -29,7 +27,46 @@ indirect enum StrictJSON {
     var text: String? { if case .text(let value) = self { return value } else { return nil } }
     var integer: Int64? { if case .integer(let value) = self { return value } else { return nil } }
     var truth: Bool? { if case .truth(let value) = self { return value } else { return nil } }
+    var double: Double? {
+        switch self {
+        case .integer(let value): return Double(value)
+        case .decimal(let text): return Double(text)
+        default: return nil
+        }
+    }
     var isNull: Bool { if case .null = self { return true } else { return false } }
+}
+
+extension StrictJSON {
+    subscript(key: String) -> StrictJSON? { object?[key] }
+
+    /// As JSON, keys in order.
+    var json: String {
+        switch self {
+        case .object(let members):
+            let sorted = members.sorted { $0.key < $1.key }.map { "\(StrictJSON.quoted($0.key)): \($0.value.json)" }
+            return "{\(sorted.joined(separator: ", "))}"
+        case .array(let items): return "[\(items.map { $0.json }.joined(separator: ", "))]"
+        case .text(let text): return StrictJSON.quoted(text)
+        case .integer(let value): return String(value)
+        case .decimal(let text): return text
+        case .truth(let value): return String(value)
+        case .null: return "null"
+        }
+    }
+
+    private static func quoted(_ text: String) -> String {
+        let characters = text.unicodeScalars.map { scalar -> String in
+            switch scalar.value {
+            case 0x22, 0x5C: return "\\\(scalar)"
+            case 0..<0x20:
+                let digits = String(scalar.value, radix: 16)
+                return "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
+            default: return String(scalar)
+            }
+        }
+        return "\"\(characters.joined())\""
+    }
 }
 
 private struct Parser {

@@ -27,7 +27,7 @@ import java.time.DateTimeException
 import java.time.Instant
 import java.util.Base64
 
-private const val SMALL = 16 shl 20 // bytes; no signature or document comes near it
+internal const val SMALL = 16 shl 20 // bytes; no signature or document comes near it
 private const val CHUNK = 1 shl 20
 private const val CLOCK_SKEW = 24L * 3600 // seconds that two honest clocks may differ by
 private const val CONTENT = "content"
@@ -61,7 +61,7 @@ class Answer(val findings: List<Finding>, val signer: String?, val document: Doc
 }
 
 /** What was read of release.json, refusal.json or tiers.json. */
-class Document internal constructor(fields: Map<*, *>, val name: String) {
+class Document internal constructor(val fields: Map<*, *>, val name: String) {
     val model = fields["model"] as String
     val variant = fields["variant"] as String?
     val release = fields["release"] as Long
@@ -74,9 +74,10 @@ class Document internal constructor(fields: Map<*, *>, val name: String) {
     internal val key = members(fields["key"], mapOf("id" to ::isSha256, "kind" to oneOf("development", "release")), "key")
     val tiers: List<String> = (fields["tiers"] as Map<*, *>?).orEmpty().keys.map { it as String }
     internal val reasons = (fields["reasons"] as List<*>?).orEmpty().map { it as String }
-    internal val files = (fields["files"] as Map<*, *>?).orEmpty().map { (file, entry) ->
+    val files: Map<String, Entry> = (fields["files"] as Map<*, *>?).orEmpty().map { (file, entry) ->
         if (!isFileName(file)) throw Malformed("files: $file is no file name")
-        (file as String) to Entry(members(entry, mapOf("size" to atLeast(0), "sha256" to ::isSha256), "files: $file"))
+        val listed = members(entry, mapOf("size" to atLeast(0), "sha256" to ::isSha256), "files: $file")
+        (file as String) to Entry(listed["size"] as Long, listed["sha256"] as String)
     }.toMap()
 
     init {
@@ -84,10 +85,8 @@ class Document internal constructor(fields: Map<*, *>, val name: String) {
     }
 }
 
-internal class Entry(fields: Map<*, *>) {
-    val size = fields["size"] as Long
-    val sha256 = fields["sha256"] as String
-}
+/** A file as it was signed: bytes, and the SHA-256 of them. */
+class Entry(val size: Long, val sha256: String)
 
 /** Malformed input; its message becomes a finding. */
 internal class Malformed(message: String) : Exception(message)
@@ -129,11 +128,11 @@ private fun members(value: Any?, checks: Map<String, Check>, where: String, exac
     return value
 }
 
-private fun hex(bytes: ByteArray): String = bytes.joinToString("") { "%02x".format(it) }
+internal fun hex(bytes: ByteArray): String = bytes.joinToString("") { "%02x".format(it) }
 
 private fun unhex(text: String) = ByteArray(text.length / 2) { text.substring(2 * it, 2 * it + 2).toInt(16).toByte() }
 
-private fun sha256(bytes: ByteArray): String = hex(MessageDigest.getInstance("SHA-256").digest(bytes))
+internal fun sha256(bytes: ByteArray): String = hex(MessageDigest.getInstance("SHA-256").digest(bytes))
 
 /** ASCII lower case: the names that reach it hold nothing else. */
 private fun folded(name: String) = String(CharArray(name.length) { if (name[it] in 'A'..'Z') name[it] + 32 else name[it] })
@@ -302,7 +301,7 @@ private fun entries(folder: Path): Map<String, Path> =
     Files.newDirectoryStream(folder).use { stream -> stream.map { it.fileName.toString() to it }.toMap() }
 
 /** Call `use` with each chunk of a file seen to be regular; a symlink put in its place meanwhile is not followed. */
-private fun readChunks(path: Path, use: (ByteArray, Int) -> Unit) {
+internal fun readChunks(path: Path, use: (ByteArray, Int) -> Unit) {
     val options = setOf<OpenOption>(StandardOpenOption.READ, LinkOption.NOFOLLOW_LINKS)
     Files.newByteChannel(path, options).use { channel: SeekableByteChannel ->
         val buffer = ByteBuffer.allocate(CHUNK)
@@ -315,7 +314,7 @@ private fun readChunks(path: Path, use: (ByteArray, Int) -> Unit) {
     }
 }
 
-private fun hashFile(path: Path): String {
+internal fun hashFile(path: Path): String {
     val digest = MessageDigest.getInstance("SHA-256")
     readChunks(path) { bytes, count -> digest.update(bytes, 0, count) }
     return hex(digest.digest())
@@ -341,6 +340,13 @@ class BundleVerifier private constructor(private val folder: Path, private val a
     private var document: Document? = null
 
     companion object {
+        /**
+         * The digests (file name → SHA-256) of a signature's bytes, once a pinned key has signed them: what to fetch
+         * next. Throws for a signature that proves nothing.
+         */
+        fun openSignature(raw: ByteArray, pinnedKeys: List<String>): Map<String, String> =
+            readStatement(authenticate(raw, pinnedKeys.map { Pin(it) }).second)
+
         /**
          * Throws IOException when a file cannot be read, IllegalArgumentException or GeneralSecurityException for a
          * pinned key that is none: that is no answer, so the bundle must not be used either.

@@ -9,6 +9,31 @@ class NotJson(message: String) : Exception(message)
 /** A number with a fraction, an exponent or more than a Long holds: no integer of ours. */
 class Decimal(val text: String)
 
+/** A parsed number, whichever it is. Throws NotJson for anything else. */
+fun double(value: Any?): Double = when (value) {
+    is Decimal -> value.text.toDouble()
+    is Number -> value.toDouble()
+    else -> throw NotJson("expected a number")
+}
+
+/** Maps, lists, strings, numbers, booleans and null as JSON. */
+fun toJson(value: Any?): String = when (value) {
+    is Map<*, *> -> value.entries.joinToString(", ", "{", "}") { "${quoted(it.key as String)}: ${toJson(it.value)}" }
+    is List<*> -> value.joinToString(", ", "[", "]") { toJson(it) }
+    is String -> quoted(value)
+    is Decimal -> value.text
+    is Double -> if (value.isFinite()) value.toString() else "null"
+    else -> value.toString()
+}
+
+private fun quoted(text: String) = text.map {
+    when {
+        it == '"' || it == '\\' -> "\\$it"
+        it < ' ' -> "\\u%04x".format(it.code)
+        else -> it.toString()
+    }
+}.joinToString("", "\"", "\"")
+
 /**
  * JSON that can be read in one way only: UTF-8, no object with a key twice, nesting bounded. Objects become Maps, arrays
  * Lists, integers Longs. (org.json takes the last of two values, and is not there on a plain JVM.)

@@ -127,3 +127,10 @@ export function parseStrictJson(bytes) {
   if (parser.at !== text.length) parser.fail("more text after the value");
   return value;
 }
+
+/** What was parsed, as plain objects and numbers. */
+export function plain(value) {
+  if (value instanceof Map) return Object.fromEntries([...value].map(([key, member]) => [key, plain(member)]));
+  if (value instanceof Decimal) return Number(value.text);
+  return Array.isArray(value) ? value.map(plain) : value;
+}
