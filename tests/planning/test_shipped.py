@@ -29,9 +29,9 @@ def rules(name: str) -> RecipeConfig:
 @pytest.mark.parametrize(
     ("variant", "model", "size"),
     [
-        ("q4", "mimo-8b", 4_295_588_918),
-        ("q4", "phi-4", 8_057_163_377),
-        ("q4", "phi-4-mini", 2_226_618_366),
+        ("q4", "mimo-8b", 4_295_644_842),
+        ("q4", "phi-4", 8_057_224_105),
+        ("q4", "phi-4-mini", 2_226_667_660),
         ("q4_k_m", "mimo-8b", 4_735_413_441),
         ("q4_k_m", "phi-4", 9_152_882_627),
         ("q4_k_m", "phi-4-mini", 2_493_053_779),

@@ -26,9 +26,9 @@ from tests.real_configs import REAL_CONFIGS, architecture_of
 
 MB = 10**6
 README = {
-    ("mimo-8b", "q4"): 4_295_588_918,
-    ("phi-4", "q4"): 8_057_163_377,
-    ("phi-4-mini", "q4"): 2_226_618_366,
+    ("mimo-8b", "q4"): 4_295_644_842,
+    ("phi-4", "q4"): 8_057_224_105,
+    ("phi-4-mini", "q4"): 2_226_667_660,
     ("mimo-8b", "q4_k_m"): 4_735_413_441,
     ("phi-4", "q4_k_m"): 9_152_882_627,
     ("phi-4-mini", "q4_k_m"): 2_493_053_779,
