@@ -30,8 +30,8 @@ SIZES: tuple[By, ...] = ("bytes", "memory")
 """What files are compared at: bytes on disk, and bytes of memory."""
 _SEARCHED = ("search", "rotation")  # keys of q4 that say how, not what: a budget takes them over
 _PACKED = {  # larger blocks keep less beside their codes in memory
-    "formats": ["w2b64a", "w2b128a", "w4b32a", "w4b64a", "w4b128a", "w6b64a", "w8b64s"],
-    "tables": ["w4b32a", "w4b64a", "w4b128a", "w6b64a", "w8b64s"],
+    "formats": ["w2b64a8", "w2b128a8", "w4b32a8", "w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8"],
+    "tables": ["w4b32a8", "w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8"],
 }
 
 

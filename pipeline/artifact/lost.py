@@ -14,7 +14,7 @@ from pipeline.artifact.quantizers import arranged, order_of
 from pipeline.artifact.work import units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.planning.recipes import PlannedMatrix
+from pipeline.planning.recipes import Piece, PlannedMatrix
 from pipeline.quantize.gptq import bounds
 from pipeline.quantize.lost import Lost, energy, plain, subnormal, suspects, vanished
 
@@ -37,10 +37,11 @@ def find_lost(
         CheckpointError: more vanished.
     """
     rows = planned.matrix.rows
-    scales = [
-        piece.format.read_scales(lambda ending, name=name: read(name + ending), rows)
-        for piece, name in zip(planned.pieces, piece_names(planned), strict=True)
-    ]
+
+    def scales_of(piece: Piece, name: str) -> np.ndarray:
+        return piece.format.read_scales(lambda ending: read(name + ending), rows)
+
+    scales = list(map(scales_of, planned.pieces, piece_names(planned)))
     if all(map(plain, scales)):
         return None
     coarse, weights, share = sum(map(subnormal, scales)), np.zeros(1, np.int64), 0.0

@@ -91,7 +91,7 @@ def _tile(weights: np.ndarray, hessian: np.ndarray, damping: float, pieces: Sequ
 
 def _shorten(fmt: TensorFormat, levels: np.ndarray, scales: np.ndarray, errors: np.ndarray) -> None:
     """Round scales, [blocks, rows], to what 8 bits hold, and change the errors, [columns, rows], by what that moves."""
-    used = levels.reshape(len(scales), fmt.block, -1).any(axis=1)
+    used = np.logical_or.reduce(levels.reshape(len(scales), fmt.block, -1), axis=1)
     short = np.ascontiguousarray(fmt.shorten(scales.T, used.T).T)
     errors -= levels * np.repeat(short - scales, fmt.block, axis=0)
     scales[:] = short

@@ -29,6 +29,10 @@ from pipeline.errors import PlanError
 _KEPT_PER_BLOCK = {2: 64, 4: 64, 8: 96}
 
 
+Read = Callable[[str], bytes]
+"""The bytes of a stored tensor, by its ending."""
+
+
 class Plane(NamedTuple):
     """Some bits of every code, as one kernel multiplies them: their number, and what the lowest of them counts."""
 
@@ -221,7 +225,7 @@ class TensorFormat:
             counts[sizes == most] = self.shares
             return np.where(used, np.copysign(counts, scales) * step, 0).astype(np.float32)
 
-    def read_scales(self, read: Callable[[str], bytes], rows: int) -> np.ndarray:
+    def read_scales(self, read: Read, rows: int) -> np.ndarray:
         """The scales, float16 [rows, blocks], as nearly as it holds them, from stored tensors by their ending."""
         if not self.short:
             return np.frombuffer(read(".scales"), np.float16).reshape(rows, -1)
@@ -313,7 +317,9 @@ class Quantized:
         found = cls(fmt, fmt.pack(codes) if cell == 8 else codes, scales, kept)
         if not fmt.short:
             return found
-        return replace(found, scales=fmt.shorten(scales, found.levels().reshape(*scales.shape, -1).any(axis=-1)))
+        return replace(
+            found, scales=fmt.shorten(scales, np.logical_or.reduce(found.levels().reshape(*scales.shape, -1), axis=-1))
+        )
 
     def rows(self, part: slice | np.ndarray) -> Quantized:
         """Some of the rows."""
