@@ -65,7 +65,9 @@ class Budget(Frozen):
     )
     weights: Weights = Field(default="private", description="how the tier's app holds them: private or mapped")
     context: int | None = Field(default=None, gt=0, description="tokens of KV cache; configs/tiers.yaml's by default")
-    formats: tuple[FormatName, ...] = Field(default=("w2b64a8", "w4b64a8", "w4b32a8", "w6b64a8", "w8b32s8"), min_length=1)
+    formats: tuple[FormatName, ...] = Field(
+        default=("w2b64a8", "w4b64a8", "w4b32a8", "w6b64a8", "w8b32s8"), min_length=1
+    )
     tables: tuple[FormatName, ...] = Field(default=("w4b32a8", "w6b64a8", "w8b32s8"), min_length=1)
     embedding: FormatName | None = Field(default=None, description="of an embedding that is not the head's table too")
     splits: bool = Field(default=True, description="may split matrices along their input channels")
