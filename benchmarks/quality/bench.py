@@ -142,10 +142,10 @@ class Bench:
         self._add({"tool": "ours", "name": written.variant, "body_bits": written.body_bits}, found)
 
     def _budgets(self, by: By) -> None:
-        """Plans solved at the size of every mixture of llama.cpp."""
-        peers = [row for row in self.rows if row["tool"] == peers_llama.TOOL and row["name"] != peers_llama.SOURCE]
+        """Plans solved at the size of every file that a target names."""
+        named = [row for row in self.rows if any(target.by == by and target.peers(row) for target in targets.TARGETS)]
         used = set()
-        for written in ours.budgets(self.prepared, by, (row[by] for row in peers)):
+        for written in ours.budgets(self.prepared, by, (row[by] for row in named)):
             self._ours(written)
             used.add(written.variant)
         for folder in self.prepared.project.artifact(self.prepared.subject.model, "").glob(f"{by}_*"):

@@ -10,7 +10,7 @@ from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.planning.sensitivity import Sensitivity
 from pipeline.quantize.formats import TensorFormat
 
-FORMATS = ("w2b64a", "w4b64a", "w4b32a", "w6b64a", "w8b32s")
+FORMATS = ("w2b64a8", "w4b64a8", "w4b32a8", "w6b64a8", "w8b32s8")
 
 
 def stored(architecture: Architecture) -> list[Matrix]:

@@ -25,7 +25,7 @@ from tests.real_configs import architecture_of
 FIGURES = ("bytes", "body", "memory")
 GAP = 1e-4  # of the solver
 # Pairs of tied and untied, of fused and separate matrices; small enough for every plan to be listed.
-SMALL = {"llama-tied": ("w2b64a", "w8b32s"), "qwen2": ("w2b64a", "w4b32a"), "phi3": ("w2b64a", "w4b64a", "w4b32a")}
+SMALL = {"llama-tied": ("w2b64a8", "w8b32s8"), "qwen2": ("w2b64a8", "w4b32a8"), "phi3": ("w2b64a8", "w4b64a8", "w4b32a8")}
 
 
 def budget(**changes: object) -> Budget:
@@ -104,7 +104,7 @@ def test_no_plan_within_the_limits_loses_less(name: str, seed: int, tmp_path: Pa
     """Under one limit, any two, all three; where nothing fits, that is said."""
     architecture, chance = one_layer(name, tmp_path), np.random.default_rng(seed)
     sensitivity = measured(architecture, seed)
-    wanted = budget(formats=SMALL[name], tables=("w4b32a", "w8b32s"))
+    wanted = budget(formats=SMALL[name], tables=("w4b32a8", "w8b32s8"))
     sizes, costs = every_plan(architecture, wanted, sensitivity)
     choices = groups(architecture, wanted, sensitivity)
     for names in (FIGURES[:1], FIGURES[1:2], FIGURES[2:], FIGURES[::2], FIGURES[:2], FIGURES):
@@ -185,8 +185,8 @@ def test_a_limit_holds_to_the_byte(tmp_path: Path) -> None:
 def test_splits_are_shared_by_an_input_and_whole_blocks(name: str, tmp_path: Path) -> None:
     """Of two formats with different bits; every place and pair that is offered is somewhere the best."""
     architecture = replace(architecture_of(name, tmp_path), layers=2)
-    found = groups(architecture, budget(formats=("w2b64a", "w4b128a", "w8b32s"), tables=("w8b32s",)),
-                   measured(architecture, formats=("w2b64a", "w4b128a", "w8b32s")))  # fmt: skip
+    found = groups(architecture, budget(formats=("w2b64a8", "w4b128a8", "w8b32s8"), tables=("w8b32s8",)),
+                   measured(architecture, formats=("w2b64a8", "w4b128a8", "w8b32s8")))  # fmt: skip
     split = [option for options in found for option in options if option.planned[0].split]
     assert len(split) > 10
     for option in split:
@@ -209,7 +209,7 @@ def test_the_cost_of_a_split_is_the_errors_of_its_channels(tmp_path: Path) -> No
     architecture = one_layer("qwen2", tmp_path)
     sensitivity = measured(architecture)
     for matrix in architecture.body(0):
-        high, low = TensorFormat.parse("w8b32s"), TensorFormat.parse("w2b64a")
+        high, low = TensorFormat.parse("w8b32s8"), TensorFormat.parse("w2b64a8")
         for count in range(64, matrix.columns, 64):
             planned = PlannedMatrix(matrix, (Piece(high, count), Piece(low, matrix.columns - count)))
             assert sensitivity.cost(planned) == pytest.approx(damage_of(planned, sensitivity), rel=1e-5)
@@ -226,14 +226,14 @@ def test_a_matrix_without_damage_costs_nothing(tmp_path: Path) -> None:
     nats = {**sensitivity.nats, first.name: -1e-9}
     errors = {**sensitivity.errors, second.name: {k: 0 * v for k, v in sensitivity.errors[second.name].items()}}
     edited = replace(sensitivity, nats=nats, errors=errors)
-    fmt = TensorFormat.parse("w2b64a")
+    fmt = TensorFormat.parse("w2b64a8")
     assert edited.cost(PlannedMatrix(first, (Piece(fmt, first.columns),))) == 0
     assert edited.cost(PlannedMatrix(second, (Piece(fmt, second.columns),))) == 0
 
 
 # --- pins ------------------------------------------------------------------------------------------------------------
 
-LAYER_SPLIT = SplitFormat(high="w4b64a", low="w2b64a", high_fraction=0.5)
+LAYER_SPLIT = SplitFormat(high="w4b64a8", low="w2b64a8", high_fraction=0.5)
 
 
 def pinned(architecture: Architecture, *pins: Pin) -> Plan:
@@ -246,29 +246,29 @@ def test_pins_are_kept_and_the_first_that_matches_counts(tmp_path: Path) -> None
     architecture = replace(architecture_of("mimo", tmp_path), layers=2)
     plan = pinned(
         architecture,
-        Pin(tensors="model.layers.1.*.k_proj.weight", format="w4b32a"),
-        Pin(tensors="model.layers.1.self_attn.*", format="w2b64a"),
-        Pin(tensors="lm_head.weight", format="w4b64a"),
+        Pin(tensors="model.layers.1.*.k_proj.weight", format="w4b32a8"),
+        Pin(tensors="model.layers.1.self_attn.*", format="w2b64a8"),
+        Pin(tensors="lm_head.weight", format="w4b64a8"),
     )
     attention = [item for item in plan.body if "1.self_attn" in item.matrix.name]
-    assert [item.formats for item in attention] == ["w2b64a", "w4b32a", "w2b64a", "w2b64a"]
-    assert plan.head.formats == "w4b64a"
+    assert [item.formats for item in attention] == ["w2b64a8", "w4b32a8", "w2b64a8", "w2b64a8"]
+    assert plan.head.formats == "w4b64a8"
     rest = {item.formats for item in plan.body if item not in attention} | {plan.embedding.formats}
-    assert rest == {"w8b32s"}  # there is room
+    assert rest == {"w8b32s8"}  # there is room
 
 
 def test_all_matrices_of_an_input_may_be_pinned_to_a_split(tmp_path: Path) -> None:
     architecture = replace(architecture_of("smollm2-135m", tmp_path), layers=2)
     plan = pinned(architecture, Pin(tensors="*.1.mlp.*", format=LAYER_SPLIT))
-    assert formats_of(plan, "1.mlp.gate_proj.weight", "1.mlp.up_proj.weight") == ["w4b64a:256+w2b64a:320"] * 2
-    assert formats_of(plan, "1.mlp.down_proj.weight") == ["w4b64a:768+w2b64a:768"]
-    assert formats_of(plan, "0.mlp.up_proj.weight") == ["w8b32s"]
+    assert formats_of(plan, "1.mlp.gate_proj.weight", "1.mlp.up_proj.weight") == ["w4b64a8:256+w2b64a8:320"] * 2
+    assert formats_of(plan, "1.mlp.down_proj.weight") == ["w4b64a8:768+w2b64a8:768"]
+    assert formats_of(plan, "0.mlp.up_proj.weight") == ["w8b32s8"]
 
 
 @pytest.mark.parametrize(
     ("pins", "parts"),
     [
-        ([Pin(tensors="model.layers.7.*", format="w4b32a")], ["'model.layers.7.*' matches no tensor", "down_proj"]),
+        ([Pin(tensors="model.layers.7.*", format="w4b32a8")], ["'model.layers.7.*' matches no tensor", "down_proj"]),
         ([Pin(tensors="*.q_proj.weight", format=LAYER_SPLIT)], ["q_proj.weight", "v_proj.weight", "the same split"]),
         (
             [
@@ -278,7 +278,7 @@ def test_all_matrices_of_an_input_may_be_pinned_to_a_split(tmp_path: Path) -> No
             ["gate_proj.weight", "up_proj.weight", "the same split"],
         ),
         ([Pin(tensors="*", format=LAYER_SPLIT)], ["'*' splits model.embed_tokens.weight", "stored whole"]),
-        ([Pin(tensors="*.o_proj.weight", format="w4b16a")], ["o_proj.weight", "w4b16a", "configs/sensitivity.yaml"]),
+        ([Pin(tensors="*.o_proj.weight", format="w4b16a8")], ["o_proj.weight", "w4b16a8", "configs/sensitivity.yaml"]),
         ([Pin(tensors="*.o_proj.weight", format="w3b32a")], ["o_proj.weight", "w3b32a", "not 3"]),
     ],
     ids=["unmatched", "half of an input", "two splits", "table", "not measured", "no kernel"],
@@ -322,8 +322,8 @@ def test_limits_that_only_conflict_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["formats", "tables"])
 def test_a_format_that_was_not_measured(field: str, tmp_path: Path) -> None:
     architecture = one_layer("qwen2", tmp_path)
-    with pytest.raises(PlanError, match=r"no error was measured for w4b16a .*w8b32s.*configs/sensitivity\.yaml"):
-        groups(architecture, budget(**{field: ("w8b32s", "w4b16a")}), measured(architecture))
+    with pytest.raises(PlanError, match=r"no error was measured for w4b16a8 .*w8b32s8.*configs/sensitivity\.yaml"):
+        groups(architecture, budget(**{field: ("w8b32s8", "w4b16a8")}), measured(architecture))
 
 
 @pytest.mark.parametrize("other", ["qwen2", "phi3", "smollm2-135m"])
@@ -335,11 +335,11 @@ def test_measurements_of_another_model(other: str, tmp_path: Path) -> None:
         groups(architecture, budget(), theirs)
 
 
-@pytest.mark.parametrize(("case", "embedding"), [("mimo-8b", "w4b32a"), ("phi-4-mini", "w8b32s")])
+@pytest.mark.parametrize(("case", "embedding"), [("mimo-8b", "w4b32a8"), ("phi-4-mini", "w8b32s8")])
 def test_an_embedding_of_its_own_has_its_own_format(case: str, embedding: str, tmp_path: Path) -> None:
     """A tied table is multiplied as the head, and chosen as the head is."""
     architecture = architecture_of(case, tmp_path)
     sensitivity = measured(architecture)
-    wanted = budget(tables=["w8b32s"], embedding="w4b32a", formats=["w4b32a"], splits=False)
+    wanted = budget(tables=["w8b32s8"], embedding="w4b32a8", formats=["w4b32a8"], splits=False)
     plan = smallest(architecture, groups(architecture, wanted, sensitivity))
-    assert (plan.embedding.formats, plan.head.formats) == (embedding, "w8b32s")
+    assert (plan.embedding.formats, plan.head.formats) == (embedding, "w8b32s8")
