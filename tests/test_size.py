@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 905,
+    "artifact": 904,
     "bundle": 1667,
     "calibrate": 248,
     "checkpoint": 1682,
-    "config": 567,
+    "config": 569,
     "confine": 431,
     "door": 740,
     "graph": 400,
@@ -32,14 +32,14 @@ CEILINGS = {
     "preflight": 1124,
     "prepack": 669,
     "publish": 788,
-    "quantize": 902,
+    "quantize": 906,
     "report": 1221,
     "runtime": 1135,
     "serve": 1866,
     "stages": 1016,
     "tasks": 2193,
 }
-WHOLE = 21_201
+WHOLE = 21_206
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
