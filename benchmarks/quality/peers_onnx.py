@@ -1,7 +1,7 @@
 """ONNX Runtime's quantizers and onnxruntime-genai's model builder, as their users call them.
 
 The quantizers get our exported full-precision graph with every product as the MatMul that they look for, and leave the
-embedding in float32. Products run with int8 activations (accuracy_level 4), as ours and the builder's do.
+embedding as it is. Products run with int8 activations (accuracy_level 4), as ours and the builder's do.
 The builder of onnxruntime-genai 0.18 needs transformers 5; 0.15.2's works beside Optimum's 4.57 and shares one table
 between embedding and head. It is installed without dependencies into a folder of its own, before the installed runtime
 in the import path of its process only.
@@ -94,17 +94,25 @@ def _load(folder: Path) -> onnx.ModelProto:
 
 
 def with_plain_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with every x · Wᵀ as a MatMul of a stored Wᵀ: what the quantizers look for. Changes `model`."""
+    """The graph with every x · Wᵀ as a MatMul of a stored float32 Wᵀ: what the quantizers look for. Changes `model`."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in stored}
     for node in model.graph.node:
-        if node.op_type != "FusedMatMul" or node.input[1] not in stored:
+        if node.op_type != "FusedMatMul":
+            continue
+        weights = casts[node.input[1]].input[0] if node.input[1] in casts else node.input[1]
+        if weights not in stored:
             continue
         if {item.name: item.i for item in node.attribute} != {"transB": 1}:
             raise ValueError(f"{node.name}: a FusedMatMul with other attributes than transB is not x · Wᵀ.")
-        turned = np.ascontiguousarray(numpy_helper.to_array(stored[node.input[1]]).T)
+        turned = np.ascontiguousarray(numpy_helper.to_array(stored[weights]).T.astype(np.float32))
         name = f"{node.input[1]}.T"
         model.graph.initializer.append(numpy_helper.from_array(turned, name))
         node.CopyFrom(helper.make_node("MatMul", [node.input[0], name], node.output, node.name))
+    read = {name for node in model.graph.node for name in node.input}
+    for name, node in casts.items():
+        if name not in read:
+            model.graph.node.remove(node)
     read = {name for node in model.graph.node for name in node.input}
     unused = [tensor for name, tensor in stored.items() if name not in read]
     for tensor in unused:

@@ -106,11 +106,16 @@ def test_rotary_order_puts_halves_of_a_head_side_by_side() -> None:
     assert rotary_order(rows, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_plain_products_compute_the_same() -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "widened"])
+def test_plain_products_compute_the_same(half: bool) -> None:
     rng = np.random.default_rng(0)
-    weights = rng.standard_normal((3, 4), np.float32)
+    weights = rng.standard_normal((3, 4), np.float32).astype(np.float16 if half else np.float32)
+    widen = [helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT)] if half else []
+    product = helper.make_node(
+        "FusedMatMul", ["x", "wide" if half else "w"], ["y"], "product", domain="com.microsoft", transB=1
+    )
     graph = helper.make_graph(
-        [helper.make_node("FusedMatMul", ["x", "w"], ["y"], "product", domain="com.microsoft", transB=1)],
+        [*widen, product],
         "one",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],

@@ -25,7 +25,11 @@ from tests.real_configs import architecture_of
 FIGURES = ("bytes", "body", "memory")
 GAP = 1e-4  # of the solver
 # Pairs of tied and untied, of fused and separate matrices; small enough for every plan to be listed.
-SMALL = {"llama-tied": ("w2b64a8", "w8b32s8"), "qwen2": ("w2b64a8", "w4b32a8"), "phi3": ("w2b64a8", "w4b64a8", "w4b32a8")}
+SMALL = {
+    "llama-tied": ("w2b64a8", "w8b32s8"),
+    "qwen2": ("w2b64a8", "w4b32a8"),
+    "phi3": ("w2b64a8", "w4b64a8", "w4b32a8"),
+}
 
 
 def budget(**changes: object) -> Budget:
