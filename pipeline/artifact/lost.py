@@ -18,6 +18,16 @@ from pipeline.planning.recipes import Piece, PlannedMatrix
 from pipeline.quantize.gptq import bounds
 from pipeline.quantize.lost import Lost, energy, plain, subnormal, suspects, vanished
 
+# Why scales vanish, and what helps.
+_PLAIN = (
+    "float16 holds no scale below 6e-08",
+    "Compare the tensor with its publisher's: it is damaged or untrained.",
+)
+_SHORT = (
+    "8 bits hold no scale below a 256th of its row's largest",
+    "Name formats without the final 8 in the recipe, which hold smaller ones.",
+)
+
 
 def find_lost(
     planned: PlannedMatrix,
@@ -49,12 +59,13 @@ def find_lost(
         weights, share = _vanished(planned, scales, checkpoint, channels)
     found = Lost(sum(part.size for part in scales), int(np.count_nonzero(weights)), int(weights.sum()), share, coarse)
     if found.share > lost_max:
+        short = any(piece.format.short for piece in planned.pieces)
+        why, remedy = _SHORT if short else _PLAIN
         raise CheckpointError(
             f"tensor {planned.matrix.name!r} as {planned.formats}: {found.vanished:,} of {found.blocks:,} blocks with "
-            f"{found.weights:,} weights become zero, because float16 holds no scale below 6e-08. They are "
-            f"{found.share:.2%} of the tensor's energy (its sum of squares), and {lost_max:.2%} may vanish. Compare "
-            f"the tensor with its publisher's: it is damaged or untrained. If it is meant to be so, set "
-            f"`lost_max: {min(1.0, float(f'{1.01 * found.share:.2g}'))}` in the recipe."
+            f"{found.weights:,} weights become zero, because {why}. They are {found.share:.2%} of the tensor's energy "
+            f"(its sum of squares), and {lost_max:.2%} may vanish. {remedy} If it is meant to be so, set `lost_max: "
+            f"{min(1.0, float(f'{1.01 * found.share:.2g}'))}` in the recipe."
         )
     return found if found.vanished or found.subnormal else None
 
