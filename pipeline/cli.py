@@ -248,6 +248,13 @@ def record_release(model: str, variant: str) -> None:
     _function("bundle.released", "record")(model, variant)
 
 
+_TRUSTED_HERE = click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    type=_PATH,
+    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
+)
 _TRUSTED = click.option(
     "--public-key",
     "public_keys",
@@ -291,13 +298,7 @@ def inspect(bundle: Path) -> None:
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option(
-    "--public-key",
-    "public_keys",
-    multiple=True,
-    type=_PATH,
-    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
-)
+@_TRUSTED_HERE
 @click.option("--prompt", help="Answer this and end; without it, lines are read until end of file (Ctrl-D).")
 @click.option("--system", help="The system message, where the chat template takes one.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of one answer; default: up to the context.")
@@ -314,13 +315,7 @@ def chat(bundle: Path, public_keys: tuple[Path, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=_PATH)
-@click.option(
-    "--public-key",
-    "public_keys",
-    multiple=True,
-    type=_PATH,
-    help="PEM of a key to trust (repeatable); default: those in artifacts/keys, which signed on this machine.",
-)
+@_TRUSTED_HERE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Elsewhere than here, PIPELINE_SERVE_TOKEN asks.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
@@ -340,7 +335,7 @@ def serve(bundles: tuple[Path, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("bundle", type=_PATH, required=False)
 @click.option("--import", "record", type=_PATH, help="Take over a phone's record: its row of configs/measured.yaml.")
-@click.option("--public-key", "public_keys", multiple=True, type=_PATH, help="PEM of a key to trust, as for `chat`.")
+@_TRUSTED_HERE
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--celsius", help="A made-up trace, such as 30,36,43: the power profile follows it instead of sensors.")
 @click.option("--device", default="this-machine", show_default=True, help="Name in the record.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 904,
+    "artifact": 913,
     "bundle": 1667,
     "calibrate": 248,
     "checkpoint": 1682,
@@ -25,7 +25,7 @@ CEILINGS = {
     "judge": 563,
     "keys": 335,
     "learn": 333,
-    "modules": 794,
+    "modules": 789,
     "packs": 921,
     "parity": 141,
     "planning": 560,
@@ -39,7 +39,7 @@ CEILINGS = {
     "stages": 1016,
     "tasks": 2193,
 }
-WHOLE = 21_206
+WHOLE = 21_210
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
