@@ -77,9 +77,8 @@ def _vanished(
     order, places = order_of(planned, channels), bounds(planned.pieces)
     counts, lost, whole = list[np.ndarray](), 0.0, 0.0
     for unit in units(planned):
-        weights = checkpoint.rows(planned.matrix.name, unit.start, unit.stop)
-        whole += energy(weights)
-        stored = arranged(weights, order, planned.rotated)
+        stored = arranged(checkpoint.rows(planned.matrix.name, unit.start, unit.stop), order, planned.rotated)
+        whole += energy(stored)
         for part, (first, stop) in zip(scales, places, strict=True):
             piece, own = stored[:, first:stop], part[unit.start : unit.stop]
             counts.append(vanished(piece, own).reshape(-1))

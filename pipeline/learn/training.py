@@ -166,12 +166,12 @@ def learnable(student: Interpreter) -> list[str]:
     return [
         name
         for name, item in student.external.items()
-        if (len(item.dims) == 1 if item.data_type == TensorProto.FLOAT else name.endswith(".scales"))
+        if (len(item.dims) == 1 if item.data_type == TensorProto.FLOAT else name.endswith((".scales", ".largest")))
     ]
 
 
 def _stored(written: Tensor, factor: Tensor) -> Tensor:
-    """Float32, as the type of `written` holds it. A short scale counts shares of its row's largest, which stays."""
+    """Float32, as the type of `written` holds it. A short scale is a share of its row's largest: both are learned."""
     value = written.float() * (1 + factor)
     if written.dtype == torch.float32:
         return value

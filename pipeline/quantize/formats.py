@@ -216,6 +216,7 @@ class TensorFormat:
     def shorten(self, scales: np.ndarray, used: np.ndarray) -> np.ndarray:
         """The nearest scales that 8 bits hold, float32, of [rows, blocks]; 0 for blocks that are not `used`, a step at
         least for others. The largest of a row is all shares, so `.largest` follows from it."""
+        used = used | ~np.isfinite(scales)  # levels under an infinite scale are all 0
         sizes = np.where(used, np.abs(scales), 0).astype(np.float32)
         most = sizes.max(axis=1, keepdims=True)
         # Where a scale is not finite, its row is not either.

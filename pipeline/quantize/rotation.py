@@ -21,6 +21,7 @@ from pipeline.compiled import compiled
 from pipeline.quantize.search import LANES
 
 _WORD = (1 << 64) - 1
+_LEAST = np.float32(1e-3)
 
 
 class Factors(NamedTuple):
@@ -53,10 +54,16 @@ def rotate(values: np.ndarray, width: int) -> np.ndarray:
 
 def rotate_products(products: np.ndarray, width: int) -> np.ndarray:
     """Rᵀ · H · R of Σ x·xᵀ, float32 [channels, channels], symmetric to the bit: what it is for rotated x. `products` is
-    used up."""
+    used up.
+
+    H is stored in fewer bits than it was summed in. A rotated channel that hardly varies would drown in what that lost,
+    or fall below 0: it gets a thousandth of its run's mean.
+    """
     rotate(rotate(products, width).T, width)
     symmetric = products + products.T
     symmetric *= np.float32(0.5)
+    own = symmetric.diagonal().reshape(-1, width)
+    symmetric[np.diag_indices(len(symmetric))] = np.maximum(own, _LEAST * own.mean(axis=1, keepdims=True)).reshape(-1)
     return symmetric
 
 

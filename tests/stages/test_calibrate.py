@@ -96,7 +96,9 @@ def test_every_input_is_measured_and_nothing_else_is_left(workspace: Workspace, 
         body = [f"layers.{layer}.{part}" for layer in range(3) for part in ("attention", "output", "mlp", "down")]
         assert sorted(file.keys()) == sorted([*body, "head"])
     ranges = read_ranges(workspace)
-    assert sorted(ranges) == [f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
+    assert sorted(ranges) == [
+        f"layers.{layer}.{part}" for layer in range(3) for part in ("key", "value", "value.rotated")
+    ]
     assert all(found.shape == (64,) and (found > 0).all() for found in ranges.values())
     layers = {f"layers.{layer}.safetensors" for layer in range(3)}
     assert {file.name for file in workspace.moments.parent.iterdir()} == {

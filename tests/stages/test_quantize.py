@@ -26,7 +26,7 @@ from pipeline.calibrate.results import read_moments, read_products
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
-from pipeline.config.recipes import load_recipe
+from pipeline.config.recipes import UNROTATED, load_recipe
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.files import read_json, write_json
 from pipeline.partial import open_partial
@@ -419,7 +419,7 @@ def test_the_body_is_compensated_and_the_head_is_searched(workspace: Workspace) 
     architecture, checkpoint = read_architecture(folder / "config.json"), Checkpoint(folder)
     moments, asked = read_moments(workspace), dict[str, tuple[np.ndarray, float]]()
     search = Compensated(moments, lambda name: asked.setdefault(name, read_products(workspace, name, moments[name])))
-    plan = make_plan(architecture, load_recipe("q4"))
+    plan = make_plan(architecture, load_recipe("q4").model_copy(update={"rotation": UNROTATED}))
     for item in plan.body:
         weights, fmt = checkpoint.rows(item.matrix.name), item.pieces[0].format
         losses = []

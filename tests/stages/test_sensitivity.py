@@ -94,9 +94,10 @@ def test_a_graph_that_keeps_growing_is_caught_up_with(workspace: Workspace, monk
     monkeypatch.setattr(plans, "groups", lambda *_: [])
     monkeypatch.setattr(plans, "smallest", lambda *_: SimpleNamespace(bytes=0, tables=()))
     monkeypatch.setattr(plans, "solve", lambda _a, _c, room, _k: Solution(SimpleNamespace(bytes=room["bytes"]), 1, 1))
+    monkeypatch.setattr(plans, "rotated", lambda plan, _: plan)
     monkeypatch.setattr(plans, "plan_memory", lambda *_: Memory(0, 0, 0, 0, 0))
 
-    def drafted(_: object, plan: SimpleNamespace, **__: object) -> SimpleNamespace:
+    def drafted(_: object, plan: SimpleNamespace, *__: object) -> SimpleNamespace:
         return SimpleNamespace(bytes=plan.bytes and plan.bytes + next(graphs))
 
     monkeypatch.setattr(plans, "draft", drafted)
