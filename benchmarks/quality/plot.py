@@ -7,6 +7,7 @@ it reads on a dark page.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -70,9 +71,9 @@ def render(result: Mapping[str, Any], by: str) -> bytes:
     for tool in (tool for tool in _STYLES if any(row["tool"] == tool for row in rows)):
         _draw(axes, [row for row in rows if row["tool"] == tool], tool, by)
     _axes_style(axes, by)
-    legend = axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor=_LINE, fontsize=9, labelcolor=_INK)
+    legend = axes.legend(loc="lower left", frameon=True, framealpha=1, edgecolor=_LINE, fontsize=9, labelcolor=_INK)
     if left:
-        figure.supxlabel(f"Larger, not shown: {left}", fontsize=7.5, color=_FAINT)
+        figure.supxlabel(textwrap.fill(f"Larger, not shown: {left}", 150), fontsize=7.5, color=_FAINT)
     figure.canvas.draw()  # constrained layout moves the axes: labels are placed when they stand still
     figure.set_layout_engine("none")
     _label(axes, rows, by, legend.get_window_extent())
