@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 913,
+    "artifact": 912,
     "bundle": 1667,
     "calibrate": 248,
     "checkpoint": 1682,
@@ -32,14 +32,14 @@ CEILINGS = {
     "preflight": 1124,
     "prepack": 669,
     "publish": 788,
-    "quantize": 906,
+    "quantize": 910,
     "report": 1221,
     "runtime": 1135,
     "serve": 1866,
     "stages": 1016,
     "tasks": 2193,
 }
-WHOLE = 21_210
+WHOLE = 21_213
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
