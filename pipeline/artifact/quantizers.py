@@ -53,8 +53,8 @@ class Search:
         """The function of a matrix; `channels` are those of its input, if it is split."""
         matrix, order = planned.matrix, order_of(planned, channels)
         # An embedding is looked up, not multiplied: its channels matter alike. A tied table serves the head.
-        alike = np.ones(matrix.columns, np.float32)
-        moments = _taken((self.moments or {}).get(matrix.input, alike), order)
+        known = matrix.role != "embedding" and self.moments
+        moments = _taken(known[matrix.input] if known else np.ones(matrix.columns, np.float32), order)
         if planned.rotated:
             moments = rotated_moments(moments, planned.rotated)
         places = [slice(*place) for place in bounds(planned.pieces)]

@@ -8,9 +8,9 @@ output error eᵀHe is quadratic in one level and in one scale, so the best valu
     level   q_j + (He)_j / (H_jj s), rounded, and clipped to the format's codes,
     scale   s + qᵀ(He)_B / qᵀH_BB q of the block B, rounded to float16, and taken if it helps.
 
-Neither raises the error. Short scales are rounded to 8 bits before the last sweep, whose levels are chosen for them:
-that adds less than the sweep takes off. A sweep costs a product with H, 2 · columns² a row. Rows are lanes and tiles as
-in `gptq`, so bytes depend neither on chunks nor on threads.
+Neither raises the error. Short scales are rounded to 8 bits before the last sweep, whose levels are chosen for them.
+That rounding may raise it, by less than the sweeps take off wherever it was measured. A sweep costs a product with H, 2
+· columns² a row. Rows are lanes and tiles as in `gptq`, so bytes depend neither on chunks nor on threads.
 """
 
 from __future__ import annotations

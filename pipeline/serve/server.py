@@ -42,11 +42,10 @@ def run(
         EvaluationError: a tokenizer cannot be loaded.
         ResourceError: the port is taken.
     """
-    door = Door.at(host)
+    door, policy = Door.at(host), load_hybrid(hybrid) if hybrid else None
     shelf, line = Shelf(sources(bundles, public_keys, unverified)), Line(queue)
     engines: dict[str, Engine] = {name: Local(name, shelf, line) for name in shelf.chats}
-    if hybrid:
-        policy = load_hybrid(hybrid)
+    if policy:
         engines = {name: Manager(engine, policy) for name, engine in engines.items()}
     listening = listen(host, port)
     config = uvicorn.Config(
