@@ -1,4 +1,5 @@
-"""Our files, written by the pipeline's own `quantize` command: recipes by name, and budgets at the peers' sizes.
+"""Our files, written by the pipeline's own commands (`quantize`, and `learn` before it where a recipe learns): recipes
+by name, and budgets at the peers' sizes.
 
 - A row of `RECIPES` is a recipe of configs/recipes with some keys replaced: a new option is one more row.
 - The control is q4 with `search: nearest`: ONNX Runtime's default quantizer (the same rounding, see
@@ -22,6 +23,8 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "q4": ("q4", {}),
     "q4_k_m": ("q4_k_m", {}),
     "q3": ("q3", {}),
+    "q4_learned": ("q4", {"learn": {"steps": 20}}),
+    "q3_learned": ("q3", {"learn": {}}),
     CONTROL: (CONTROLLED, {"search": "nearest"}),
 }
 """What is measured beside the budgets: the shipped recipe, and the keys that replace its own."""
@@ -55,7 +58,8 @@ def recipes(prepared: Prepared) -> dict[str, dict[str, Any]]:
 def write(prepared: Prepared, variant: str, recipe: Mapping[str, Any]) -> Written:
     """The artifact of a recipe, made unless it is there. Raises PipelineError when the recipe cannot be applied."""
     prepared.project.write(f"recipes/{variant}.yaml", recipe)
-    prepared.project.run("quantize", prepared.subject.model, variant)
+    for stage in ("learn", "quantize") if recipe.get("learn") is not None else ("quantize",):
+        prepared.project.run(stage, prepared.subject.model, variant)
     folder = prepared.project.artifact(prepared.subject.model, variant)
     plan = read_json(folder / "plan.json")
     return Written(variant, folder, plan["bytes"], plan["packed_bytes"], plan["body_bits_per_weight"], plan["sha256"])

@@ -26,6 +26,7 @@ from benchmarks.quality.tables import TABLES, claim
 from benchmarks.quality.targets import evaluate
 from pipeline.config.recipes import BudgetRecipe, RecipeConfig
 from pipeline.config.typed_yaml import check
+from pipeline.files import write_json
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
@@ -223,6 +224,29 @@ def test_every_recipe_of_the_benchmark_can_be_read() -> None:
     )
     for name, recipe in ours.recipes(prepared).items():
         assert check(RecipeConfig if "body" in recipe else BudgetRecipe, recipe, name)
+
+
+@pytest.mark.parametrize(("recipe", "ran"), [({}, ["quantize"]), ({"learn": {}}, ["learn", "quantize"])])
+def test_an_artifact_is_learned_before_it_is_written_where_its_recipe_learns(
+    tmp_path: Path, recipe: dict[str, Any], ran: list[str]
+) -> None:
+    stages = []
+
+    class Recorded:
+        def write(self, name: str, values: dict[str, Any]) -> None:
+            assert (name, values) == ("recipes/v.yaml", recipe)
+
+        def run(self, *arguments: str) -> None:
+            assert arguments[1:] == ("m", "v")
+            stages.append(arguments[0])
+
+        def artifact(self, model: str, variant: str) -> Path:
+            return tmp_path
+
+    write_json(tmp_path / "plan.json", {"bytes": 1, "packed_bytes": 2, "body_bits_per_weight": 3, "sha256": {}})
+    prepared: Any = SimpleNamespace(project=Recorded(), subject=SimpleNamespace(model="m"))
+    assert ours.write(prepared, "v", recipe) == Written("v", tmp_path, 1, 2, 3, {})
+    assert stages == ran
 
 
 # --- keeping and showing ----------------------------------------------------------------------------------------------
