@@ -87,6 +87,8 @@ class Bench:
             if self.brief is None or peer.name in self.brief:
                 self._attempt(peer.tool, peer.name, lambda peer=peer: self._peer(peer))
         for name, recipe in ours.recipes(self.prepared).items():
+            if self.brief is not None and "learn" in recipe:
+                continue  # it takes minutes
             self._attempt("ours", name, lambda name=name, recipe=recipe: self._ours(self._write(name, recipe)))
         for by in ours.SIZES if self.brief is None else ():
             self._attempt("ours", f"budgets by {by}", lambda by=by: self._budgets(by))
