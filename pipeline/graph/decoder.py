@@ -56,7 +56,6 @@ class _Decoder(GraphWriter):
     def __init__(self, architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int):
         super().__init__()
         self.arch = architecture
-        self.expected = architecture.expected_tensors()
         self.checkpoint = checkpoint
         self.context = context
         self.rope_data = bytearray()
@@ -101,10 +100,10 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
-        """x · Wᵀ, plus the bias where the family has one."""
-        bias = matrix.name.removesuffix("weight") + "bias"
-        self.node("FusedMatMul", [x, self.weight(matrix.name)], output, MICROSOFT, transB=1)
-        return self.node("Add", [output, self.weight(bias)], f"{output}/biased") if bias in self.expected else output
+        """x · Wᵀ, plus the bias where the matrix has one."""
+        product = f"{output}/product" if matrix.bias else output
+        self.node("FusedMatMul", [x, self.weight(matrix.name)], product, MICROSOFT, transB=1)
+        return self.node("Add", [product, self.weight(matrix.bias)], output) if matrix.bias else output
 
     # --- parts of the transformer ---
 
@@ -116,13 +115,14 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [rows], "embedding/float32", to=TensorProto.FLOAT)
 
     def norm(self, residual: str, pending: str | None, name: str) -> tuple[str, str]:
-        """RMSNorm of residual + pending: (normed, the sum)."""
-        gamma, epsilon = self.weight(f"{name}.weight"), self.arch.rms_eps
+        """The family's norm of residual + pending: (normed, the sum)."""
+        kind = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}[self.arch.traits.norm]
+        weights, epsilon = [self.weight(part) for part in self.arch.norm(name)], self.arch.epsilon
         if pending is None:
-            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=epsilon)
+            self.node(kind, [residual, *weights], name, axis=-1, epsilon=epsilon)
             return name, residual
-        added, total = [residual, pending, gamma], f"{name}/sum"
-        self.node("SkipSimplifiedLayerNormalization", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
+        added, total = [residual, pending, *weights], f"{name}/sum"
+        self.node(f"Skip{kind}", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
         return name, total
 
     def attention(self, x: str, layer: int) -> str:
@@ -137,10 +137,15 @@ class _Decoder(GraphWriter):
         return self.linear(mixed, output, f"{prefix}.{output.role}")
 
     def mlp(self, x: str, layer: int) -> str:
+        """The family's kind of MLP."""
+        return {"gated": self.gated, "fused": self.gated}[self.arch.traits.mlp](x, layer)
+
+    def gated(self, x: str, layer: int) -> str:
+        """down(silu(gate(x)) · up(x)), as in Shazeer 2020, "GLU Variants Improve Transformer"."""
         prefix = f"layers.{layer}"
         *projections, down = (matrix for matrix in self.arch.body(layer) if matrix.input.endswith(("mlp", "down")))
         parts = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
-        if self.arch.traits.fused:
+        if self.arch.traits.mlp == "fused":
             halves = (f"{prefix}.gate", f"{prefix}.up")
             self.node("Split", parts, halves[0], more=halves[1:], axis=-1, num_outputs=2)
             parts = list(halves)
