@@ -101,9 +101,11 @@ class _Decoder(GraphWriter):
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
         """x · Wᵀ, plus the bias where the matrix has one."""
-        product = f"{output}/product" if matrix.bias else output
+        product, biased = output, f"{output}/biased"
+        if matrix.bias and matrix.role == "head":  # whose output is the graph's
+            product, biased = f"{output}/product", output
         self.node("FusedMatMul", [x, self.weight(matrix.name)], product, MICROSOFT, transB=1)
-        return self.node("Add", [product, self.weight(matrix.bias)], output) if matrix.bias else output
+        return self.node("Add", [product, self.weight(matrix.bias)], biased) if matrix.bias else product
 
     # --- parts of the transformer ---
 
