@@ -78,7 +78,7 @@ CASES = {
     "qwen2": Case(_base("qwen2", rope_theta=1e6), "qwen2"),
     "qwen2-tied": Case(_base("qwen2", tie_word_embeddings=True, num_key_value_heads=4), "qwen2"),
     "qwen3": Case(_base("qwen3", rope_theta=1e6, head_dim=48, tie_word_embeddings=True), "qwen3"),
-    "qwen3-biased": Case(_base("qwen3", head_dim=32, num_key_value_heads=1, attention_bias=True), "qwen3"),
+    "qwen3-biased": Case(_base("qwen3", head_dim=64, rope_theta=1e6, attention_bias=True), "qwen3"),
     "mimo": Case(
         _base("mimo", rope_theta=640000.0, num_nextn_predict_layers=1, head_dim=32),
         "qwen2",
