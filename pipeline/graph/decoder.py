@@ -24,12 +24,14 @@ from pipeline.graph.rope import rope_tables
 
 ROPE_FILE = "rope.data"
 _ACTIVATION_COPIES = 4.5
-"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
+"""Floats per token of a layer's run for each of 7·width + intermediate, measured at widths of 1,024 to 5,120."""
 
 
 def activation_bytes(architecture: Architecture, tokens: int) -> int:
-    """Memory of the activations while so many tokens run through a layer, float32."""
-    return round(4 * _ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
+    """Memory of the activations while so many tokens run through a layer, float32; its width is that of the residual,
+    or of all heads where that is more."""
+    width = max(architecture.hidden, architecture.heads * architecture.head_dim)
+    return round(4 * _ACTIVATION_COPIES * (7 * width + architecture.intermediate) * tokens)
 
 
 def build_decoder(
@@ -56,7 +58,6 @@ class _Decoder(GraphWriter):
     def __init__(self, architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int):
         super().__init__()
         self.arch = architecture
-        self.expected = architecture.expected_tensors()
         self.checkpoint = checkpoint
         self.context = context
         self.rope_data = bytearray()
@@ -101,10 +102,12 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
-        """x · Wᵀ, plus the bias where the family has one."""
-        bias = matrix.name.removesuffix("weight") + "bias"
-        self.node("FusedMatMul", [x, self.weight(matrix.name)], output, MICROSOFT, transB=1)
-        return self.node("Add", [output, self.weight(bias)], f"{output}/biased") if bias in self.expected else output
+        """x · Wᵀ, plus the bias where the matrix has one."""
+        product, biased = output, f"{output}/biased"
+        if matrix.bias and matrix.role == "head":  # whose output is the graph's
+            product, biased = f"{output}/product", output
+        self.node("FusedMatMul", [x, self.weight(matrix.name)], product, MICROSOFT, transB=1)
+        return self.node("Add", [product, self.weight(matrix.bias)], biased) if matrix.bias else product
 
     # --- parts of the transformer ---
 
@@ -116,19 +119,22 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [rows], "embedding/float32", to=TensorProto.FLOAT)
 
     def norm(self, residual: str, pending: str | None, name: str) -> tuple[str, str]:
-        """RMSNorm of residual + pending: (normed, the sum)."""
-        gamma, epsilon = self.weight(f"{name}.weight"), self.arch.rms_eps
+        """The family's norm of residual + pending: (normed, the sum)."""
+        kind = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}[self.arch.traits.norm]
+        weights, epsilon = [self.weight(part) for part in self.arch.norm(name)], self.arch.epsilon
         if pending is None:
-            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=epsilon)
+            self.node(kind, [residual, *weights], name, axis=-1, epsilon=epsilon)
             return name, residual
-        added, total = [residual, pending, gamma], f"{name}/sum"
-        self.node("SkipSimplifiedLayerNormalization", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
+        added, total = [residual, pending, *weights], f"{name}/sum"
+        self.node(f"Skip{kind}", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
         return name, total
 
     def attention(self, x: str, layer: int) -> str:
         arch, prefix = self.arch, f"layers.{layer}"
         *projections, output = (matrix for matrix in arch.body(layer) if matrix.input.endswith(("attention", "output")))
         qkv = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
+        if arch.traits.head_norms:
+            qkv[:2] = [self.head_norm(qkv[at], f"model.{prefix}.self_attn.{'qk'[at]}_norm") for at in (0, 1)]
         past, present = ([f"{at}.{layer}.{part}" for part in ("key", "value")] for at in ("past_key_values", "present"))
         inputs = [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin]
         heads = {"num_heads": arch.heads, "kv_num_heads": arch.kv_heads, "scale": arch.head_dim**-0.5}
@@ -136,11 +142,25 @@ class _Decoder(GraphWriter):
         mixed = self.node("GroupQueryAttention", inputs, f"{prefix}.attention", MICROSOFT, present, **heads, **rotary)
         return self.linear(mixed, output, f"{prefix}.{output.role}")
 
+    def head_norm(self, x: str, name: str) -> str:
+        """RMSNorm of each head's channels, float32 [batch, sequence, heads · head_dim] as it was. GroupQueryAttention
+        takes these norms as inputs, but not on CPU (ONNX Runtime 1.31)."""
+        heads, whole = ([0, 0, -1, self.arch.head_dim], [0, 0, -1])
+        split = self.node("Reshape", [x, self.constant("heads", np.array(heads, np.int64))], f"{name}/heads")
+        inputs = [split, self.weight(f"{name}.weight")]
+        normed = self.node("SimplifiedLayerNormalization", inputs, f"{name}/normed", axis=-1, epsilon=self.arch.epsilon)
+        return self.node("Reshape", [normed, self.constant("channels", np.array(whole, np.int64))], name)
+
     def mlp(self, x: str, layer: int) -> str:
+        """The family's kind of MLP."""
+        return {"gated": self.gated, "fused": self.gated}[self.arch.traits.mlp](x, layer)
+
+    def gated(self, x: str, layer: int) -> str:
+        """down(silu(gate(x)) · up(x)), as in Shazeer 2020, "GLU Variants Improve Transformer"."""
         prefix = f"layers.{layer}"
         *projections, down = (matrix for matrix in self.arch.body(layer) if matrix.input.endswith(("mlp", "down")))
         parts = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
-        if self.arch.traits.fused:
+        if self.arch.traits.mlp == "fused":
             halves = (f"{prefix}.gate", f"{prefix}.up")
             self.node("Split", parts, halves[0], more=halves[1:], axis=-1, num_outputs=2)
             parts = list(halves)
@@ -163,8 +183,8 @@ class _Decoder(GraphWriter):
     def rope(self) -> tuple[str, str]:
         """Names of the cos and sin tables in force: LongRoPE picks by the total length, as transformers does."""
         rope = self.arch.rope
-        if rope.short_factor is None or rope.long_factor is None:
-            return self.tables("", self.context, None)
+        if rope.long_factor is None:
+            return self.tables("", self.context, rope.short_factor)
         short = self.tables("short_", min(self.context, rope.original_max_position), rope.short_factor)
         if self.context <= rope.original_max_position:
             return short

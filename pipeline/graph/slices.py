@@ -166,14 +166,15 @@ def _open_weights(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -
 
 def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """A norm as (the sum, if it computes one, and) a norm of the hidden states, which are its first input."""
-    if node.op_type == "SimplifiedLayerNormalization":
+    kind = node.op_type.removeprefix("Skip")
+    if kind == node.op_type:
         return [node]
-    residual, block, gamma = node.input
+    residual, block, *weights = node.input
     normed, total = node.output[0], node.output[-1]
     epsilon = helper.get_node_attr_value(node, "epsilon")
     added = helper.make_node("Add", [residual, block], [total], name=total)
     settings = {"name": node.name, "axis": -1, "epsilon": epsilon}
-    return [added, helper.make_node("SimplifiedLayerNormalization", [total, gamma], [normed], **settings)]
+    return [added, helper.make_node(kind, [total, *weights], [normed], **settings)]
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -124,12 +124,12 @@ def test_a_cut_of_ours_equals_optimums_export_of_it(exported: tuple[Path, Path, 
     assert found == {"prompt_tokens": 12, "decode_steps": 6, "top1_equal": 1.0, "near_ties": 0, "mismatches": 0}
 
 
-@pytest.mark.parametrize("change", ["rms_eps", "theta"])
+@pytest.mark.parametrize("change", ["epsilon", "theta"])
 def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
     """Small mistakes of a graph builder are far outside the limit of 1e-4."""
     ours, theirs, architecture = exported
     wrong = {
-        "rms_eps": replace(architecture, rms_eps=1e-2),
+        "epsilon": replace(architecture, epsilon=1e-2),
         "theta": replace(architecture, rope=replace(architecture.rope, theta=500000.0)),
     }[change]
     link_or_copy(ours.parent / "model.safetensors", tmp_path / "model.safetensors")
@@ -181,11 +181,12 @@ def test_a_head_beside_a_tied_embedding_never_takes_its_place_in_the_reference(t
 
 def test_the_reference_knows_rotation_as_transformers_5_writes_it(tmp_path: Path) -> None:
     """4.57 does not know the key: its theta would be 10,000, and parity would always disagree."""
-    for case, extra in (("llama-tied", {}), ("phi3-longrope", CASES["phi3-longrope"].config["rope_scaling"])):
+    for case in ("llama-tied", "llama3", "phi3-longrope"):
+        extra = CASES[case].config.get("rope_scaling", {})
         values = {key: one for key, one in CASES[case].config.items() if key not in {"rope_theta", "rope_scaling"}}
-        kind = extra.get("type", "default")
+        kind = extra.get("type", extra.get("rope_type", "default"))
         rope = {**extra, "rope_type": kind, "rope_theta": 5e5, "partial_rotary_factor": 1.0}
         (tmp_path / "config.json").write_text(json.dumps(values | {"rope_parameters": rope}))
         config = optimum_export.reference_config(tmp_path, 2, 320)
         assert config.rope_theta == 5e5
-        assert (config.rope_scaling or {}).get("long_factor") == extra.get("long_factor")
+        assert {key: config.rope_scaling[key] for key in extra} == extra
