@@ -186,9 +186,16 @@ def _norm(attributes: Attributes, x: Tensor, gain: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + attributes["epsilon"]) * gain
 
 
-def _skip_norm(attributes: Attributes, x: Tensor, skip: Tensor, gain: Tensor) -> tuple[Tensor | None, ...]:
-    total = x + skip
-    return _norm(attributes, total, gain), None, None, total
+def _layer_norm(attributes: Attributes, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    return functional.layer_norm(x, gain.shape, gain, bias, attributes["epsilon"])
+
+
+def _after_sum(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def computed(attributes: Attributes, x: Tensor, skip: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        total = x + skip
+        return norm(attributes, total, *weights), None, None, total
+
+    return computed
 
 
 def _attention(
@@ -262,6 +269,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Greater": lambda _, x, y: x > y,
     "GroupQueryAttention": _attention,
     "Identity": lambda _, x: x,
+    "LayerNormalization": _layer_norm,
     "MatMul": _product,
     "MatMulNBits": _packed_product,
     "Max": lambda _, x, y: x.maximum(y),
@@ -274,7 +282,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Reshape": _shaped,
     "Shape": lambda attributes, x: torch.tensor(x.shape)[attributes.get("start", 0) : attributes.get("end")],
     "SimplifiedLayerNormalization": _norm,
-    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "SkipLayerNormalization": _after_sum(_layer_norm),
+    "SkipSimplifiedLayerNormalization": _after_sum(_norm),
     "Softmax": lambda attributes, x: x.softmax(attributes["axis"]),
     "Split": _parts,
     "Squeeze": lambda _, x: x.squeeze(),
