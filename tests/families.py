@@ -64,12 +64,26 @@ def _longrope(dims: int) -> dict[str, Any]:
     }
 
 
+# Of the first 32 pairs of channels, some keep their frequency, some are interpolated, some are slowed down.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 CASES = {
     "llama-tied": Case(_base("llama", tie_word_embeddings=True), "llama"),
     "llama-untied": Case(_base("llama", num_key_value_heads=1), "llama"),
+    "llama3": Case(
+        _base("llama", rope_theta=500000.0, tie_word_embeddings=True, head_dim=64, rope_scaling=LLAMA3), "llama"
+    ),
     "llama-biased": Case(_base("llama", attention_bias=True, mlp_bias=True, head_dim=48), "llama"),
     "qwen2": Case(_base("qwen2", rope_theta=1e6), "qwen2"),
     "qwen2-tied": Case(_base("qwen2", tie_word_embeddings=True, num_key_value_heads=4), "qwen2"),
+    "qwen3": Case(_base("qwen3", rope_theta=1e6, head_dim=48, tie_word_embeddings=True), "qwen3"),
+    "qwen3-biased": Case(_base("qwen3", head_dim=64, rope_theta=1e6, attention_bias=True), "qwen3"),
     "mimo": Case(
         _base("mimo", rope_theta=640000.0, num_nextn_predict_layers=1, head_dim=32),
         "qwen2",

@@ -28,8 +28,8 @@ class Slice:
         source: the hidden states that it takes, float32 [batch, sequence, hidden]; None for the embedding. It also
             takes what else it reads of the decoder's inputs: input_ids, attention_mask, the layer's (empty) past.
         target: the hidden states that it gives; None if it ends at a product's input.
-        taps: input of the matrices → output that holds it, float32 [batch, sequence, columns]; of an expert's [1, tokens
-            that it is woken by, columns].
+        taps: input of the matrices → output that holds it, float32 [batch, sequence, columns]; of an expert's [1, its
+            own tokens, columns].
         cached: `layers.0.key`, `layers.0.value` → output that holds the layer's, float32 [batch, kv_heads, sequence,
             head_dim], keys after the rotary embedding; empty unless the slices were asked for it.
     """
@@ -86,8 +86,8 @@ class DecoderSlices:
 
     def open_layer(self, layer: int, vectors: bool = False) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
-        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, its biases and
-        its router are inputs too, and layers differ in nothing but names."""
+        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, biases and router
+        are inputs too, and layers differ in nothing but names."""
         part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], self._cached(layer))
         stored, prefix = self.architecture.expected_tensors(), f"model.layers.{layer}."
         names = stored if vectors else [matrix.name for matrix in self.architecture.body(layer)]
