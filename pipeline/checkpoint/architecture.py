@@ -55,7 +55,7 @@ class Family:
         switched_biases: key of config.json → roles that get one where it is true.
         scaling: name of a rope_scaling that it has → its kind.
         window: when config.json's sliding_window limits attention.
-        mlp: `gated` SiLU; `fused`: the same, with one matrix for gate and up; `experts`, of which SparseMixer wakes two.
+        mlp: `gated` SiLU; `fused`: so, with one matrix for gate and up; `experts`: so, of which SparseMixer wakes two.
         unused_prefixes: of tensors that the forward never uses.
     """
 
