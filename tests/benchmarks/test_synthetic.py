@@ -351,6 +351,7 @@ PROMPTS = {
     "mimo-8b": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "phi-4": "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>",
     "phi-4-mini": "<|user|>Hi<|end|><|assistant|>",
+    "phi-tiny-moe": "<|user|>\nHi<|end|>\n<|assistant|>\n",
 }
 
 
