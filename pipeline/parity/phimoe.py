@@ -1,8 +1,8 @@
 """The independent reference of a Phi mixture of experts, in plain torch: Optimum exports none.
 
-transformers 4.57 cannot take its place: it computes head_dim as hidden / heads, and Phi-tiny-MoE's is another. The weight
-of an expert is SparseMixer's in inference (arXiv 2310.00811; without replacement as in GRIN, arXiv 2409.12136): the
-largest logit m is the first choice, and its weight is its share of the softmax over all logits s with
+transformers 4.57 cannot take its place: it computes head_dim as hidden / heads, and Phi-tiny-MoE's is another. The
+weight of an expert is SparseMixer's in inference (arXiv 2310.00811; without replacement as in GRIN, arXiv 2409.12136):
+the largest logit m is the first choice, and its weight is its share of the softmax over all logits s with
 (m - s) / max(|s|, m) <= 2 * jitter. The second choice is made likewise of what is left. The two do not sum to 1.
 
 Runs in a process of its own, as Optimum's exporter does:

@@ -160,7 +160,8 @@ def test_inputs_of_every_product(name: str, dtype: str, tmp_path: Path) -> None:
         reference(torch.tensor(ids[None]))
     for matrix in architecture.matrices if own else ():
         want[matrix.input] = reference.seen[matrix.name].flatten(0, -2).numpy()
-    assert taps.keys() == want.keys()
+    idle = taps.keys() - want.keys()  # transformers does not call an expert that no token wakes
+    assert want.keys() <= taps.keys() and all(".experts." in key and not got[taps[key]].size for key in idle)
     for key, value in want.items():
         found, wanted = got[taps[key]], value
         if ".experts." in key:  # transformers takes the tokens of which an expert is the first choice first
