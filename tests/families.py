@@ -11,20 +11,22 @@ import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from pipeline.checkpoint.architecture import _FAMILIES, _SWITCHED, Family, read_architecture
+from pipeline.checkpoint.architecture import read_architecture
 
 
 @dataclass(frozen=True)
 class Case:
     """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped).
 
-    `extra` are tensors that it has besides; `optimum` says whether Optimum exports it.
+    `extra` are tensors that it has besides; `optimum` says whether Optimum exports it, `own` whether our own reference
+    stands in for transformers.
     """
 
     config: dict[str, Any]
     transformers_type: str
     extra: tuple[str, ...] = ()
     optimum: bool = True
+    own: bool = False
 
 
 def _base(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -48,6 +50,11 @@ def _base(model_type: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def _phimoe(**changes: Any) -> dict[str, Any]:
+    biases = {"attention_bias": True, "lm_head_bias": True}
+    return _base("phimoe", intermediate_size=64, num_local_experts=6, num_experts_per_tok=2, **biases, **changes)
+
+
 def _longrope(dims: int) -> dict[str, Any]:
     pairs = dims // 2
     return {
@@ -65,8 +72,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# Parts that no dense family has: Phi's mixture of experts with one MLP in place of its experts.
-_FAMILIES["phimoe-dense"] = Family("phimoe", norm="layer", switched_biases=_SWITCHED | {"lm_head_bias": ("head",)})
 
 CASES = {
     "llama-tied": Case(_base("llama", tie_word_embeddings=True), "llama"),
@@ -96,7 +101,9 @@ CASES = {
         ),
         "phi3",
     ),
-    "phimoe-dense": Case(_base("phimoe-dense", attention_bias=True, lm_head_bias=True), "phimoe", optimum=False),
+    "phimoe": Case(_phimoe(), "phimoe", optimum=False),
+    # as Phi-tiny-MoE, whose heads transformers' class takes to be hidden / heads wide
+    "phimoe-wide-heads": Case(_phimoe(head_dim=48), "phimoe", optimum=False, own=True),
     # 40 prompt tokens + 32 decode steps cross the switch from the short to the long factors at 64.
     "phi3-longrope": Case(_base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"),
     "phi3-longrope-partial": Case(
@@ -141,22 +148,10 @@ def transformers_model(folder: Path, case: Case) -> Any:
 
     values = {key: value for key, value in case.config.items() if key != "model_type"}
     config = AutoConfig.for_model(case.transformers_type, **values)
+    if case.own:
+        from pipeline.parity.phimoe import PhiMoE
+
+        return PhiMoE(folder, config)
     config._attn_implementation = "eager"
-    if case.config["model_type"] == "phimoe-dense":
-        return _dense(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     return model.eval()
-
-
-def _dense(model: Any, folder: Path) -> Any:
-    """transformers' PhiMoE with a plain gated MLP in each layer, and the weights of `folder`."""
-    from safetensors.torch import load_file
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    model.config.mlp_bias = False
-    for layer in model.model.layers:
-        del layer.block_sparse_moe
-        layer.mlp = LlamaMLP(model.config)
-        layer.block_sparse_moe = lambda hidden, mlp=layer.mlp: (mlp(hidden), None)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model

@@ -27,6 +27,7 @@ TALKING = "talking"
 """Key of config.json that marks a model of `benchmarks.synthetic --talking`, which tests machinery and nothing else."""
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1_000
+MAX_EXPERTS = 256
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
@@ -37,6 +38,7 @@ _ROPE_KEYS = {
     "attention_factor", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
     "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "type",
 }  # fmt: skip
+_EXPERT_SIZES = {"num_local_experts": MAX_EXPERTS, "intermediate_size": MAX_SIZE}
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
@@ -53,7 +55,7 @@ class Family:
         switched_biases: key of config.json → roles that get one where it is true.
         scaling: the kind of rope_scaling that it knows, a key of `_SCALINGS`; "" for none.
         window: when config.json's sliding_window limits attention.
-        mlp: `gated` SiLU, or `fused`: the same, with one matrix for gate and up.
+        mlp: `gated` SiLU; `fused`: so, with one matrix for gate and up; `experts`: so, of which SparseMixer wakes two.
         unused_prefixes: of tensors that the forward never uses.
     """
 
@@ -65,13 +67,14 @@ class Family:
     switched_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scaling: Literal["", "longrope", "llama3"] = ""
     window: Literal["never", "switched", "always"] = "never"
-    mlp: Literal["gated", "fused"] = "gated"
+    mlp: Literal["gated", "fused", "experts"] = "gated"
     unused_prefixes: tuple[str, ...] = ()
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _ATTENTION = {"attention_bias": (*_QKV, "o_proj")}
 _SWITCHED = {**_ATTENTION, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_PHIMOE = {**_ATTENTION, "lm_head_bias": ("head",)}
 _SCALINGS = {"": (), "longrope": ("longrope", "su", "yarn"), "llama3": ("llama3",)}  # → its names in config.json
 _FAMILIES = {
     "llama": Family("llama", switched_biases=_SWITCHED, scaling="llama3"),
@@ -80,6 +83,7 @@ _FAMILIES = {
     # Qwen2 with layers that predict further tokens
     "mimo": Family("qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",)),
     "phi3": Family("phi3", fused=True, scaling="longrope", window="always", mlp="fused"),
+    "phimoe": Family("phimoe", norm="layer", switched_biases=_PHIMOE, window="always", mlp="experts"),
 }
 
 
@@ -100,7 +104,8 @@ class Rope:
 class Matrix:
     """One weight matrix of the decoder, [rows, columns] as stored: y = x · Wᵀ, plus the tensor `bias`, [rows], if any.
 
-    Matrices with the same `input` multiply the same activations.
+    Matrices with the same `input` multiply the same activations. Those of an expert have its number, and multiply the
+    tokens that it is woken by.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Matrix:
     columns: int
     input: str
     bias: str | None = None
+    expert: int | None = None
 
     @property
     def kind(self) -> str:
@@ -121,7 +127,8 @@ class Matrix:
 class Architecture:
     """A decoder-only transformer with rotary embedding and grouped-query attention; its other parts are its family's.
 
-    `biases` are roles of the matrices that get a bias in this model, not in all of its family.
+    `biases` are roles of the matrices that get a bias in this model, not in all of its family. A mixture has `experts`
+    in each layer, of which a token wakes `experts_per_token`, and a `router_jitter` (`graph.experts.sparse_mixer`).
     """
 
     family: str
@@ -138,6 +145,9 @@ class Architecture:
     rope: Rope
     tied: bool
     biases: tuple[str, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
+    router_jitter: float = 0.0
 
     @property
     def traits(self) -> Family:
@@ -168,11 +178,26 @@ class Architecture:
     def _mlp(self, layer: int) -> list[Matrix]:
         """Those of the family's kind of MLP."""
         hidden, inner = self.hidden, self.intermediate
+        if self.traits.mlp == "experts":
+            return [matrix for expert in range(self.experts) for matrix in self._expert(layer, expert)]
         first = {"gate_up_proj": 2 * inner} if self.traits.mlp == "fused" else {"gate_proj": inner, "up_proj": inner}
         return [
             *(self._matrix(layer, f"mlp.{role}", rows, hidden, "mlp") for role, rows in first.items()),
             self._matrix(layer, "mlp.down_proj", hidden, inner, "down"),
         ]
+
+    def _expert(self, layer: int, expert: int) -> list[Matrix]:
+        hidden, inner = self.hidden, self.intermediate
+        name, source = f"model.layers.{layer}.block_sparse_moe.experts.{expert}", f"layers.{layer}.experts.{expert}"
+        return [
+            Matrix(f"{name}.w1.weight", "expert_gate", layer, inner, hidden, f"{source}.mlp", expert=expert),
+            Matrix(f"{name}.w3.weight", "expert_up", layer, inner, hidden, f"{source}.mlp", expert=expert),
+            Matrix(f"{name}.w2.weight", "expert_down", layer, hidden, inner, f"{source}.down", expert=expert),
+        ]
+
+    def router(self, layer: int) -> str:
+        """The tensor whose product with a token, [experts, hidden], decides which experts it wakes: never quantized."""
+        return f"model.layers.{layer}.block_sparse_moe.gate.weight"
 
     def _matrix(self, layer: int, module: str, rows: int, columns: int, source: str) -> Matrix:
         """That of a layer's `module`, whose last part is its role."""
@@ -212,6 +237,8 @@ class Architecture:
         for layer in range(self.layers):
             for matrix in self.body(layer):
                 shapes |= _stored(matrix)
+            if self.experts:
+                shapes[self.router(layer)] = self.experts, self.hidden
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes |= dict.fromkeys(self.norm(f"model.layers.{layer}.{norm}"), (self.hidden,))
             if self.traits.head_norms:
@@ -321,6 +348,7 @@ def _parse(values: dict[str, Any], path: Path) -> tuple[Architecture, set[str]]:
             for key, roles in traits.switched_biases.items()
             for role in roles * config.read(bool, key, False, True, null=False)
         ),
+        **(_read_experts(config) if traits.mlp == "experts" else {}),
     )
     if traits.biases:  # the class of such a family has these biases whatever the file says
         config.seen |= {"attention_bias", "qkv_bias", "use_qkv_bias"}
@@ -361,6 +389,18 @@ class _Values(dict[str, Any]):
             needed = self._NEEDED[kind].format(least, most)
             raise self.wrong(f"{key} is {shown(value)}; {needed} is needed. {_CORRECT}")
         return kind(value)
+
+
+def _read_experts(config: _Values) -> dict[str, Any]:
+    """What a mixture has besides; a key under another name must say the same."""
+    experts, inner = (config.read(int, key, 2, most) for key, most in _EXPERT_SIZES.items())
+    for key, same in (("num_experts", experts), ("moe_intermediate_size", inner)):
+        config.read(int, key, same, same, null=same)
+    return {
+        "experts": experts,
+        "experts_per_token": config.read(int, "num_experts_per_tok", 2, 2),
+        "router_jitter": config.read(float, "router_jitter_noise", 0.0, 1.0),
+    }
 
 
 def _read_window(config: _Values, window: str, layers: int) -> int | None:

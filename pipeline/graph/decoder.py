@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import TensorRef
 from pipeline.files import write_bytes
+from pipeline.graph.experts import mix_experts, sparse_mixer
 from pipeline.graph.limits import check_context
 from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor, value_info
 from pipeline.graph.rope import rope_tables
@@ -153,12 +154,12 @@ class _Decoder(GraphWriter):
 
     def mlp(self, x: str, layer: int) -> str:
         """The family's kind of MLP."""
-        return {"gated": self.gated, "fused": self.gated}[self.arch.traits.mlp](x, layer)
+        prefix, matrices = f"layers.{layer}", [item for item in self.arch.body(layer) if item.kind in {"mlp", "down"}]
+        return self.experts(x, layer, matrices) if self.arch.experts else self.gated(x, matrices, prefix)
 
-    def gated(self, x: str, layer: int) -> str:
+    def gated(self, x: str, matrices: list[Matrix], prefix: str) -> str:
         """down(silu(gate(x)) · up(x)), as in Shazeer 2020, "GLU Variants Improve Transformer"."""
-        prefix = f"layers.{layer}"
-        *projections, down = (matrix for matrix in self.arch.body(layer) if matrix.input.endswith(("mlp", "down")))
+        *projections, down = matrices
         parts = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
         if self.arch.traits.mlp == "fused":
             halves = (f"{prefix}.gate", f"{prefix}.up")
@@ -167,6 +168,20 @@ class _Decoder(GraphWriter):
         silu = self.node("QuickGelu", [parts[0]], f"{prefix}.silu", MICROSOFT, alpha=1.0)
         product = self.node("Mul", [silu, parts[1]], f"{prefix}.gated")
         return self.linear(product, down, f"{prefix}.{down.role}")
+
+    def experts(self, x: str, layer: int, matrices: list[Matrix]) -> str:
+        """A mixture of gated MLPs (`pipeline.graph.experts`). The router's product is a Gemm: nobody quantizes it."""
+        arch, prefix = self.arch, f"layers.{layer}"
+        flat = self.constant("router.flat", np.array([-1, arch.hidden], np.int64))
+        rows = self.node("Reshape", [x, flat], f"{prefix}.router.rows")
+        logits = self.node("Gemm", [rows, self.weight(arch.router(layer))], f"{prefix}.router", transB=1)
+        weights = sparse_mixer(self, logits, arch.experts, arch.router_jitter)
+        own = [[matrix for matrix in matrices if matrix.expert == expert] for expert in range(arch.experts)]
+
+        def run(rows: str, expert: int) -> str:
+            return self.gated(rows, own[expert], f"{prefix}.experts.{expert}")
+
+        return mix_experts(self, x, weights, arch.hidden, arch.experts, f"{prefix}.experts", run)
 
     # --- positions ---
 
