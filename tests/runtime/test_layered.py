@@ -11,10 +11,13 @@ import pytest
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import EvaluationError
 from pipeline.runtime import layered as module
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.session import OnnxDecoder
 from tests.activations import make_decoder
 from tests.families import CASES
+
+pytest_plugins = ["tests.torch_device"]
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(3, 320, length) for length in (70, 5, 20)]
@@ -52,6 +55,12 @@ def test_logits_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Pa
     for got, want in zip(ask(decoder), ask(OnnxDecoder(tmp_path / "model.onnx")), strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("phi3-longrope", "F32"), ("mimo", "BF16")])
+def test_logits_are_those_of_the_whole_graph_on_a_gpu(name: str, dtype: str, gpu: Gpu, tmp_path: Path) -> None:
+    test_logits_are_those_of_the_whole_graph(name, dtype, tmp_path)
+    assert not gpu.fallen
 
 
 class Killed(Exception):
