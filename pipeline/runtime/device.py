@@ -112,7 +112,13 @@ CPU = Device()
 
 def chosen() -> Device:
     """The configured device (`load_device`). Raises ConfigError where it is to be a GPU and torch has none."""
-    return _device(load_device())
+    return _device(_configured())
+
+
+@cache
+def _configured() -> str:
+    """Read once: what is edited while a stage runs is for the next one."""
+    return load_device()
 
 
 @cache

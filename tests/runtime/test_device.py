@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ WINDOWS = [np.random.default_rng(7).integers(3, 320, length) for length in (80, 
 
 
 @pytest.fixture(autouse=True)
-def _forgotten() -> None:
-    device._device.cache_clear()
+def _forgotten() -> Iterator[None]:
+    """What one test chooses is no other's."""
+    caches = (device._configured, device._device)
+    for one in caches:
+        one.cache_clear()
+    yield
+    for one in caches:
+        one.cache_clear()
 
 
 # --- which one -------------------------------------------------------------------------------------------------------
