@@ -16,15 +16,15 @@ import pytest
 CEILINGS = {
     "artifact": 912,
     "bundle": 1667,
-    "calibrate": 248,
+    "calibrate": 256,
     "checkpoint": 1682,
-    "config": 569,
+    "config": 579,
     "confine": 431,
     "door": 740,
-    "graph": 400,
+    "graph": 403,
     "judge": 563,
     "keys": 335,
-    "learn": 333,
+    "learn": 151,
     "modules": 789,
     "packs": 921,
     "parity": 141,
@@ -33,13 +33,13 @@ CEILINGS = {
     "prepack": 669,
     "publish": 788,
     "quantize": 910,
-    "report": 1221,
-    "runtime": 1135,
+    "report": 1222,
+    "runtime": 1461,
     "serve": 1866,
-    "stages": 1016,
-    "tasks": 2193,
+    "stages": 1031,
+    "tasks": 2196,
 }
-WHOLE = 21_213
+WHOLE = 21_396
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -75,6 +75,7 @@ class Gpu(Device):
     def __init__(self, kind: str, label: str):
         import torch
 
+        torch.set_float32_matmul_precision("highest")  # containers switch TF32 on by the environment
         self.kind, self.name, self.xp = kind, f"{kind} {label}", torch
         self.fallen: set[str] = set()
 
