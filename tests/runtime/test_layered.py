@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import EvaluationError
-from pipeline.runtime import layered as module
 from pipeline.runtime.device import Gpu
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.session import OnnxDecoder
@@ -104,7 +103,7 @@ def test_what_was_answered_needs_no_second_pass(tmp_path: Path, monkeypatch: pyt
     decoder.prepare(ask)
     _, state = decoder.run(PROMPTS[2])
     want, _ = decoder.run(ANSWERS[1], state)
-    monkeypatch.setattr(module, "open_slice", lambda *_: pytest.fail("a layer was loaded"))
+    monkeypatch.setattr(LayeredDecoder, "_pass", lambda *_: pytest.fail("a layer was loaded"))
     rest = again(tmp_path, architecture)
     rest.prepare(lambda some: some.run(ANSWERS[1], some.run(PROMPTS[2])[1]))
     np.testing.assert_array_equal(rest.run(ANSWERS[1], rest.run(PROMPTS[2])[1])[0], want)
@@ -130,6 +129,6 @@ def test_states_of_one_layer_lie_on_the_disk(tmp_path: Path) -> None:
 
 def test_nothing_asked_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = make(tmp_path, "llama-tied")
-    monkeypatch.setattr(module, "open_slice", lambda *_: pytest.fail("a layer was loaded"))
+    monkeypatch.setattr(LayeredDecoder, "_pass", lambda *_: pytest.fail("a layer was loaded"))
     decoder.prepare(lambda some: None)
     assert not (tmp_path / "states").exists()
