@@ -34,7 +34,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.slices import DecoderSlices
-from pipeline.runtime.device import chosen, computed_by
+from pipeline.runtime.device import chosen_device, computed_by
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.side_by_side import SideBySide
 from pipeline.runtime.stream import LayerStream
@@ -64,7 +64,7 @@ class Passes:
     def run(self) -> Arrays:
         """What each pass gives by `<pass>/<name>`, and its `<pass>.seconds`."""
         found: Arrays = {}
-        chosen().get(chosen().put(self.ids))  # a GPU's first use takes seconds
+        chosen_device().get(chosen_device().put(self.ids))  # a GPU's first use takes seconds
         works: dict[str, Callable[[], Arrays]] = {
             "calibration": self.calibration, "logits": self.logits, "writing": self.writing, "learning": self.learning,
         }  # fmt: skip
@@ -104,7 +104,7 @@ class Passes:
         from pipeline.learn.training import learn, precision
         from pipeline.runtime.interpreter import Interpreter
 
-        kind, (graph,) = chosen().kind, self.artifact.glob("*.onnx")
+        kind, (graph,) = chosen_device().kind, self.artifact.glob("*.onnx")
         student, teacher = (
             Interpreter(onnx.load(path, load_external_data=False), path.parent, kind, precision(kind))
             for path in (graph, self.folder / MODEL_FILE)
@@ -170,7 +170,7 @@ def main(context: click.Context) -> None:
         return
     os.environ[DEVICE] = "cuda"
     try:
-        name, workspace = chosen().name, Workspace(SMALL)
+        name, workspace = chosen_device().name, Workspace(SMALL)
         artifact = workspace.require(workspace.artifact(VARIANT), "quantize", VARIANT)
         with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
             rows = compared(SMALL, *_both(workspace.reference(Store()), Path(scratch), 8, 256, artifact))

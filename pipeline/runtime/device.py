@@ -111,7 +111,7 @@ class Gpu(Device):
 CPU = Device()
 
 
-def chosen() -> Device:
+def chosen_device() -> Device:
     """The configured device (`load_device`). Raises ConfigError where it is to be a GPU and torch has none."""
     return _device(_configured())
 
@@ -142,7 +142,7 @@ def _device(wanted: str) -> Device:
 
 def computed_by() -> str:
     """The chosen device's name, and what fell back from it in this process, for the record of a result."""
-    where = chosen()
+    where = chosen_device()
     fallen = sorted(where.fallen) if isinstance(where, Gpu) else []
     return f"{where.name}; on the CPU: {', '.join(fallen)}" if fallen else where.name
 
@@ -153,7 +153,7 @@ def passing(what: str, work: Callable[[Device], T]) -> T:
 
     What `work` writes, it must be able to write twice.
     """
-    where = chosen()
+    where = chosen_device()
     if isinstance(where, Gpu) and what not in where.fallen:
         try:
             return work(where)

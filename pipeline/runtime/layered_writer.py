@@ -16,7 +16,7 @@ from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.journal import Journal
 from pipeline.progress import Progress
-from pipeline.runtime.device import chosen
+from pipeline.runtime.device import chosen_device
 from pipeline.runtime.generate import Prompter, Request, Sampling, Written
 from pipeline.runtime.side_by_side import SideBySide, fitting_texts
 
@@ -55,7 +55,7 @@ class LayeredWriter(Prompter):
 
     def side_by_side(self, lengths: Sequence[int]) -> tuple[SideBySide, int]:
         """The model for texts of these lengths in tokens, and how many of them it runs at once."""
-        memory = chosen().memory(Checkpoint(self._graph.parent).weight_bytes)
+        memory = chosen_device().memory(Checkpoint(self._graph.parent).weight_bytes)
         texts = fitting_texts(self._architecture, len(lengths), max(lengths), memory)
         return SideBySide(self._graph, self._architecture, texts, max(lengths)), texts
 

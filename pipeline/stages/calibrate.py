@@ -25,7 +25,7 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import Partial, open_partial
 from pipeline.progress import Progress
 from pipeline.quantize.factor import held_out_damping
-from pipeline.runtime.device import chosen, computed_by
+from pipeline.runtime.device import chosen_device, computed_by
 from pipeline.runtime.stream import LayerStream, Passed
 from pipeline.workspace import MODEL_FILE, Workspace
 
@@ -63,7 +63,7 @@ def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
         "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
         "windows": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in windows],
     }
-    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen().name, inputs])
+    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen_device().name, inputs])
 
 
 def _measure(

@@ -29,7 +29,7 @@ from pipeline.partial import open_partial
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
-from pipeline.runtime.device import chosen, computed_by
+from pipeline.runtime.device import chosen_device, computed_by
 from pipeline.workspace import MODEL_FILE, Workspace
 
 _DAMAGED_ROWS = 256
@@ -148,4 +148,4 @@ def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> st
         "moments": sha256_of(workspace.moments),
         "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen().name, inputs])
+    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen_device().name, inputs])

@@ -20,7 +20,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge import escalation
 from pipeline.partial import open_partial
-from pipeline.runtime.device import CPU, chosen, computed_by
+from pipeline.runtime.device import CPU, chosen_device, computed_by
 from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.layered_writer import LayeredWriter
@@ -108,8 +108,8 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
     large = variant == REFERENCE and runs_layered(
         suite.reference, Checkpoint(folder).weight_bytes, architecture.parameters, machine.available_memory()
     )
-    layered = large or (variant == REFERENCE and suite.reference == "auto" and chosen() is not CPU)
-    device = chosen().name if layered else CPU.name
+    layered = large or (variant == REFERENCE and suite.reference == "auto" and chosen_device() is not CPU)
+    device = chosen_device().name if layered else CPU.name
     return Subject(
         model, variant, folder, graph, architecture, entry, store, large, layered, device, _open, _open_writer
     )

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph.slices import DecoderSlices
 from pipeline.keys.closure import Closure
 from pipeline.runtime import device
-from pipeline.runtime.device import CPU, Device, Gpu, chosen, computed_by, passing
+from pipeline.runtime.device import CPU, Device, Gpu, chosen_device, computed_by, passing
 from pipeline.runtime.interpreter import Interpreter
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.side_by_side import SideBySide
@@ -44,7 +44,7 @@ def _forgotten() -> Iterator[None]:
 def test_the_cpu_unless_something_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELINE_DEVICE", raising=False)
     assert load_device() == "cpu"
-    assert chosen() is CPU
+    assert chosen_device() is CPU
     assert computed_by() == "cpu"
 
 
@@ -53,19 +53,19 @@ def test_auto_takes_a_gpu_where_torch_has_one(
 ) -> None:
     monkeypatch.setenv("PIPELINE_DEVICE", "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chosen() is CPU
+    assert chosen_device() is CPU
     assert "device: auto: torch" in capsys.readouterr().err
     device._device.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
-    assert (chosen().kind, chosen().name) == ("cuda", "cuda NVIDIA T4")
+    assert (chosen_device().kind, chosen_device().name) == ("cuda", "cuda NVIDIA T4")
 
 
 def test_cuda_without_a_gpu_is_an_error_that_names_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^device: cuda: torch .*pip install --force-reinstall -r requirements\.txt"):
-        chosen()
+        chosen_device()
 
 
 def test_another_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
