@@ -15,7 +15,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck arm64 show check test test-long lint clean
+.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck gpu-check arm64 show check test test-long lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,6 +65,9 @@ rehearsal: $(READY)  ## a full-size model that talks (MODELS=mimo-8b) through al
 crosscheck: $(READY)  ## MMLU prompts, scores and cost beside lm-evaluation-harness, on SmolLM2 at full precision
 	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-crosscheck.txt -c constraints.txt
 	python -m benchmarks.crosscheck_mmlu artifacts/smollm2-135m/reference --out benchmarks/results/mmlu.json
+
+gpu-check: $(READY)  ## what a GPU computes of full-precision passes beside the CPU, and how fast: minutes, after make demo
+	python -m benchmarks.gpu_check
 
 arm64: $(READY)  ## artifacts in the arm64 build of ONNX Runtime under QEMU, beside x86-64: Debian or Ubuntu, no root
 	python -m benchmarks.arm64 $(ARM64) --out benchmarks/results/arm64.json

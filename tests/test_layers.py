@@ -68,10 +68,11 @@ def test_no_modules_import_each_other() -> None:
     assert not left
 
 
-def test_only_the_room_that_learns_and_the_reference_exporter_import_torch() -> None:
-    """`learn` imports that room when a recipe asks for it: its stage loads without torch, as the core stages do."""
+def test_only_what_learns_or_runs_on_a_gpu_and_the_reference_exporter_import_torch() -> None:
+    """When a recipe or the configuration asks for them: all core stages load without torch."""
     found = {name for name, path in MODULES.items() if re.search("(import|from) torch", path.read_text())}
-    assert {name.split(".")[1] for name in found} == {"learn", "parity"}
+    expected = {"learn.training", "parity.optimum_export", "runtime.device", "runtime.interpreter"}
+    assert {name.removeprefix("pipeline.") for name in found} == expected
 
 
 def test_core_stages_import_neither_torch_nor_optimum() -> None:

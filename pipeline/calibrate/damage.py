@@ -25,7 +25,7 @@ from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
 from pipeline.partial import Partial
 from pipeline.progress import Progress
-from pipeline.runtime.session import open_slice
+from pipeline.runtime.device import Array, Device, passing
 
 # A matrix and some of its rows, float32 [rows, columns] → the same rows as they are after quantization.
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
@@ -94,26 +94,30 @@ class Passing:
 
     def advance(self, copies: Copies) -> Copies:
         """All copies through one layer, and one more for each of its matrices."""
+        return passing(f"sensitivity: layer {copies.layer}", lambda where: self._advanced(copies, where))
+
+    def _advanced(self, copies: Copies, where: Device) -> Copies:
         matrices = self._arch.body(copies.layer)
-        weights = {matrix.name: self._checkpoint.rows(matrix.name) for matrix in matrices}
-        run, done = self._run(self._slices.open_layer(copies.layer)), len(copies.states)
+        whole = {matrix.name: self._checkpoint.rows(matrix.name) for matrix in matrices}
+        weights = {name: where.put(rows) for name, rows in whole.items()}
+        run, done = self._run(self._slices.open_layer(copies.layer), where), len(copies.states)
         states = np.empty((done + len(matrices), *copies.states.shape[1:]), np.float32)
         for batch in _batches(copies.states):
             states[batch] = run(copies.states[batch], weights)
         for index, matrix in enumerate(matrices, done):
-            hurt = {matrix.name: self._damage(matrix, weights[matrix.name])}
+            hurt = {matrix.name: where.put(self._damage(matrix, whole[matrix.name]))}
             states[index] = run(copies.states[:1], weights | hurt)[0]
         if not np.isfinite(states[0]).all():
             raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
         return Copies([*copies.names, *(matrix.name for matrix in matrices)], states, copies.layer + 1)
 
-    def _run(self, part: Slice) -> Callable[..., np.ndarray]:
+    def _run(self, part: Slice, where: Device) -> Callable[..., np.ndarray]:
         """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
         output, of the same shape."""
-        run_slice = open_slice(part.model, self._folder)
+        run_slice = where.open(part.model, self._folder)
         output = part.target or next(iter(part.taps.values()))
 
-        def run(states: np.ndarray, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+        def run(states: np.ndarray, weights: Mapping[str, Array] = MappingProxyType({})) -> np.ndarray:
             batch = states.reshape(-1, *states.shape[2:])
             mask = np.ones(batch.shape[:2], np.int64)
             (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
@@ -123,31 +127,36 @@ class Passing:
 
     def divergences(self, copies: Copies) -> dict[str, float]:
         """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
-        head, run = self._arch.head, self._run(self._slices.layer(self._arch.layers))
+        return passing("sensitivity: head", lambda where: self._divergences(copies, where))
+
+    def _divergences(self, copies: Copies, where: Device) -> dict[str, float]:
+        head, run, xp = self._arch.head, self._run(self._slices.layer(self._arch.layers), where), where.xp
         states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
         states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
         if not self._arch.tied:  # the last copy: clean states, damaged head
             states, names = np.concatenate([states, states[:1]]), [*names, head.name]
-        clean = states[0]
-        own, others = _LogSum(len(clean)), [_LogSum(len(clean)) for _ in names]
+        clean, *others = map(where.put, states)
+        own, *sums = (_LogSum(len(clean), where) for _ in states)
         for rows, bias in self._head_rows():
-            own.add(clean @ rows.T + bias)
-        reference, cross = own.log(), np.zeros((len(names), len(clean)))
+            own.add(clean @ where.put(rows).T + where.put(bias))
+        reference = own.log()
+        cross = [where.put(np.zeros(len(clean))) for _ in names]
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
-            for rows, bias in self._head_rows():
-                logits, hurt = clean @ rows.T + bias, self._damage(head, rows)
-                tables = [hurt if name == head.name else rows for name in names]
-                shares = np.exp(logits - reference[:, None].astype(np.float32))
+            for rows, added in self._head_rows():
+                whole, hurt, bias = map(where.put, (rows, self._damage(head, rows), added))
+                tables = [hurt if name == head.name else whole for name in names]
+                logits = clean @ whole.T + bias
+                shares = xp.exp(logits - xp.asarray(reference[:, None], dtype=xp.float32))
 
-                def add(hidden: np.ndarray, table: np.ndarray, total: np.ndarray, sums: _LogSum) -> None:
+                def add(hidden: Array, table: Array, total: Array, sums: _LogSum) -> None:
                     other = hidden @ table.T + bias  # noqa: B023 (finished within this turn)
                     # Differences first: in float32, two sums of thousands of logits would not be told apart.
-                    total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
+                    total += xp.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
                     sums.add(other)
 
-                list(pool.map(add, states[1:], tables, cross, others))
-        divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
-        return dict(zip(names, divergence.tolist(), strict=True))
+                list(pool.map(add, others, tables, cross, sums))
+        divergences = (total + one.log() - reference for total, one in zip(cross, sums, strict=True))
+        return {name: float(one.mean()) for name, one in zip(names, divergences, strict=True)}
 
     def _head_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The head and its bias, some rows at a time."""
@@ -166,19 +175,20 @@ def _batches(states: np.ndarray) -> Iterator[slice]:
 class _LogSum:
     """log Σ exp over logits that come in chunks, float64 [tokens]."""
 
-    def __init__(self, tokens: int):
-        self._top, self._sum = np.full(tokens, -np.inf), np.zeros(tokens)
+    def __init__(self, tokens: int, where: Device):
+        self._xp, self._top, self._sum = where.xp, where.put(np.full(tokens, -np.inf)), where.put(np.zeros(tokens))
 
-    def add(self, logits: np.ndarray) -> None:
+    def add(self, logits: Array) -> None:
         """float32 [tokens, chunk]; they are overwritten."""
-        top = np.maximum(self._top, logits.max(axis=1))
-        logits -= top[:, None].astype(np.float32)
-        part = np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)
-        self._sum = self._sum * np.exp(self._top - top) + part
+        xp = self._xp
+        top = xp.maximum(self._top, xp.amax(logits, 1))
+        logits -= xp.asarray(top[:, None], dtype=xp.float32)
+        part = xp.sum(xp.exp(logits, out=logits), 1, dtype=xp.float64)
+        self._sum = self._sum * xp.exp(self._top - top) + part
         self._top = top
 
-    def log(self) -> np.ndarray:
-        return self._top + np.log(self._sum)
+    def log(self) -> Array:
+        return self._top + self._xp.log(self._sum)
 
 
 # --- an interrupted run ---

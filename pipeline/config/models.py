@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from pipeline.config.sources import HubName, HubSource, Source
-from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, load
+from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, check, load
+
+DEVICE = "PIPELINE_DEVICE"
+"""The environment variable that takes precedence over `device` of configs/pipeline.yaml."""
 
 
 class PipelineConfig(Frozen):
@@ -16,6 +20,9 @@ class PipelineConfig(Frozen):
     models: tuple[Name, ...] = Field(min_length=1)
     variants: tuple[Name, ...] = Field(min_length=1)
     suite: Name
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="cpu", description="what computes full-precision passes; auto: a GPU where torch has one"
+    )
     undecided: bool = Field(default=False, description="do hours of work even where no measurement can end in PASS")
 
 
@@ -62,6 +69,13 @@ class ModelConfig(Frozen):
 def load_pipeline() -> PipelineConfig:
     """configs/pipeline.yaml"""
     return load(PipelineConfig, CONFIGS / "pipeline.yaml")
+
+
+def load_device() -> str:
+    """What computes full-precision passes: auto, cpu or cuda."""
+    if given := os.environ.get(DEVICE):
+        return check(PipelineConfig, load_pipeline().model_dump() | {"device": given}, DEVICE).device
+    return load_pipeline().device
 
 
 def load_model(model: str) -> ModelConfig:

@@ -19,6 +19,8 @@ from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import value_info
 
+LOGITS = "logits"
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -95,6 +97,10 @@ class DecoderSlices:
         _open_weights(part.model.graph, shapes)
         return part
 
+    def head(self) -> Slice:
+        """The head's input → `LOGITS`, float32 [batch, sequence, vocab]."""
+        return self._slice(self._taps[self.architecture.head.input], LOGITS, [], {})
+
     def _cached(self, layer: int) -> dict[str, str]:
         parts = {f"layers.{layer}.{part}": f"present.{layer}.{part}" for part in ("key", "value")}
         return {name: value for name, value in parts.items() if value in self._cache}
@@ -103,7 +109,7 @@ class DecoderSlices:
         taps = {name: self._taps[name] for name in names}
         outputs = {value: self.columns[name] for name, value in taps.items()}
         if target:
-            outputs[target] = self.architecture.hidden
+            outputs[target] = self.architecture.vocab if target == LOGITS else self.architecture.hidden
         nodes, read = self._reach([*outputs, *cached.values()], source)
         graph = self._model.graph
         taken = [_activations(source, self.architecture.hidden)] if source else []

@@ -163,7 +163,7 @@ def _functions(name: str) -> tuple[tuple[str, tuple[frozenset[str], str]], ...]:
 
 @cache
 def _version(distribution: str) -> str:
-    return version(distribution)
+    return version(distribution).partition("+")[0]  # a build for another device is no other version: records name it
 
 
 @cache

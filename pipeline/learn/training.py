@@ -29,9 +29,9 @@ from torch.nn import functional
 from pipeline.config.recipes import Learning
 from pipeline.errors import EvaluationError, ResourceError
 from pipeline.files import write_bytes
-from pipeline.learn.interpreter import Interpreter, Tensor
 from pipeline.machine import cores
 from pipeline.progress import Progress
+from pipeline.runtime.interpreter import Interpreter, Tensor
 
 SAVE_SECONDS = 60.0
 _WARMUP = 0.1  # share of the steps in which the rate grows to its full height; then it falls as a cosine
@@ -54,14 +54,9 @@ class Learned:
     losses: list[float]
 
 
-def device() -> str:
-    """What computes here."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def precision(name: str) -> torch.dtype:
+def precision(kind: str) -> torch.dtype:
     """Of products on a device: everything else is float32."""
-    return torch.float32 if name == "cpu" else torch.bfloat16
+    return torch.float32 if kind == "cpu" else torch.bfloat16
 
 
 def learn(
@@ -221,5 +216,5 @@ def _fitting() -> Iterator[None]:
             raise
         raise ResourceError(
             f"learning: the device's memory does not hold the model and a window's activations ({error}). Shorten "
-            f"`window` in configs/calibration.yaml, or hide the device (CUDA_VISIBLE_DEVICES=) and learn on the CPU."
+            f"`window` in configs/calibration.yaml, or learn on the CPU (PIPELINE_DEVICE=cpu)."
         ) from None

@@ -49,6 +49,7 @@ def identity(row: Row, beside: Row | None = None) -> dict[str, str]:
         "plan": found.get("plan_sha256") and f"sha256 {found['plan_sha256']}",
         "judged as": row.verdict and f"{row.verdict.row} of configs/gates.yaml",
         "measured by": runtimes and f"{', '.join(runtimes)} on {found.get('system', 'an unknown system')}",
+        "full precision on": found.get("device"),
     }
     return {name: fact for name, fact in facts.items() if fact and known.get(name) != fact}
 

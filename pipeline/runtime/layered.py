@@ -24,13 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
-from pipeline.checkpoint.architecture import Architecture, bias_of
-from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file, read_json, write_json
-from pipeline.graph.slices import DecoderSlices, Slice
+from pipeline.graph.slices import LOGITS, DecoderSlices, Slice
 from pipeline.progress import Progress
-from pipeline.runtime.session import SliceRun, open_slice
+from pipeline.runtime.device import Device, passing
+from pipeline.runtime.session import SliceRun
 
 _QUESTIONS = "questions.json"
 
@@ -75,7 +75,7 @@ class LayeredDecoder:
         self._architecture, self._weights, self._states, self._label = architecture, graph.parent, states, label
         self._questions: dict[str, Question] = {}
         self._starts: dict[str, int] = {}  # the first token of each question in a file of hidden states
-        self._head, self._bias = np.empty((0, architecture.hidden), np.float32), np.empty(0, np.float32)
+        self._head, self._heads = self._slices.head(), dict[Device, SliceRun]()
 
     def prepare(self, ask: Callable[[Listener], object]) -> None:
         """Announce all that `ask` asks. It must ask the same whatever the logits are.
@@ -98,8 +98,6 @@ class LayeredDecoder:
             for number in range(done + 1, last + 1):
                 self._pass(number)
                 progress.advance()
-        checkpoint, head = Checkpoint(self._weights), self._architecture.head
-        self._head, self._bias = checkpoint.rows(head.name), bias_of(head, checkpoint)
 
     def run(self, ids: Sequence[int], past: str | None = None) -> tuple[np.ndarray, str]:
         """Logits, float32 [len(ids), vocab], of `ids` after the state `past`, and the state after them.
@@ -111,7 +109,13 @@ class LayeredDecoder:
             raise EvaluationError(
                 f"{self._label}: {len(ids)} tokens were not announced to the layer-by-layer decoder. This is a bug."
             )
-        return self._hidden(self._architecture.layers + 1, name) @ self._head.T + self._bias, name
+        hidden = self._hidden(self._architecture.layers + 1, name)
+        return passing(f"{self._label}: head", lambda where: self._logits(hidden, where)), name
+
+    def _logits(self, hidden: np.ndarray, where: Device) -> np.ndarray:
+        if where not in self._heads:
+            self._heads[where] = where.open(self._head.model, self._weights)
+        return self._heads[where]([LOGITS], {self._head.source: hidden[None]})[0][0]
 
     def _resume(self, asked: dict[str, Question]) -> dict[str, Question]:
         """The questions whose hidden states lie in the folder if those that are asked are all among them."""
@@ -133,10 +137,14 @@ class LayeredDecoder:
     def _pass(self, number: int) -> None:
         """All questions through the embedding (0), a layer, or the last norm."""
         part = self._slices.layer(number - 1) if number else self._slices.embedding()
-        run = open_slice(part.model, self._weights)
-        with atomic_file(self._file(number)) as file:
-            for hidden in self._outputs(run, part, number):
-                file.write(np.ascontiguousarray(hidden).data)
+
+        def write(where: Device) -> None:
+            run = where.open(part.model, self._weights)
+            with atomic_file(self._file(number)) as file:
+                for hidden in self._outputs(run, part, number):
+                    file.write(np.ascontiguousarray(hidden).data)
+
+        passing(f"{self._label}: slice {number}", write)
         self._file(number - 1).unlink(missing_ok=True)
 
     def _outputs(self, run: SliceRun, part: Slice, number: int) -> Iterator[np.ndarray]:

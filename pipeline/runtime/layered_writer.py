@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.journal import Journal
 from pipeline.progress import Progress
+from pipeline.runtime.device import chosen_device
 from pipeline.runtime.generate import Prompter, Request, Sampling, Written
 from pipeline.runtime.side_by_side import SideBySide, fitting_texts
 
@@ -54,7 +55,8 @@ class LayeredWriter(Prompter):
 
     def side_by_side(self, lengths: Sequence[int]) -> tuple[SideBySide, int]:
         """The model for texts of these lengths in tokens, and how many of them it runs at once."""
-        texts = fitting_texts(self._architecture, len(lengths), max(lengths), machine.available_memory())
+        memory = chosen_device().memory(Checkpoint(self._graph.parent).weight_bytes)
+        texts = fitting_texts(self._architecture, len(lengths), max(lengths), memory)
         return SideBySide(self._graph, self._architecture, texts, max(lengths)), texts
 
 

@@ -3,7 +3,8 @@
 A pass widens one layer after the other from the checkpoint to float32, always into the same buffers, and runs all texts
 through it: those that are being written as one batch of a token each, those that begin through their whole prompt, in
 chunks. One session serves all layers: their weights are its inputs. Memory is a layer, a
-chunk's activations, and the texts' keys and values, to which attention adds in place.
+chunk's activations, and the texts' keys and values, to which attention adds in place. A GPU keeps the layers that its
+memory holds, with their keys and values, from pass to pass.
 
 New texts join as others end, at any pass: Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based
 Generative Models" (OSDI).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +25,10 @@ import onnxruntime as ort
 from pipeline.checkpoint.architecture import Architecture, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.graph.decoder import activation_bytes
-from pipeline.graph.slices import DecoderSlices
+from pipeline.graph.slices import LOGITS, DecoderSlices, Slice
 from pipeline.machine import cores
-from pipeline.runtime.session import open_graph, open_slice
+from pipeline.runtime.device import CPU, Array, Device, passing
+from pipeline.runtime.session import SliceRun, open_graph, open_slice
 
 CHUNK = 256
 """Tokens of a prompt that are run at a time."""
@@ -59,13 +62,21 @@ class _Batch(NamedTuple):
     mask: np.ndarray
 
 
+class _Kept(NamedTuple):
+    """A slice that a GPU keeps from pass to pass."""
+
+    where: Device
+    part: Slice
+    run: SliceRun
+
+
 class SideBySide:
     """Texts on their way through a model.
 
     Attributes:
         lengths: the tokens of each text that have passed. A text's number is its place here.
         switch: the length beyond which LongRoPE rotates a text otherwise, from its first token on; 0 for none.
-        cache: keys and values of each layer, float32 [texts, kv_heads, tokens, head_dim].
+        cache: keys and values of each layer, float32 [texts, kv_heads, tokens, head_dim], where the layer runs.
     """
 
     def __init__(self, graph: Path, architecture: Architecture, texts: int, tokens: int):
@@ -77,10 +88,11 @@ class SideBySide:
         Raises EvaluationError when ONNX Runtime refuses a slice, and CheckpointError as `session.check_weights`.
         """
         self.lengths: list[int] = []
-        self._architecture, self._weights = architecture, Checkpoint(graph.parent)
+        self._architecture, self._folder, self._weights = architecture, graph.parent, Checkpoint(graph.parent)
         self._pool = ThreadPoolExecutor(cores() + 1)  # one waits for the disk
         self.switch = architecture.rope.original_max_position if architecture.rope.long_factor else 0
-        slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
+        self._slices = slices = DecoderSlices(onnx.load(graph, load_external_data=False), architecture, cache=True)
+        self._kept: dict[int, _Kept] = {}  # the number of layers stands for the head
         part = slices.embedding()
         self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
         self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
@@ -91,7 +103,8 @@ class SideBySide:
         self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
         shape = (texts, architecture.kv_heads, tokens, architecture.head_dim)
         # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
-        self.cache = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in range(architecture.layers)]
+        layers = range(architecture.layers)
+        self.cache: list[list[Array]] = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in layers]
 
     def drop(self, text: int) -> None:
         """Forget a text; the last one takes its number."""
@@ -114,11 +127,7 @@ class SideBySide:
         batches = list(self._batches(ids))
         hidden = [self._embed([self._states], {"input_ids": batch.ids})[0] for batch in batches]
         for layer in range(self._architecture.layers):
-            for name, wide in zip(self._stored(layer), self._wide.values(), strict=True):
-                self._widen(name, wide)
-            for name in self._stored(layer + 1):  # while this layer multiplies, the disk reads the next
-                self._pool.submit(self._weights.prefetch, name, 0, self._weights[name].shape[0])
-            hidden = [self._advance(layer, *pair) for pair in zip(batches, hidden, strict=True)]
+            hidden = passing(f"writing: layer {layer}", partial(self._pass, layer, batches, hidden))
         # A long beginning has several batches: the last one overwrites what those before it gave for the text.
         last = np.empty((len(ids), 1, self._architecture.hidden), np.float32)
         for batch, values in zip(batches, hidden, strict=True):
@@ -144,6 +153,32 @@ class SideBySide:
         lengths = np.array(self.lengths[rows])
         return _Batch(rows, np.array(ids, np.int64), (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
 
+    def _pass(self, layer: int, batches: list[_Batch], hidden: list[np.ndarray], where: Device) -> list[np.ndarray]:
+        """All batches' hidden states after a layer."""
+        if where is not CPU:
+            return [self._advance_kept(layer, where, *pair) for pair in zip(batches, hidden, strict=True)]
+        if layer in self._kept:
+            where = self._kept.pop(layer).where
+            self.cache[layer] = [where.get(values) for values in self.cache[layer]]
+        for name, wide in zip(self._stored(layer), self._wide.values(), strict=True):
+            self._widen(name, wide)
+        for name in self._stored(layer + 1):  # while this layer multiplies, the disk reads the next
+            self._pool.submit(self._weights.prefetch, name, 0, self._weights[name].shape[0])
+        return [self._advance(layer, *pair) for pair in zip(batches, hidden, strict=True)]
+
+    def _advance_kept(self, layer: int, where: Device, batch: _Batch, hidden: np.ndarray) -> np.ndarray:
+        """As `_advance`, of a layer that a GPU keeps from now on."""
+        if layer not in self._kept:
+            kept = self._keep(self._slices.layer(layer), where)
+            self.cache[layer], self._kept[layer] = [where.put(values) for values in self.cache[layer]], kept
+        _, part, run = self._kept[layer]
+        past = zip(part.cached.values(), self.cache[layer], strict=True)
+        given = {name.replace("present.", "past_key_values."): values[batch.rows] for name, values in past}
+        return run([str(part.target)], given | {part.source: hidden, "attention_mask": batch.mask})[0]
+
+    def _keep(self, part: Slice, where: Device) -> _Kept:
+        return _Kept(where, part, where.open(part.model, self._folder))
+
     def _stored(self, layer: int) -> list[str]:
         """What the checkpoint calls a layer's tensors; the number of layers stands for the head."""
         last = layer == self._architecture.layers
@@ -164,11 +199,20 @@ class SideBySide:
         return binding.get_outputs()[-1].numpy()
 
     def _logits(self, hidden: np.ndarray) -> np.ndarray:
-        """float32 [texts, vocab] of the last hidden states [texts, 1, hidden]; the head is widened a part at a time."""
-        matrix, part = self._architecture.head, self._last
-        normed = self._norm([part.taps["head"]], {part.source: hidden})[0][:, 0]
+        """float32 [texts, vocab] of the last hidden states [texts, 1, hidden]."""
+        normed = self._norm([self._last.taps["head"]], {self._last.source: hidden})[0]
+        return passing("writing: head", partial(self._product, normed))
+
+    def _product(self, normed: np.ndarray, where: Device) -> np.ndarray:
+        """Logits of [texts, 1, hidden]; the CPU widens the head a part at a time."""
+        matrix, last = self._architecture.head, self._architecture.layers
+        if where is not CPU:
+            self._kept[last] = self._kept.get(last) or self._keep(self._slices.head(), where)
+            _, part, run = self._kept[last]
+            return run([LOGITS], {part.source: normed})[0][:, 0]
+        normed = normed[:, 0]
         buffer = max(self._wide.values(), key=np.size).reshape(-1)
-        logits, step = np.empty((len(hidden), matrix.rows), np.float32), buffer.size // matrix.columns
+        logits, step = np.empty((len(normed), matrix.rows), np.float32), buffer.size // matrix.columns
         for start in range(0, matrix.rows, step):
             rows = min(step, matrix.rows - start)
             wide = buffer[: rows * matrix.columns].reshape(rows, matrix.columns)

@@ -8,6 +8,7 @@ the way is Σ x·xᵀ of the products' inputs x, and some tokens of them as they
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
 from pipeline.quantize.cache import ROTATED, magnitudes
 from pipeline.quantize.rotation import rotate
-from pipeline.runtime.session import open_slice
+from pipeline.runtime.device import Array, Device, passing
 
 Windows = Sequence[np.ndarray]
 """Token ids, int64 [tokens] each."""
@@ -78,8 +79,7 @@ class LayerStream:
         self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
         self.layer, self.digest = layer or 0, ""
         if layer is None:
-            for _ in self._run(slices.embedding(), 0):
-                pass
+            passing("calibration: embedding", lambda where: deque(self._run(slices.embedding(), 0, where), 0))
             return
         path = states / self.states_file(layer)
         size = path.stat().st_size if path.is_file() else 0
@@ -105,41 +105,44 @@ class LayerStream:
         """
         for old in range(self.layer):
             (self._states / self.states_file(old)).unlink(missing_ok=True)
+        found = passing(f"calibration: layer {self.layer}", self._pass)
+        self.layer += 1
+        for total in found.products.values():
+            _mirror(total)
+        return found
+
+    def _pass(self, where: Device) -> Passed:
+        """The current layer's, of the products only the upper triangles."""
         arch, part = self._slices.architecture, self._slices.layer(self.layer)
         channels = {name: self._slices.columns[name] for name in part.taps}
-        found = Passed(
-            dict.fromkeys(channels, 0),
-            {name: np.zeros((count, count), np.float32) for name, count in channels.items()},
-            {name: np.empty((0, count), np.float32) for name, count in channels.items()},
-            {},
-        )
+        products = {name: where.put(np.zeros((count, count), np.float32)) for name, count in channels.items()}
+        samples = {name: np.empty((0, count), np.float32) for name, count in channels.items()}
+        found = Passed(dict.fromkeys(channels, 0), {}, samples, {})
         kept, last = sampled(self._windows), len(self._windows) - 1
         waiting: dict[str, list[np.ndarray]] = {name: [] for name in channels}
-        for number, values in enumerate(self._run(part, self.layer + 1)):
+        for number, values in enumerate(self._run(part, self.layer + 1, where)):
             for name, value in part.taps.items():
                 found.tokens[name] += len(values[value])
                 waiting[name].append(values[value])
                 if number in kept:
                     found.samples[name] = np.concatenate([found.samples[name], values[value]])
                 if number == last or sum(map(len, waiting[name])) >= BATCH_TOKENS:
-                    _add(found.products[name], np.concatenate(waiting[name]))
+                    _add(products[name], where.put(np.concatenate(waiting[name])))
                     waiting[name].clear()
             for name, value in part.cached.items():
                 _raise(found.ranges, name, magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0))
                 if name.endswith(".value"):
                     turned = rotate(values[value].reshape(-1, arch.head_dim), arch.head_dim)
                     _raise(found.ranges, f"{name}{ROTATED}", magnitudes(turned.reshape(values[value].shape)))
-        self.layer += 1
-        for total in found.products.values():
-            _mirror(total)
+        found.products.update({name: where.get(total) for name, total in products.items()})
         return found
 
-    def _run(self, part: Slice, next_layer: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def _run(self, part: Slice, next_layer: int, where: Device) -> Iterator[dict[str, np.ndarray]]:
         """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
 
         What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
         """
-        run = open_slice(part.model, self._weights)
+        run = where.open(part.model, self._weights)
         names, digest = [value.name for value in part.model.graph.output], hashlib.sha256()
         states = self._hidden() if part.source else repeat(np.empty(0))
         with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
@@ -168,8 +171,8 @@ def _raise(ranges: dict[str, np.ndarray], name: str, reached: np.ndarray) -> Non
     ranges[name] = np.maximum(ranges.get(name, reached), reached)
 
 
-def _add(total: np.ndarray, x: np.ndarray) -> None:
-    """Add xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]."""
+def _add(total: Array, x: Array) -> None:
+    """Add xᵀ·x to the upper triangle of [channels, channels], x float32 [tokens, channels]; both of one device."""
 
     def add(panel: tuple[int, int]) -> None:
         start, stop = panel  # no second matrix is made

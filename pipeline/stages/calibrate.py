@@ -25,6 +25,7 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import Partial, open_partial
 from pipeline.progress import Progress
 from pipeline.quantize.factor import held_out_damping
+from pipeline.runtime.device import chosen_device, computed_by
 from pipeline.runtime.stream import LayerStream, Passed
 from pipeline.workspace import MODEL_FILE, Workspace
 
@@ -51,7 +52,7 @@ def run(model: str) -> None:
             leftover.unlink()
         for path, values in ((workspace.moments, moments), (workspace.ranges, found)):
             # Whoever reads this file's digest knows what made the correlations too.
-            write_bytes(partial.folder / path.name, save(values, metadata={"key": key}))
+            write_bytes(partial.folder / path.name, save(values, metadata={"key": key, "device": computed_by()}))
         partial.finish(workspace.moments.parent)
     print(f"{model}: second moments of {len(moments)} inputs over {sum(map(len, windows)):,} tokens")
 
@@ -62,7 +63,7 @@ def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
         "export": [sha256_of(file) for file in sorted(workspace.export.iterdir())],
         "windows": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in windows],
     }
-    return keys.digest([keys.code(__name__), machine.kernel_class(), inputs])
+    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen_device().name, inputs])
 
 
 def _measure(

@@ -28,6 +28,7 @@ from pipeline.config.recipes import Learning, load_recipe
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.partial import Partial, discard, open_partial
+from pipeline.runtime.device import chosen_device
 from pipeline.runtime.session import check_weights
 from pipeline.stages.quantize import artifact_key, write_files
 from pipeline.workspace import MODEL_FILE, Workspace
@@ -98,21 +99,22 @@ def _windows(text: CalibrationConfig, wanted: Learning, folder: Path, store: Sto
 def _key(quantized: str, wanted: Learning, windows: list[np.ndarray]) -> str:
     """What decides the bytes, 64 hex digits: sums of another number of threads round otherwise."""
     text = hashlib.sha256(b"".join(ids.tobytes() for ids in windows)).hexdigest()
-    return keys.digest([quantized, keys.code(__name__), machine.cores(), wanted.model_dump(mode="json"), text])
+    by = [machine.cores(), chosen_device().name]
+    return keys.digest([quantized, keys.code(__name__), by, wanted.model_dump(mode="json"), text])
 
 
 def _learn(partial: Partial, planned: Planned, reference: Path, windows: list[np.ndarray], wanted: Learning) -> Learned:
     """Train what was written in `partial.folder`, and write what was learned in its place."""
     try:
-        from pipeline.learn.interpreter import Interpreter
-        from pipeline.learn.training import device, learn, precision
+        from pipeline.learn.training import learn, precision
+        from pipeline.runtime.interpreter import Interpreter
     except ImportError as error:
         raise PipelineError(
             f"a recipe with `learn` needs torch, which does not load ({error}). Install it (`pip install -r "
             f"requirements.txt`), or remove `learn` from the recipe."
         ) from None
     check_weights(reference / MODEL_FILE, reference)
-    drafted, state, where = planned.draft, partial.folder / _STATE, device()
+    drafted, state, where = planned.draft, partial.folder / _STATE, chosen_device().kind
     teacher = onnx.load(reference / MODEL_FILE, load_external_data=False)
     folders = ((drafted.model, partial.folder), (teacher, reference))
     student, full = (Interpreter(model, folder, where, precision(where)) for model, folder in folders)
@@ -129,6 +131,7 @@ def _learn(partial: Partial, planned: Planned, reference: Path, windows: list[np
 def _summary(learned: Learned, wanted: Learning) -> dict[str, Any]:
     """For plan.json: how it was trained, and the mean KL divergence in nats at both ends."""
     return wanted.model_dump(mode="json") | {
+        "device": chosen_device().name,
         "helped": bool(learned.values),
         "kl_before": learned.before,
         "kl_after": learned.after,

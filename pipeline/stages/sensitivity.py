@@ -29,6 +29,7 @@ from pipeline.partial import open_partial
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
+from pipeline.runtime.device import chosen_device, computed_by
 from pipeline.workspace import MODEL_FILE, Workspace
 
 _DAMAGED_ROWS = 256
@@ -59,7 +60,10 @@ def run(model: str) -> None:
         write_bytes(partial.folder / ERRORS, save(errors))
         formats = {matrix.name: str(_format(wanted.damage, matrix)) for matrix in _matrices(architecture)}
         rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
-        write_json(partial.folder / workspace.nats.name, {"key": key, "tokens": ids.size, "tensors": rows})
+        write_json(
+            partial.folder / workspace.nats.name,
+            {"key": key, "device": computed_by(), "tokens": ids.size, "tensors": rows},
+        )
         partial.finish(workspace.sensitivity)
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:3]:
@@ -144,4 +148,4 @@ def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> st
         "moments": sha256_of(workspace.moments),
         "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
-    return keys.digest([keys.code(__name__), machine.kernel_class(), inputs])
+    return keys.digest([keys.code(__name__), machine.kernel_class(), chosen_device().name, inputs])

@@ -20,6 +20,7 @@ from pipeline.config.models import load_model, load_pipeline
 from pipeline.files import read_json, sha256_of, write_json
 from pipeline.judge import escalation
 from pipeline.partial import open_partial
+from pipeline.runtime.device import CPU, chosen_device, computed_by
 from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.layered_writer import LayeredWriter
@@ -54,6 +55,8 @@ def run(model: str, variant: str) -> None:
                 if variant == REFERENCE or not escalation.waits(task, model, variant, metrics):
                     break
         partial.finish(workspace.evaluation(variant))
+    if subject.layered:
+        metrics["identity"]["device"] = computed_by()
     write_json(workspace.measurements(variant), metrics)
     print(f"{subject.name}: measured; all figures in {workspace.measurements(variant)}")
 
@@ -82,7 +85,7 @@ def _measured(
     asked = replace(subject, reference=reference, states=folder / STATES, source=source)
     key = key_of(task, asked, files)
     said = kept.adopt(folder, workspace.evaluation(subject.variant) / task.name, key)
-    if subject.layered and task.whole and kept.metrics_of(folder, key) is None:
+    if subject.large and task.whole and kept.metrics_of(folder, key) is None:
         print(f"  {task.name}: left out: this machine's memory does not hold the model, and no gate asks for it.")
         return None
     print(f"  {task.name}: {said}")
@@ -102,10 +105,14 @@ def _subject(model: str, variant: str, suite: Suite) -> Subject:
             if task.runs_graph and not task.reads:
                 workspace.require(workspace.evaluation(REFERENCE) / task.name, "validate", REFERENCE)
     architecture = read_architecture(folder / "config.json")
-    layered = variant == REFERENCE and runs_layered(
+    large = variant == REFERENCE and runs_layered(
         suite.reference, Checkpoint(folder).weight_bytes, architecture.parameters, machine.available_memory()
     )
-    return Subject(model, variant, folder, graph, architecture, entry, store, layered, _open, _open_writer)
+    layered = large or (variant == REFERENCE and suite.reference == "auto" and chosen_device() is not CPU)
+    device = chosen_device().name if layered else CPU.name
+    return Subject(
+        model, variant, folder, graph, architecture, entry, store, large, layered, device, _open, _open_writer
+    )
 
 
 def _open(subject: Subject) -> OnnxDecoder | LayeredDecoder:

@@ -46,6 +46,7 @@ def key_of(task: Task, subject: Subject, files: dict[str, str]) -> Key:
         "reference": reference if task.against_reference else None,
         "source": _recorded(subject.source),
         "machine": task.machine(subject.wanted),
+        "device": subject.device if task.runs_graph or task.writes else None,
     }
     metrics = {"number": number, "reference": reference, "statistics": code.get(summary)}
     return Key(*({name: keys.digest(value) for name, value in part.items()} for part in (items, metrics)))

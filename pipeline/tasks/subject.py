@@ -52,7 +52,9 @@ class Subject:
     Attributes:
         folder: graph, weights, tokenizer and genai_config.json, as a runtime loads them.
         graph: the graph in `folder`.
-        layered: whether the model is too large to be held in memory, and runs layer by layer.
+        large: whether memory does not hold the model.
+        layered: whether it runs layer by layer, being too large or on a GPU.
+        device: what computes it. Quantized files are the CPU's.
         open, open_writer: make the graph a decoder, and the folder a writer.
         wanted: the task's part of the suite.
         reference: the reference's per-item results in this task; None for the reference itself, and where it has none.
@@ -67,7 +69,9 @@ class Subject:
     architecture: Architecture
     entry: ModelConfig
     store: Store
+    large: bool = False
     layered: bool = False
+    device: str = "cpu"
     open: Callable[[Subject], Decoder] | None = None
     open_writer: Callable[[Subject], Writer] | None = None
     wanted: Any = None

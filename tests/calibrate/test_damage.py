@@ -17,8 +17,10 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.session import OnnxDecoder
 from tests.activations import make_decoder
+from tests.torch_device import choose
 
 IDS = np.random.default_rng(3).integers(3, 320, (3, 40))
 LONG = np.random.default_rng(3).integers(3, 320, (2, 80))  # beyond LongRoPE's switch at 64
@@ -164,3 +166,13 @@ def test_weights_that_overflow_are_refused(damaged: str, word: str, tmp_path: Pa
         save_file(tensors | {damaged: tensors[damaged] * np.float32(1e38)}, tmp_path / "model.safetensors")
     with pytest.raises(EvaluationError, match=f"{word}.*weights are damaged"), np.errstate(all="ignore"):
         measure(tmp_path, decoder, whole if word != "not finite" else infinite)
+
+
+@pytest.mark.parametrize(("name", "ids"), [("llama-tied", IDS), ("phi3-longrope", LONG)])
+def test_a_gpu_measures_the_same(name: str, ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder(tmp_path, name)
+    want = measure(tmp_path, decoder, ids=ids)
+    shutil.rmtree(tmp_path / "partial")
+    choose(monkeypatch, found := Gpu("cpu", "torch"))
+    assert measure(tmp_path, decoder, ids=ids) == pytest.approx(want, rel=1e-3)
+    assert not found.fallen

@@ -12,8 +12,8 @@ import torch
 from pipeline.config.recipes import Learning
 from pipeline.errors import EvaluationError
 from pipeline.learn import training
-from pipeline.learn.interpreter import Interpreter
 from pipeline.learn.training import Learned, learn
+from pipeline.runtime.interpreter import Interpreter
 from tests.artifact.exported import Exported, export
 from tests.families import CASES, make_checkpoint
 from tests.recipes import load_recipe

@@ -10,11 +10,13 @@ import pytest
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import EvaluationError
-from pipeline.runtime import layered as module
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.session import OnnxDecoder
 from tests.activations import make_decoder
 from tests.families import CASES
+
+pytest_plugins = ["tests.torch_device"]
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(3, 320, length) for length in (70, 5, 20)]
@@ -52,6 +54,12 @@ def test_logits_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Pa
     for got, want in zip(ask(decoder), ask(OnnxDecoder(tmp_path / "model.onnx")), strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("phi3-longrope", "F32"), ("mimo", "BF16")])
+def test_logits_are_those_of_the_whole_graph_on_a_gpu(name: str, dtype: str, gpu: Gpu, tmp_path: Path) -> None:
+    test_logits_are_those_of_the_whole_graph(name, dtype, tmp_path)
+    assert not gpu.fallen
 
 
 class Killed(Exception):
@@ -95,7 +103,7 @@ def test_what_was_answered_needs_no_second_pass(tmp_path: Path, monkeypatch: pyt
     decoder.prepare(ask)
     _, state = decoder.run(PROMPTS[2])
     want, _ = decoder.run(ANSWERS[1], state)
-    monkeypatch.setattr(module, "open_slice", lambda *_: pytest.fail("a layer was loaded"))
+    monkeypatch.setattr(LayeredDecoder, "_pass", lambda *_: pytest.fail("a layer was loaded"))
     rest = again(tmp_path, architecture)
     rest.prepare(lambda some: some.run(ANSWERS[1], some.run(PROMPTS[2])[1]))
     np.testing.assert_array_equal(rest.run(ANSWERS[1], rest.run(PROMPTS[2])[1])[0], want)
@@ -121,6 +129,6 @@ def test_states_of_one_layer_lie_on_the_disk(tmp_path: Path) -> None:
 
 def test_nothing_asked_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _ = make(tmp_path, "llama-tied")
-    monkeypatch.setattr(module, "open_slice", lambda *_: pytest.fail("a layer was loaded"))
+    monkeypatch.setattr(LayeredDecoder, "_pass", lambda *_: pytest.fail("a layer was loaded"))
     decoder.prepare(lambda some: None)
     assert not (tmp_path / "states").exists()

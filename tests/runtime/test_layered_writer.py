@@ -12,7 +12,7 @@ import pytest
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.errors import EvaluationError
 from pipeline.files import read_json, write_json
-from pipeline.runtime import layered_writer
+from pipeline.runtime import device
 from pipeline.runtime.generate import Limits, Request, Sampling, Writer, Written
 from pipeline.runtime.layered_writer import LayeredWriter, draw
 from pipeline.runtime.session import OnnxDecoder
@@ -56,7 +56,7 @@ def room_for(texts: int, folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: 
     architecture, begun = read_architecture(folder / "config.json"), Writer(folder)
     longest = max(len(begun.begin(request)[0]) + request.limits.total for request in wanted.values())
     memory = working_bytes(architecture, len(wanted)) + texts * longest * token_bytes(architecture)
-    monkeypatch.setattr(layered_writer.machine, "available_memory", lambda: 4 * memory // 3 + 1)
+    monkeypatch.setattr(device.machine, "available_memory", lambda: 4 * memory // 3 + 1)
 
 
 @pytest.fixture

@@ -12,11 +12,14 @@ from pipeline.checkpoint.chunks import SUFFIX, copied
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.runtime import side_by_side
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.side_by_side import SideBySide, fitting_texts, token_bytes, working_bytes
 from tests.activations import make_decoder
 from tests.families import CASES
 from tests.real_configs import architecture_of
+
+pytest_plugins = ["tests.torch_device"]
 
 RNG = np.random.default_rng(5)
 TEXTS = [RNG.integers(3, 320, length).tolist() for length in (70, 62, 20, 40)]
@@ -66,6 +69,14 @@ def test_a_text_s_logits_are_its_own(name: str, dtype: str, tmp_path: Path, monk
     advance((0, 63))
     advance()
     advance()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("phi3-longrope", "F32"), ("mimo", "BF16")])
+def test_a_text_s_logits_are_its_own_on_a_gpu(
+    name: str, dtype: str, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_a_text_s_logits_are_its_own(name, dtype, tmp_path, monkeypatch)
+    assert not gpu.fallen
 
 
 def test_memory_grows_with_what_is_written(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.errors import EvaluationError
 from pipeline.graph.slices import DecoderSlices
 from pipeline.preflight.guard import guarded
 from pipeline.runtime.chat import transcript
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate, download, export, sensitivity, validate
 from pipeline.tasks.registry import load_suite
@@ -30,6 +31,7 @@ from pipeline.workspace import MODEL_FILE, REFERENCE, Workspace
 from tests import tiny
 from tests.artifact.exported import contents
 from tests.conftest import ROOT
+from tests.torch_device import choose
 
 # The process dies in the middle of layer 2: its states are half written.
 KILLED = """
@@ -177,6 +179,17 @@ def test_conversations_are_calibrated_on_as_the_model_reads_them(
     Path("configs/calibration.yaml").write_text(both.model_dump_json())
     calibrate.run(tiny.MODEL)
     assert "over 320 tokens" in capsys.readouterr().out
+
+
+def test_a_gpu_is_named_and_goes_on_with_no_other_device_s_work(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = calibrate._key(workspace, [])
+    choose(monkeypatch, Gpu("cpu", "torch"))
+    assert calibrate._key(workspace, []) != key
+    calibrate.run(tiny.MODEL)
+    with safe_open(workspace.moments, "numpy") as file:
+        assert file.metadata()["device"] == "cpu torch"
 
 
 @pytest.mark.parametrize(

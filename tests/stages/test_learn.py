@@ -124,6 +124,6 @@ def test_other_settings_learn_again(workspace: Workspace) -> None:
 
 def test_torch_that_is_missing(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     settings(steps=3, tokens=128)
-    monkeypatch.setitem(sys.modules, "pipeline.learn.interpreter", None)
+    monkeypatch.setitem(sys.modules, "pipeline.runtime.interpreter", None)
     with pytest.raises(PipelineError, match=r"needs torch, which does not load.*remove `learn` from the recipe"):
         learn.run(tiny.MODEL, LEARNED)

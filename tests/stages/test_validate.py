@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.journal import Journal
 from pipeline.judge import escalation
+from pipeline.runtime.device import Gpu
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.side_by_side import SideBySide
 from pipeline.stages import calibrate, download, export, quantize, validate
@@ -35,6 +36,7 @@ from pipeline.workspace import REFERENCE, Workspace
 from tests import tiny
 from tests.checkpoint.hub_server import REPO, REVISION, Hub, serve
 from tests.conftest import ROOT, dataset
+from tests.torch_device import choose
 
 WORKSPACE = Workspace(tiny.MODEL)
 SUITE = Path("configs/evaluation/seconds.yaml")
@@ -265,6 +267,28 @@ def test_layer_by_layer_gives_the_same_numbers(project: Path, capsys: pytest.Cap
         **dict.fromkeys(("mmlu", "divergence", "humaneval", "agreement"), "kept as measured before"),
         "speed": "measured",
     }
+
+
+def test_a_gpu_measures_the_reference_and_no_variant(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Speed is that of the CPU, which ships."""
+    before = metrics(REFERENCE)
+    choose(monkeypatch, gpu := Gpu("cpu", "torch"))
+    monkeypatch.setattr(Gpu, "memory", lambda self, weight_bytes: 10**9)
+    validate.run(tiny.MODEL, REFERENCE)
+    assert said(capsys) == {
+        **dict.fromkeys(("mmlu", "divergence", "humaneval", "agreement"), "measured"),
+        "speed": "kept as measured before",
+    }
+    after = metrics(REFERENCE)
+    assert after["identity"] == before["identity"] | {"device": "cpu torch"}
+    assert after["divergence"] == pytest.approx(before["divergence"], rel=1e-5, abs=1e-8)
+    assert after["mmlu"]["accuracy"] == before["mmlu"]["accuracy"]
+    validate.run(tiny.MODEL, "q4")
+    assert "device" not in metrics("q4")["identity"]
+    assert said(capsys)["speed"] == "kept as measured before"
+    assert not gpu.fallen
 
 
 def test_what_a_larger_machine_measured_stays(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,3 +147,11 @@ def test_solutions_decide_the_agreement_made_from_them(subject: Subject, tmp_pat
         (tmp_path / keys.RECORD).write_text(f'{{"sha256": {{"items.jsonl": "{digest}"}}}}')
         found.append(key_of(task, replace(asked(subject, task), source=tmp_path), FILES))
     assert changed(*found) == ({"source"}, set())
+
+
+@pytest.mark.parametrize(("name", "counts"), [("divergence", True), ("humaneval", True), ("speed", False)])
+def test_what_computed_the_model_counts_where_it_was_asked(name: str, counts: bool, subject: Subject) -> None:
+    task = next(task for task in tasks() if task.name == name)
+    one = asked(subject, task)
+    items, metrics = changed(key_of(task, one, FILES), key_of(task, replace(one, device="cuda NVIDIA T4"), FILES))
+    assert (items, metrics) == ({"device"} if counts else set(), set())

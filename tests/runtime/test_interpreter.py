@@ -11,8 +11,8 @@ import torch
 
 from pipeline.errors import GraphError
 from pipeline.graph.last_token import every_token
-from pipeline.learn.interpreter import Interpreter, unpacked
 from pipeline.quantize.formats import FORMATS
+from pipeline.runtime.interpreter import Interpreter, unpacked
 from pipeline.runtime.session import OnnxDecoder, open_graph
 from tests.artifact.exported import Exported, changed, export
 from tests.families import CASES, make_checkpoint

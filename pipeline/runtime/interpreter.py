@@ -1,8 +1,9 @@
-"""Our ONNX graphs in torch, node by node, with gradients: what is learned is what will run, however a writer wrote it.
+"""Our ONNX graphs in torch, node by node, with gradients: what is learned is what will run, however a writer wrote it,
+and what a GPU computes of the full-precision model is what the CPU would.
 
-Full-precision exports and artifacts take the same way. Weights stay packed as they lie in the files, mapped; a product
-unpacks its matrix, and once more when its gradient is due, so what training holds are activations. Left out is what
-only a kernel rounds: activations in 8 bits before a product. Operators:
+Full-precision exports, their slices and artifacts take the same way. Weights stay packed as they lie in the files,
+mapped on the CPU; a product unpacks its matrix, and once more when its gradient is due, so what training holds are
+activations. Left out is what only a kernel rounds: activations in 8 bits before a product. Operators:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -42,10 +43,11 @@ _TYPES: dict[int, torch.dtype] = {
 
 
 class Interpreter:
-    """A decoder graph and its weights as a function of tokens.
+    """A decoder graph and its weights as a function of tokens, or a slice of it as a function of what it takes.
 
     Args:
-        model: a full-precision export, or an artifact's graph; of the latter all tokens' logits are computed.
+        model: a full-precision export or a slice of it, or an artifact's graph, of which all tokens' logits are
+            computed.
         folder: where its data files lie.
         device: what computes, such as `cpu` or `cuda`. Weights are there from the start.
         precision: of products; everything else is float32.
@@ -61,20 +63,25 @@ class Interpreter:
         self._nodes = list(graph.node)
         if unknown := {node.op_type for node in self._nodes} - _OPERATORS.keys() - {"If"}:
             raise GraphError(
-                f"graph {graph.name!r}: learning knows no operator {', '.join(sorted(unknown))}. Quantize without "
-                f"`learn`, or add it to pipeline/learn/interpreter.py."
+                f"graph {graph.name!r}: torch computes no operator {', '.join(sorted(unknown))} here. Quantize without "
+                f"`learn` and with `device: cpu`, or add it to pipeline/runtime/interpreter.py."
             )
-        self._done = _last_uses(self._nodes)
 
     def logits(self, ids: Tensor, learned: Mapping[str, Tensor] | None = None) -> Tensor:
         """float32 [batch, tokens, vocab] of int64 [batch, tokens]; `learned` stands for stored tensors of its names."""
         ids = ids.to(self.device)
-        values = self.stored | dict(learned or {}) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        for node, done in zip(self._nodes, self._done, strict=True):
+        given = dict(learned or {}) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self.run(["logits"], given)[0]
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Tensor]) -> list[Tensor]:
+        """Any of the graph's values. `given` are its inputs, and what stands for stored tensors; where a past is not
+        among them, there is none. Keys and values with room behind a past are written there."""
+        values = self.stored | dict(given)
+        for node, done in zip(self._nodes, _last_uses(self._nodes, outputs), strict=True):
             self._run(node, values)
             for name in done:
                 values.pop(name, None)
-        return values["logits"]
+        return [values[name] for name in outputs]
 
     def _run(self, node: onnx.NodeProto, values: Values) -> None:
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
@@ -100,9 +107,9 @@ def _stored(item: onnx.TensorProto, folder: Path) -> Tensor:
     return torch.from_numpy(data).view(_TYPES[item.data_type]).reshape(tuple(item.dims))
 
 
-def _last_uses(nodes: Sequence[onnx.NodeProto]) -> list[list[str]]:
-    """Names that no node after each reads."""
-    seen = {"logits"}
+def _last_uses(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[list[str]]:
+    """Names that no node after each reads, and that are no outputs."""
+    seen = set(outputs)
     found: list[list[str]] = []
     for node in reversed(nodes):
         names = {*reads(node), *filter(None, node.output)} - seen
@@ -198,31 +205,48 @@ def _after_sum(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None
     return computed
 
 
-def _attention(
-    attributes: Attributes, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Causal, after no past; keys and values rounded to int8 where the graph caches them so. `rest` from past_key on:
-    the tables of cosines and sines are the fifth and sixth, int8 scales the tenth and eleventh."""
+def _attention(attributes: Attributes, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Causal; keys and values rounded to int8 where the graph caches them so, after no past then. `rest` from past_key
+    on: seqlens_k is the third, the tables of cosines and sines are the fifth and sixth, int8 scales the tenth and
+    eleventh. A text's new tokens are its last."""
     heads, kv_heads, (cos, sin) = attributes["num_heads"], attributes["kv_num_heads"], rest[4:6]
     if k is None or v is None:  # one matrix makes all three
         channels = q.shape[-1] // (heads + 2 * kv_heads)
         q, k, v = q.split([heads * channels, kv_heads * channels, kv_heads * channels], -1)
-    counts = (heads, kv_heads, kv_heads)
+    counts, mask = (heads, kv_heads, kv_heads), None
     q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip((q, k, v), counts, strict=True))
-    q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    places = torch.arange(q.shape[2], device=q.device)[None]
+    if rest[0] is not None:
+        places = places + (rest[2].long() + 1 - q.shape[2])[:, None]  # [texts, tokens]
+    q, k = _rotated(q, cos, sin, places), _rotated(k, cos, sin, places)
     if len(rest) > 10:
         k, v = (_rounded(part, scale) for part, scale in zip((k, v), rest[9:11], strict=True))
+    cached = [k, v]
+    if rest[0] is not None:
+        total = int(rest[3])
+        cached = [_behind(past, part, places, total) for past, part in zip(rest[:2], (k, v), strict=True)]
+        k, v = (part[:, :, :total] for part in cached)
+        mask = torch.arange(total, device=q.device) <= places[:, None, :, None]
     with sdpa_kernel(_REPEATABLE[q.device.type]):
         mixed = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=attributes["scale"], enable_gqa=heads != kv_heads
+            q, k, v, mask, is_causal=mask is None, scale=attributes["scale"], enable_gqa=heads != kv_heads
         )
-    return mixed.transpose(1, 2).flatten(2), k, v
+    return mixed.transpose(1, 2).flatten(2), *cached
 
 
-def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Rotary positions, halves side by side, of the first channels of [batch, heads, tokens, channels]."""
+def _behind(past: Tensor, new: Tensor, places: Tensor, total: int) -> Tensor:
+    """Keys or values, [texts, heads, tokens, channels], with new ones at their places [texts, new]: in `past` if it has
+    room for a `total` of tokens, as where ONNX Runtime shares a buffer."""
+    if (more := total - past.shape[2]) > 0:
+        past = functional.pad(past, (0, 0, 0, more))
+    return past.scatter_(2, places[:, None, :, None].expand_as(new), new)
+
+
+def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, places: Tensor) -> Tensor:
+    """Rotary positions, halves side by side, of the first channels of [batch, heads, tokens, channels]; `places` [1 or
+    batch, tokens]."""
     assert cos is not None and sin is not None
-    cos, sin = (table[: x.shape[2]] for table in (cos, sin))
+    cos, sin = (table[places].unsqueeze(1) for table in (cos, sin))
     pairs = cos.shape[-1]
     first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
