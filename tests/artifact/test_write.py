@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from pipeline.artifact import write
 from pipeline.artifact.graph import QuantizedGraph, channel_names
-from pipeline.artifact.work import Unit, quantize_unit, units
+from pipeline.artifact.work import Range, Unit, quantize_unit, units
 from pipeline.artifact.write import Draft, PartWriter
 from pipeline.checkpoint.architecture import Matrix, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
@@ -561,4 +561,4 @@ def test_bytes_outside_their_place_are_refused(
     with ExitStack() as stack:
         writer = PartWriter(tmp_path, drafted, stack)
         with pytest.raises(PlanError, match=r"'model.embed_tokens.codes': 40,961 bytes to write, 40,960 planned"):
-            writer.put("model.embed_tokens.codes", 40_000, np.zeros(961, np.uint8))
+            writer.put(Range("model.embed_tokens.codes", 40_000, 961), np.zeros(961, np.uint8))
