@@ -113,7 +113,7 @@ class Talking:
         self._copies = copies = (wide.hidden - BALLAST) // small.hidden
         covered = copies * small.hidden
         self._spare = spare = wide.hidden - covered
-        squares = covered * small.rms_eps  # what epsilon adds to the sum of squares: in part the ballast does now
+        squares = covered * small.epsilon  # what epsilon adds to the sum of squares: in part the ballast does now
         self._constant = 2.0 ** (math.ceil(math.log2(squares / spare) / 2) - 1)
         self._reading = math.sqrt(covered / wide.hidden)
         digests = [sha256_of(folder / file) for file in sorted({ref.file for ref in self._checkpoint.values()})]

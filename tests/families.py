@@ -11,16 +11,20 @@ import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.architecture import _FAMILIES, _SWITCHED, Family, read_architecture
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped)."""
+    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped).
+
+    `extra` are tensors that it has besides; `optimum` says whether Optimum exports it.
+    """
 
     config: dict[str, Any]
     transformers_type: str
     extra: tuple[str, ...] = ()
+    optimum: bool = True
 
 
 def _base(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -53,9 +57,13 @@ def _longrope(dims: int) -> dict[str, Any]:
     }
 
 
+# Parts that no dense family has: Phi's mixture of experts with one MLP in place of its experts.
+_FAMILIES["phimoe-dense"] = Family("phimoe", norm="layer", switched_biases=_SWITCHED | {"lm_head_bias": ("head",)})
+
 CASES = {
     "llama-tied": Case(_base("llama", tie_word_embeddings=True), "llama"),
     "llama-untied": Case(_base("llama", num_key_value_heads=1), "llama"),
+    "llama-biased": Case(_base("llama", attention_bias=True, mlp_bias=True, head_dim=48), "llama"),
     "qwen2": Case(_base("qwen2", rope_theta=1e6), "qwen2"),
     "qwen2-tied": Case(_base("qwen2", tie_word_embeddings=True, num_key_value_heads=4), "qwen2"),
     "mimo": Case(
@@ -75,6 +83,7 @@ CASES = {
         ),
         "phi3",
     ),
+    "phimoe-dense": Case(_base("phimoe-dense", attention_bias=True, lm_head_bias=True), "phimoe", optimum=False),
     # 40 prompt tokens + 32 decode steps cross the switch from the short to the long factors at 64.
     "phi3-longrope": Case(_base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"),
     "phi3-longrope-partial": Case(
@@ -120,5 +129,21 @@ def transformers_model(folder: Path, case: Case) -> Any:
     values = {key: value for key, value in case.config.items() if key != "model_type"}
     config = AutoConfig.for_model(case.transformers_type, **values)
     config._attn_implementation = "eager"
+    if case.config["model_type"] == "phimoe-dense":
+        return _dense(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     return model.eval()
+
+
+def _dense(model: Any, folder: Path) -> Any:
+    """transformers' PhiMoE with a plain gated MLP in each layer, and the weights of `folder`."""
+    from safetensors.torch import load_file
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model.config.mlp_bias = False
+    for layer in model.model.layers:
+        del layer.block_sparse_moe
+        layer.mlp = LlamaMLP(model.config)
+        layer.block_sparse_moe = lambda hidden, mlp=layer.mlp: (mlp(hidden), None)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model

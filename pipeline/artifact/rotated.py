@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import Rotation
+from pipeline.errors import PlanError
 from pipeline.quantize.cache import ROTATED
 from pipeline.quantize.rotation import factors, rotate, rotate_products, rotated_moments
 
@@ -45,7 +46,13 @@ class Rotated(Checkpoint):
         super().__init__(folder)
         self._arch, self._rotation = architecture, rotation
         self._run = rotation.run(architecture.hidden)
+        if self._run and architecture.traits.norm != "rms":
+            raise PlanError(
+                f"family {architecture.family!r} takes LayerNorm, which subtracts the mean of a token's channels: no "
+                f"rotation of the residual stream passes it. Leave out `residual` in the recipe's `rotation`."
+            )
         self._matrices = {matrix.name: matrix for matrix in (*architecture.tables, *architecture.matrices)}
+        self._biased = {matrix.bias: matrix for matrix in architecture.matrices if matrix.bias}
         self._turns = {matrix.input: self._turn(matrix) for matrix in self._matrices.values()}
         self._lock = Lock()
         self._kept: tuple[str, np.ndarray] | None = None
@@ -69,30 +76,37 @@ class Rotated(Checkpoint):
         matrix = self._matrices.get(name)
         if matrix is None:
             found = self._vector(name)[start:stop]
-        elif matrix.role in {"o_proj", "down_proj"} and self._run == matrix.rows:
-            found = self._mixed(matrix)[start:stop].copy()
-        elif matrix.role in {"o_proj", "down_proj"} and self._run:
-            found = self._by_runs(matrix, start, stop, 0, self._run)
-        elif matrix.role in {"v_proj", "qkv_proj"} and self._rotation.values:
-            first = (
-                matrix.rows - self._arch.cache_channels
-            )  # values come last where a product gives queries and keys too
-            found = self._by_runs(matrix, start, stop, first, self._arch.head_dim)
         else:
-            found = self._turned(matrix, start, stop)
+            first, size = self._mixing(matrix)
+            if size == matrix.rows:
+                found = self._mixed(matrix, size)[start:stop].copy()
+            elif size:
+                found = self._by_runs(matrix, start, stop, first, size)
+            else:
+                found = self._turned(matrix, start, stop)
         if out is None:
             return found
         out[...] = found
         return out
 
+    def _mixing(self, matrix: Matrix) -> tuple[int, int]:
+        """The first row that is mixed with others, and the size of its run; 0: none is."""
+        if matrix.role in {"o_proj", "down_proj"}:
+            return 0, self._run
+        if matrix.role in {"v_proj", "qkv_proj"} and self._rotation.values:
+            # values come last where a product gives queries and keys too
+            return matrix.rows - self._arch.cache_channels, self._arch.head_dim
+        return 0, 0
+
     def _vector(self, name: str) -> np.ndarray:
         values = super().rows(name)
         if name == HEAD_GAIN:
             return values * np.tile(factors(self._run).signs, len(values) // self._run)
-        if name.endswith("norm.weight") and self._run:
+        if name.endswith(("layernorm.weight", _FINAL_NORM)) and self._run:
             return np.ones_like(values)
-        if name.endswith("v_proj.bias") and self._rotation.values:
-            rotate(values[None], self._arch.head_dim)
+        first, size = self._mixing(self._biased[name]) if name in self._biased else (0, 0)
+        if size:
+            rotate(values[None, first:], size)
         return values
 
     def _turned(self, matrix: Matrix, start: int, stop: int) -> np.ndarray:
@@ -109,7 +123,7 @@ class Rotated(Checkpoint):
         rotate(values[max(first - begin, 0) :].T, size)
         return values[start - begin : stop - begin]
 
-    def _mixed(self, matrix: Matrix) -> np.ndarray:
+    def _mixed(self, matrix: Matrix, size: int) -> np.ndarray:
         """A whole matrix whose rows are all mixed with each other."""
         with self._lock:
             if self._kept is None or self._kept[0] != matrix.name:
@@ -118,7 +132,7 @@ class Rotated(Checkpoint):
                 step = max(1, _READ_BYTES // (4 * matrix.columns))
                 for start in range(0, matrix.rows, step):
                     values[start : start + step] = self._turned(matrix, start, min(start + step, matrix.rows))
-                rotate(values.T, self._arch.hidden)
+                rotate(values.T, size)
                 self._kept = matrix.name, values
             return self._kept[1]
 

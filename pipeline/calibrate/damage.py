@@ -17,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pipeline.checkpoint.architecture import Architecture, Matrix
+from pipeline.checkpoint.architecture import Architecture, Matrix, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
@@ -130,17 +130,17 @@ class Passing:
             states, names = np.concatenate([states, states[:1]]), [*names, head.name]
         clean = states[0]
         own, others = _LogSum(len(clean)), [_LogSum(len(clean)) for _ in names]
-        for rows in self._head_rows():
-            own.add(clean @ rows.T)
+        for rows, bias in self._head_rows():
+            own.add(clean @ rows.T + bias)
         reference, cross = own.log(), np.zeros((len(names), len(clean)))
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
-            for rows in self._head_rows():
-                logits, hurt = clean @ rows.T, self._damage(head, rows)
+            for rows, bias in self._head_rows():
+                logits, hurt = clean @ rows.T + bias, self._damage(head, rows)
                 tables = [hurt if name == head.name else rows for name in names]
                 shares = np.exp(logits - reference[:, None].astype(np.float32))
 
                 def add(hidden: np.ndarray, table: np.ndarray, total: np.ndarray, sums: _LogSum) -> None:
-                    other = hidden @ table.T
+                    other = hidden @ table.T + bias  # noqa: B023 (finished within this turn)
                     # Differences first: in float32, two sums of thousands of logits would not be told apart.
                     total += np.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
                     sums.add(other)
@@ -149,10 +149,12 @@ class Passing:
         divergence = (cross + [sums.log() for sums in others] - reference).mean(axis=1)
         return dict(zip(names, divergence.tolist(), strict=True))
 
-    def _head_rows(self) -> Iterator[np.ndarray]:
+    def _head_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The head and its bias, some rows at a time."""
         head = self._arch.head
         for start in range(0, head.rows, _HEAD_ROWS):
-            yield self._checkpoint.rows(head.name, start, min(start + _HEAD_ROWS, head.rows))
+            span = start, min(start + _HEAD_ROWS, head.rows)
+            yield self._checkpoint.rows(head.name, *span), bias_of(head, self._checkpoint, *span)
 
 
 def _batches(states: np.ndarray) -> Iterator[slice]:

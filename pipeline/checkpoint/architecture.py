@@ -1,20 +1,15 @@
 """The normalised description of a decoder, read from config.json, and the tensors that it must have.
 
-One dataclass serves every family; what differs between families is a row in `_FAMILIES`:
-
-======  ============================================================================================
-llama   separate q/k/v and gate/up
-qwen2   llama with q/k/v biases
-mimo    qwen2 whose `model.mtp_layers.*` (multi-token prediction) the main forward never uses: dropped
-phi3    fused qkv_proj and gate_up_proj, partial rotary, LongRoPE
-======  ============================================================================================
+One dataclass serves every family. A family is a row of `_FAMILIES` that names its parts: `body` and `expected_tensors`
+say which tensors a part has, a method of `pipeline.graph.decoder` what it computes.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -32,6 +27,7 @@ TALKING = "talking"
 """Key of config.json that marks a model of `benchmarks.synthetic --talking`, which tests machinery and nothing else."""
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1_000
+MAX_EXPERTS = 256
 MAX_HEAD_DIM = 4_096
 MAX_POSITION = (1 << 31) - 1
 _HEAD = "lm_head.weight"
@@ -42,29 +38,48 @@ _ROPE_KEYS = {
     "attention_factor", "factor", "long_factor", "original_max_position_embeddings", "partial_rotary_factor",
     "rope_theta", "rope_type", "short_factor", "type",
 }  # fmt: skip
+_EXPERT_SIZES = {"num_local_experts": MAX_EXPERTS, "intermediate_size": MAX_SIZE}
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
 
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one family of decoders.
+    """The parts of one family of decoders.
 
-    `window` says when config.json's sliding_window limits attention, `longrope` by which names it calls LongRoPE.
+    Attributes:
+        genai_type: what onnxruntime-genai calls it.
+        norm: `rms`, or `layer`: LayerNorm, with a bias beside its gain.
+        fused: whether one matrix makes queries, keys and values.
+        biases: roles of the matrices whose products get a bias in every model.
+        switched_biases: key of config.json → roles that get one where it is true.
+        scaling: name of a rope_scaling that it has → its kind.
+        window: when config.json's sliding_window limits attention.
+        mlp: `gated` SiLU; `fused`: the same, with one matrix for gate and up; or `experts` of which SparseMixer wakes two.
+        unused_prefixes: of tensors that the forward never uses.
     """
 
     genai_type: str
+    norm: Literal["rms", "layer"] = "rms"
     fused: bool = False
-    qkv_bias: bool = False
-    unused_prefixes: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    switched_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scaling: Mapping[str, str] = field(default_factory=dict)
     window: Literal["never", "switched", "always"] = "never"
-    longrope: tuple[str, ...] = ()
+    mlp: Literal["gated", "fused", "experts"] = "gated"
+    unused_prefixes: tuple[str, ...] = ()
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
+_SWITCHED = {"attention_bias": (*_QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_PHIMOE = {"attention_bias": (*_QKV, "o_proj"), "lm_head_bias": ("head",)}
+_LONGROPE = dict.fromkeys(("longrope", "su", "yarn"), "longrope")
 _FAMILIES = {
-    "llama": Family("llama"),
-    "qwen2": Family("qwen2", qkv_bias=True, window="switched"),
-    "mimo": Family("qwen2", qkv_bias=True, window="switched", unused_prefixes=("model.mtp_layers.",)),
-    "phi3": Family("phi3", fused=True, window="always", longrope=("longrope", "su", "yarn")),
+    "llama": Family("llama", switched_biases=_SWITCHED),
+    "qwen2": Family("qwen2", biases=_QKV, window="switched"),
+    # Qwen2 with layers that predict further tokens
+    "mimo": Family("qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",)),
+    "phi3": Family("phi3", fused=True, scaling=_LONGROPE, window="always", mlp="fused"),
+    "phimoe": Family("phimoe", norm="layer", switched_biases=_PHIMOE, window="always", mlp="experts"),
 }
 
 
@@ -82,9 +97,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of the decoder, [rows, columns] as stored: y = x · Wᵀ.
+    """One weight matrix of the decoder, [rows, columns] as stored: y = x · Wᵀ, plus the tensor `bias`, [rows], if any.
 
-    Matrices with the same `input` multiply the same activations.
+    Matrices with the same `input` multiply the same activations. Those of an expert have its number, and multiply the
+    tokens that it is woken by.
     """
 
     name: str
@@ -93,6 +109,8 @@ class Matrix:
     rows: int
     columns: int
     input: str
+    bias: str | None = None
+    expert: int | None = None
 
     @property
     def kind(self) -> str:
@@ -102,7 +120,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer with RMSNorm, rotary embedding, grouped-query attention and a gated SiLU MLP."""
+    """A decoder-only transformer with rotary embedding and grouped-query attention; its other parts are its family's.
+
+    `biases` are roles of the matrices that get a bias in this model, not in all of its family. A mixture has `experts`
+    in each layer, of which a token wakes `experts_per_token`, and a `router_jitter` (`graph.experts.sparse_mixer`).
+    """
 
     family: str
     layers: int
@@ -112,11 +134,15 @@ class Architecture:
     head_dim: int
     intermediate: int
     vocab: int
-    rms_eps: float
+    epsilon: float
     max_position: int
     sliding_window: int | None
     rope: Rope
     tied: bool
+    biases: tuple[str, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
+    router_jitter: float = 0.0
 
     @property
     def traits(self) -> Family:
@@ -135,28 +161,55 @@ class Architecture:
 
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
-        prefix, hidden, inner = f"model.layers.{layer}.", self.hidden, self.intermediate
-        query, key = self.heads * self.head_dim, self.cache_channels
-        if self.traits.fused:
-            attention, mlp = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * inner}
-        else:
-            attention, mlp = {"q_proj": query, "k_proj": key, "v_proj": key}, {"gate_proj": inner, "up_proj": inner}
-        table = [
-            *(("self_attn", role, rows, hidden, "attention") for role, rows in attention.items()),
-            ("self_attn", "o_proj", hidden, query, "output"),
-            *(("mlp", role, rows, hidden, "mlp") for role, rows in mlp.items()),
-            ("mlp", "down_proj", hidden, inner, "down"),
-        ]
+        hidden, query, key = self.hidden, self.heads * self.head_dim, self.cache_channels
+        each = dict(zip(_QKV, (query, key, key), strict=True))
+        first = {"qkv_proj": query + 2 * key} if self.traits.fused else each
         return [
-            Matrix(f"{prefix}{block}.{role}.weight", role, layer, rows, columns, f"layers.{layer}.{source}")
-            for block, role, rows, columns, source in table
+            *(self._matrix(layer, f"self_attn.{role}", rows, hidden, "attention") for role, rows in first.items()),
+            self._matrix(layer, "self_attn.o_proj", hidden, query, "output"),
+            *self._mlp(layer),
         ]
+
+    def _mlp(self, layer: int) -> list[Matrix]:
+        """Those of the family's kind of MLP."""
+        hidden, inner = self.hidden, self.intermediate
+        if self.traits.mlp == "experts":
+            return [matrix for expert in range(self.experts) for matrix in self._expert(layer, expert)]
+        first = {"gate_up_proj": 2 * inner} if self.traits.mlp == "fused" else {"gate_proj": inner, "up_proj": inner}
+        return [
+            *(self._matrix(layer, f"mlp.{role}", rows, hidden, "mlp") for role, rows in first.items()),
+            self._matrix(layer, "mlp.down_proj", hidden, inner, "down"),
+        ]
+
+    def _expert(self, layer: int, expert: int) -> list[Matrix]:
+        hidden, inner = self.hidden, self.intermediate
+        name, source = f"model.layers.{layer}.block_sparse_moe.experts.{expert}", f"layers.{layer}.experts.{expert}"
+        return [
+            Matrix(f"{name}.w1.weight", "expert_gate", layer, inner, hidden, f"{source}.mlp", expert=expert),
+            Matrix(f"{name}.w3.weight", "expert_up", layer, inner, hidden, f"{source}.mlp", expert=expert),
+            Matrix(f"{name}.w2.weight", "expert_down", layer, hidden, inner, f"{source}.down", expert=expert),
+        ]
+
+    def router(self, layer: int) -> str:
+        """The tensor whose product with a token, [experts, hidden], decides which experts it wakes: never quantized."""
+        return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+
+    def _matrix(self, layer: int, module: str, rows: int, columns: int, source: str) -> Matrix:
+        """That of a layer's `module`, whose last part is its role."""
+        name, role = f"model.layers.{layer}.{module}", module.rpartition(".")[2]
+        return Matrix(
+            f"{name}.weight", role, layer, rows, columns, f"layers.{layer}.{source}", self._bias(role, f"{name}.bias")
+        )
+
+    def _bias(self, role: str, name: str) -> str | None:
+        return name if role in self.traits.biases + self.biases else None
 
     @property
     def head(self) -> Matrix:
         """The output projection; its name is the embedding's when they are tied."""
         name = "model.embed_tokens.weight" if self.tied else _HEAD
-        return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head")
+        bias = self._bias("head", "lm_head.bias")
+        return Matrix(name, "head", self.layers, self.vocab, self.hidden, "head", bias)
 
     @property
     def embedding(self) -> Matrix:
@@ -178,19 +231,33 @@ class Architecture:
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for layer in range(self.layers):
             for matrix in self.body(layer):
-                shapes[matrix.name] = (matrix.rows, matrix.columns)
-                if self.traits.qkv_bias and matrix.role in {"q_proj", "k_proj", "v_proj"}:
-                    shapes[matrix.name.removesuffix("weight") + "bias"] = (matrix.rows,)
+                shapes |= _stored(matrix)
+            if self.experts:
+                shapes[self.router(layer)] = self.experts, self.hidden
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden,)
-        shapes["model.norm.weight"] = (self.hidden,)
-        shapes[self.head.name] = (self.vocab, self.hidden)
-        return shapes
+                shapes |= dict.fromkeys(self.norm(f"model.layers.{layer}.{norm}"), (self.hidden,))
+        shapes |= dict.fromkeys(self.norm("model.norm"), (self.hidden,))
+        return shapes | _stored(self.head)
+
+    def norm(self, name: str) -> list[str]:
+        """The tensors of a norm of the residual: its gain, and its bias where it has one."""
+        return [f"{name}.weight", f"{name}.bias"] if self.traits.norm == "layer" else [f"{name}.weight"]
 
     @property
     def parameters(self) -> int:
         """Number of parameters that the graph reads (a tied head counted once)."""
         return sum(math.prod(shape) for shape in self.expected_tensors().values())
+
+
+def _stored(matrix: Matrix) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a matrix's tensors."""
+    bias = {matrix.bias: (matrix.rows,)} if matrix.bias else {}
+    return {matrix.name: (matrix.rows, matrix.columns), **bias}
+
+
+def bias_of(matrix: Matrix, checkpoint: Checkpoint, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """What is added to rows of a matrix's product, float32 [rows]; [1], a zero, where it has no bias."""
+    return checkpoint.rows(matrix.bias, start, stop) if matrix.bias else np.zeros(1, np.float32)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -241,7 +308,7 @@ def _parse(values: dict[str, Any], path: Path) -> tuple[Architecture, set[str]]:
             f"model_type {shown(family)} (architectures {shown(config.get('architectures'))}) is not supported.{hint} "
             f"Supported: {', '.join(_FAMILIES)}. A new family is a row in {__name__} if it shares this decoder."
         )
-    config.absent = DEFAULTS[family]
+    config.absent, traits = DEFAULTS.get(family, {}), _FAMILIES[family]
     classes = config.get("architectures") or []
     if not isinstance(classes, list) or any(not str(one).endswith("ForCausalLM") for one in classes):
         what = f"architectures is {shown(classes)}; a list of classes that write text (…ForCausalLM) is needed"
@@ -263,13 +330,19 @@ def _parse(values: dict[str, Any], path: Path) -> tuple[Architecture, set[str]]:
         head_dim=head_dim,
         intermediate=config.read(int, "intermediate_size", 1, MAX_SIZE),
         vocab=config.read(int, "vocab_size", 1, MAX_SIZE),
-        rms_eps=config.read(float, "rms_norm_eps", 1e-30, 1.0),
+        epsilon=config.read(float, "rms_norm_eps", 1e-30, 1.0),
         max_position=config.read(int, "max_position_embeddings", 1, MAX_POSITION),
-        sliding_window=_read_window(config, _FAMILIES[family].window, layers),
-        rope=_read_rope(config, head_dim, _FAMILIES[family].longrope),
+        sliding_window=_read_window(config, traits.window, layers),
+        rope=_read_rope(config, head_dim, traits.scaling),
         tied=config.read(bool, "tie_word_embeddings", False, True, null=False),
+        biases=tuple(
+            role
+            for key, roles in traits.switched_biases.items()
+            for role in roles * config.read(bool, key, False, True, null=False)
+        ),
+        **(_read_experts(config) if traits.mlp == "experts" else {}),
     )
-    if _FAMILIES[family].qkv_bias:  # the class of such a family has these biases whatever the file says
+    if traits.biases:  # the class of such a family has these biases whatever the file says
         config.seen |= {"attention_bias", "qkv_bias", "use_qkv_bias"}
     check_keys(values, config.seen, family, path)
     return architecture, config.seen
@@ -310,6 +383,18 @@ class _Values(dict[str, Any]):
         return kind(value)
 
 
+def _read_experts(config: _Values) -> dict[str, Any]:
+    """What a mixture has besides; a key under another name must say the same."""
+    experts, inner = (config.read(int, key, 2, most) for key, most in _EXPERT_SIZES.items())
+    for key, same in (("num_experts", experts), ("moe_intermediate_size", inner)):
+        config.read(int, key, same, same, null=same)
+    return {
+        "experts": experts,
+        "experts_per_token": config.read(int, "num_experts_per_tok", 2, 2),
+        "router_jitter": config.read(float, "router_jitter_noise", 0.0, 1.0),
+    }
+
+
 def _read_window(config: _Values, window: str, layers: int) -> int | None:
     """Positions that attention reaches back, if it is limited in some layer."""
     kinds = config.get("layer_types")
@@ -331,7 +416,7 @@ def _read_window(config: _Values, window: str, layers: int) -> int | None:
     return config.read(int, "sliding_window", 1, MAX_POSITION)
 
 
-def _read_rope(config: _Values, head_dim: int, longrope: tuple[str, ...]) -> Rope:
+def _read_rope(config: _Values, head_dim: int, known: Mapping[str, str]) -> Rope:
     scaling = _Values(_rope_values(config), config.path, config)
     values = _Values(scaling | {key: value for key, value in config.items() if value is not None}, config.path, config)
     theta = values.read(float, "rope_theta", 1.0, 1e15)
@@ -344,9 +429,9 @@ def _read_rope(config: _Values, head_dim: int, longrope: tuple[str, ...]) -> Rop
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return Rope(theta, dims, max_position)
-    if kind not in longrope or (strange := sorted(scaling.keys() - _ROPE_KEYS)):
-        what = f"type {shown(kind)}" if kind not in longrope else f"{strange[0]} = {shown(scaling[strange[0]])}"
-        supported = ", ".join(["default", *longrope[:1]])
+    if kind not in known or (strange := sorted(scaling.keys() - _ROPE_KEYS)):
+        what = f"type {shown(kind)}" if kind not in known else f"{strange[0]} = {shown(scaling[strange[0]])}"
+        supported = ", ".join(dict.fromkeys(["default", *known.values()]))
         what = f"rope_scaling {what} is not supported for {config['model_type']}; supported: {supported}"
         raise config.wrong(f"{what}. Another kind needs its tables in pipeline/graph/rope.py.")
     ratio = max_position / original
@@ -403,7 +488,7 @@ def expected_architecture(shapes: Shapes) -> Architecture:
     original, dims = shapes.original_max_position, shapes.rotary_dims
     ones = (1.0,) * (dims // 2) if original else None
     rope = Rope(1e4, dims, original or MAX_POSITION, 1.0, ones, ones)
-    return Architecture(**named, rms_eps=1e-5, max_position=MAX_POSITION, sliding_window=None, rope=rope)
+    return Architecture(**named, epsilon=1e-5, max_position=MAX_POSITION, sliding_window=None, rope=rope)
 
 
 def check_shapes(architecture: Architecture, expected: Shapes, path: Path) -> None:

@@ -121,6 +121,9 @@ class Shapes(Frozen):
     original_max_position: int | None = Field(default=None, gt=0, description="tokens; LongRoPE has one, others None")
     rotary_dims: int = Field(gt=0, description="channels of a head that are rotated")
     tied: bool = Field(description="whether the head is the embedding's table")
+    biases: tuple[str, ...] = Field(default=(), description="roles with a bias that not all of the family have")
+    experts: int = Field(default=0, ge=0, description="of a layer, in a mixture")
+    experts_per_token: int = Field(default=0, ge=0, description="that a token wakes in a layer")
 
 
 class ShapesConfig(Frozen):

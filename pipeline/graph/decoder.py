@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import TensorRef
 from pipeline.files import write_bytes
+from pipeline.graph.experts import mix_experts, sparse_mixer
 from pipeline.graph.limits import check_context
 from pipeline.graph.nodes import MICROSOFT, STORED, GraphWriter, external_tensor, value_info
 from pipeline.graph.rope import rope_tables
@@ -56,7 +57,6 @@ class _Decoder(GraphWriter):
     def __init__(self, architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int):
         super().__init__()
         self.arch = architecture
-        self.expected = architecture.expected_tensors()
         self.checkpoint = checkpoint
         self.context = context
         self.rope_data = bytearray()
@@ -101,10 +101,10 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [name], f"{name}/float32", to=TensorProto.FLOAT)
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
-        """x · Wᵀ, plus the bias where the family has one."""
-        bias = matrix.name.removesuffix("weight") + "bias"
-        self.node("FusedMatMul", [x, self.weight(matrix.name)], output, MICROSOFT, transB=1)
-        return self.node("Add", [output, self.weight(bias)], f"{output}/biased") if bias in self.expected else output
+        """x · Wᵀ, plus the bias where the matrix has one."""
+        product = f"{output}/product" if matrix.bias else output
+        self.node("FusedMatMul", [x, self.weight(matrix.name)], product, MICROSOFT, transB=1)
+        return self.node("Add", [product, self.weight(matrix.bias)], output) if matrix.bias else output
 
     # --- parts of the transformer ---
 
@@ -116,13 +116,14 @@ class _Decoder(GraphWriter):
         return self.node("Cast", [rows], "embedding/float32", to=TensorProto.FLOAT)
 
     def norm(self, residual: str, pending: str | None, name: str) -> tuple[str, str]:
-        """RMSNorm of residual + pending: (normed, the sum)."""
-        gamma, epsilon = self.weight(f"{name}.weight"), self.arch.rms_eps
+        """The family's norm of residual + pending: (normed, the sum)."""
+        kind = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}[self.arch.traits.norm]
+        weights, epsilon = [self.weight(part) for part in self.arch.norm(name)], self.arch.epsilon
         if pending is None:
-            self.node("SimplifiedLayerNormalization", [residual, gamma], name, axis=-1, epsilon=epsilon)
+            self.node(kind, [residual, *weights], name, axis=-1, epsilon=epsilon)
             return name, residual
-        added, total = [residual, pending, gamma], f"{name}/sum"
-        self.node("SkipSimplifiedLayerNormalization", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
+        added, total = [residual, pending, *weights], f"{name}/sum"
+        self.node(f"Skip{kind}", added, name, MICROSOFT, ("", "", total), epsilon=epsilon)
         return name, total
 
     def attention(self, x: str, layer: int) -> str:
@@ -137,16 +138,35 @@ class _Decoder(GraphWriter):
         return self.linear(mixed, output, f"{prefix}.{output.role}")
 
     def mlp(self, x: str, layer: int) -> str:
-        prefix = f"layers.{layer}"
-        *projections, down = (matrix for matrix in self.arch.body(layer) if matrix.input.endswith(("mlp", "down")))
+        """The family's kind of MLP."""
+        prefix, matrices = f"layers.{layer}", [item for item in self.arch.body(layer) if item.kind in {"mlp", "down"}]
+        return self.experts(x, layer, matrices) if self.arch.experts else self.gated(x, matrices, prefix)
+
+    def gated(self, x: str, matrices: list[Matrix], prefix: str) -> str:
+        """down(silu(gate(x)) · up(x)), as in Shazeer 2020, "GLU Variants Improve Transformer"."""
+        *projections, down = matrices
         parts = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
-        if self.arch.traits.fused:
+        if self.arch.traits.mlp == "fused":
             halves = (f"{prefix}.gate", f"{prefix}.up")
             self.node("Split", parts, halves[0], more=halves[1:], axis=-1, num_outputs=2)
             parts = list(halves)
         silu = self.node("QuickGelu", [parts[0]], f"{prefix}.silu", MICROSOFT, alpha=1.0)
         product = self.node("Mul", [silu, parts[1]], f"{prefix}.gated")
         return self.linear(product, down, f"{prefix}.{down.role}")
+
+    def experts(self, x: str, layer: int, matrices: list[Matrix]) -> str:
+        """A mixture of gated MLPs (`pipeline.graph.experts`). The router's product is a Gemm: nobody quantizes it."""
+        arch, prefix = self.arch, f"layers.{layer}"
+        flat = self.constant("router.flat", np.array([-1, arch.hidden], np.int64))
+        rows = self.node("Reshape", [x, flat], f"{prefix}.router.rows")
+        logits = self.node("Gemm", [rows, self.weight(arch.router(layer))], f"{prefix}.router", transB=1)
+        weights = sparse_mixer(self, logits, arch.experts, arch.router_jitter)
+        own = [[matrix for matrix in matrices if matrix.expert == expert] for expert in range(arch.experts)]
+
+        def run(rows: str, expert: int) -> str:
+            return self.gated(rows, own[expert], f"{prefix}.experts.{expert}")
+
+        return mix_experts(self, x, weights, arch.hidden, arch.experts, f"{prefix}.experts", run)
 
     # --- positions ---
 

@@ -85,11 +85,12 @@ class DecoderSlices:
 
     def open_layer(self, layer: int, vectors: bool = False) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
-        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms and biases
-        are inputs too, and layers differ in nothing but names."""
+        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, its biases and
+        its router are inputs too, and layers differ in nothing but names."""
         part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], self._cached(layer))
         stored, prefix = self.architecture.expected_tensors(), f"model.layers.{layer}."
-        shapes = {name: shape for name, shape in stored.items() if name.startswith(prefix) and len(shape) + vectors > 1}
+        names = stored if vectors else [matrix.name for matrix in self.architecture.body(layer)]
+        shapes = {name: stored[name] for name in names if name.startswith(prefix)}
         _open_weights(part.model.graph, shapes)
         return part
 
@@ -166,14 +167,15 @@ def _open_weights(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -
 
 def _open_norm(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """A norm as (the sum, if it computes one, and) a norm of the hidden states, which are its first input."""
-    if node.op_type == "SimplifiedLayerNormalization":
+    kind = node.op_type.removeprefix("Skip")
+    if kind == node.op_type:
         return [node]
-    residual, block, gamma = node.input
+    residual, block, *weights = node.input
     normed, total = node.output[0], node.output[-1]
     epsilon = helper.get_node_attr_value(node, "epsilon")
     added = helper.make_node("Add", [residual, block], [total], name=total)
     settings = {"name": node.name, "axis": -1, "epsilon": epsilon}
-    return [added, helper.make_node("SimplifiedLayerNormalization", [total, gamma], [normed], **settings)]
+    return [added, helper.make_node(kind, [total, *weights], [normed], **settings)]
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:

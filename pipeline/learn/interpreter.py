@@ -33,6 +33,7 @@ _TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.BOOL: torch.bool,
     TensorProto.INT8: torch.int8,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT32: torch.int32,
@@ -185,9 +186,16 @@ def _norm(attributes: Attributes, x: Tensor, gain: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + attributes["epsilon"]) * gain
 
 
-def _skip_norm(attributes: Attributes, x: Tensor, skip: Tensor, gain: Tensor) -> tuple[Tensor | None, ...]:
-    total = x + skip
-    return _norm(attributes, total, gain), None, None, total
+def _layer_norm(attributes: Attributes, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    return functional.layer_norm(x, gain.shape, gain, bias, attributes["epsilon"])
+
+
+def _after_sum(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def computed(attributes: Attributes, x: Tensor, skip: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        total = x + skip
+        return norm(attributes, total, *weights), None, None, total
+
+    return computed
 
 
 def _attention(
@@ -236,25 +244,52 @@ def _shaped(_: Attributes, x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape(wanted)
 
 
+def _parts(attributes: Attributes, x: Tensor, sizes: Tensor | None = None) -> Sequence[Tensor]:
+    if sizes is None:
+        return x.chunk(attributes["num_outputs"], attributes["axis"])
+    return x.split(sizes.tolist(), attributes["axis"])
+
+
+def _ascending(_: Attributes, x: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
+    """TopK of all of [values], smallest first; equal ones in their order."""
+    return tuple(x.sort(stable=True))
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
+    "Abs": lambda _, x: x.abs(),
     "Add": lambda _, x, y: x + y,
+    "ArgMax": lambda attributes, x: x.argmax(attributes["axis"], bool(attributes["keepdims"])),
     "Cast": lambda attributes, x: x.to(_TYPES[attributes["to"]]),
+    "Concat": lambda attributes, *parts: torch.cat(parts, attributes["axis"]),
     "FusedMatMul": _product,
     "Gather": _taken,
     "GatherBlockQuantized": _packed_rows,
+    "GatherND": lambda _, x, places: x[tuple(places.T)],
+    "Gemm": _product,
     "Greater": lambda _, x, y: x > y,
     "GroupQueryAttention": _attention,
     "Identity": lambda _, x: x,
+    "LayerNormalization": _layer_norm,
     "MatMul": _product,
     "MatMulNBits": _packed_product,
+    "Max": lambda _, x, y: x.maximum(y),
     "Mul": lambda _, x, y: x * y,
+    "NonZero": lambda _, x: x.nonzero().T,
+    "OneHot": lambda _, x, count, values: values[functional.one_hot(x, int(count))],
     "QuickGelu": lambda attributes, x: x * torch.sigmoid(attributes["alpha"] * x),
+    "ReduceMax": lambda attributes, x, axes: x.amax(axes.tolist(), keepdim=bool(attributes["keepdims"])),
     "ReduceSum": lambda attributes, x, axes: x.sum(axes.tolist(), keepdim=bool(attributes.get("keepdims", 1))),
     "Reshape": _shaped,
     "Shape": lambda attributes, x: torch.tensor(x.shape)[attributes.get("start", 0) : attributes.get("end")],
     "SimplifiedLayerNormalization": _norm,
-    "SkipSimplifiedLayerNormalization": _skip_norm,
-    "Split": lambda attributes, x: x.chunk(attributes["num_outputs"], attributes["axis"]),
+    "SkipLayerNormalization": _after_sum(_layer_norm),
+    "SkipSimplifiedLayerNormalization": _after_sum(_norm),
+    "Softmax": lambda attributes, x: x.softmax(attributes["axis"]),
+    "Split": _parts,
     "Squeeze": lambda _, x: x.squeeze(),
     "Sub": lambda _, x, y: x - y,
+    "TopK": _ascending,
+    "Transpose": lambda attributes, x: x.permute(attributes["perm"]),
+    "Unsqueeze": lambda _, x, axes: x.unsqueeze(int(axes)),
+    "Where": lambda _, condition, x, y: torch.where(condition, x, y),
 }

@@ -67,7 +67,7 @@ def run(name: str, place: str) -> int:
     choices, architecture, checkpoint, generation, notes = peek(source, store, look)
     write_bytes(file, _written(choices).encode())
     if not isinstance(source, LocalSource) and name not in load_shapes().models:
-        shapes = {name: shapes_of(architecture).model_dump(exclude_none=True)}
+        shapes = {name: shapes_of(architecture).model_dump(exclude_defaults=True)}
         indented = textwrap.indent(yaml.safe_dump(shapes, sort_keys=False), "  ")
         write_bytes(shapes_file, shapes_file.read_bytes().rstrip(b"\n") + b"\n" + indented.encode())
     for note in notes:

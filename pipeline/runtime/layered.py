@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
-from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.architecture import Architecture, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file, read_json, write_json
@@ -75,7 +75,7 @@ class LayeredDecoder:
         self._architecture, self._weights, self._states, self._label = architecture, graph.parent, states, label
         self._questions: dict[str, Question] = {}
         self._starts: dict[str, int] = {}  # the first token of each question in a file of hidden states
-        self._head = np.empty((0, architecture.hidden), np.float32)
+        self._head, self._bias = np.empty((0, architecture.hidden), np.float32), np.empty(0, np.float32)
 
     def prepare(self, ask: Callable[[Listener], object]) -> None:
         """Announce all that `ask` asks. It must ask the same whatever the logits are.
@@ -98,7 +98,8 @@ class LayeredDecoder:
             for number in range(done + 1, last + 1):
                 self._pass(number)
                 progress.advance()
-        self._head = Checkpoint(self._weights).rows(self._architecture.head.name)
+        checkpoint, head = Checkpoint(self._weights), self._architecture.head
+        self._head, self._bias = checkpoint.rows(head.name), bias_of(head, checkpoint)
 
     def run(self, ids: Sequence[int], past: str | None = None) -> tuple[np.ndarray, str]:
         """Logits, float32 [len(ids), vocab], of `ids` after the state `past`, and the state after them.
@@ -110,7 +111,7 @@ class LayeredDecoder:
             raise EvaluationError(
                 f"{self._label}: {len(ids)} tokens were not announced to the layer-by-layer decoder. This is a bug."
             )
-        return self._hidden(self._architecture.layers + 1, name) @ self._head.T, name
+        return self._hidden(self._architecture.layers + 1, name) @ self._head.T + self._bias, name
 
     def _resume(self, asked: dict[str, Question]) -> dict[str, Question]:
         """The questions whose hidden states lie in the folder if those that are asked are all among them."""

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pipeline.checkpoint.architecture import Architecture
+from pipeline.checkpoint.architecture import Architecture, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.graph.decoder import activation_bytes
 from pipeline.graph.slices import DecoderSlices
@@ -174,6 +174,7 @@ class SideBySide:
             wide = buffer[: rows * matrix.columns].reshape(rows, matrix.columns)
             self._widen(matrix.name, wide, start)
             np.matmul(normed, wide.T, out=logits[:, start : start + rows])
+        logits += bias_of(matrix, self._weights)
         return logits
 
     def _widen(self, name: str, wide: np.ndarray, start: int = 0) -> None:

@@ -37,13 +37,15 @@ class Passed:
     """What a layer showed of the text.
 
     Attributes:
-        products: input name → Σ x·xᵀ over all tokens, float32 [channels, channels], symmetric to the bit: 1.3 GB for
+        tokens: input name → how many tokens its products saw: of an expert its own, perhaps none, of others all.
+        products: input name → Σ x·xᵀ over these tokens, float32 [channels, channels], symmetric to the bit: 1.3 GB for
             Phi-4's widest.
         samples: input name → x of some windows (`sampled`), float32 [tokens, channels].
         ranges: `layers.0.key` → of cached keys and values (`quantize.cache.magnitudes`), float32 [channels]; empty
             unless the slices give those. Of values also once their heads are rotated, `layers.0.value.rotated`.
     """
 
+    tokens: dict[str, int]
     products: dict[str, np.ndarray]
     samples: dict[str, np.ndarray]
     ranges: dict[str, np.ndarray]
@@ -106,6 +108,7 @@ class LayerStream:
         arch, part = self._slices.architecture, self._slices.layer(self.layer)
         channels = {name: self._slices.columns[name] for name in part.taps}
         found = Passed(
+            dict.fromkeys(channels, 0),
             {name: np.zeros((count, count), np.float32) for name, count in channels.items()},
             {name: np.empty((0, count), np.float32) for name, count in channels.items()},
             {},
@@ -114,6 +117,7 @@ class LayerStream:
         waiting: dict[str, list[np.ndarray]] = {name: [] for name in channels}
         for number, values in enumerate(self._run(part, self.layer + 1)):
             for name, value in part.taps.items():
+                found.tokens[name] += len(values[value])
                 waiting[name].append(values[value])
                 if number in kept:
                     found.samples[name] = np.concatenate([found.samples[name], values[value]])

@@ -70,30 +70,32 @@ def _measure(
 ) -> Statistics:
     """Moments and ranges of all layers and the head, those that an earlier run finished included; correlations are
     written."""
-    layers, tokens = slices.architecture.layers, sum(map(len, windows))
+    layers = slices.architecture.layers
     done, found = _resume(partial, layers, workspace)
     with Progress(f"calibrate {workspace.model}", layers + 1, "layers") as progress:
         stream = LayerStream(slices, folder, windows, partial.folder, done)
         progress.advance(stream.layer, kept=True)
         while stream.layer < layers:
-            found |= _pass_layer(stream, tokens, partial, workspace)
+            found |= _pass_layer(stream, partial, workspace)
             _record(partial, stream, found)
             progress.advance()
-        found |= _statistics(stream.advance(), tokens, workspace.model)
+        found |= _statistics(stream.advance(), workspace.model)
         progress.advance()
     return found
 
 
-def _pass_layer(stream: LayerStream, tokens: int, partial: Partial, workspace: Workspace) -> Statistics:
+def _pass_layer(stream: LayerStream, partial: Partial, workspace: Workspace) -> Statistics:
     """A layer's moments and ranges; its correlations are written. Its products, which are large, end here."""
     name, passed = workspace.correlations(f"layers.{stream.layer}").name, stream.advance()
-    found = _statistics(passed, tokens, workspace.model)
-    _write(partial, name, _correlations(passed, tokens))
+    found = _statistics(passed, workspace.model)
+    _write(partial, name, _correlations(passed))
     return found
 
 
-def _statistics(passed: Passed, tokens: int, model: str) -> Statistics:
-    found = passed.ranges | {name: total.diagonal() / tokens for name, total in passed.products.items()}
+def _statistics(passed: Passed, model: str) -> Statistics:
+    """Ranges, and E[x²] of each input; an expert that no token woke has zeros."""
+    moments = {name: total.diagonal() / max(passed.tokens[name], 1) for name, total in passed.products.items()}
+    found = passed.ranges | moments
     if bad := [name for name, values in found.items() if not np.isfinite(values).all()]:
         raise EvaluationError(
             f"{model}: activations at {bad[0]} overflow on the calibration text; the weights are damaged."
@@ -101,12 +103,12 @@ def _statistics(passed: Passed, tokens: int, model: str) -> Statistics:
     return found
 
 
-def _correlations(passed: Passed, tokens: int) -> Statistics:
+def _correlations(passed: Passed) -> Statistics:
     """Of a layer's inputs, with their damping; the products are used up."""
     found: Statistics = {}
     for name, products in passed.products.items():
         found[name] = packed(products)
-        damping = held_out_damping(products, passed.samples[name], tokens)
+        damping = held_out_damping(products, passed.samples[name], passed.tokens[name])
         found[f"{name}.{DAMPING}"] = np.array(damping)
     return found
 

@@ -21,6 +21,7 @@ from pipeline.artifact.quantizers import arranged
 from pipeline.artifact.write import Draft
 from pipeline.calibrate.correlations import packed, unpacked
 from pipeline.config.recipes import RecipeConfig
+from pipeline.errors import PlanError
 from pipeline.graph.slices import DecoderSlices
 from pipeline.quantize.cache import ROTATED
 from pipeline.quantize.rotation import rotate
@@ -35,7 +36,7 @@ SPLIT = {"high": "w8b16s", "low": "w2b32a", "high_fraction": 0.4}
 RUNS = {"residual": 32, "values": True}
 INPUTS = {"attention": 32, "output": 64, "mlp": 128, "down": 32}
 PARTS = (INPUTS, {"residual": "all"}, {"values": True}, {"down": 32}, RUNS, ALL)
-FAMILIES = ("llama-tied", "llama-untied", "mimo", "phi3", "phi3-partial-tied")
+FAMILIES = ("llama-tied", "llama-biased", "mimo", "phi3", "phi3-partial-tied")
 
 
 def recipe(rotation: dict[str, object], body: object = "w8b32a") -> RecipeConfig:
@@ -98,6 +99,19 @@ def test_the_function_stays(case: str, rotation: dict[str, object], tmp_path: Pa
     drafted = found.write(recipe(rotation), tmp_path / "artifact")
     assert sum(file.stat().st_size for file in (tmp_path / "artifact").iterdir()) == drafted.bytes
     assert difference(found, drafted, tmp_path / "artifact") < 1e-4
+
+
+@pytest.mark.parametrize("rotation", [INPUTS, {"values": True}, {"values": True} | INPUTS], ids=str)
+def test_the_function_stays_under_layer_norms(rotation: dict[str, object], tmp_path: Path) -> None:
+    found = rotated(tmp_path, rotation, "phimoe-dense")
+    drafted = found.write(recipe(rotation), tmp_path / "artifact")
+    assert difference(found, drafted, tmp_path / "artifact") < 1e-4
+
+
+@pytest.mark.parametrize("rotation", [ALL, RUNS], ids=str)
+def test_no_rotation_of_the_residual_passes_a_layer_norm(rotation: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"subtracts the mean.*Leave out `residual`"):
+        rotated(tmp_path, rotation, "phimoe-dense")
 
 
 def test_the_function_stays_where_matrices_are_split(tmp_path: Path) -> None:

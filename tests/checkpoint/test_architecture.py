@@ -137,8 +137,8 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
         (LLAMA | {"rms_norm_eps": "tiny"}, ["rms_norm_eps is 'tiny'"]),
         (LLAMA | {"rope_theta": float("nan")}, ["rope_theta is nan"]),
         (LLAMA | {"hidden_act": "gelu"}, ["hidden_act = 'gelu' is not supported for llama"]),
-        (LLAMA | {"attention_bias": True}, ["attention_bias"]),
-        (LLAMA | {"mlp_bias": True}, ["mlp_bias"]),
+        (LLAMA | {"attention_bias": "all"}, ["attention_bias is 'all'; true or false"]),
+        (CASES["phi3"].config | {"mlp_bias": True}, ["mlp_bias"]),
         (LLAMA | {"quantization_config": {"bits": 4}}, ["quantization_config", "original checkpoint"]),
         (
             LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -207,11 +207,11 @@ def test_harmless_spellings(tmp_path: Path) -> None:
         {"rope_scaling": {}},
         {"rope_scaling": {"type": None, "rope_type": "default", "factor": 4.0}},
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-        {"attention_bias": None, "mlp_bias": 0, "num_experts": 0, "logits_scaling": 1.0},
+        {"attention_bias": None, "mlp_bias": False, "num_experts": 0, "logits_scaling": 1.0},
         {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "auto_map": {"AutoConfig": "x--y.Z"}},
     ):
         assert architecture_of(LLAMA | harmless, tmp_path) == plain
-    assert architecture_of(CASES["qwen2"].config | {"attention_bias": True}, tmp_path).traits.qkv_bias
+    assert architecture_of(CASES["qwen2"].config | {"attention_bias": True}, tmp_path).traits.biases
 
 
 def test_missing_config(tmp_path: Path) -> None:

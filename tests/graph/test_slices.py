@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from pipeline.checkpoint.architecture import bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import GraphError
 from pipeline.graph.slices import DecoderSlices, Slice, product_inputs
@@ -55,7 +56,8 @@ def test_chained_slices_are_the_whole_graph(name: str, dtype: str, tokens: int, 
     assert list(got) == list(dict.fromkeys(matrix.input for matrix in architecture.matrices))
     for key, value in got.items():
         assert_close(value, want[taps[key]])
-    assert_close(got["head"] @ Checkpoint(tmp_path).rows(architecture.head.name).T, want["logits"])
+    head, checkpoint = architecture.head, Checkpoint(tmp_path)
+    assert_close(got["head"] @ checkpoint.rows(head.name).T + bias_of(head, checkpoint), want["logits"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +71,7 @@ def test_a_slice_holds_its_own_weights_only(name: str, tmp_path: Path) -> None:
 
     expected = set(architecture.expected_tensors())
     assert weights(slices.embedding()) == {"model.embed_tokens.weight"}
-    assert weights(slices.layer(architecture.layers)) == {"model.norm.weight"}
+    assert weights(slices.layer(architecture.layers)) == set(architecture.norm("model.norm"))
     for layer in range(architecture.layers):
         prefix = f"model.layers.{layer}."
         assert weights(slices.layer(layer)) == {tensor for tensor in expected if tensor.startswith(prefix)}

@@ -124,12 +124,12 @@ def test_a_cut_of_ours_equals_optimums_export_of_it(exported: tuple[Path, Path, 
     assert found == {"prompt_tokens": 12, "decode_steps": 6, "top1_equal": 1.0, "near_ties": 0, "mismatches": 0}
 
 
-@pytest.mark.parametrize("change", ["rms_eps", "theta"])
+@pytest.mark.parametrize("change", ["epsilon", "theta"])
 def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
     """Small mistakes of a graph builder are far outside the limit of 1e-4."""
     ours, theirs, architecture = exported
     wrong = {
-        "rms_eps": replace(architecture, rms_eps=1e-2),
+        "epsilon": replace(architecture, epsilon=1e-2),
         "theta": replace(architecture, rope=replace(architecture.rope, theta=500000.0)),
     }[change]
     link_or_copy(ours.parent / "model.safetensors", tmp_path / "model.safetensors")

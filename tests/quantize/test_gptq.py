@@ -294,6 +294,17 @@ def test_damping_is_what_held_out_inputs_ask_for() -> None:
         assert tried[2] <= 1.02 * min(tried), (tokens, chosen, tried)
 
 
+def test_an_expert_that_no_token_woke_is_not_compensated() -> None:
+    """No sum, no tokens, nothing held out: a finite damping, and every weight is rounded as it is."""
+    none, weights = np.zeros((256, 256), np.float32), sample(rows=8, columns=256)
+    damping = held_out_damping(none.copy(), np.empty((0, 256), np.float32), 0)
+    assert np.isfinite(damping)
+    found = factor(none, damping)
+    np.testing.assert_array_equal(found.unit, np.eye(256))
+    assert np.isfinite(values(compensated(weights, found, formats("w4b64a", 256)))).all()
+    assert held_out_damping(np.eye(256, dtype=np.float32), np.empty((0, 256), np.float32), 300) == expected_damping(256, 300)
+
+
 @pytest.mark.parametrize(("correlation", "damping"), [(0.9, 0.3), (1.25, 0.3), (1.5, 1.0)])
 def test_damping_is_raised_until_the_matrix_is_positive_definite(correlation: float, damping: float) -> None:
     matrix = np.kron(np.eye(150), [[1, correlation], [correlation, 1]]).astype(np.float32)
