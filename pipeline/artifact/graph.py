@@ -49,9 +49,9 @@ def seats(planned: PlannedMatrix) -> list[Seat]:
     """Of each piece. Experts of a layer lie one behind the other; of each the rows of gate and up alternate, as QMoE
     reads them."""
     matrix, stem = planned.matrix, planned.matrix.name.removesuffix(".weight")
-    if matrix.role not in experts.ROLES:
+    if matrix.expert is None:
         return [Seat(f"{stem}.high"), Seat(f"{stem}.low")] if planned.split else [Seat(stem)]
-    at = experts.expert_of(matrix) * matrix.rows
+    at = matrix.expert * matrix.rows
     if matrix.role == experts.DOWN:
         return [Seat(_stacked_name(matrix.layer, "fc2"), at)]
     return [Seat(_stacked_name(matrix.layer, "fc1"), 2 * at + (matrix.role == experts.UP), 2)]
@@ -198,7 +198,7 @@ class QuantizedGraph(GraphWriter):
     def _mixture(self, layer: int, output: str) -> None:
         """A layer's experts as one QMoE. It takes the router's weights twice: the chosen ones alone are not 0, so their
         largest are the experts that the router chose, also where two logits are equal."""
-        own = [item for item in self._plan.body if item.matrix.layer == layer and item.matrix.role in experts.ROLES]
+        own = [item for item in self._plan.body if item.matrix.layer == layer and item.matrix.expert is not None]
         gate, _, down = own[:3]
         (piece,), count, weights = gate.pieces, len(own) // 3, f"layers.{layer}.router.weights"
         x = f"model.layers.{layer}.post_attention_layernorm"

@@ -121,7 +121,7 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
     layers = architecture.layers
     body = [apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1]]
     _check_shared_inputs(body)
-    experts.require_alike([(item.matrix, item.pieces[0].format) for item in body if item.matrix.role in experts.ROLES])
+    experts.require_alike([(item.matrix, item.pieces[0].format) for item in body if item.matrix.expert is not None])
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
     cache = cache_of(architecture, recipe.kv_cache)
@@ -163,10 +163,10 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
     """
     try:
         if isinstance(chosen, str):
-            fmt, expert = TensorFormat.parse(chosen), matrix.role in experts.ROLES
-            fitted = experts.expert_format(fmt, matrix) if expert else fmt.fitted(matrix.columns)
+            fmt = TensorFormat.parse(chosen)
+            fitted = fmt.fitted(matrix.columns) if matrix.expert is None else experts.expert_format(fmt, matrix)
             return PlannedMatrix(matrix, (Piece(fitted, matrix.columns),))
-        if matrix.role in experts.ROLES:
+        if matrix.expert is not None:
             raise PlanError("experts cannot be split (QMoE): name one format for them")
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
         if high.bits <= low.bits:
