@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,9 +29,9 @@ from pipeline.quantize.formats import Node, Operand, Stored, TensorFormat
 # Of GroupQueryAttention, whose inputs are positional (ContribOperators.md of ONNX Runtime 1.31).
 _KEY_SCALE = 12
 _EXPERTS = re.compile(r"layers\.(\d+)\.experts(\..*)?")
-_MIXTURE = {
+_MIXTURE: dict[str, Any] = {
     "k": CHOICES, "activation_type": "swiglu", "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1,
-    "normalize_routing_weights": 0,
+    "normalize_routing_weights": 0, "accuracy_level": 4,
 }  # fmt: skip
 """Nodes of a full-precision block of experts (`pipeline.graph.experts`), the last of which has no further name."""
 
@@ -204,14 +204,14 @@ class QuantizedGraph(GraphWriter):
         x = f"model.layers.{layer}.post_attention_layernorm"
         if gate.rotated:
             x = rotate_blocks(self, x, gate.matrix.columns, gate.rotated, f"{output}/rotated")
-        sizes = {"fc1": (2 * gate.matrix.rows, gate.matrix.columns), "fc2": (down.matrix.rows, down.matrix.columns)}
+        sides = {"fc1": (2 * gate.matrix.rows, gate.matrix.columns), "fc2": (down.matrix.rows, down.matrix.columns)}
         first, second = (
-            self._stacked(_stacked_name(layer, name), piece.format, count, *size) for name, size in sizes.items()
+            self._stacked(_stacked_name(layer, name), piece.format, count, *sizes) for name, sizes in sides.items()
         )
         zeros = [first.get(".zeros", ""), second.get(".zeros", "")]
         stored = [first[".codes"], first[".scales"], "", second[".codes"], second[".scales"], "", "", "", "", *zeros]
-        attributes = {"expert_weight_bits": piece.format.bits, "block_size": piece.format.block, "accuracy_level": 4}
-        self.node("QMoE", [x, weights, *stored, "", weights], output, MICROSOFT, **_MIXTURE, **attributes)
+        sizes = {"expert_weight_bits": piece.format.bits, "block_size": piece.format.block}
+        self.node("QMoE", [x, weights, *stored, "", weights], output, MICROSOFT, **_MIXTURE, **sizes)
 
     def _stacked(self, prefix: str, fmt: TensorFormat, count: int, rows: int, columns: int) -> dict[str, str]:
         """What a product of `count` experts reads, by the endings of the stored tensors, [experts, rows, values]."""

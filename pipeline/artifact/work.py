@@ -22,7 +22,7 @@ _UNIT_BYTES = 8 << 20
 
 
 class Range(NamedTuple):
-    """Bytes of a stored tensor: `length` of them from `offset` on; or in runs of `run`, whose starts are `step` apart."""
+    """`length` bytes of a stored tensor from `offset` on, or in runs of `run` bytes, whose starts are `step` apart."""
 
     name: str
     offset: int

@@ -24,18 +24,35 @@ BITS = (4, 8)
 times as long for them as for 4."""
 
 
-def expert_format(fmt: TensorFormat, matrix: Matrix) -> TensorFormat:
-    """`fmt` for an expert's matrix, with the largest block that divides both sides of it at least twice.
+def fitted(fmt: TensorFormat, matrix: Matrix) -> TensorFormat:
+    """`fmt` with the largest block that divides both sides of an expert's matrix, at least twice.
 
-    Raises PlanError when QMoE has no fast product of this width, or no block divides them.
+    Raises PlanError when none does.
     """
+    sides = matrix.rows, matrix.columns
+    return replace(fmt, block=min(fmt.block, min(sides) // 2)).fitted(gcd(*sides))
+
+
+def expert_format(fmt: TensorFormat, matrix: Matrix) -> TensorFormat:
+    """`fmt`, as `fitted`, for an expert's matrix in an artifact. Raises PlanError also when QMoE has no fast product of
+    this width."""
     if fmt.bits not in BITS:
         raise PlanError(
             f"format {fmt}: experts are multiplied in {' or '.join(map(str, BITS))} bits (QMoE). Name such a format for "
             f"{', '.join(ROLES)}."
         )
-    sides = matrix.rows, matrix.columns
-    return replace(fmt, block=min(fmt.block, min(sides) // 2)).fitted(gcd(*sides))
+    return fitted(fmt, matrix)
+
+
+def usable(names: Sequence[str]) -> list[str]:
+    """Those of a budget's formats that experts can have. Raises PlanError when there are none."""
+    found = [name for name in names if TensorFormat.parse(name).bits in BITS]
+    if not found:
+        raise PlanError(
+            f"none of the budget's formats ({', '.join(names)}) can be an expert's (QMoE): allow one of "
+            f"{' or '.join(map(str, BITS))} bits."
+        )
+    return found
 
 
 def require_alike(formats: Sequence[tuple[Matrix, TensorFormat]]) -> None:

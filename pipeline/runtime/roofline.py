@@ -26,7 +26,12 @@ from pipeline.graph.experts import CHOICES
 TOLERANCE = 1.10
 """A rate may be this many times its roofline before it counts as impossible: measured bandwidths of an undisturbed
 machine differ by a few per cent from one second to the next."""
-_ALIASES = {"Cast", "Reshape", "Identity", "Mul"}  # of stored tensors alone, what they return is computed once, from these
+_ALIASES = {
+    "Cast",
+    "Reshape",
+    "Identity",
+    "Mul",
+}  # of stored tensors alone, what they return is computed once, from these
 # Inputs of which a token reads one row: the table of Gather; codes, scales and zero points of GatherBlockQuantized; the
 # rotary tables of GroupQueryAttention.
 _ROW_INPUTS = {"Gather": {0}, "GatherBlockQuantized": {0, 2, 3}, "GroupQueryAttention": {7, 8}}
@@ -38,7 +43,9 @@ _EXPERT_INPUTS = {2, 3, 5, 6, 11, 12}  # of QMoE: codes, scales and zero points
 class Traffic:
     """Bytes that decoding one token must read at least."""
 
-    weight_bytes: int  # every stored tensor, tables only by the rows that one token needs, experts by those that it wakes
+    weight_bytes: (
+        int  # every stored tensor, tables only by the rows that one token needs, experts by those that it wakes
+    )
     table_bytes: int  # tables of which one row is read (embedding, rotary), not part of the above
     cache_bytes: int  # keys and values of one token of context
 

@@ -36,7 +36,10 @@ ROLES = ["expert_gate", "expert_up", "expert_down"]
 
 def recipe(experts: object, **changes: object) -> RecipeConfig:
     """4 bits in the body, and experts in another format."""
-    rules = [{"roles": ROLES, "format": experts}, {"roles": ["q_proj", "k_proj", "v_proj", "o_proj"], "format": "w4b32a"}]
+    rules = [
+        {"roles": ROLES, "format": experts},
+        {"roles": ["q_proj", "k_proj", "v_proj", "o_proj"], "format": "w4b32a"},
+    ]
     return changed("q4", body=rules, head="w4b32a", embedding="w4b32a", **changes)
 
 
@@ -97,7 +100,9 @@ def test_experts_of_a_layer_get_the_block_that_divides_them_both_ways(exported: 
         assert {item.formats for item in plan.body if item.matrix.expert is not None} == {"w4b64a8"}
 
 
-@pytest.mark.parametrize("rotation", [{}, {"attention": 32, "output": 32, "mlp": 64, "down": 32}], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    "rotation", [{}, {"attention": 32, "output": 32, "mlp": 64, "down": 32}], ids=["plain", "rotated"]
+)
 def test_it_computes_what_a_full_precision_graph_of_the_stored_weights_does(
     rotation: dict[str, int], exported: Exported, tmp_path: Path
 ) -> None:
@@ -178,5 +183,7 @@ def test_experts_of_one_layer_that_differ_are_refused(exported: Exported) -> Non
         {"roles": ["expert_down"], "format": "w8b32a"},
         {"roles": [*ROLES, "q_proj", "k_proj", "v_proj", "o_proj"], "format": "w4b32a"},
     ]
-    with pytest.raises(PlanError, match=r"0\.w1\.weight \(w4b32a\) and .*0\.w2\.weight \(w8b32a\) are experts of one layer"):
+    with pytest.raises(
+        PlanError, match=r"0\.w1\.weight \(w4b32a\) and .*0\.w2\.weight \(w8b32a\) are experts of one layer"
+    ):
         make_plan(exported.architecture, changed("q4", body=rules))

@@ -302,7 +302,9 @@ def test_an_expert_that_no_token_woke_is_not_compensated() -> None:
     found = factor(none, damping)
     np.testing.assert_array_equal(found.unit, np.eye(256))
     assert np.isfinite(values(compensated(weights, found, formats("w4b64a", 256)))).all()
-    assert held_out_damping(np.eye(256, dtype=np.float32), np.empty((0, 256), np.float32), 300) == expected_damping(256, 300)
+    assert held_out_damping(np.eye(256, dtype=np.float32), np.empty((0, 256), np.float32), 300) == expected_damping(
+        256, 300
+    )
 
 
 @pytest.mark.parametrize(("correlation", "damping"), [(0.9, 0.3), (1.25, 0.3), (1.5, 1.0)])
