@@ -211,7 +211,7 @@ class QuantizedGraph(GraphWriter):
         zeros = [first.get(".zeros", ""), second.get(".zeros", "")]
         stored = [first[".codes"], first[".scales"], "", second[".codes"], second[".scales"], "", "", "", "", *zeros]
         sizes = {"expert_weight_bits": piece.format.bits, "block_size": piece.format.block}
-        self.node("QMoE", [x, weights, *stored, "", weights], output, MICROSOFT, **_MIXTURE, **sizes)
+        self.node("QMoE", [x, weights, *stored, "", weights], output, MICROSOFT, **(_MIXTURE | sizes))
 
     def _stacked(self, prefix: str, fmt: TensorFormat, count: int, rows: int, columns: int) -> dict[str, str]:
         """What a product of `count` experts reads, by the endings of the stored tensors, [experts, rows, values]."""

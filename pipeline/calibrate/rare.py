@@ -2,8 +2,8 @@
 
 GPTQ believes a correlation as far as tokens bear it out: it begins with a damping of 4 · channels / tokens
 (`pipeline.quantize.factor`), under which, from 1 on, hardly an error is compensated. So `needed` tokens are those at
-which it is 1. An expert that saw fewer gets the rest, each the mean of all tokens that woke any expert of its layer; one
-that saw none is calibrated on these alone.
+which it is 1. An expert that saw fewer gets the rest, each the mean of all tokens that woke any expert of its layer;
+one that saw none is calibrated on these alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def needed(channels: int) -> int:
 
 
 def experts_inputs(matrices: Iterable[Matrix]) -> list[list[str]]:
-    """The inputs of a layer's experts that are alike, the experts' in order: what they read, and what their last matrices
-    multiply. Empty for a layer without experts."""
+    """The inputs of a layer's experts that are alike, in the order of experts: what they read, and what their last
+    matrices multiply. Empty for a layer without experts."""
     found: dict[str, dict[str, None]] = {}
     for matrix in matrices:
         if matrix.expert is not None:

@@ -38,8 +38,8 @@ def expert_format(fmt: TensorFormat, matrix: Matrix) -> TensorFormat:
     this width."""
     if fmt.bits not in BITS:
         raise PlanError(
-            f"format {fmt}: experts are multiplied in {' or '.join(map(str, BITS))} bits (QMoE). Name such a format for "
-            f"{', '.join(ROLES)}."
+            f"format {fmt}: experts are multiplied in {' or '.join(map(str, BITS))} bits (QMoE). Name such a format "
+            f"for {', '.join(ROLES)}."
         )
     return fitted(fmt, matrix)
 
@@ -62,6 +62,6 @@ def require_alike(formats: Sequence[tuple[Matrix, TensorFormat]]) -> None:
         other, first = seen.setdefault(matrix.layer, (matrix, fmt))
         if fmt != first:
             raise PlanError(
-                f"tensors {other.name} ({first}) and {matrix.name} ({fmt}) are experts of one layer, which one operator "
-                f"multiplies (QMoE): name {', '.join(ROLES)} in one rule, or pin all of them to one format."
+                f"tensors {other.name} ({first}) and {matrix.name} ({fmt}) are experts of one layer, which one "
+                f"operator multiplies (QMoE): name {', '.join(ROLES)} in one rule, with one format."
             )

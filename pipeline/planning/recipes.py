@@ -129,8 +129,8 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
 
 
 def rotated(plan: Plan, recipe: Recipe) -> Plan:
-    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix. What an expert's last
-    matrix multiplies is not rotated: it comes into being inside the operator."""
+    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix. What an expert's
+    last matrix multiplies is not rotated: it comes into being inside the operator."""
     runs = recipe.rotation.inputs
 
     def turned(item: PlannedMatrix) -> PlannedMatrix:

@@ -3,8 +3,9 @@
     tokens/s ≤ memory bandwidth ÷ bytes read per token
 
 A token reads every weight of the body and of the head once, of a layer's experts those that it wakes, one row of the
-embedding, and the keys and values of all tokens before it. The bytes are those of the written graph, which are a lower bound: kernels keep packed weights, which
-are no smaller. So a rate above the roofline measured something other than this model.
+embedding, and the keys and values of all tokens before it. The bytes are those of the written graph, which are a lower
+bound: kernels keep packed weights, which are no smaller. So a rate above the roofline measured something other than
+this model.
 
 Source: Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009; at one
 token at a time decoding does two operations per weight and is bound by memory on every processor here.

@@ -1,4 +1,4 @@
-"""Experts as one QMoE of each layer: the weights that it reads, what it computes, bytes that nothing but the plan decides.
+"""Experts as one QMoE of each layer: the weights that it reads, what it computes, bytes that the plan alone decides.
 
 The experts have 128 channels outside and 192 inside: blocks of 64 divide both, blocks of 128 one of them.
 """
@@ -49,7 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def experts_weights(written: Written, node: onnx.NodeProto, first: int, zeros: int) -> np.ndarray:
-    """float64 [experts, rows, columns] of the product whose codes are input `first`, by the operator's documentation."""
+    """float64 [experts, rows, columns] of the product whose codes are input `first`, by the operator's description."""
     attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     bits, block = attributes["expert_weight_bits"], attributes["block_size"]
     scales, unit = written.larger.get(node.input[first + 1], (node.input[first + 1], 1))
@@ -106,8 +106,8 @@ def test_experts_of_a_layer_get_the_block_that_divides_them_both_ways(exported: 
 def test_it_computes_what_a_full_precision_graph_of_the_stored_weights_does(
     rotation: dict[str, int], exported: Exported, tmp_path: Path
 ) -> None:
-    """Equal to rounding with float activations. Int8 ones, which phones use, cost about a hundredth, and more of the few
-    tokens that they send to another expert: random routers decide narrowly."""
+    """Equal to rounding with float activations. Int8 ones, which phones use, cost about a hundredth, and more of the
+    few tokens that they send to another expert: random routers decide narrowly."""
     folder, scratch = tmp_path / "artifact", tmp_path / "float"
     drafted = exported.write(recipe("w4b64a8", rotation=rotation), folder)
     assert any(item.rotated for item in drafted.plan.body if item.matrix.role == "expert_gate") == bool(rotation)

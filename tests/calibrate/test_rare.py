@@ -17,9 +17,7 @@ ENOUGH = needed(CHANNELS)
 def sums(*counts: int) -> tuple[dict[str, np.ndarray], dict[str, int], list[np.ndarray]]:
     """Σ x·xᵀ and tokens of experts that so many tokens woke, and their x."""
     rng = np.random.default_rng(0)
-    seen = [
-        (1 + index) * rng.standard_normal((count, CHANNELS)).astype(np.float32) for index, count in enumerate(counts)
-    ]
+    seen = [rng.normal(0, 1 + index, (count, CHANNELS)).astype(np.float32) for index, count in enumerate(counts)]
     names = [f"layers.0.experts.{index}.mlp" for index in range(len(counts))]
     return {n: x.T @ x for n, x in zip(names, seen, strict=True)}, dict(zip(names, counts, strict=True)), seen
 
