@@ -11,12 +11,14 @@ import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from pipeline.checkpoint.architecture import _FAMILIES, _SWITCHED, Family, read_architecture
+from pipeline.checkpoint.architecture import read_architecture
+from tests.phimoe import PhiMoE
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped).
+    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped); "": it
+    cannot run it, and `tests.phimoe` does.
 
     `extra` are tensors that it has besides; `optimum` says whether Optimum exports it.
     """
@@ -48,6 +50,11 @@ def _base(model_type: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+def _phimoe(**changes: Any) -> dict[str, Any]:
+    biases = {"attention_bias": True, "lm_head_bias": True}
+    return _base("phimoe", intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, **biases, **changes)
+
+
 def _longrope(dims: int) -> dict[str, Any]:
     pairs = dims // 2
     return {
@@ -57,15 +64,26 @@ def _longrope(dims: int) -> dict[str, Any]:
     }
 
 
-# Parts that no dense family has: Phi's mixture of experts with one MLP in place of its experts.
-_FAMILIES["phimoe-dense"] = Family("phimoe", norm="layer", switched_biases=_SWITCHED | {"lm_head_bias": ("head",)})
+# Of the first 32 pairs of channels, some keep their frequency, some are interpolated, some are slowed down.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 CASES = {
     "llama-tied": Case(_base("llama", tie_word_embeddings=True), "llama"),
     "llama-untied": Case(_base("llama", num_key_value_heads=1), "llama"),
+    "llama3": Case(
+        _base("llama", rope_theta=500000.0, tie_word_embeddings=True, head_dim=64, rope_scaling=LLAMA3), "llama"
+    ),
     "llama-biased": Case(_base("llama", attention_bias=True, mlp_bias=True, head_dim=48), "llama"),
     "qwen2": Case(_base("qwen2", rope_theta=1e6), "qwen2"),
     "qwen2-tied": Case(_base("qwen2", tie_word_embeddings=True, num_key_value_heads=4), "qwen2"),
+    "qwen3": Case(_base("qwen3", rope_theta=1e6, head_dim=48, tie_word_embeddings=True), "qwen3"),
+    "qwen3-biased": Case(_base("qwen3", head_dim=64, rope_theta=1e6, attention_bias=True), "qwen3"),
     "mimo": Case(
         _base("mimo", rope_theta=640000.0, num_nextn_predict_layers=1, head_dim=32),
         "qwen2",
@@ -83,7 +101,9 @@ CASES = {
         ),
         "phi3",
     ),
-    "phimoe-dense": Case(_base("phimoe-dense", attention_bias=True, lm_head_bias=True), "phimoe", optimum=False),
+    "phimoe": Case(_phimoe(), "phimoe", optimum=False),
+    # as Phi-tiny-MoE, whose heads transformers' class takes to be hidden / heads wide
+    "phimoe-wide-heads": Case(_phimoe(head_dim=48), "", optimum=False),
     # 40 prompt tokens + 32 decode steps cross the switch from the short to the long factors at 64.
     "phi3-longrope": Case(_base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"),
     "phi3-longrope-partial": Case(
@@ -126,24 +146,10 @@ def transformers_model(folder: Path, case: Case) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not case.transformers_type:
+        return PhiMoE(folder, case.config)
     values = {key: value for key, value in case.config.items() if key != "model_type"}
     config = AutoConfig.for_model(case.transformers_type, **values)
     config._attn_implementation = "eager"
-    if case.config["model_type"] == "phimoe-dense":
-        return _dense(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     return model.eval()
-
-
-def _dense(model: Any, folder: Path) -> Any:
-    """transformers' PhiMoE with a plain gated MLP in each layer, and the weights of `folder`."""
-    from safetensors.torch import load_file
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    model.config.mlp_bias = False
-    for layer in model.model.layers:
-        del layer.block_sparse_moe
-        layer.mlp = LlamaMLP(model.config)
-        layer.block_sparse_moe = lambda hidden, mlp=layer.mlp: (mlp(hidden), None)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model

@@ -1,9 +1,9 @@
 """A Phi mixture of experts in plain torch: the reference where transformers' class cannot load a checkpoint.
 
-transformers 4.57 takes head_dim = hidden / heads, which Phi-tiny-MoE has not. Each expert's weight is that of SparseMixer
-in inference (arXiv 2310.00811; without replacement as in GRIN, arXiv 2409.12136): the largest logit m is the first
-choice, and its weight is its share of the softmax over all logits s with (m - s) / max(|s|, m) <= 2 * jitter. The second
-choice is made likewise of what is left. The two weights do not sum to 1.
+transformers 4.57 takes head_dim = hidden / heads, which Phi-tiny-MoE has not. Each expert's weight is SparseMixer's in
+inference (arXiv 2310.00811; without replacement as in GRIN, arXiv 2409.12136): the largest logit m is the first choice,
+and its weight is its share of the softmax over all logits s with (m - s) / max(|s|, m) <= 2 * jitter. The second choice
+is made likewise of what is left. The two weights do not sum to 1.
 """
 
 from __future__ import annotations

@@ -82,6 +82,67 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
     },
 }
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def _llama3(factor: float, **shapes: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": _LLAMA3 | {"factor": factor, "original_max_position_embeddings": 8192},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        **shapes,
+    }
+
+
+def _qwen3(**shapes: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": shapes["num_hidden_layers"],
+        **shapes,
+    }
+
+
+def _shapes(layers: int, hidden: int, heads: int, intermediate: int, tied: bool) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "tie_word_embeddings": tied,
+    }
+
+
+_REASONING = {"max_position_embeddings": 32768, "original_max_position_embeddings": 32768, "rope_theta": 500000}
+REAL_CONFIGS |= {
+    "phi-4-reasoning": REAL_CONFIGS["phi-4"] | _REASONING,
+    "phi-4-reasoning-plus": REAL_CONFIGS["phi-4"] | _REASONING,
+    "phi-4-mini-reasoning": REAL_CONFIGS["phi-4-mini"],
+    "llama-3-2-1b": _llama3(32.0, head_dim=64, **_shapes(16, 2048, 32, 8192, True)),
+    "llama-3-2-3b": _llama3(32.0, head_dim=128, **_shapes(28, 3072, 24, 8192, True)),
+    "llama-3-1-8b": _llama3(8.0, **_shapes(32, 4096, 32, 14336, False)),
+    "qwen3-0-6b": _qwen3(**_shapes(28, 1024, 16, 3072, True)),
+    "qwen3-1-7b": _qwen3(**_shapes(28, 2048, 16, 6144, True)),
+    "qwen3-4b": _qwen3(**_shapes(36, 2560, 32, 9728, True)),
+    "qwen3-8b": _qwen3(**_shapes(36, 4096, 32, 12288, False)),
+}
 
 
 def architecture_of(name: str, folder: Path) -> Architecture:

@@ -35,8 +35,8 @@ _AGAIN = "Run the download stage again, or use another release of the model."
 _CORRECT = "If the file is wrong, correct it in a copy of the source, a folder that is a source of `kind: local`."
 T = TypeVar("T", int, float, bool)
 _ROPE_KEYS = {
-    "attention_factor", "factor", "long_factor", "original_max_position_embeddings", "partial_rotary_factor",
-    "rope_theta", "rope_type", "short_factor", "type",
+    "attention_factor", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "type",
 }  # fmt: skip
 _EXPERT_SIZES = {"num_local_experts": MAX_EXPERTS, "intermediate_size": MAX_SIZE}
 _COMPARED = 1 << 23  # float32 bytes of rows that are compared at a time
@@ -50,17 +50,19 @@ class Family:
         genai_type: what onnxruntime-genai calls it.
         norm: `rms`, or `layer`: LayerNorm, with a bias beside its gain.
         fused: whether one matrix makes queries, keys and values.
+        head_norms: whether queries and keys take an RMSNorm in each head before they are rotated.
         biases: roles of the matrices whose products get a bias in every model.
         switched_biases: key of config.json → roles that get one where it is true.
         scaling: name of a rope_scaling that it has → its kind.
         window: when config.json's sliding_window limits attention.
-        mlp: `gated` SiLU; `fused`: the same, with one matrix for gate and up; or `experts` of which SparseMixer wakes two.
+        mlp: `gated` SiLU; `fused`: the same, with one matrix for gate and up; `experts`, of which SparseMixer wakes two.
         unused_prefixes: of tensors that the forward never uses.
     """
 
     genai_type: str
     norm: Literal["rms", "layer"] = "rms"
     fused: bool = False
+    head_norms: bool = False
     biases: tuple[str, ...] = ()
     switched_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scaling: Mapping[str, str] = field(default_factory=dict)
@@ -70,12 +72,14 @@ class Family:
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_SWITCHED = {"attention_bias": (*_QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
-_PHIMOE = {"attention_bias": (*_QKV, "o_proj"), "lm_head_bias": ("head",)}
+_ATTENTION = {"attention_bias": (*_QKV, "o_proj")}
+_SWITCHED = {**_ATTENTION, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_PHIMOE = {**_ATTENTION, "lm_head_bias": ("head",)}
 _LONGROPE = dict.fromkeys(("longrope", "su", "yarn"), "longrope")
 _FAMILIES = {
-    "llama": Family("llama", switched_biases=_SWITCHED),
+    "llama": Family("llama", switched_biases=_SWITCHED, scaling={"llama3": "llama3"}),
     "qwen2": Family("qwen2", biases=_QKV, window="switched"),
+    "qwen3": Family("qwen3", head_norms=True, switched_biases=_ATTENTION, window="switched"),
     # Qwen2 with layers that predict further tokens
     "mimo": Family("qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",)),
     "phi3": Family("phi3", fused=True, scaling=_LONGROPE, window="always", mlp="fused"),
@@ -85,7 +89,8 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. For LongRoPE, `short_factor` and `long_factor` divide the frequencies, one per channel pair."""
+    """Rotary embedding. `short_factor` divides the frequencies, one per channel pair; for LongRoPE up to
+    `original_max_position` tokens only, beyond which `long_factor` does."""
 
     theta: float
     dims: int
@@ -241,6 +246,9 @@ class Architecture:
                 shapes[self.router(layer)] = self.experts, self.hidden
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes |= dict.fromkeys(self.norm(f"model.layers.{layer}.{norm}"), (self.hidden,))
+            if self.traits.head_norms:
+                for part in "qk":
+                    shapes[f"model.layers.{layer}.self_attn.{part}_norm.weight"] = (self.head_dim,)
         shapes |= dict.fromkeys(self.norm("model.norm"), (self.hidden,))
         return shapes | _stored(self.head)
 
@@ -439,11 +447,28 @@ def _read_rope(config: _Values, head_dim: int, known: Mapping[str, str]) -> Rope
         supported = ", ".join(dict.fromkeys(["default", *known.values()]))
         what = f"rope_scaling {what} is not supported for {config['model_type']}; supported: {supported}"
         raise config.wrong(f"{what}. Another kind needs its tables in pipeline/graph/rope.py.")
+    if known[kind] == "llama3":
+        return Rope(theta, dims, max_position, short_factor=_llama3_factors(scaling, theta, dims))
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
     attention_factor = scaling.read(float, "attention_factor", 1e-3, 1e3, null=computed)
     short, long = (_factors(scaling, key, dims // 2) for key in ("short_factor", "long_factor"))
     return Rope(theta, dims, original, attention_factor, short, long)
+
+
+def _llama3_factors(scaling: _Values, theta: float, dims: int) -> tuple[float, ...]:
+    """What Llama 3 divides frequencies by: those of long waves by `factor`, those of short ones by 1, the others by
+    what makes the frequency linear in the turns within the original context (huggingface/transformers,
+    modeling_rope_utils.py)."""
+    factor = scaling.read(float, "factor", 1.0, 1e6)
+    low, high = (scaling.read(float, f"{name}_freq_factor", 1e-3, 1e6) for name in ("low", "high"))
+    original = scaling.read(int, "original_max_position_embeddings", 1, MAX_POSITION)
+    if high <= low:
+        what = f"rope_scaling.high_freq_factor {high:g} is not above low_freq_factor {low:g}"
+        raise scaling.wrong(f"{what}. {_CORRECT}")
+    turns = original / (2 * np.pi) * theta ** (-np.arange(0, dims, 2) / dims)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple((1 / ((1 - share) / factor + share)).tolist())
 
 
 def _rope_values(config: _Values) -> dict[str, Any]:

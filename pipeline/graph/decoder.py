@@ -102,9 +102,11 @@ class _Decoder(GraphWriter):
 
     def linear(self, x: str, matrix: Matrix, output: str) -> str:
         """x · Wᵀ, plus the bias where the matrix has one."""
-        product = f"{output}/product" if matrix.bias else output
+        product, biased = output, f"{output}/biased"
+        if matrix.bias and matrix.role == "head":  # whose output is the graph's
+            product, biased = f"{output}/product", output
         self.node("FusedMatMul", [x, self.weight(matrix.name)], product, MICROSOFT, transB=1)
-        return self.node("Add", [product, self.weight(matrix.bias)], output) if matrix.bias else output
+        return self.node("Add", [product, self.weight(matrix.bias)], biased) if matrix.bias else product
 
     # --- parts of the transformer ---
 
@@ -130,12 +132,23 @@ class _Decoder(GraphWriter):
         arch, prefix = self.arch, f"layers.{layer}"
         *projections, output = (matrix for matrix in arch.body(layer) if matrix.input.endswith(("attention", "output")))
         qkv = [self.linear(x, matrix, f"{prefix}.{matrix.role}") for matrix in projections]
+        if arch.traits.head_norms:
+            qkv[:2] = [self.head_norm(qkv[at], f"model.{prefix}.self_attn.{'qk'[at]}_norm") for at in (0, 1)]
         past, present = ([f"{at}.{layer}.{part}" for part in ("key", "value")] for at in ("past_key_values", "present"))
         inputs = [*qkv, *[""] * (3 - len(qkv)), *past, "seqlens_k", "total_sequence_length", self.cos, self.sin]
         heads = {"num_heads": arch.heads, "kv_num_heads": arch.kv_heads, "scale": arch.head_dim**-0.5}
         rotary = {"do_rotary": 1, "rotary_interleaved": 0}
         mixed = self.node("GroupQueryAttention", inputs, f"{prefix}.attention", MICROSOFT, present, **heads, **rotary)
         return self.linear(mixed, output, f"{prefix}.{output.role}")
+
+    def head_norm(self, x: str, name: str) -> str:
+        """RMSNorm of each head's channels, float32 [batch, sequence, heads · head_dim] as it was. GroupQueryAttention
+        takes these norms as inputs, but not on CPU (ONNX Runtime 1.31)."""
+        heads, whole = ([0, 0, -1, self.arch.head_dim], [0, 0, -1])
+        split = self.node("Reshape", [x, self.constant("heads", np.array(heads, np.int64))], f"{name}/heads")
+        inputs = [split, self.weight(f"{name}.weight")]
+        normed = self.node("SimplifiedLayerNormalization", inputs, f"{name}/normed", axis=-1, epsilon=self.arch.epsilon)
+        return self.node("Reshape", [normed, self.constant("channels", np.array(whole, np.int64))], name)
 
     def mlp(self, x: str, layer: int) -> str:
         """The family's kind of MLP."""
@@ -183,8 +196,8 @@ class _Decoder(GraphWriter):
     def rope(self) -> tuple[str, str]:
         """Names of the cos and sin tables in force: LongRoPE picks by the total length, as transformers does."""
         rope = self.arch.rope
-        if rope.short_factor is None or rope.long_factor is None:
-            return self.tables("", self.context, None)
+        if rope.long_factor is None:
+            return self.tables("", self.context, rope.short_factor)
         short = self.tables("short_", min(self.context, rope.original_max_position), rope.short_factor)
         if self.context <= rope.original_max_position:
             return short

@@ -8,11 +8,11 @@ Names of layer N, with T = batch · sequence tokens and E experts, on which a re
 
     model.layers.N.post_attention_layernorm   its input, [batch, sequence, hidden]
     layers.N.router                           the router's logits, [T, E], always in full precision
-    layers.N.router.weights                   weights of the experts in a token's sum, 0 for all but those chosen, [T, E]
+    layers.N.router.weights                   of the experts in a token's sum, 0 for all but those chosen, [T, E]
     layers.N.experts                          its output, [batch, sequence, hidden]
 
 Nodes between the weights and the output are named `layers.N.experts…`, those before them `layers.N.router…`; casts of
-stored weights have the names of these. Products of expert E are `layers.N.experts.E.{expert_gate,expert_up,expert_down}`.
+stored weights have the names of these. Products of expert E: `layers.N.experts.E.{expert_gate,expert_up,expert_down}`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from pipeline.checkpoint.architecture import Rope
 def rope_tables(rope: Rope, positions: int, factor: tuple[float, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, each float32 [positions, rope.dims / 2].
 
-    Frequencies are theta^(-2i/dims), divided by `factor` (LongRoPE, arXiv 2402.13753), in float32; the angle is their
-    float32 product with the position, as in transformers; tables are scaled by the attention factor.
+    Frequencies are theta^(-2i/dims), divided by `factor` (LongRoPE, arXiv 2402.13753; Llama 3), in float32; the angle
+    is their float32 product with the position, as in transformers; tables are scaled by the attention factor.
     """
     # numpy's float32 power is off by one in the last place for a tenth of the frequencies, which is 2e-3 radians at
     # position 32,768; rounded from float64 it equals torch's.

@@ -28,7 +28,8 @@ class Slice:
         source: the hidden states that it takes, float32 [batch, sequence, hidden]; None for the embedding. It also
             takes what else it reads of the decoder's inputs: input_ids, attention_mask, the layer's (empty) past.
         target: the hidden states that it gives; None if it ends at a product's input.
-        taps: input of the matrices → output that holds it, float32 [batch, sequence, columns].
+        taps: input of the matrices → output that holds it, float32 [batch, sequence, columns]; of an expert's [1, its
+            own tokens, columns].
         cached: `layers.0.key`, `layers.0.value` → output that holds the layer's, float32 [batch, kv_heads, sequence,
             head_dim], keys after the rotary embedding; empty unless the slices were asked for it.
     """
@@ -85,8 +86,8 @@ class DecoderSlices:
 
     def open_layer(self, layer: int, vectors: bool = False) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
-        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, its biases and
-        its router are inputs too, and layers differ in nothing but names."""
+        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, biases and router
+        are inputs too, and layers differ in nothing but names."""
         part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], self._cached(layer))
         stored, prefix = self.architecture.expected_tensors(), f"model.layers.{layer}."
         names = stored if vectors else [matrix.name for matrix in self.architecture.body(layer)]
@@ -107,7 +108,8 @@ class DecoderSlices:
         graph = self._model.graph
         taken = [_activations(source, self.architecture.hidden)] if source else []
         taken += [value for value in graph.input if value.name in read]
-        given = [_activations(name, columns) for name, columns in outputs.items()]
+        # ONNX Runtime takes sizes of one name for equal, and an expert has its own tokens.
+        given = [_activations(name, columns, f"{name} tokens") for name, columns in outputs.items()]
         given += [self._cache[name] for name in cached.values()]
         stored = [tensor for tensor in graph.initializer if tensor.name in read]
         cut = helper.make_graph(nodes, f"{graph.name} slice", taken, given, stored)
@@ -148,8 +150,8 @@ def _cast_from(graph: onnx.GraphProto) -> dict[str, str]:
     return {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
 
 
-def _activations(name: str, channels: int) -> onnx.ValueInfoProto:
-    return value_info(name, TensorProto.FLOAT, ["batch", "sequence", channels])
+def _activations(name: str, channels: int, tokens: str = "sequence") -> onnx.ValueInfoProto:
+    return value_info(name, TensorProto.FLOAT, ["batch", tokens, channels])
 
 
 def _open_weights(graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -236,7 +236,7 @@ def _rounded(x: Tensor, scale: Tensor | None) -> Tensor:
 
 def _taken(attributes: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     axis = attributes.get("axis", 0) % x.dim()
-    return x.index_select(axis, indices.flatten()).unflatten(axis, indices.shape)
+    return x.index_select(axis, indices.flatten()).reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
 def _shaped(_: Attributes, x: Tensor, shape: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ def reference_config(weights: Path, layers: int, vocab: int) -> Any:
     if rope := values.pop("rope_parameters", None):  # transformers 5's spelling, which 4.57 does not know
         named = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         if (kind := rope.get("rope_type", "default")) != "default":  # by the keys that its class takes, and no others
-            named["rope_scaling"] = {"type": kind} | {key: rope[key] for key in rope if key.endswith("_factor")}
-            named["rope_scaling"].pop("partial_rotary_factor", None)
+            kept = ("short_factor", "long_factor") if "long_factor" in rope else rope.keys() - named - {"rope_type"}
+            named["rope_scaling"] = {"type": kind} | {key: rope[key] for key in kept}
         values = named | values
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:layers]

@@ -45,7 +45,7 @@ def held_out_damping(hessian: np.ndarray, held: np.ndarray, tokens: int) -> floa
 
     Under it channels of held-out tokens are predicted best from those after them: their errors are what GPTQ moves
     along the same predictions. The fewer tokens say what each channel has to do with the others, the less of it holds
-    for other text. Of fewer tokens than channels the sum is singular: nothing is tried then, nor where none is held out.
+    for other text. Of fewer tokens than channels the sum is singular: nothing is tried then, nor with none held out.
 
     Args:
         hessian: Σ x xᵀ over `tokens` tokens, float32 [columns, columns]. It loses those of `held`.

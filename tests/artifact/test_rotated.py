@@ -103,7 +103,7 @@ def test_the_function_stays(case: str, rotation: dict[str, object], tmp_path: Pa
 
 @pytest.mark.parametrize("rotation", [INPUTS, {"values": True}, {"values": True} | INPUTS], ids=str)
 def test_the_function_stays_under_layer_norms(rotation: dict[str, object], tmp_path: Path) -> None:
-    found = rotated(tmp_path, rotation, "phimoe-dense")
+    found = rotated(tmp_path, rotation, "phimoe")
     drafted = found.write(recipe(rotation), tmp_path / "artifact")
     assert difference(found, drafted, tmp_path / "artifact") < 1e-4
 
@@ -111,7 +111,7 @@ def test_the_function_stays_under_layer_norms(rotation: dict[str, object], tmp_p
 @pytest.mark.parametrize("rotation", [ALL, RUNS], ids=str)
 def test_no_rotation_of_the_residual_passes_a_layer_norm(rotation: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"subtracts the mean.*Leave out `residual`"):
-        rotated(tmp_path, rotation, "phimoe-dense")
+        rotated(tmp_path, rotation, "phimoe")
 
 
 def test_the_function_stays_where_matrices_are_split(tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ def check_weights(exported: Exported, drafted: Draft, recipe: RecipeConfig, writ
     stored: dict[str, np.ndarray] = {}
     for planned in (*drafted.plan.body, drafted.plan.head):
         matrix = planned.matrix
-        output = "logits" if matrix.role == "head" else f"layers.{matrix.layer}.{matrix.role}"
+        head = "logits/product" if matrix.bias else "logits"
+        output = head if matrix.role == "head" else f"layers.{matrix.layer}.{matrix.role}"
         outputs = [f"{output}.high", f"{output}.low"] if planned.split else [output]
         order = channels.get(matrix.input, ()) if planned.split else ()
         whole = np.zeros((matrix.rows, matrix.columns))

@@ -70,7 +70,7 @@ def directly(folder: Path, architecture: Architecture, ids: np.ndarray, other: P
 
 @pytest.mark.parametrize(
     ("name", "ids"),
-    [("llama-tied", IDS), ("qwen2", IDS), ("phi3", IDS), ("phi3-longrope", LONG), ("phimoe-dense", IDS)],
+    [("llama-tied", IDS), ("qwen2", IDS), ("phi3", IDS), ("phi3-longrope", LONG), ("phimoe", IDS)],
     ids=["tied", "untied, biases", "fused", "longrope", "a biased head"],
 )
 def test_each_matrix_does_what_it_does_to_the_whole_graph(

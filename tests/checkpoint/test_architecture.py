@@ -17,7 +17,7 @@ from pipeline.checkpoint.config_keys import DEFAULTS
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.door.generation import KEYS
 from pipeline.errors import CheckpointError
-from tests.families import CASES, make_checkpoint
+from tests.families import CASES, LLAMA3, make_checkpoint
 from tests.real_configs import REAL_CONFIGS
 
 
@@ -42,12 +42,39 @@ def refusal(config: Any, tmp_path: Path) -> str:
         ("phi-4", 14_659_507_200, 243),
         ("phi-4-mini", 3_836_021_760, 194),
         ("smollm2-135m", 134_515_008, 272),
+        ("llama-3-2-1b", 1_235_814_400, 146),
+        ("llama-3-2-3b", 3_212_749_824, 254),
+        ("llama-3-1-8b", 8_030_261_248, 291),
+        ("qwen3-0-6b", 596_049_920, 310),
+        ("qwen3-1-7b", 1_720_574_976, 310),
+        ("qwen3-4b", 4_022_468_096, 398),
+        ("qwen3-8b", 8_190_735_360, 399),
     ],
 )
 def test_parameters_of_the_real_models(name: str, parameters: int, tensors: int, tmp_path: Path) -> None:
     architecture = architecture_of(REAL_CONFIGS[name], tmp_path)
     assert architecture.parameters == parameters
     assert len(architecture.expected_tensors()) == tensors
+
+
+def test_qwen3_norms_the_queries_and_keys_of_each_head(tmp_path: Path) -> None:
+    shapes = architecture_of(REAL_CONFIGS["qwen3-4b"], tmp_path).expected_tensors()
+    assert shapes["model.layers.35.self_attn.q_proj.weight"] == (4096, 2560)
+    assert (
+        shapes["model.layers.35.self_attn.q_norm.weight"] == shapes["model.layers.0.self_attn.k_norm.weight"] == (128,)
+    )
+    assert not any(name.endswith(".bias") for name in shapes)
+
+
+def test_biases_are_where_config_json_puts_them(tmp_path: Path) -> None:
+    """And layer norms have them always."""
+    dense = CASES["phimoe"].config
+    plain = architecture_of(dense | {"attention_bias": False, "lm_head_bias": None}, tmp_path)
+    norms = {name for name in plain.expected_tensors() if name.endswith("bias")}
+    assert norms == {name.replace("weight", "bias") for name in plain.expected_tensors() if "norm.weight" in name}
+    biased = architecture_of(dense, tmp_path).expected_tensors()
+    assert biased["lm_head.bias"] == (320,) and biased["model.layers.2.self_attn.o_proj.bias"] == (128,)
+    assert len(biased) == len(plain.expected_tensors()) + 3 * 4 + 1
 
 
 def test_mimo_is_qwen2_with_biases(tmp_path: Path) -> None:
@@ -121,7 +148,10 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (LLAMA | {"model_type": "lama"}, ["'lama'", "Did you mean 'llama'", "Supported: llama, qwen2, mimo, phi3"]),
+        (
+            LLAMA | {"model_type": "lama"},
+            ["'lama'", "Did you mean 'llama'", "Supported: llama, qwen2, qwen3, mimo, phi3"],
+        ),
         (LLAMA | {"model_type": "phimoe", "auto_map": {"AutoModel": "evil.py"}}, ["'phimoe'", "not supported"]),
         (LLAMA | {"model_type": ["llama"]}, ["not supported"]),
         (LLAMA | {"model_type": None}, ["None", "not supported"]),
@@ -140,10 +170,11 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
         (LLAMA | {"attention_bias": "all"}, ["attention_bias is 'all'; true or false"]),
         (CASES["phi3"].config | {"mlp_bias": True}, ["mlp_bias"]),
         (LLAMA | {"quantization_config": {"bits": 4}}, ["quantization_config", "original checkpoint"]),
-        (
-            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            ["'llama3'", "for llama; supported: default"],
-        ),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor is None; a number"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}}, ["is None; an integer"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ["high_freq_factor 1 is not above", "factor 1"]),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"long_mscale": 1.2}}, ["long_mscale = 1.2", "supported: default, llama3"]),
+        (CASES["qwen3"].config | {"rope_scaling": LLAMA3}, ["'llama3'", "for qwen3; supported: default."]),
         (LLAMA | {"rope_scaling": [1]}, ["rope_scaling"]),
         (LLAMA | {"rope_scaling": LONGROPE["rope_scaling"]}, ["'longrope'", "for llama"]),
         (LLAMA | {"rope_parameters": {"rope_theta": 5e5}}, ["rope_theta is 10000.0 in one place and 500000.0"]),

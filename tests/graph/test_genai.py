@@ -54,8 +54,8 @@ def export(folder: Path, case: Case, context: int) -> Path:
 
 def longer(case: Case, positions: int) -> Case:
     """The case with room for `positions` tokens before any switch of factors."""
-    changes = {"max_position_embeddings": positions, "original_max_position_embeddings": positions}
-    return replace(case, config=case.config | changes)
+    changed = ("max_position_embeddings", "original_max_position_embeddings")
+    return replace(case, config=case.config | {key: positions for key in changed if key in case.config})
 
 
 def prompt(length: int) -> list[int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pipeline.checkpoint.architecture import Rope
 from pipeline.graph.rope import rope_tables
+from tests.real_configs import REAL_CONFIGS, architecture_of
 
 
 def test_by_hand() -> None:
@@ -37,3 +40,19 @@ def test_equals_transformers_at_far_positions(theta: float) -> None:
     ours = rope_tables(Rope(theta, 128, 32_768), positions=32_768)
     for got, want in zip(ours, (cos, sin), strict=True):
         np.testing.assert_allclose(got[positions[0].numpy()], want[0, :, :64].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-3-2-1b", "llama-3-1-8b"])
+def test_llama3_equals_transformers_at_far_positions(name: str, tmp_path: Path) -> None:
+    """High frequencies are kept to the bit; the interpolated ones, at most 2π · 4 / 8192, differ in the last bit."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = architecture_of(name, tmp_path).rope
+    assert rope.short_factor is not None and rope.long_factor is None
+    assert {min(rope.short_factor), max(rope.short_factor)} == {1.0, REAL_CONFIGS[name]["rope_scaling"]["factor"]}
+    positions = [0, 1, 8191, 131_071]
+    cos, sin = LlamaRotaryEmbedding(LlamaConfig(**REAL_CONFIGS[name]))(torch.zeros(1), torch.tensor([positions]))
+    for got, want in zip(rope_tables(rope, 131_072, rope.short_factor), (cos, sin), strict=True):
+        np.testing.assert_allclose(got[positions], want[0, :, : rope.dims // 2].numpy(), atol=1e-4)

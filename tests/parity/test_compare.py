@@ -181,11 +181,12 @@ def test_a_head_beside_a_tied_embedding_never_takes_its_place_in_the_reference(t
 
 def test_the_reference_knows_rotation_as_transformers_5_writes_it(tmp_path: Path) -> None:
     """4.57 does not know the key: its theta would be 10,000, and parity would always disagree."""
-    for case, extra in (("llama-tied", {}), ("phi3-longrope", CASES["phi3-longrope"].config["rope_scaling"])):
+    for case in ("llama-tied", "llama3", "phi3-longrope"):
+        extra = CASES[case].config.get("rope_scaling", {})
         values = {key: one for key, one in CASES[case].config.items() if key not in {"rope_theta", "rope_scaling"}}
-        kind = extra.get("type", "default")
+        kind = extra.get("type", extra.get("rope_type", "default"))
         rope = {**extra, "rope_type": kind, "rope_theta": 5e5, "partial_rotary_factor": 1.0}
         (tmp_path / "config.json").write_text(json.dumps(values | {"rope_parameters": rope}))
         config = optimum_export.reference_config(tmp_path, 2, 320)
         assert config.rope_theta == 5e5
-        assert (config.rope_scaling or {}).get("long_factor") == extra.get("long_factor")
+        assert {key: config.rope_scaling[key] for key in extra} == extra
