@@ -143,9 +143,7 @@ def test_it_computes_what_a_full_precision_graph_of_the_stored_weights_does(
 
 def _product(matrix: object) -> str:
     """The node that multiplies by a matrix that is no expert's."""
-    if matrix.role == "head":
-        return "logits/product" if matrix.bias else "logits"
-    return f"layers.{matrix.layer}.{matrix.role}" + "/product" * bool(matrix.bias)
+    return f"layers.{matrix.layer}.{matrix.role}" if matrix.role != "head" else "logits/product"
 
 
 def _turned_back(weights: np.ndarray, block: int) -> np.ndarray:

@@ -101,6 +101,7 @@ def packed_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[device.O
         ("phi3-longrope", "q4_k_m"),
         ("qwen2", "q4_kv8"),
         ("phi3-partial-tied", "q4_rotated"),
+        ("phimoe", "q4"),
     ],
 )
 def test_mapped_logits_are_the_private_ones_bit_for_bit(case: str, recipe: str, tmp_path: Path) -> None:
