@@ -210,10 +210,77 @@ _PHI_4_MINI_CONFIG = _PHI_4_CONFIG | {
     "transformers_version": "4.45.0",
     "vocab_size": 200064,
 }
+# Special tokens as Phi-3's. The published pieces are SentencePiece's; those here are made of bytes.
+_PHI_3_TOKENS = Vocabulary(
+    base=32000,
+    size=32011,
+    special={
+        32000: "<|endoftext|>",
+        32001: "<|assistant|>",
+        32006: "<|system|>",
+        32007: "<|end|>",
+        32010: "<|user|>",
+    },
+    pattern=_CL100K.pattern,
+    settings={
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 4096,
+        "chat_template": (
+            "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        ),
+    },
+)
+_PHI_TINY_MOE_CONFIG = {
+    "architectures": ["PhiMoEForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_slimmoe.PhiMoEConfig",
+        "AutoModelForCausalLM": "modeling_slimmoe.PhiMoEForCausalLM",
+    },
+    "model_type": "phimoe",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "expert_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_dropout": 0.0,
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "input_jitter_noise": 0.01,
+    "intermediate_size": 448,
+    "lm_head_bias": True,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.0,
+    "router_jitter_noise": 0.01,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.3",
+    "use_cache": True,
+    "vocab_size": 32064,
+}
 MODELS = {
     "mimo-8b": Model(_MIMO_CONFIG, {"bos_token_id": 151643, "eos_token_id": [151645, 151643]}, _QWEN2),
     "phi-4": Model(
         _PHI_4_CONFIG, {"bos_token_id": 100257, "eos_token_id": [100257, 100265], "pad_token_id": 100349}, _CL100K
+    ),
+    "phi-tiny-moe": Model(
+        _PHI_TINY_MOE_CONFIG,
+        {"bos_token_id": 1, "eos_token_id": [32000, 32007], "pad_token_id": 32000},
+        _PHI_3_TOKENS,
     ),
     "phi-4-mini": Model(
         _PHI_4_MINI_CONFIG, {"bos_token_id": 199999, "eos_token_id": [200020, 199999], "pad_token_id": 199999}, _O200K

@@ -94,15 +94,18 @@ def tensors(model: str, layers: int | None = None) -> dict[str, Shape]:
     """
     config = _config(model, layers)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    layer = _fused_layer(config) if config["model_type"] == "phi3" else _separate_layer(config)
+    layer = {"phi3": _fused_layer, "phimoe": _mixture_layer}.get(config["model_type"], _separate_layer)(config)
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
     for number in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
+    layer_norm = config["model_type"] == "phimoe"
+    shapes |= {f"model.norm.{part}": (hidden,) for part in ("weight", "bias")[: 1 + layer_norm]}
     for number in range(config.get("num_nextn_predict_layers", 0)):
         shapes |= {f"model.mtp_layers.{number}.{name}": shape for name, shape in _mtp_layer(config).items()}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
+    if config.get("lm_head_bias"):
+        shapes["lm_head.bias"] = (vocab,)
     return shapes
 
 
@@ -113,17 +116,21 @@ def _widths(config: dict[str, Any]) -> tuple[int, int, int, int]:
     return hidden, heads * head, config["num_key_value_heads"] * head, config["intermediate_size"]
 
 
-def _norms(hidden: int, *names: str) -> dict[str, Shape]:
-    return {f"{name}_layernorm.weight": (hidden,) for name in names}
+def _norms(hidden: int, *names: str, parts: tuple[str, ...] = ("weight",)) -> dict[str, Shape]:
+    return {f"{name}_layernorm.{part}": (hidden,) for name in names for part in parts}
 
 
 def _separate_attention(config: dict[str, Any]) -> dict[str, Shape]:
-    hidden, query, key, intermediate = _widths(config)
+    hidden, query, key, _ = _widths(config)
     shapes: dict[str, Shape] = {}
     for name, rows in (("q", query), ("k", key), ("v", key)):
         shapes |= {f"self_attn.{name}_proj.weight": (rows, hidden), f"self_attn.{name}_proj.bias": (rows,)}
-    return shapes | {
-        "self_attn.o_proj.weight": (hidden, query),
+    return shapes | {"self_attn.o_proj.weight": (hidden, query)}
+
+
+def _gated(config: dict[str, Any]) -> dict[str, Shape]:
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    return {
         "mlp.gate_proj.weight": (intermediate, hidden),
         "mlp.up_proj.weight": (intermediate, hidden),
         "mlp.down_proj.weight": (hidden, intermediate),
@@ -131,7 +138,22 @@ def _separate_attention(config: dict[str, Any]) -> dict[str, Shape]:
 
 
 def _separate_layer(config: dict[str, Any]) -> dict[str, Shape]:
-    return _separate_attention(config) | _norms(config["hidden_size"], "input", "post_attention")
+    return _separate_attention(config) | _gated(config) | _norms(config["hidden_size"], "input", "post_attention")
+
+
+def _mixture_layer(config: dict[str, Any]) -> dict[str, Shape]:
+    hidden, inner, experts = (config[key] for key in ("hidden_size", "intermediate_size", "num_local_experts"))
+    each = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
+    return {
+        **_separate_attention(config),
+        "self_attn.o_proj.bias": (hidden,),
+        "block_sparse_moe.gate.weight": (experts, hidden),
+        **{
+            f"block_sparse_moe.experts.{expert}.{name}.weight": shape
+            for expert, (name, shape) in product(range(experts), each.items())
+        },
+        **_norms(hidden, "input", "post_attention", parts=("weight", "bias")),
+    }
 
 
 def _mtp_layer(config: dict[str, Any]) -> dict[str, Shape]:
@@ -142,6 +164,7 @@ def _mtp_layer(config: dict[str, Any]) -> dict[str, Shape]:
         "input_proj.weight": (hidden, 2 * hidden),
         **_norms(hidden, "final"),
         **_separate_attention(config),
+        **_gated(config),
     }
 
 

@@ -67,6 +67,27 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "sliding_window": 262144,
     },
+    "phi-tiny-moe": {
+        "model_type": "phimoe",
+        "hidden_size": 4096,
+        "intermediate_size": 448,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.01,
+        "sliding_window": 2047,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    },
     "smollm2-135m": {
         "model_type": "llama",
         "hidden_size": 576,
@@ -143,6 +164,11 @@ REAL_CONFIGS |= {
     "qwen3-4b": _qwen3(**_shapes(36, 2560, 32, 9728, True)),
     "qwen3-8b": _qwen3(**_shapes(36, 4096, 32, 12288, False)),
 }
+
+
+REAL_CONFIGS["phi-mini-moe"] = REAL_CONFIGS["phi-tiny-moe"] | {
+    "intermediate_size": 960, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
 
 
 def architecture_of(name: str, folder: Path) -> Architecture:

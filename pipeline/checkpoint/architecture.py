@@ -53,9 +53,9 @@ class Family:
         head_norms: whether queries and keys take an RMSNorm in each head before they are rotated.
         biases: roles of the matrices whose products get a bias in every model.
         switched_biases: key of config.json → roles that get one where it is true.
-        scaling: name of a rope_scaling that it has → its kind.
+        scaling: the kind of rope_scaling that it knows, a key of `_SCALINGS`; "" for none.
         window: when config.json's sliding_window limits attention.
-        mlp: `gated` SiLU; `fused`: the same, with one matrix for gate and up; `experts`, of which SparseMixer wakes two.
+        mlp: `gated` SiLU; `fused`: so, with one matrix for gate and up; `experts`: so, of which SparseMixer wakes two.
         unused_prefixes: of tensors that the forward never uses.
     """
 
@@ -65,7 +65,7 @@ class Family:
     head_norms: bool = False
     biases: tuple[str, ...] = ()
     switched_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    scaling: Mapping[str, str] = field(default_factory=dict)
+    scaling: Literal["", "longrope", "llama3"] = ""
     window: Literal["never", "switched", "always"] = "never"
     mlp: Literal["gated", "fused", "experts"] = "gated"
     unused_prefixes: tuple[str, ...] = ()
@@ -75,14 +75,14 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _ATTENTION = {"attention_bias": (*_QKV, "o_proj")}
 _SWITCHED = {**_ATTENTION, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
 _PHIMOE = {**_ATTENTION, "lm_head_bias": ("head",)}
-_LONGROPE = dict.fromkeys(("longrope", "su", "yarn"), "longrope")
+_SCALINGS = {"": (), "longrope": ("longrope", "su", "yarn"), "llama3": ("llama3",)}  # → its names in config.json
 _FAMILIES = {
-    "llama": Family("llama", switched_biases=_SWITCHED, scaling={"llama3": "llama3"}),
+    "llama": Family("llama", switched_biases=_SWITCHED, scaling="llama3"),
     "qwen2": Family("qwen2", biases=_QKV, window="switched"),
     "qwen3": Family("qwen3", head_norms=True, switched_biases=_ATTENTION, window="switched"),
     # Qwen2 with layers that predict further tokens
     "mimo": Family("qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",)),
-    "phi3": Family("phi3", fused=True, scaling=_LONGROPE, window="always", mlp="fused"),
+    "phi3": Family("phi3", fused=True, scaling="longrope", window="always", mlp="fused"),
     "phimoe": Family("phimoe", norm="layer", switched_biases=_PHIMOE, window="always", mlp="experts"),
 }
 
@@ -429,7 +429,7 @@ def _read_window(config: _Values, window: str, layers: int) -> int | None:
     return config.read(int, "sliding_window", 1, MAX_POSITION)
 
 
-def _read_rope(config: _Values, head_dim: int, known: Mapping[str, str]) -> Rope:
+def _read_rope(config: _Values, head_dim: int, known: str) -> Rope:
     scaling = _Values(_rope_values(config), config.path, config)
     values = _Values(scaling | {key: value for key, value in config.items() if value is not None}, config.path, config)
     theta = values.read(float, "rope_theta", 1.0, 1e15)
@@ -442,12 +442,12 @@ def _read_rope(config: _Values, head_dim: int, known: Mapping[str, str]) -> Rope
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return Rope(theta, dims, max_position)
-    if kind not in known or (strange := sorted(scaling.keys() - _ROPE_KEYS)):
-        what = f"type {shown(kind)}" if kind not in known else f"{strange[0]} = {shown(scaling[strange[0]])}"
-        supported = ", ".join(dict.fromkeys(["default", *known.values()]))
+    if kind not in _SCALINGS[known] or (strange := sorted(scaling.keys() - _ROPE_KEYS)):
+        what = f"type {shown(kind)}" if kind not in _SCALINGS[known] else f"{strange[0]} = {shown(scaling[strange[0]])}"
+        supported = ", ".join(filter(None, ["default", known]))
         what = f"rope_scaling {what} is not supported for {config['model_type']}; supported: {supported}"
         raise config.wrong(f"{what}. Another kind needs its tables in pipeline/graph/rope.py.")
-    if known[kind] == "llama3":
+    if known == "llama3":
         return Rope(theta, dims, max_position, short_factor=_llama3_factors(scaling, theta, dims))
     ratio = max_position / original
     computed = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0

@@ -25,12 +25,14 @@ from pipeline.graph.rope import rope_tables
 
 ROPE_FILE = "rope.data"
 _ACTIVATION_COPIES = 4.5
-"""Floats per token of a layer's run for each of 7·hidden + intermediate, measured at widths of 1,024 to 5,120."""
+"""Floats per token of a layer's run for each of 7·width + intermediate, measured at widths of 1,024 to 5,120."""
 
 
 def activation_bytes(architecture: Architecture, tokens: int) -> int:
-    """Memory of the activations while so many tokens run through a layer, float32."""
-    return round(4 * _ACTIVATION_COPIES * (7 * architecture.hidden + architecture.intermediate) * tokens)
+    """Memory of the activations while so many tokens run through a layer, float32; its width is that of the residual,
+    or of all heads where that is more."""
+    width = max(architecture.hidden, architecture.heads * architecture.head_dim)
+    return round(4 * _ACTIVATION_COPIES * (7 * width + architecture.intermediate) * tokens)
 
 
 def build_decoder(

@@ -86,8 +86,8 @@ class DecoderSlices:
 
     def open_layer(self, layer: int, vectors: bool = False) -> Slice:
         """The hidden states before `layer` → those after it, its matrices being inputs of the model, float32 [rows,
-        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, biases and router
-        are inputs too, and layers differ in nothing but names."""
+        columns] by their names: what runs may change from one run to the next. With `vectors`, its norms, its biases
+        and its router are inputs too, and layers differ in nothing but names."""
         part = self._slice(self._hidden[layer], self._hidden[layer + 1], [], self._cached(layer))
         stored, prefix = self.architecture.expected_tensors(), f"model.layers.{layer}."
         names = stored if vectors else [matrix.name for matrix in self.architecture.body(layer)]

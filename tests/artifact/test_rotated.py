@@ -39,7 +39,7 @@ SPLIT = {"high": "w8b16s", "low": "w2b32a", "high_fraction": 0.4}
 RUNS = {"residual": 32, "values": True}
 INPUTS = {"attention": 32, "output": 64, "mlp": 128, "down": 32}
 PARTS = (INPUTS, {"residual": "all"}, {"values": True}, {"down": 32}, RUNS, ALL)
-FAMILIES = ("llama-tied", "llama-biased", "mimo", "phi3", "phi3-partial-tied")
+FAMILIES = ("llama-tied", "llama-biased", "qwen3", "mimo", "phi3", "phi3-partial-tied")
 
 
 def recipe(rotation: dict[str, object], body: object = "w8b32a") -> RecipeConfig:

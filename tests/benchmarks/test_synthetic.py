@@ -34,6 +34,7 @@ PUBLISHED = {
     "mimo-8b": (451, 15_666_819_072, 4),
     "phi-4": (243, 29_319_014_400, 6),
     "phi-4-mini": (194, 2 * 3_836_021_760, 2),
+    "phi-tiny-moe": (1957, 7_510_440_576, 2),
 }
 NARROW = {
     "hidden_size": 64,
@@ -350,6 +351,7 @@ PROMPTS = {
     "mimo-8b": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "phi-4": "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>",
     "phi-4-mini": "<|user|>Hi<|end|><|assistant|>",
+    "phi-tiny-moe": "<|user|>\nHi<|end|>\n<|assistant|>\n",
 }
 
 

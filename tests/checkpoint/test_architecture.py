@@ -41,6 +41,8 @@ def refusal(config: Any, tmp_path: Path) -> str:
         ("mimo-8b", 7_622_619_136, 435),
         ("phi-4", 14_659_507_200, 243),
         ("phi-4-mini", 3_836_021_760, 194),
+        ("phi-tiny-moe", 3_755_220_288, 1957),
+        ("phi-mini-moe", 7_647_632_704, 1957),
         ("smollm2-135m", 134_515_008, 272),
         ("llama-3-2-1b", 1_235_814_400, 146),
         ("llama-3-2-3b", 3_212_749_824, 254),
@@ -75,6 +77,20 @@ def test_biases_are_where_config_json_puts_them(tmp_path: Path) -> None:
     biased = architecture_of(dense, tmp_path).expected_tensors()
     assert biased["lm_head.bias"] == (320,) and biased["model.layers.2.self_attn.o_proj.bias"] == (128,)
     assert len(biased) == len(plain.expected_tensors()) + 3 * 4 + 1
+
+
+def test_a_mixture_is_its_experts_and_a_router_that_nobody_quantizes(tmp_path: Path) -> None:
+    architecture = architecture_of(REAL_CONFIGS["phi-tiny-moe"], tmp_path)
+    assert (architecture.experts, architecture.experts_per_token, architecture.router_jitter) == (16, 2, 0.01)
+    body = {matrix.name: matrix for matrix in architecture.body(31)}
+    shapes = architecture.expected_tensors()
+    assert len(body) == 4 + 16 * 3 and architecture.router(31) not in body
+    assert shapes[architecture.router(31)] == (16, 4096)
+    gate, down = (body[f"model.layers.31.block_sparse_moe.experts.15.{part}.weight"] for part in ("w1", "w2"))
+    assert (gate.role, gate.rows, gate.columns, gate.expert) == ("expert_gate", 448, 4096, 15)
+    assert (down.role, down.rows, down.columns, down.input) == ("expert_down", 4096, 448, "layers.31.experts.15.down")
+    assert len({matrix.input for matrix in body.values()}) == 2 + 16 * 2
+    assert architecture.sliding_window == 2047
 
 
 def test_mimo_is_qwen2_with_biases(tmp_path: Path) -> None:
@@ -142,7 +158,7 @@ def test_sliding_window_only_where_it_is_used(tmp_path: Path) -> None:
     assert architecture_of(CASES["phi3"].config | {"sliding_window": 64}, tmp_path).sliding_window == 64
 
 
-LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
+LLAMA, LONGROPE, PHIMOE = (CASES[name].config for name in ("llama-tied", "phi3-longrope", "phimoe"))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +168,7 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
             LLAMA | {"model_type": "lama"},
             ["'lama'", "Did you mean 'llama'", "Supported: llama, qwen2, qwen3, mimo, phi3"],
         ),
-        (LLAMA | {"model_type": "phimoe", "auto_map": {"AutoModel": "evil.py"}}, ["'phimoe'", "not supported"]),
+        (LLAMA | {"model_type": "mixtral", "auto_map": {"AutoModel": "evil.py"}}, ["'mixtral'", "not supported"]),
         (LLAMA | {"model_type": ["llama"]}, ["not supported"]),
         (LLAMA | {"model_type": None}, ["None", "not supported"]),
         (LLAMA | {"num_hidden_layers": None}, ["num_hidden_layers is None"]),
@@ -188,6 +204,13 @@ LLAMA, LONGROPE = CASES["llama-tied"].config, CASES["phi3-longrope"].config
         ),
         (LLAMA | {"logits_scaling": 8.0}, ["logits_scaling = 8.0", "computes the model of 1, null", "kind: local"]),
         (LLAMA | {"num_local_experts": 8}, ["num_local_experts = 8"]),
+        (PHIMOE | {"num_experts_per_tok": 4}, ["num_experts_per_tok is 4; an integer from 2 to 2"]),
+        (PHIMOE | {"num_experts": 8}, ["num_experts is 8; an integer from 4 to 4"]),
+        (PHIMOE | {"moe_intermediate_size": 32}, ["moe_intermediate_size is 32"]),
+        (PHIMOE | {"num_local_experts": 1000}, ["num_local_experts is 1000; an integer from 2 to 256"]),
+        (PHIMOE | {"router_jitter_noise": -1.0}, ["router_jitter_noise is -1.0"]),
+        (PHIMOE | {"mlp_bias": True}, ["mlp_bias"]),
+        (PHIMOE | {"rope_scaling": LONGROPE["rope_scaling"]}, ["'longrope'", "for phimoe"]),
         (LLAMA | {"vision_config": {}}, ["vision_config = {}"]),
         (LONGROPE | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["short_factor", "16 numbers"]),
         (
