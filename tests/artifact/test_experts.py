@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from pipeline.errors import PlanError
 from pipeline.planning.recipes import make_plan
 from pipeline.quantize.search import weighted
 from pipeline.runtime.session import OnnxDecoder
-from tests.artifact.exported import Exported, changed, contents, export
+from tests.artifact.exported import Exported, changed, contents, export, finished_units
 from tests.artifact.test_write import Written, fields
 from tests.families import Case, _base, make_checkpoint
 
@@ -161,6 +162,39 @@ def test_neither_threads_nor_units_change_a_byte(
     monkeypatch.setattr(write, "units", lambda planned, **rest: work.units(planned, unit_bytes=1 << 13))
     exported.write(recipe("w4b64a8"), tmp_path / "many", threads=5)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_a_run_that_stopped_goes_on_and_finds_a_damaged_row(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished unit of an expert's gate lies between rows of its up: both are read back, and only what is wrong is
+    computed again."""
+    exported.write(recipe("w4b64a8"), tmp_path / "whole")
+    computed, stop = list[str](), 20
+
+    def some(unit: work.Unit, *rest: Any) -> Any:
+        if len(computed) == stop:
+            raise RuntimeError("stopped")
+        computed.append(unit.name)
+        return work.quantize_unit(unit, *rest)
+
+    monkeypatch.setattr(write, "quantize_unit", some)
+    target = tmp_path / "artifact"
+    with pytest.raises(RuntimeError, match="stopped"):
+        exported.write(recipe("w4b64a8"), target, threads=1)
+    before = finished_units(tmp_path / "partial" / "artifact.journal")
+    gate = next(name for name in before if ".experts.1.w1." in name)
+    drafted = exported.draft(recipe("w4b64a8"))
+    place = drafted.layout.places["layers.0.experts.fc1.codes"]
+    row = place.length // (EXPERTS * 2 * 192)  # the second expert's first row is its gate's
+    path = tmp_path / "partial" / "artifact" / f"tiny.data.{place.part}"
+    with path.open("r+b") as file:
+        file.seek(place.offset + 2 * 192 * row)
+        file.write(bytes(row))
+    computed, stop = [], -1
+    exported.write(recipe("w4b64a8"), target, threads=1)
+    assert before & set(computed) == {gate}
+    assert contents(target) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
