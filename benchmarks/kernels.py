@@ -34,7 +34,7 @@ def kept_bits(save: make.Save, fmt: TensorFormat, folder: Path) -> float:
     onnx.save(model, probe.path, save_as_external_data=True, location=data, size_threshold=0)
     graph, _ = save(probe.path, folder, 0)
     saved = onnx.load(graph, load_external_data=False).graph.initializer
-    size = sum(length for tensor in saved for _, _, length in packed_entries(tensor))
+    size = sum(length for tensor in saved for _, pieces in packed_entries(tensor) for _, length in pieces)
     return (8 * size / WEIGHTS - fmt.bits) * fmt.block
 
 

@@ -7,7 +7,9 @@ format's business: here its nodes get their names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,19 +19,46 @@ from pipeline.artifact.layout import Layout
 from pipeline.artifact.rotated import HEAD_GAIN
 from pipeline.artifact.rotation_nodes import rotate_blocks, rotate_states, rotate_states_back
 from pipeline.errors import GraphError
+from pipeline.graph.experts import CHOICES
 from pipeline.graph.last_token import LAST_TOKEN
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, external_tensor, value_info
+from pipeline.planning import experts
 from pipeline.planning.recipes import Piece, Plan, PlannedMatrix
-from pipeline.quantize.formats import Node, Operand, Stored
+from pipeline.quantize.formats import Node, Operand, Stored, TensorFormat
 
 # Of GroupQueryAttention, whose inputs are positional (ContribOperators.md of ONNX Runtime 1.31).
 _KEY_SCALE = 12
+_EXPERTS = re.compile(r"layers\.(\d+)\.experts(\..*)?")
+_MIXTURE: dict[str, Any] = {
+    "k": CHOICES, "activation_type": "swiglu", "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1,
+    "normalize_routing_weights": 0, "accuracy_level": 4,
+}  # fmt: skip
+"""Nodes of a full-precision block of experts (`pipeline.graph.experts`), the last of which has no further name."""
 
 
-def piece_names(planned: PlannedMatrix) -> list[str]:
-    """Prefix of the stored tensors of each piece."""
-    stem = planned.matrix.name.removesuffix(".weight")
-    return [f"{stem}.high", f"{stem}.low"] if planned.split else [stem]
+class Seat(NamedTuple):
+    """Where the rows of a matrix lie in the stored tensors whose names begin with `prefix`: from row `first` on, every
+    `step`th."""
+
+    prefix: str
+    first: int = 0
+    step: int = 1
+
+
+def seats(planned: PlannedMatrix) -> list[Seat]:
+    """Of each piece. Experts of a layer lie one behind the other; of each the rows of gate and up alternate, as QMoE
+    reads them."""
+    matrix, stem = planned.matrix, planned.matrix.name.removesuffix(".weight")
+    if matrix.expert is None:
+        return [Seat(f"{stem}.high"), Seat(f"{stem}.low")] if planned.split else [Seat(stem)]
+    at = matrix.expert * matrix.rows
+    if matrix.role == experts.DOWN:
+        return [Seat(_stacked_name(matrix.layer, "fc2"), at)]
+    return [Seat(_stacked_name(matrix.layer, "fc1"), 2 * at + (matrix.role == experts.UP), 2)]
+
+
+def _stacked_name(layer: int, product: str) -> str:
+    return f"layers.{layer}.experts.{product}"
 
 
 def channel_names(planned: PlannedMatrix) -> tuple[str, str]:
@@ -90,7 +119,10 @@ class QuantizedGraph(GraphWriter):
     def _rewrite(self, node: onnx.NodeProto) -> None:
         if node.op_type == "Cast" and (node.output[0] in self._widened or node.input[0] == "embedding"):
             return  # the quantized embedding is float32 already, under this node's name
-        if node.op_type == "Gather" and node.input[1] == "input_ids":
+        if block := _EXPERTS.fullmatch(node.name):
+            if not block[2]:
+                self._mixture(int(block[1]), node.name)
+        elif node.op_type == "Gather" and node.input[1] == "input_ids":
             self._embedding(node)
         elif node.op_type == "FusedMatMul":
             self._product(node)
@@ -135,7 +167,7 @@ class QuantizedGraph(GraphWriter):
 
     def _embedding(self, node: onnx.NodeProto) -> None:
         planned = self._plan.embedding
-        (piece,), (prefix,) = planned.pieces, piece_names(planned)
+        (piece,), ((prefix, *_),) = planned.pieces, seats(planned)
         half = self._references[node.input[0]].data_type != TensorProto.FLOAT
         target = "embedding/float32" if half else "embedding"
         looked_up = f"{target}/table" if self._turns_table else target
@@ -149,7 +181,7 @@ class QuantizedGraph(GraphWriter):
         x, output, halves = node.input[0], node.output[0], []
         if planned is self._plan.head:
             x = self._head_input(self._last_token(x))
-        for piece, prefix, channels in zip(planned.pieces, piece_names(planned), channel_names(planned), strict=False):
+        for piece, (prefix, *_), channels in zip(planned.pieces, seats(planned), channel_names(planned), strict=False):
             source, result = x, output
             if planned.split:
                 indices = self._declare(Stored(channels, "int32", (piece.columns,)))
@@ -162,6 +194,30 @@ class QuantizedGraph(GraphWriter):
             halves.append(self._compute(nodes, planned, piece, prefix, source, result))
         if planned.split:
             self.node("Add", halves, output)
+
+    def _mixture(self, layer: int, output: str) -> None:
+        """A layer's experts as one QMoE. It takes the router's weights twice: the chosen ones alone are not 0, so their
+        largest are the experts that the router chose, also where two logits are equal."""
+        own = [item for item in self._plan.body if item.matrix.layer == layer and item.matrix.expert is not None]
+        gate, _, down = own[:3]
+        (piece,), count, weights = gate.pieces, len(own) // 3, f"layers.{layer}.router.weights"
+        x = f"model.layers.{layer}.post_attention_layernorm"
+        if gate.rotated:
+            x = rotate_blocks(self, x, gate.matrix.columns, gate.rotated, f"{output}/rotated")
+        sides = {"fc1": (2 * gate.matrix.rows, gate.matrix.columns), "fc2": (down.matrix.rows, down.matrix.columns)}
+        first, second = (
+            self._stacked(_stacked_name(layer, name), piece.format, count, *sizes) for name, sizes in sides.items()
+        )
+        zeros = [first.get(".zeros", ""), second.get(".zeros", "")]
+        stored = [first[".codes"], first[".scales"], "", second[".codes"], second[".scales"], "", "", "", "", *zeros]
+        sizes = {"expert_weight_bits": piece.format.bits, "block_size": piece.format.block}
+        self.node("QMoE", [x, weights, *stored, "", weights], output, MICROSOFT, **(_MIXTURE | sizes))
+
+    def _stacked(self, prefix: str, fmt: TensorFormat, count: int, rows: int, columns: int) -> dict[str, str]:
+        """What a product of `count` experts reads, by the endings of the stored tensors, [experts, rows, values]."""
+        tensors = {item.name: item._replace(shape=(count, *item.shape)) for item in fmt.tensors(rows, columns)}
+        (node,) = fmt.product(rows, columns)
+        return {item.tensor: self._operand(prefix, tensors, item._replace(shape=None)) for item in node.inputs if item}
 
     def _last_token(self, x: str) -> str:
         """A phone samples from the last token's logits: the others would be most of the memory of reading a prompt."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.artifact.graph import piece_names
+from pipeline.artifact.graph import Seat, seats
 from pipeline.artifact.quantizers import arranged, order_of
-from pipeline.artifact.work import units
+from pipeline.artifact.work import Range, Unit, units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.planning.recipes import Piece, PlannedMatrix
@@ -31,7 +31,7 @@ _SHORT = (
 
 def find_lost(
     planned: PlannedMatrix,
-    read: Callable[[str], bytes],
+    read: Callable[[Range], bytes],
     checkpoint: Checkpoint,
     channels: Mapping[str, np.ndarray],
     lost_max: float,
@@ -39,7 +39,7 @@ def find_lost(
     """What float16 lost of one matrix, None where it lost nothing.
 
     Args:
-        read: the bytes of a stored tensor.
+        read: bytes of a stored tensor.
         channels: those of the pieces of a split input, by `channel_names`.
         lost_max: the largest share of a tensor's energy that may vanish.
 
@@ -47,11 +47,12 @@ def find_lost(
         CheckpointError: more vanished.
     """
     rows = planned.matrix.rows
+    places = {at.name: at for at in Unit(planned, 0, rows).ranges()}
 
-    def scales_of(piece: Piece, name: str) -> np.ndarray:
-        return piece.format.read_scales(lambda ending: read(name + ending), rows)
+    def scales_of(piece: Piece, seat: Seat) -> np.ndarray:
+        return piece.format.read_scales(lambda ending: read(places[seat.prefix + ending]), rows)
 
-    scales = list(map(scales_of, planned.pieces, piece_names(planned)))
+    scales = list(map(scales_of, planned.pieces, seats(planned)))
     if all(map(plain, scales)):
         return None
     coarse, weights, share = sum(map(subnormal, scales)), np.zeros(1, np.int64), 0.0

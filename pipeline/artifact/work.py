@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.artifact.graph import piece_names
+from pipeline.artifact.graph import seats
 from pipeline.artifact.quantizers import Quantizer
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import CheckpointError
@@ -19,7 +20,15 @@ from pipeline.quantize.lost import LARGEST
 # cache. At 32 MiB the system spends three times as long mapping fresh pages.
 _UNIT_BYTES = 8 << 20
 
-Range = tuple[str, int, int]  # a stored tensor's name, and offset and length in bytes inside it
+
+class Range(NamedTuple):
+    """`length` bytes of a stored tensor from `offset` on, or in runs of `run` bytes, whose starts are `step` apart."""
+
+    name: str
+    offset: int
+    length: int
+    run: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,12 @@ class Unit:
 
     def ranges(self) -> Iterator[Range]:
         """What it becomes, in the order of `quantize_unit`."""
-        start, rows = self.start, self.stop - self.start
-        for piece, prefix in zip(self.planned.pieces, piece_names(self.planned), strict=True):
+        rows = self.stop - self.start
+        for piece, (prefix, first, step) in zip(self.planned.pieces, seats(self.planned), strict=True):
             for tensor in piece.format.tensors(rows, piece.columns):
-                yield prefix + tensor.name, start * tensor.bytes // rows, tensor.bytes
+                row = tensor.bytes // rows
+                runs = (row, step * row) if step > 1 else ()
+                yield Range(prefix + tensor.name, (first + step * self.start) * row, tensor.bytes, *runs)
 
 
 def units(planned: PlannedMatrix, unit_bytes: int = _UNIT_BYTES, tile: int = 1) -> list[Unit]:

@@ -92,25 +92,32 @@ class PartWriter:
             if size and hasattr(os, "posix_fallocate"):  # a full disk is found now, not at hour 3
                 os.posix_fallocate(fd, 0, size)
 
-    def put(self, name: str, offset: int, array: np.ndarray) -> memoryview:
-        """Write an array at byte `offset` of tensor `name`, and return its bytes; safe from several threads."""
-        data = left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        fd, start = self._place(name, offset, len(data))
-        while left:
-            written = os.pwrite(fd, left, start)
-            left, start = left[written:], start + written
+    def put(self, at: Range, array: np.ndarray) -> memoryview:
+        """Write an array, and return its bytes; safe from several threads."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        fd, start, _ = self._place(at)
+        for begin in range(0, len(data), at.run or len(data)):
+            left = data[begin : begin + (at.run or len(data))]
+            while left:
+                written = os.pwrite(fd, left, start)
+                left, start = left[written:], start + written
+            start += at.step - at.run
         return data
 
-    def get(self, name: str, offset: int, length: int) -> bytes:
-        """What lies at byte `offset` of tensor `name`."""
-        fd, start = self._place(name, offset, length)
-        return os.pread(fd, length, start)
+    def get(self, at: Range) -> bytes:
+        """What lies there."""
+        fd, start, span = self._place(at)
+        found = os.pread(fd, span, start)
+        return b"".join(found[run : run + at.run] for run in range(0, span, at.step)) if at.run else found
 
-    def _place(self, name: str, offset: int, length: int) -> tuple[int, int]:
-        place = self.layout.places[name]
-        if offset + length > place.length:
-            raise PlanError(f"tensor {name!r}: {offset + length:,} bytes to write, {place.length:,} planned.")
-        return self.fds[place.part], place.offset + offset
+    def _place(self, at: Range) -> tuple[int, int, int]:
+        """File, and in it the offset and the bytes from the first to the last."""
+        place, span = self.layout.places[at.name], at.length
+        if at.run:
+            span = (at.length // at.run - 1) * at.step + at.run
+        if at.offset + span > place.length:
+            raise PlanError(f"tensor {at.name!r}: {at.offset + span:,} bytes to write, {place.length:,} planned.")
+        return self.fds[place.part], place.offset + at.offset, span
 
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
@@ -198,10 +205,7 @@ class _Run:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
     def _lost(self, planned: PlannedMatrix) -> Lost | None:
-        def read(name: str) -> bytes:
-            return self.writer.get(name, 0, self.writer.layout.places[name].length)
-
-        return find_lost(planned, read, self.checkpoint, self.channels, self.lost_max)
+        return find_lost(planned, self.writer.get, self.checkpoint, self.channels, self.lost_max)
 
     def _finished(self, plan: Plan) -> Iterator[tuple[Unit, str]]:
         """Units and the SHA-256 of their bytes, in order, whichever thread was faster."""
@@ -245,22 +249,24 @@ class _Run:
     def _ensure(self, unit: str, ranges: list[Range], compute: Callable[[], Iterable[np.ndarray]]) -> str:
         """The SHA-256 of a unit's bytes: those that lie in the files if they are the recorded ones, else computed."""
         if recorded := self.partial.digests.get(unit):
-            found = hashlib.sha256(b"".join(self.writer.get(*item) for item in ranges)).hexdigest()
+            found = hashlib.sha256(b"".join(self.writer.get(item) for item in ranges)).hexdigest()
             if found == recorded:
                 return found
         digest = hashlib.sha256()
-        for (name, offset, length), array in zip(ranges, compute(), strict=True):
-            if array.nbytes != length:
-                raise PlanError(f"tensor {name!r}: {array.nbytes:,} bytes computed, {length:,} planned. This is a bug.")
-            digest.update(self.writer.put(name, offset, array))
+        for at, array in zip(ranges, compute(), strict=True):
+            if array.nbytes != at.length:
+                raise PlanError(
+                    f"tensor {at.name!r}: {array.nbytes:,} bytes computed, {at.length:,} planned. This is a bug."
+                )
+            digest.update(self.writer.put(at, array))
         return digest.hexdigest()
 
     def _account(self, unit: str, ranges: Iterable[Range], digest: str) -> int:
         """Tick off what a unit wrote; record it and return its bytes if it was not finished before."""
         length = 0
-        for name, _, count in ranges:
-            self.writer.left[name] -= count
-            length += count
+        for at in ranges:
+            self.writer.left[at.name] -= at.length
+            length += at.length
         if self.partial.digests.get(unit) == digest:
             return 0
         self.partial.record(unit, digest)
@@ -269,9 +275,9 @@ class _Run:
     def _choose_channels(self, group: list[PlannedMatrix]) -> None:
         """Choose and write the channel order of the input that `group` shares."""
         names = channel_names(group[0])
-        ranges = [(name, 0, self.writer.layout.places[name].length) for name in names]
+        ranges = [Range(name, 0, self.writer.layout.places[name].length) for name in names]
         self._account(names[0], ranges, self._ensure(names[0], ranges, lambda: self._split(group)))
-        self.channels |= {item[0]: np.frombuffer(self.writer.get(*item), np.int32) for item in ranges}
+        self.channels |= {item.name: np.frombuffer(self.writer.get(item), np.int32) for item in ranges}
 
     def _split(self, group: list[PlannedMatrix]) -> tuple[np.ndarray, np.ndarray]:
         name = group[0].matrix.input
@@ -296,7 +302,7 @@ def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, rang
         origin = name.removesuffix("/float32")
         values = checkpoint.rows(origin) if origin in checkpoint else computed.get(name)
         if values is not None:
-            writer.left[name] -= len(writer.put(name, 0, values))
+            writer.left[name] -= len(writer.put(Range(name, 0, values.nbytes), values))
 
 
 def _rope_tables(export: Path) -> dict[str, np.ndarray]:

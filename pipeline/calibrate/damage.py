@@ -1,14 +1,15 @@
 """What a model loses when one of its matrices is quantized: KL divergence of each matrix's damage, in one pass.
 
 The text passes the model layer by layer, as in `pipeline.runtime.stream`. At its layer each matrix is replaced by its
-quantized self once: the hidden states that come out are a copy of the text's, which from there on goes through the
-original layers beside all the others. So every matrix's damage reaches the logits, for about half as many runs of a
-layer as there are matrices; memory is one layer and the copies' hidden states (copies × tokens × hidden × 4 bytes).
+quantized self once, experts, which have one format, all together: the hidden states that come out are a copy of the
+text's, which from there on goes through the original layers beside all the others. So every matrix's damage reaches the
+logits, for about half as many runs of a layer as there are copies; memory is one layer and the copies' hidden states
+(copies × tokens × hidden × 4 bytes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Copies:
     """The text's hidden states, once clean and once for every damaged matrix.
 
     Attributes:
-        names: the damaged matrix of each copy but the first, which is clean.
+        names: the damaged matrix of each copy but the first, which is clean; `layers.0.experts` for a layer's experts.
         states: float32 [copies, windows, tokens, hidden].
         layer: the layer that they stand before.
     """
@@ -54,6 +55,7 @@ def sensitivities(
     label: str,
 ) -> dict[str, float]:  # fmt: skip
     """KL(original ‖ one matrix damaged) by the matrix's name: mean nats per token over `ids`, int64 [windows, tokens].
+    Experts of a layer have one, by `damaged_together`.
 
     Includes the embedding and the head (once, if tied). Continues at the layer whose copies lie in `partial`.
 
@@ -71,6 +73,14 @@ def sensitivities(
         progress.advance()
     if bad := [name for name, value in found.items() if not np.isfinite(value)]:
         raise EvaluationError(f"{label}: logits with a quantized {bad[0]} are not finite; the weights are damaged.")
+    return found
+
+
+def damaged_together(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+    """The matrices that one copy has damaged, by its name: each by itself, and a layer's experts together."""
+    found: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.name if matrix.expert is None else matrix.choice, []).append(matrix)
     return found
 
 
@@ -97,19 +107,19 @@ class Passing:
         return passing(f"sensitivity: layer {copies.layer}", lambda where: self._advanced(copies, where))
 
     def _advanced(self, copies: Copies, where: Device) -> Copies:
-        matrices = self._arch.body(copies.layer)
-        whole = {matrix.name: self._checkpoint.rows(matrix.name) for matrix in matrices}
+        damaged = damaged_together(self._arch.body(copies.layer))
+        whole = {one.name: self._checkpoint.rows(one.name) for matrices in damaged.values() for one in matrices}
         weights = {name: where.put(rows) for name, rows in whole.items()}
         run, done = self._run(self._slices.open_layer(copies.layer), where), len(copies.states)
-        states = np.empty((done + len(matrices), *copies.states.shape[1:]), np.float32)
+        states = np.empty((done + len(damaged), *copies.states.shape[1:]), np.float32)
         for batch in _batches(copies.states):
             states[batch] = run(copies.states[batch], weights)
-        for index, matrix in enumerate(matrices, done):
-            hurt = {matrix.name: where.put(self._damage(matrix, whole[matrix.name]))}
+        for index, matrices in enumerate(damaged.values(), done):
+            hurt = {matrix.name: where.put(self._damage(matrix, whole[matrix.name])) for matrix in matrices}
             states[index] = run(copies.states[:1], weights | hurt)[0]
         if not np.isfinite(states[0]).all():
             raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
-        return Copies([*copies.names, *(matrix.name for matrix in matrices)], states, copies.layer + 1)
+        return Copies([*copies.names, *damaged], states, copies.layer + 1)
 
     def _run(self, part: Slice, where: Device) -> Callable[..., np.ndarray]:
         """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
@@ -210,7 +220,7 @@ def _resume(partial: Partial, architecture: Architecture) -> Copies | None:
     """The copies before the last layer that is whole on the disk; None for the start."""
     for layer in range(architecture.layers, 0, -1):
         if partial.whole(_file(layer)):
-            done = [matrix.name for before in range(layer) for matrix in architecture.body(before)]
+            done = [name for before in range(layer) for name in damaged_together(architecture.body(before))]
             return Copies(
                 [architecture.tables[0].name, *done], np.load(partial.folder / _file(layer), allow_pickle=False), layer
             )

@@ -10,12 +10,13 @@ from pipeline.calibrate.correlations import unpacked
 from pipeline.workspace import Workspace
 
 DAMPING = "damping"  # beside an input's name in a file of correlations: the share that GPTQ adds
+TOKENS = ".tokens"  # behind `layers.0.experts` among the moments: how many woke each expert
 ERRORS = "errors.safetensors"
 ORDER = "order"  # beside the formats in a key of the errors' file: channels of an input by importance
 
 
 def read_moments(workspace: Workspace) -> dict[str, np.ndarray]:
-    """What `run` wrote: input name → float32 [channels]."""
+    """What `run` wrote: input name → float32 [channels]; of a mixture also how many tokens woke each expert."""
     return load_file(workspace.require(workspace.moments, "calibrate"))
 
 

@@ -122,6 +122,11 @@ class Matrix:
         """What its input is, in any layer: attention, output, mlp, down, head or tokens."""
         return self.input.rpartition(".")[2]
 
+    @property
+    def choice(self) -> str:
+        """What is shared by matrices whose formats are chosen together: an input, or a layer's mixture of experts."""
+        return self.input if self.expert is None else f"layers.{self.layer}.experts"
+
 
 @dataclass(frozen=True)
 class Architecture:

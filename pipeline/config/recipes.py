@@ -19,7 +19,8 @@ KvCache = Literal["float32", "int8"]
 LOST_MAX = 1e-4
 """Far below what rounding to 4 bits adds (about 1e-2 of the energy), far above what stray tiny blocks hold."""
 Role = Literal[
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+    "expert_gate", "expert_up", "expert_down",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import Budget, KvCache, Pin, SplitFormat
 from pipeline.errors import PlanError
+from pipeline.planning import experts
 from pipeline.planning.memory import Memory, packed_memory, use_memory, weight_memory
 from pipeline.planning.recipes import TABLES, Piece, Plan, PlannedMatrix, apply_format, cache_of
 from pipeline.planning.sensitivity import Sensitivity
@@ -34,10 +35,10 @@ _BESIDE_MATRIX = 32 << 10  # of the file per matrix, at most: two pieces of thre
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store the matrices that share an input.
+    """One way to store the matrices that share an input, or a layer's experts.
 
-    `bytes` on disk, `body` those that count as the body's, `memory` in bytes once loaded, `packed`: of them, what a
-    token reads; `cost` in nats.
+    `bytes` on disk, `body` those that count as the body's, `memory` in bytes once loaded, `packed`: of them, what
+    products read; `cost` in nats.
     """
 
     planned: tuple[PlannedMatrix, ...]
@@ -66,7 +67,8 @@ class Solution:
 
 
 def groups(architecture: Architecture, budget: Budget, sensitivity: Sensitivity) -> list[list[Option]]:
-    """The options of every group of matrices with the same input, the tables first, in a plan's order.
+    """The options of every group of matrices with the same input, the tables first, in a plan's order; all experts of a
+    layer are one group, with one format.
 
     Dominated ones are left out. Raises PlanError when a pin matches nothing, or a format was not measured or fits no
     matrix.
@@ -78,7 +80,7 @@ def groups(architecture: Architecture, budget: Budget, sensitivity: Sensitivity)
                 f"pin {pin.tensors!r} matches no tensor of this model; one is called {matrices[-1].name!r}."
             )
     sensitivity.check(matrices)
-    return [_options(list(sharing), budget, sensitivity) for _, sharing in groupby(matrices, lambda item: item.input)]
+    return [_options(list(sharing), budget, sensitivity) for _, sharing in groupby(matrices, lambda item: item.choice)]
 
 
 def _stored(architecture: Architecture) -> list[Matrix]:
@@ -87,6 +89,9 @@ def _stored(architecture: Architecture) -> list[Matrix]:
 
 
 def _options(matrices: list[Matrix], budget: Budget, sensitivity: Sensitivity) -> list[Option]:
+    if matrices[0].expert is not None:
+        alike = [[apply_format(name, matrix) for matrix in matrices] for name in _alike(matrices, budget)]
+        return _front([_option(tuple(choice), sensitivity) for choice in alike])
     whole = [[apply_format(chosen, matrix) for chosen in _choices(matrix, budget)] for matrix in matrices]
     plans = [choice for choice in product(*whole) if len({item.widths for item in choice}) == 1]
     if not plans:
@@ -108,7 +113,18 @@ def _choices(matrix: Matrix, budget: Budget) -> Sequence[str | SplitFormat]:
         return (pin.format,)
     if matrix.role == "embedding" and budget.embedding:
         return (budget.embedding,)
+    if matrix.expert is not None:
+        return experts.usable(budget.formats)
     return budget.tables if matrix.role in TABLES else budget.formats
+
+
+def _alike(matrices: Sequence[Matrix], budget: Budget) -> Sequence[str | SplitFormat]:
+    """What the experts of a layer may be stored in together. Raises PlanError when they are pinned differently."""
+    found = {tuple(map(str, _choices(matrix, budget))): matrix for matrix in matrices}
+    if len(found) > 1:
+        names = ", ".join(matrix.name for matrix in found.values())
+        raise PlanError(f"tensors {names} are experts of one layer: pin all of them to one format, or none.")
+    return _choices(matrices[0], budget)
 
 
 def _pin_of(matrix: Matrix, budget: Budget) -> Pin | None:
@@ -227,8 +243,8 @@ def _knapsack(choices: Choices, limits: Mapping[str, int]) -> tuple[list[Option]
 class Bound:
     """What any plan within a budget takes at most.
 
-    `bytes` on disk; `memory` in use; `packed`: of its weights, those that each token reads; `read`: as stored, the
-    bytes that a token reads.
+    `bytes` on disk; `memory` in use; `packed`: of its weights, those that products read; `read`: as stored, the bytes
+    that a token reads, of experts those that it wakes.
     """
 
     bytes: int
@@ -254,7 +270,7 @@ def bound(
         _require_room(name, limit - rest * (name == "bytes"), sum(min(map(count, choices)) for choices in counted))
     body_bytes = min([sum(largest[tables:]), *(limits[name] for name in ("bytes", "body") if name in limits)])
     beside = _CHANNEL_BYTES * sum({matrix.input: matrix.columns for matrix in matrices[tables:]}.values())
-    beside += _BESIDE_MATRIX * len(matrices)
+    beside += _BESIDE_MATRIX * len({item.name if item.expert is None else item.choice for item in matrices})
     beside += 4 * (architecture.parameters - sum(matrix.rows * matrix.columns for matrix in matrices))
     size = min(limits.get("bytes", 1 << 62), sum(largest[:tables]) + body_bytes + beside)
     most = [max(count(item) / item.bytes for found in kinds[tables:] for item in found) for count in _COUNTS]
@@ -269,7 +285,9 @@ def bound(
     weights = min(limits.get("memory", 1 << 62), loaded + table_memory)
     memory = Memory(weights, *use_memory(architecture, context, kv_cache), max(largest))
     packed = min(weights, packed)
-    return Bound(size, memory, packed, min(size, largest[tables - 1] + body_bytes + beside))
+    shares = [1 if item.expert is None else architecture.experts_per_token / architecture.experts for item in matrices]
+    woken = sum(int(most * share) for most, share in zip(largest[tables:], shares[tables:], strict=True))
+    return Bound(size, memory, packed, min(size, largest[tables - 1] + min(body_bytes, woken) + beside))
 
 
 def _stored_bytes(planned: PlannedMatrix) -> int:

@@ -51,10 +51,11 @@ class Footprint:
         activations: what use adds without the cache, with chunks of `PREFILL_CHUNKS[0]` tokens.
         prompt_token: of the activations, bytes for each token of a chunk.
         loading: the peak while it loads, weights included.
-        packed: of the weights, what each token reads; a phone that has prepacked them maps it.
+        packed: of the weights, what products read; a phone that has prepacked them maps it.
         kv_cache: type of the keys and values.
         cache_bytes: of one token's keys and values.
-        read: bytes that decoding one token reads at least, its cache aside; None where nobody asks for speed.
+        read: bytes that decoding one token reads at least, its cache aside: of a mixture the experts that it wakes;
+            None where nobody asks for speed.
     """
 
     variant: str

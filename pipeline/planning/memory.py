@@ -6,6 +6,7 @@ activations. Mapped files come on top only where there is room for them.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.architecture import Architecture
@@ -58,7 +59,10 @@ def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
     """`context` in tokens."""
     weights = sum(map(weight_memory, plan.tables))
     used = use_memory(architecture, context, plan.cache.type, plan.head.pieces[0].format.results)
-    return Memory(weights, *used, max(item.bytes for item in plan.tables))
+    packed = Counter[str]()  # of what a kernel packs at once: a matrix, or all experts of a layer
+    for item in plan.tables:
+        packed[item.matrix.name if item.matrix.expert is None else item.matrix.choice] += item.bytes
+    return Memory(weights, *used, max(packed.values()))
 
 
 def use_memory(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.recipes import UNROTATED, KvCache, Recipe, RecipeConfig, Rotation, SplitFormat
 from pipeline.errors import PlanError
+from pipeline.planning import experts
 from pipeline.quantize.formats import TensorFormat
 
 TABLES = frozenset({"embedding", "head"})  # roles of the matrices with a row for every token
@@ -114,12 +115,13 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
     """Apply a recipe.
 
     Raises:
-        PlanError: a role without a rule, a format without a fast kernel, or matrices that share an input but are split
-            differently.
+        PlanError: a role without a rule, a format without a fast kernel, matrices that share an input but are split
+            differently, or experts of a layer that differ.
     """
     layers = architecture.layers
     body = [apply_format(_rule(recipe, matrix, layers), matrix) for matrix in architecture.matrices[:-1]]
     _check_shared_inputs(body)
+    experts.require_alike([(item.matrix, item.pieces[0].format) for item in body if item.matrix.expert is not None])
     head = apply_format(recipe.head, architecture.head)
     embedding = apply_format(recipe.head if architecture.tied else recipe.embedding, architecture.embedding)
     cache = cache_of(architecture, recipe.kv_cache)
@@ -127,13 +129,16 @@ def make_plan(architecture: Architecture, recipe: RecipeConfig) -> Plan:
 
 
 def rotated(plan: Plan, recipe: Recipe) -> Plan:
-    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix."""
+    """A plan with its recipe's rotation. Runs that a product rotates divide each piece of a matrix. What an expert's
+    last matrix multiplies is not rotated: it comes into being inside the operator."""
     runs = recipe.rotation.inputs
-    body = tuple(
-        replace(item, rotated=math.gcd(runs[kind], *item.widths)) if (kind := item.matrix.kind) in runs else item
-        for item in plan.body
-    )
-    return replace(plan, body=body, rotation=recipe.rotation)
+
+    def turned(item: PlannedMatrix) -> PlannedMatrix:
+        if item.matrix.kind not in runs or item.matrix.role == experts.DOWN:
+            return item
+        return replace(item, rotated=math.gcd(runs[item.matrix.kind], *item.widths))
+
+    return replace(plan, body=tuple(map(turned, plan.body)), rotation=recipe.rotation)
 
 
 def cache_of(architecture: Architecture, kv_cache: KvCache) -> Cache:
@@ -158,7 +163,11 @@ def apply_format(chosen: str | SplitFormat, matrix: Matrix) -> PlannedMatrix:
     """
     try:
         if isinstance(chosen, str):
-            return PlannedMatrix(matrix, (Piece(TensorFormat.parse(chosen).fitted(matrix.columns), matrix.columns),))
+            fmt = TensorFormat.parse(chosen)
+            fitted = fmt.fitted(matrix.columns) if matrix.expert is None else experts.expert_format(fmt, matrix)
+            return PlannedMatrix(matrix, (Piece(fitted, matrix.columns),))
+        if matrix.expert is not None:
+            raise PlanError("experts cannot be split (QMoE): name one format for them")
         high, low = TensorFormat.parse(chosen.high), TensorFormat.parse(chosen.low)
         if high.bits <= low.bits:
             raise PlanError(f"high ({high}) needs more bits than low ({low}): it takes what matters most")

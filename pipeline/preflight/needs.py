@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.correlations import stored_bytes
-from pipeline.calibrate.damage import BATCH_TOKENS
-from pipeline.checkpoint.architecture import Architecture
+from pipeline.calibrate.damage import BATCH_TOKENS, damaged_together
+from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipes import UNROTATED, Learning, Rotation
@@ -134,12 +134,15 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     """The text run through the model layer by layer (`pipeline.runtime.stream`): one layer's weights in float32."""
     window, tokens = calibration.window, calibration.grown(architecture.widest).tokens
     widths, body = _input_widths(architecture), _body_weights(architecture)
+    seen = {matrix.input: _share(architecture, matrix) * matrix.columns for matrix in architecture.body(0)}
     products = sum(4 * columns**2 for columns in widths)
-    held = 4 * (stream.SAMPLE_TOKENS + 2 * stream.BATCH_TOKENS) * sum(widths)
+    held = round(4 * (stream.SAMPLE_TOKENS * sum(seen.values()) + 2 * stream.BATCH_TOKENS * sum(widths)))
     stored = sum(map(stored_bytes, widths))
     # Half of each Σ x·xᵀ is added up; dampings are tried side by side.
     tried = [columns for columns in widths if columns <= tokens]
-    each = tokens * sum(columns**2 for columns in widths) / rates.flops + _factor_seconds(tried, rates)
+    woken = architecture.layers * sum(matrix.rows * seen[matrix.input] for matrix in architecture.body(0))
+    summed = sum(share * columns for share, columns in zip(seen.values(), widths, strict=True))
+    each = tokens * summed / rates.flops + _factor_seconds(tried, rates)
     each += stored / STORED_PER_SECOND
     return Needs(
         "calibrate",
@@ -151,19 +154,20 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
         2 * 4 * tokens * architecture.hidden + architecture.layers * stored + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",
-        seconds=body / WIDENED_PER_SECOND + 2 * body * tokens / rates.flops + architecture.layers * each,
+        seconds=body / WIDENED_PER_SECOND + 2 * woken * tokens / rates.flops + architecture.layers * each,
     )
 
 
 def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates = UNMEASURED) -> Needs:
     """One layer in float32, a quantized matrix of it, and the activations of a batch of copies of the text.
 
-    There is a copy for every matrix; their hidden states are held before a layer and after it.
+    There is a copy for every matrix, and one for a layer's experts; their hidden states are held before a layer and
+    after it.
     """
-    body = architecture.body(0)
-    sizes = [matrix.rows * matrix.columns for matrix in body]
+    damaged = damaged_together(architecture.body(0)).values()
+    sizes = [sum(matrix.rows * matrix.columns for matrix in together) for together in damaged]
     tokens = wanted.tokens
-    copies = 2 + architecture.layers * len(body)
+    copies = 2 + architecture.layers * len(damaged)
     states = 4 * copies * tokens * architecture.hidden
     activations = activation_bytes(architecture, max(tokens, BATCH_TOKENS))
     errors = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
@@ -347,6 +351,11 @@ def _input_widths(architecture: Architecture) -> list[int]:
     return list({matrix.input: matrix.columns for matrix in architecture.body(0)}.values())
 
 
+def _share(architecture: Architecture, matrix: Matrix) -> float:
+    """Of all tokens, those that a matrix multiplies."""
+    return 1 if matrix.expert is None else architecture.experts_per_token / architecture.experts
+
+
 def _factor_seconds(widths: Iterable[int], rates: Rates) -> float:
     """Second moments of so many channels factored, one after another on one core."""
     return sum(columns**3 / 3 for columns in widths) / (FACTOR_RATE * rates.flops / rates.cores)
@@ -364,8 +373,8 @@ def _pass_seconds(architecture: Architecture, tokens: float, rates: Rates) -> fl
 
 
 def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
-    """Two operations per weight and token; an embedding is looked up, not multiplied."""
-    multiplied = sum(matrix.rows * matrix.columns for matrix in architecture.matrices)
+    """Two operations per weight and token, of experts for those that it wakes; an embedding is looked up."""
+    multiplied = sum(matrix.rows * matrix.columns * _share(architecture, matrix) for matrix in architecture.matrices)
     return 2 * multiplied * tokens / rates.flops
 
 

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper
 from pipeline.graph.nodes import external_tensor
 
 PRODUCT = "MatMulNBits"
+EXPERTS = "QMoE"
+"""Two products of every expert of a layer, packed together: they are cut into no bands."""
 _BY_ROW = {1, 2, 3, 5}  # inputs of MatMulNBits that rows share out: codes, scales, zero points, bias
 _MULTIPLE = 128
 """Rows of a band but the last: kernels work on some rows at once, and 4-bit codes of a band begin on a byte."""

@@ -24,11 +24,14 @@ from pipeline.artifact.layout import make_layout
 from pipeline.errors import GraphError
 from pipeline.graph.nodes import external_tensor, value_info
 from pipeline.graph.slices import reads
-from pipeline.prepack.rows import PRODUCT, in_bands
+from pipeline.prepack.rows import EXPERTS, PRODUCT, in_bands
 
 LIMIT = 64 << 20
 """Bytes of codes in one slice, and so in one product."""
 _PACKED = "prepacked"  # how the keys of entries with packed bytes begin (onnxruntime, tensor_external_data_info.cc)
+
+_CODES = {PRODUCT: (1,), EXPERTS: (2, 5)}  # inputs that are packed
+_WEIGHTS = (1, 14)  # inputs of QMoE that are computed for every token, beside the first
 
 Values = Sequence[onnx.ValueInfoProto]
 
@@ -81,18 +84,21 @@ class Merging:
         # Equal matrices have one key, under which the runtime wants the bytes once.
         blobs = {blob[0]: blob for item in found.values() for blob in packed_entries(item) if blob[0] not in self._keys}
         packed = list(blobs.values())
+        pieces = [piece for _, own in packed for piece in own]
         self._keys |= blobs.keys()
         names = [name for name in found if name in graph.computed.keys() - tensors]
         if packed and not names:
             names = _smallest(found, graph.initializers.keys() - tensors, saved.graph.name)
-        ranges = [_place(found[name]) for name in names] + [(offset, length) for _, offset, length in packed]
+        ranges = [_place(found[name]) for name in names] + pieces
         places = _layout(length for _, length in ranges)
         for name, place in zip(names, places, strict=False):
             size = _place(found[name])[1]
             tensors[name] = external_tensor(name, found[name].data_type, tuple(found[name].dims), file, place, size)
-        for number, ((key, _, length), place) in enumerate(zip(packed, places[len(names) :], strict=True)):
+        moved = iter(places[len(names) :])
+        for number, (key, own) in enumerate(packed):
             # The last field is a checksum, which nobody checks.
-            tensors[names[0]].external_data.add(key=f"{_PACKED}_{number}", value=f"{key}|{place};{length};0")
+            value = "|".join([key, *(f"{next(moved)};{length};0" for _, length in own)])
+            tensors[names[0]].external_data.add(key=f"{_PACKED}_{number}", value=value)
         return [(*source, target) for source, target in zip(ranges, places, strict=True)]
 
     def merged(self) -> onnx.ModelProto:
@@ -118,31 +124,43 @@ class _Graph:
             if names and all(name in self.initializers or name in self.computed for name in names):
                 self.computed |= dict.fromkeys(node.output, node)
         self._others = [node for node in model.graph.node if node.output[0] not in self.computed]
-        self.products = [node for node in self._others if node.op_type == PRODUCT]
+        self.products = [node for node in self._others if node.op_type in _CODES]
 
     def stored_bytes(self, node: onnx.NodeProto) -> int:
         """Bytes of a product's codes."""
-        return prod(self.initializers[node.input[1]].dims)
+        return sum(prod(self.initializers[node.input[place]].dims) for place in _CODES[node.op_type])
 
     def looked_up(self) -> list[str]:
         """Computed values that other nodes than products read; scalars are too small to matter."""
         multiplied = {name for node in self.products for name in node.input}
-        names = dict.fromkeys(name for node in self._others if node.op_type != PRODUCT for name in reads(node))
+        names = dict.fromkeys(name for node in self._others if node.op_type not in _CODES for name in reads(node))
         return [name for name in names if name in self.computed and name not in multiplied and self._shape(name)]
 
     def product_slice(self, number: int, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
         """These products, each from an input that products of one width share to an output of its own."""
         kept, taken, given = [], {}, []
         for node in nodes:
-            sizes = {item.name: item.i for item in node.attribute}
-            kind, x = self._kind(node.input[2]), f"x.{sizes['K']}"
-            taken[x] = value_info(x, kind, ["rows", sizes["K"]])
-            given.append(value_info(node.output[0], kind, ["rows", sizes["N"]]))
+            columns, rows = self._sides(node)
+            kind, x = self._kind(node.input[_CODES[node.op_type][0] + 1]), f"x.{columns}"
+            taken[x] = value_info(x, kind, ["rows", columns])
+            given.append(value_info(node.output[0], kind, ["rows", rows]))
             alone = onnx.NodeProto()
             alone.CopyFrom(node)
             alone.input[0] = x
+            if node.op_type == EXPERTS:
+                taken["weights"] = value_info("weights", kind, ["rows", self.initializers[node.input[2]].dims[0]])
+                for place in _WEIGHTS:
+                    alone.input[place] = "weights"
             kept.append(alone)
         return self._model_of(number, kept, list(taken.values()), given)
+
+    def _sides(self, node: onnx.NodeProto) -> tuple[int, int]:
+        """Channels that a product reads and gives."""
+        if node.op_type == EXPERTS:
+            hidden = self.initializers[node.input[5]].dims[1]
+            return hidden, hidden
+        sizes = {item.name: item.i for item in node.attribute}
+        return sizes["K"], sizes["N"]
 
     def lookup_slice(self, number: int, names: Sequence[str]) -> onnx.ModelProto:
         """These computed values, each with a row looked up: something must read a value that is to be saved."""
@@ -193,18 +211,14 @@ class _Graph:
         return max((self._shape(item) for item in self.computed[name].input), key=prod)
 
 
-def packed_entries(tensor: onnx.TensorProto) -> Iterator[tuple[str, int, int]]:
-    """(key, offset, length) of the packed bytes that a saved tensor names; see tensor_external_data_info.cc.
-
-    Raises GraphError for bytes in several pieces, which entries of one key would have to keep together.
-    """
+def packed_entries(tensor: onnx.TensorProto) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Key, and (offset, length) of each piece, of the packed bytes that a saved tensor names; see
+    tensor_external_data_info.cc."""
     for entry in tensor.external_data:
         if entry.key.startswith(_PACKED):
             key, *pieces = entry.value.split("|")
-            if len(pieces) != 1:
-                raise GraphError(f"{tensor.name!r} is packed in {len(pieces)} pieces; only one piece is handled.")
-            offset, length, _ = pieces[0].split(";")
-            yield key, int(offset), int(length)
+            found = (piece.split(";") for piece in pieces)
+            yield key, [(int(offset), int(length)) for offset, length, _ in found]
 
 
 def _smallest(found: Mapping[str, onnx.TensorProto], allowed: AbstractSet[str], what: str) -> list[str]:

@@ -12,7 +12,8 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
       variants      name → {download, weights, activations, loading, packed, read: FIGURE,
                     kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, verdict, kl_mean}; the last
                     two are null where nothing was measured
-      forbidden     name → why configs/gates.yaml lets no such variant of this model be released; it stands nowhere else
+      forbidden     name → why configs/gates.yaml lets no such variant of this model be released, or why its recipe has
+                    no plan for it; it stands nowhere else
       tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null, lacks_bytes};
                     closest comes nearest to fitting and lacks so many bytes, instead is a smaller model; all three are
                     null for a bundle
@@ -34,15 +35,15 @@ from typing import Any
 from pipeline.config.models import load_model, load_pipeline, model_names
 from pipeline.config.phones import Device, Tier, TiersConfig, load_devices, load_measured, load_tiers
 from pipeline.config.typed_yaml import known_name
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, PlanError
 from pipeline.planning import devices as planning
 from pipeline.preflight.chance import forbidden
 from pipeline.preflight.footprints import Known, candidate, known
 from pipeline.report.phones import lines
 
 SCHEMA = 4
-Built = Mapping[str, tuple[Known, list[planning.Candidate]]]
-"""Models, each with its variants."""
+Built = Mapping[str, tuple[Known, list[planning.Candidate], dict[str, str]]]
+"""Models, each with its variants, and why there are no more."""
 
 
 def run(models: Sequence[str], tier: str | None, device: str | None, context: int | None, as_json: bool) -> None:
@@ -76,8 +77,7 @@ def answer(
     for name in caps:
         try:
             found = known(name)
-            allowed = [one for one in load_pipeline().variants if not forbidden(name, one)]
-            built[name] = found, [candidate(found, one, tokens) for one in allowed]
+            built[name] = found, *_variants(found, tokens)
         except PipelineError:
             if name in asked:
                 raise
@@ -108,10 +108,23 @@ def _selected(tier: str | None, device: str | None) -> tuple[TiersConfig, dict[s
     return tiers, devices
 
 
+def _variants(found: Known, tokens: int) -> tuple[list[planning.Candidate], dict[str, str]]:
+    candidates, refused = [], {}
+    for variant in load_pipeline().variants:
+        if why := forbidden(found.model, variant):
+            refused[variant] = why
+            continue
+        try:
+            candidates.append(candidate(found, variant, tokens))
+        except PlanError as error:
+            refused[variant] = str(error).removesuffix(".")
+    return candidates, refused
+
+
 def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: Mapping[str, Device]) -> dict[str, Any]:
     """Models that have fewer parameters and hold the context are what a tier falls back to."""
-    found, variants = built[model]
-    sizes = {name: one.architecture.parameters for name, (one, _) in built.items() if one.context_cap >= tokens}
+    found, variants, refused = built[model]
+    sizes = {name: one.architecture.parameters for name, (one, *_) in built.items() if one.context_cap >= tokens}
     smaller = sorted((name for name in sizes if sizes[name] < found.architecture.parameters), key=lambda n: -sizes[n])
     fallbacks = {name: built[name][1] for name in smaller}
     decisions = {name: planning.decide(variants, tier, tiers, tokens, fallbacks) for name, tier in tiers.tiers.items()}
@@ -121,7 +134,7 @@ def _model(model: str, built: Built, tiers: TiersConfig, tokens: int, devices: M
         "parameters": found.architecture.parameters,
         "shapes": found.origin,
         "variants": {one.variant: _variant(one, tiers, tokens) for one in variants},
-        "forbidden": {one: why for one in load_pipeline().variants if (why := forbidden(model, one))},
+        "forbidden": refused,
         "tiers": {name: _tier(one, model, tiers.tiers[name], tiers) for name, one in decisions.items()},
         "devices": {
             name: _device(device, decisions[device.tier].runs, model)

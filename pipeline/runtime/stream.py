@@ -62,6 +62,7 @@ class LayerStream:
     """Windows of tokens on their way through a model.
 
     Attributes:
+        architecture: the model's.
         layer: the current one, whose inputs can be measured; the number of layers stands for the head.
         digest: SHA-256 of the file of hidden states before `layer`, 64 hex digits; "" if an earlier stream wrote it.
     """
@@ -77,7 +78,7 @@ class LayerStream:
             EvaluationError: the file of an earlier stream is missing, or of other windows or another model.
         """
         self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
-        self.layer, self.digest = layer or 0, ""
+        self.layer, self.digest, self.architecture = layer or 0, "", slices.architecture
         if layer is None:
             passing("calibration: embedding", lambda where: deque(self._run(slices.embedding(), 0, where), 0))
             return

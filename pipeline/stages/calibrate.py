@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save
 
 from pipeline import keys, machine
 from pipeline.calibrate.correlations import packed
-from pipeline.calibrate.results import DAMPING
+from pipeline.calibrate.rare import experts_inputs, needed, top_up
+from pipeline.calibrate.results import DAMPING, TOKENS
 from pipeline.calibrate.texts import input_ids
-from pipeline.checkpoint.architecture import read_architecture
+from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import load_calibration
 from pipeline.errors import EvaluationError
@@ -37,7 +38,9 @@ def run(model: str) -> None:
 
     Beside it ranges.safetensors: what int8 scales of the KV cache need, `layers.0.key` and `layers.0.value` of every
     layer, float32 [kv_heads · head_dim] (`quantize.cache.magnitudes`); and layers.0.safetensors, … for GPTQ: by input
-    of a layer, `calibrate.correlations` of its channels and the damping that held-out text asks for, float64 [].
+    of a layer, `calibrate.correlations` of its channels and the damping that held-out text asks for, float64 []. In a
+    mixture also `layers.0.experts.tokens`, int32 [experts]: how many woke each; what was seen of too few is topped up
+    (`calibrate.rare`).
     """
     store, workspace = Store(), Workspace(model)
     folder = workspace.reference(store)
@@ -47,14 +50,32 @@ def run(model: str) -> None:
     key = _key(workspace, windows)
     with open_partial(workspace.partial("calibration"), key) as partial:
         found = _measure(slices, folder, windows, partial, workspace)
-        moments = {name: found.pop(name) for name in slices.columns}
+        counts = {name: found.pop(name) for name in list(found) if name.endswith(TOKENS)}
+        moments = {name: found.pop(name) for name in slices.columns} | counts
         for leftover in (*partial.folder.glob("hidden.*"), *partial.folder.glob("statistics.*")):
             leftover.unlink()
         for path, values in ((workspace.moments, moments), (workspace.ranges, found)):
             # Whoever reads this file's digest knows what made the correlations too.
             write_bytes(partial.folder / path.name, save(values, metadata={"key": key, "device": computed_by()}))
         partial.finish(workspace.moments.parent)
-    print(f"{model}: second moments of {len(moments)} inputs over {sum(map(len, windows)):,} tokens")
+    print(f"{model}: second moments of {len(slices.columns)} inputs over {sum(map(len, windows)):,} tokens")
+    for line in rare_experts(counts, architecture):
+        print(line)
+
+
+def rare_experts(counts: Statistics, architecture: Architecture) -> list[str]:
+    """For people: which experts were calibrated with tokens of others, by the input that lacked them."""
+    lines = []
+    for kind, channels in {item.kind: item.columns for item in architecture.body(0) if item.expert is not None}.items():
+        lacking = {name: np.flatnonzero(seen < needed(channels)).tolist() for name, seen in counts.items()}
+        if rare := sum(map(len, lacking.values())):
+            least, name = min((int(seen.min()), name) for name, seen in counts.items())
+            lines.append(
+                f"  input {kind} of experts: {rare:,} of {architecture.experts * architecture.layers:,} saw fewer than "
+                f"{needed(channels):,} tokens and got the rest from their layer's others; least: {least:,} "
+                f"({name.removesuffix(TOKENS)} {int(counts[name].argmin())})"
+            )
+    return lines
 
 
 def _key(workspace: Workspace, windows: list[np.ndarray]) -> str:
@@ -87,15 +108,21 @@ def _measure(
 
 def _pass_layer(stream: LayerStream, partial: Partial, workspace: Workspace) -> Statistics:
     """A layer's moments and ranges; its correlations are written. Its products, which are large, end here."""
-    name, passed = workspace.correlations(f"layers.{stream.layer}").name, stream.advance()
+    layer, body = stream.layer, stream.architecture.body(stream.layer)
+    name, passed = workspace.correlations(f"layers.{layer}").name, stream.advance()
+    seen = [[passed.tokens[one] for one in names] for names in experts_inputs(body)]
+    for names in experts_inputs(body):
+        top_up(passed.products, passed.tokens, names)
     found = _statistics(passed, workspace.model)
+    if seen:
+        found[f"layers.{layer}.experts{TOKENS}"] = np.array(seen[0], np.int32)
     _write(partial, name, _correlations(passed))
     return found
 
 
 def _statistics(passed: Passed, model: str) -> Statistics:
-    """Ranges, and E[x²] of each input; an expert that no token woke has zeros."""
-    moments = {name: total.diagonal() / max(passed.tokens[name], 1) for name, total in passed.products.items()}
+    """Ranges, and E[x²] of each input."""
+    moments = {name: total.diagonal() / passed.tokens[name] for name, total in passed.products.items()}
     found = passed.ranges | moments
     if bad := [name for name, values in found.items() if not np.isfinite(values).all()]:
         raise EvaluationError(

@@ -19,6 +19,7 @@ from pipeline import keys, machine
 from pipeline.artifact.learned import RECORD, digests_of, read_learned
 from pipeline.artifact.plans import Planned, plan_recipe
 from pipeline.artifact.rotated import Rotated
+from pipeline.artifact.work import Range
 from pipeline.artifact.write import PartWriter
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import read_architecture
@@ -122,7 +123,7 @@ def _learn(partial: Partial, planned: Planned, reference: Path, windows: list[np
     with ExitStack() as stack:
         writer = PartWriter(partial.folder, drafted, stack)
         for name, values in learned.values.items():
-            writer.put(name, 0, values)
+            writer.put(Range(name, 0, values.nbytes), values)
         writer.flush()
     state.unlink()
     return learned

@@ -16,8 +16,8 @@ import onnx
 from safetensors.numpy import save
 
 from pipeline import keys, machine
-from pipeline.calibrate.damage import Damage, sensitivities
-from pipeline.calibrate.results import ERRORS, ORDER, read_moments
+from pipeline.calibrate.damage import Damage, damaged_together, sensitivities
+from pipeline.calibrate.results import ERRORS, ORDER, TOKENS, read_moments
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
 from pipeline.checkpoint.blobs import Store
@@ -26,6 +26,7 @@ from pipeline.config.calibration import SensitivityConfig, load_sensitivity
 from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
+from pipeline.planning import experts
 from pipeline.quantize.formats import TensorFormat
 from pipeline.quantize.search import weighted
 from pipeline.quantize.split import channel_importance, squared_norms
@@ -59,7 +60,8 @@ def run(model: str) -> None:
             leftover.unlink()
         write_bytes(partial.folder / ERRORS, save(errors))
         formats = {matrix.name: str(_format(wanted.damage, matrix)) for matrix in _matrices(architecture)}
-        rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
+        shares = _shared(nats, architecture, {name: errors[f"{name}/{fmt}"] for name, fmt in formats.items()})
+        rows = {name: {"nats": value, "format": formats[name]} for name, value in shares.items()}
         write_json(
             partial.folder / workspace.nats.name,
             {"key": key, "device": computed_by(), "tokens": ids.size, "tensors": rows},
@@ -68,6 +70,16 @@ def run(model: str) -> None:
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:3]:
         print(f"  {name:<44} {nats[name]:.5f} nats")
+
+
+def _shared(nats: dict[str, float], architecture: Architecture, errors: dict[str, np.ndarray]) -> dict[str, float]:
+    """Nats of every matrix: what experts of a layer caused together, by the errors that they have in it."""
+    found: dict[str, float] = {}
+    for name, matrices in damaged_together(_matrices(architecture)).items():
+        parts = [float(errors[matrix.name].sum(dtype=np.float64)) for matrix in matrices]
+        shares = [part / sum(parts) if sum(parts) else 1 / len(parts) for part in parts]
+        found |= {matrix.name: nats[name] * share for matrix, share in zip(matrices, shares, strict=True)}
+    return found
 
 
 def _measured_by(workspace: Workspace, key: str) -> bool:
@@ -91,7 +103,8 @@ def measure_errors(
             fmt = _format(name, matrix)
             if (place := f"{matrix.name}/{fmt}") not in found:
                 gap = weights - weighted(weights, importance, fmt).dequantize()
-                found[place] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
+                cost = importance * np.einsum("rc,rc->c", gap, gap)
+                found[place] = (cost * _share(matrix, moments)).astype(np.float32)
         return squared_norms(weights) * (matrix.rows / len(weights))
 
     with ThreadPoolExecutor(machine.cores()) as pool:
@@ -121,8 +134,15 @@ def _importance(matrix: Matrix, moments: dict[str, np.ndarray]) -> np.ndarray:
     return np.ones(matrix.columns, np.float32) if matrix.role == "embedding" else moments[matrix.input]
 
 
+def _share(matrix: Matrix, moments: dict[str, np.ndarray]) -> np.float32:
+    """Of all tokens, those that multiply the matrix: of an expert, those that it is woken by."""
+    seen = moments.get(f"{matrix.choice}{TOKENS}") if matrix.expert is not None else None
+    return np.float32(1) if seen is None else np.float32(seen[matrix.expert] / seen.sum())
+
+
 def _format(name: str, matrix: Matrix) -> TensorFormat:
-    return TensorFormat.parse(name).fitted(matrix.columns)
+    fmt = TensorFormat.parse(name)
+    return fmt.fitted(matrix.columns) if matrix.expert is None else experts.fitted(fmt, matrix)
 
 
 def _damage(moments: dict[str, np.ndarray], name: str) -> Damage:

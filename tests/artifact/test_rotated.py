@@ -22,12 +22,15 @@ from pipeline.artifact.write import Draft
 from pipeline.calibrate.correlations import packed, unpacked
 from pipeline.config.recipes import RecipeConfig
 from pipeline.errors import PlanError
+from pipeline.graph.experts import mix_experts
+from pipeline.graph.nodes import MICROSOFT, GraphWriter
 from pipeline.graph.slices import DecoderSlices
 from pipeline.quantize.cache import ROTATED
 from pipeline.quantize.rotation import rotate
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.stream import LayerStream
 from tests.artifact.exported import Exported, changed, contents, export
+from tests.artifact.test_experts import ROLES as EXPERTS
 from tests.artifact.test_write import ROLES
 from tests.families import CASES, make_checkpoint
 
@@ -41,7 +44,7 @@ FAMILIES = ("llama-tied", "llama-biased", "qwen3", "mimo", "phi3", "phi3-partial
 
 def recipe(rotation: dict[str, object], body: object = "w8b32a") -> RecipeConfig:
     """One plane everywhere, so that a product is one node."""
-    rules = [{"roles": ROLES, "format": body}]
+    rules = [{"roles": ROLES, "format": body}, {"roles": EXPERTS, "format": "w8b32a"}]
     return changed("q4", embedding="w8b32a", head="w8b32a", body=rules, rotation=rotation, kv_cache="float32")
 
 
@@ -58,6 +61,8 @@ def in_full_precision(found: Exported, drafted: Draft, folder: Path) -> Path:
     """The written graph with every quantized product and look-up over the weights that were to be quantized."""
     model = onnx.load(folder / "tiny.onnx", load_external_data=False)
     planned = {item.matrix.name.removesuffix(".weight"): item for item in drafted.plan.tables}
+    for node in [node for node in model.graph.node if node.op_type == "QMoE"]:
+        _experts_in_full_precision(found, drafted, model.graph, node)
     for node in model.graph.node:
         if node.op_type not in {"MatMulNBits", "GatherBlockQuantized"}:
             continue
@@ -76,6 +81,32 @@ def in_full_precision(found: Exported, drafted: Draft, folder: Path) -> Path:
         node.CopyFrom(onnx.helper.make_node("Gather" if looked_up else "MatMul", inputs, [output], name=node.name))
     onnx.save(model, folder / "full.onnx")
     return folder / "full.onnx"
+
+
+def _experts_in_full_precision(found: Exported, drafted: Draft, graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
+    """A layer's experts over the weights that were to be quantized, in place of the operator over those that were."""
+    layer, writer = int(node.name.split(".")[1]), GraphWriter()
+    own = {(item.matrix.expert, item.matrix.role): item for item in drafted.plan.body if item.matrix.layer == layer}
+
+    def product(x: str, expert: int, role: str) -> str:
+        item = own[expert, role]
+        weights = arranged(found.checkpoint.rows(item.matrix.name), None, item.rotated)
+        return writer.node("MatMul", [x, writer.constant(item.matrix.name, weights.T)], f"{item.matrix.name}/product")
+
+    def run(rows: str, expert: int) -> str:
+        gate, up = (product(rows, expert, role) for role in ("expert_gate", "expert_up"))
+        silu = writer.node("QuickGelu", [gate], f"{gate}/silu", MICROSOFT, alpha=1.0)
+        return product(writer.node("Mul", [silu, up], f"{gate}/gated"), expert, "expert_down")
+
+    mix_experts(
+        writer, node.input[0], node.input[1], found.architecture.hidden, found.architecture.experts, node.name, run
+    )
+    place = list(graph.node).index(node)
+    nodes = [*graph.node[:place], *writer.nodes.values(), *graph.node[place + 1 :]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    names = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(tensor for name, tensor in writer.initializers.items() if name not in names)
 
 
 def stored(model: onnx.ModelProto, folder: Path, name: str) -> np.ndarray:
@@ -102,7 +133,7 @@ def test_the_function_stays(case: str, rotation: dict[str, object], tmp_path: Pa
 
 
 @pytest.mark.parametrize("rotation", [INPUTS, {"values": True}, {"values": True} | INPUTS], ids=str)
-def test_the_function_stays_under_layer_norms(rotation: dict[str, object], tmp_path: Path) -> None:
+def test_the_function_stays_under_layer_norms_and_with_experts(rotation: dict[str, object], tmp_path: Path) -> None:
     found = rotated(tmp_path, rotation, "phimoe")
     drafted = found.write(recipe(rotation), tmp_path / "artifact")
     assert difference(found, drafted, tmp_path / "artifact") < 1e-4

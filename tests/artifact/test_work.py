@@ -51,9 +51,9 @@ def test_units_are_all_rows_once(planned: PlannedMatrix, unit_bytes: int) -> Non
 def test_their_ranges_are_all_bytes_once(planned: PlannedMatrix, unit_bytes: int) -> None:
     ends: dict[str, int] = {}
     for unit in units(planned, unit_bytes):
-        for name, offset, length in unit.ranges():
-            assert offset == ends.get(name, 0)
-            ends[name] = offset + length
+        for at in unit.ranges():
+            assert at.offset == ends.get(at.name, 0)
+            ends[at.name] = at.offset + at.length
     sizes = [piece.format.bytes(planned.matrix.rows, piece.columns) for piece in planned.pieces]
     assert sum(ends.values()) == sum(sizes) == planned.bytes
 

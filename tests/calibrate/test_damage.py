@@ -57,16 +57,23 @@ def log_probabilities(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def directly(folder: Path, architecture: Architecture, ids: np.ndarray, other: Path) -> dict[str, float]:
-    """For every matrix a checkpoint of its own in which only it is damaged, run through the whole graph."""
+    """For every matrix, or all experts of a layer, a checkpoint of its own in which only it is damaged, run through the
+    whole graph."""
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("partial"))
     tensors = load_file(folder / "model.safetensors")
     clean = log_probabilities(folder, ids)
     found = {}
     body = [matrix for layer in range(architecture.layers) for matrix in architecture.body(layer)]
+    together: dict[str, list[Matrix]] = {}
     for matrix in (*architecture.tables, *body):
-        hurt = rounded(matrix, tensors[matrix.name].astype(np.float32)).astype(tensors[matrix.name].dtype)
-        save_file(tensors | {matrix.name: hurt}, other / "model.safetensors")
-        found[matrix.name] = float((np.exp(clean) * (clean - log_probabilities(other, ids))).sum(-1).mean())
+        together.setdefault(matrix.name if ".experts." not in matrix.name else matrix.choice, []).append(matrix)
+    for name, matrices in together.items():
+        hurt = {
+            matrix.name: rounded(matrix, tensors[matrix.name].astype(np.float32)).astype(tensors[matrix.name].dtype)
+            for matrix in matrices
+        }
+        save_file(tensors | hurt, other / "model.safetensors")
+        found[name] = float((np.exp(clean) * (clean - log_probabilities(other, ids))).sum(-1).mean())
     return found
 
 

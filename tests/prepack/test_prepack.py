@@ -94,19 +94,21 @@ def packed_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[device.O
 
 
 @pytest.mark.parametrize(
-    ("case", "recipe"),
+    ("case", "recipe", "limit"),
     [
-        ("llama-tied", "q4"),
-        ("mimo", "q3"),
-        ("phi3-longrope", "q4_k_m"),
-        ("qwen2", "q4_kv8"),
-        ("phi3-partial-tied", "q4_rotated"),
+        ("llama-tied", "q4", LIMIT),
+        ("mimo", "q3", LIMIT),
+        ("phi3-longrope", "q4_k_m", LIMIT),
+        ("qwen2", "q4_kv8", LIMIT),
+        ("phi3-partial-tied", "q4_rotated", LIMIT),
+        ("phimoe", "q4", 45_000),
     ],
 )
-def test_mapped_logits_are_the_private_ones_bit_for_bit(case: str, recipe: str, tmp_path: Path) -> None:
+def test_mapped_logits_are_the_private_ones_bit_for_bit(case: str, recipe: str, limit: int, tmp_path: Path) -> None:
+    """But for a biased head in bands, whose last bits differ: to a whole product ONNX Runtime adds a bias inside."""
     make_artifact(tmp_path, case, recipe)
     folder = tmp_path / "artifact"
-    work = make.prepare(folder, LIMIT)
+    work = make.prepare(folder, limit)
     (name,) = make.add_classes(folder, [HERE]).classes
     assert device.prepack(folder, lambda _: None) == device.choose(folder)
     outcome = device.choose(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -21,24 +23,34 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 
 def matrix_bytes(plan: Plan) -> int:
-    """Body and head whole; of an embedding of its own one row of codes, scales and zero points."""
+    """Body and head whole, two of four experts; of an embedding of its own one row of codes, scales and zero points."""
     row = 0 if plan.tied else plan.embedding.bytes // plan.embedding.matrix.rows
-    return sum(item.bytes for item in plan.body) + plan.head.bytes + row
+    woken = sum(item.bytes // (1 if item.matrix.expert is None else 2) for item in plan.body)
+    return woken + plan.head.bytes + row
 
 
 def other_bytes(exported: Exported, plan: Plan) -> int:
     """Norms and biases, a rotated head's gain, the channel orders of split inputs, scales of an int8 cache: read whole.
     Of rotary tables, cosines and sines of one position (and LongRoPE has two)."""
     model = exported.architecture
-    vectors = 4 * sum(shape[0] for shape in model.expected_tensors().values() if len(shape) == 1)
+    expected = model.expected_tensors()
+    routers = [model.router(layer) for layer in range(model.layers * bool(model.experts))]
+    vectors = 4 * sum(prod(shape) for name, shape in expected.items() if len(shape) == 1 or name in routers)
     orders = 4 * sum({item.matrix.input: item.matrix.columns for item in plan.body if item.split}.values())
     gain = 4 * model.hidden if plan.tied and plan.rotation.residual else 0
     scales = 4 * len(plan.cache.names) * plan.cache.channels if plan.cache.type == "int8" else 0
     return vectors + orders + gain + scales + 4 * model.rope.dims * (2 if model.rope.long_factor else 1)
 
 
-@pytest.mark.parametrize("recipe", ["q4", "q4_k_m", "q3", "q4_kv8", "q4_rotated"])
-@pytest.mark.parametrize("name", CASES)
+RECIPES = ["q4", "q4_k_m", "q3", "q4_kv8", "q4_rotated"]
+MIXTURES = [
+    name for name, case in CASES.items() if "num_local_experts" in case.config
+]  # neither split nor turned whole
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [(n, r) for n in CASES for r in (RECIPES[:2] + RECIPES[3:4] if n in MIXTURES else RECIPES)]
+)
 def test_a_token_reads_what_the_plan_says(name: str, recipe: str, exports: dict[str, Exported]) -> None:
     drafted = exports[name].draft(load_recipe(recipe))
     reads, plan = traffic(drafted.model), drafted.plan
