@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 912,
+    "artifact": 923,
     "bundle": 1667,
-    "calibrate": 248,
-    "checkpoint": 1682,
-    "config": 569,
+    "calibrate": 249,
+    "checkpoint": 1725,
+    "config": 570,
     "confine": 431,
     "door": 740,
-    "graph": 400,
+    "graph": 414,
     "judge": 563,
     "keys": 335,
-    "learn": 333,
+    "learn": 339,
     "modules": 789,
     "packs": 921,
     "parity": 141,
@@ -34,12 +34,12 @@ CEILINGS = {
     "publish": 788,
     "quantize": 910,
     "report": 1221,
-    "runtime": 1135,
+    "runtime": 1137,
     "serve": 1866,
     "stages": 1016,
     "tasks": 2193,
 }
-WHOLE = 21_213
+WHOLE = 21_290
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
