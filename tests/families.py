@@ -12,21 +12,21 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from pipeline.checkpoint.architecture import read_architecture
-from tests.phimoe import PhiMoE
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped); "": it
-    cannot run it, and `tests.phimoe` does.
+    """A family's tiny config, and what transformers calls it (MiMo is Qwen2 once its MTP tensors are dropped).
 
-    `extra` are tensors that it has besides; `optimum` says whether Optimum exports it.
+    `extra` are tensors that it has besides; `optimum` says whether Optimum exports it, `own` whether our own reference
+    stands in for transformers.
     """
 
     config: dict[str, Any]
     transformers_type: str
     extra: tuple[str, ...] = ()
     optimum: bool = True
+    own: bool = False
 
 
 def _base(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _base(model_type: str, **changes: Any) -> dict[str, Any]:
 
 def _phimoe(**changes: Any) -> dict[str, Any]:
     biases = {"attention_bias": True, "lm_head_bias": True}
-    return _base("phimoe", intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, **biases, **changes)
+    return _base("phimoe", intermediate_size=64, num_local_experts=6, num_experts_per_tok=2, **biases, **changes)
 
 
 def _longrope(dims: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ CASES = {
     ),
     "phimoe": Case(_phimoe(), "phimoe", optimum=False),
     # as Phi-tiny-MoE, whose heads transformers' class takes to be hidden / heads wide
-    "phimoe-wide-heads": Case(_phimoe(head_dim=48), "", optimum=False),
+    "phimoe-wide-heads": Case(_phimoe(head_dim=48), "phimoe", optimum=False, own=True),
     # 40 prompt tokens + 32 decode steps cross the switch from the short to the long factors at 64.
     "phi3-longrope": Case(_base("phi3", original_max_position_embeddings=64, rope_scaling=_longrope(32)), "phi3"),
     "phi3-longrope-partial": Case(
@@ -146,10 +146,12 @@ def transformers_model(folder: Path, case: Case) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not case.transformers_type:
-        return PhiMoE(folder, case.config)
     values = {key: value for key, value in case.config.items() if key != "model_type"}
     config = AutoConfig.for_model(case.transformers_type, **values)
+    if case.own:
+        from pipeline.parity.phimoe import PhiMoE
+
+        return PhiMoE(folder, config)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     return model.eval()

@@ -1,4 +1,5 @@
-"""Parity: our full-precision graph against Optimum's export of the same checkpoint, on logits.
+"""Parity: our full-precision graph against an independent one of the same checkpoint, on logits: Optimum's export, or a
+reference of our own where it has none.
 
 Optimum holds a whole model in float32 several times over. A checkpoint too large for the memory allowed is compared
 on its first layers, and if need be on its first token ids: real weights, the real embedding and head, every operator
@@ -7,17 +8,18 @@ of the family. Our side of the cut refers to the same bytes of the same files, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import TensorRef
 from pipeline.errors import EvaluationError, ResourceError
+from pipeline.parity.optimum_export import run_alone
 from pipeline.runtime.session import OnnxDecoder
 
 EXPORTER = "optimum-onnx"
@@ -70,10 +72,37 @@ def cut_references(smaller: Architecture, checkpoint: Mapping[str, TensorRef]) -
     return refs
 
 
+class Reference(NamedTuple):
+    """What our graph is compared with: `name` for people, `logits` of ids [tokens], of which the first so many are the
+    prompt, float32 [tokens, vocab]."""
+
+    name: str
+    logits: Callable[[np.ndarray, int], np.ndarray]
+
+
+def optimums(path: Path, architecture: Architecture) -> Reference:
+    """An export of Optimum's."""
+    return Reference(
+        f"{EXPORTER} {version(EXPORTER)}", lambda ids, prompt: cached_logits(path, architecture, ids, prompt)
+    )
+
+
+def own(weights: Path, part: Architecture, folder: Path) -> Reference:
+    """Our own reference of a cut model, in a process of its own; files that it talks through lie in `folder`."""
+
+    def logits(ids: np.ndarray, prompt_tokens: int) -> np.ndarray:
+        given, found = folder / "ids.npy", folder / "logits.npy"
+        np.save(given, ids)
+        run_alone("pipeline.parity.phimoe", weights, part.layers, part.vocab, given, prompt_tokens, found)
+        return np.load(found)
+
+    return Reference(f"a reference of our own, torch {version('torch')}", logits)
+
+
 def compare(
-    ours: Path, theirs: Path, architecture: Architecture, prompt_tokens: int, decode_steps: int, *, seed: int
+    ours: Path, theirs: Reference, architecture: Architecture, prompt_tokens: int, decode_steps: int, *, seed: int
 ) -> dict[str, Any]:
-    """Run both ONNX files with their KV caches on the same random token ids, one file after the other.
+    """Run both with their KV caches on the same random token ids, one after the other.
 
     `architecture` is the cut one. Tracing freezes LongRoPE's choice of factors at the short ones, so Optimum's export
     is right up to `rope.original_max_position` tokens only; stay below. Returns `judge`'s figures and the exporter.
@@ -82,12 +111,12 @@ def compare(
         EvaluationError: a file does not load, or gives logits that are not finite or of another shape.
     """
     ids = np.random.default_rng(seed).integers(0, architecture.vocab, prompt_tokens + decode_steps)
-    mine, reference = (cached_logits(path, architecture, ids, prompt_tokens) for path in (ours, theirs))
+    mine, reference = cached_logits(ours, architecture, ids, prompt_tokens), theirs.logits(ids, prompt_tokens)
     return {
         **judge(mine, reference),
         "prompt_tokens": prompt_tokens,
         "decode_steps": decode_steps,
-        "exporter": f"{EXPORTER} {version(EXPORTER)}",
+        "exporter": theirs.name,
     }
 
 

@@ -30,16 +30,23 @@ def export_reference(weights: Path, layers: int, vocab: int, output: Path) -> Pa
 
     Raises GraphError with the exporter's last line when it fails.
     """
-    arguments = [str(weights), str(layers), str(vocab), str(output)]
-    command = [sys.executable, "-m", "pipeline.parity.optimum_export", *arguments]
+    run_alone("pipeline.parity.optimum_export", weights, layers, vocab, output)
+    return output / MODEL_FILE
+
+
+def run_alone(module: str, weights: Path, *arguments: Path | int) -> None:
+    """Run a module in a process of its own, on a folder of weights.
+
+    Raises GraphError with its last line when it fails.
+    """
+    command = [sys.executable, "-m", module, str(weights), *map(str, arguments)]
     # The exporter copies all weights several times: with huge pages that takes a fifth less time (glibc only).
     settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TORCH": "1"}
     settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise GraphError(f"{weights}: Optimum's exporter failed with status {done.returncode}: {last}")
-    return output / MODEL_FILE
+        raise GraphError(f"{weights}: {module} failed with status {done.returncode}: {last}")
 
 
 def reference_config(weights: Path, layers: int, vocab: int) -> Any:

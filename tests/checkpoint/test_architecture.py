@@ -205,7 +205,7 @@ LLAMA, LONGROPE, PHIMOE = (CASES[name].config for name in ("llama-tied", "phi3-l
         (LLAMA | {"logits_scaling": 8.0}, ["logits_scaling = 8.0", "computes the model of 1, null", "kind: local"]),
         (LLAMA | {"num_local_experts": 8}, ["num_local_experts = 8"]),
         (PHIMOE | {"num_experts_per_tok": 4}, ["num_experts_per_tok is 4; an integer from 2 to 2"]),
-        (PHIMOE | {"num_experts": 8}, ["num_experts is 8; an integer from 4 to 4"]),
+        (PHIMOE | {"num_experts": 8}, ["num_experts is 8; an integer from 6 to 6"]),
         (PHIMOE | {"moe_intermediate_size": 32}, ["moe_intermediate_size is 32"]),
         (PHIMOE | {"num_local_experts": 1000}, ["num_local_experts is 1000; an integer from 2 to 256"]),
         (PHIMOE | {"router_jitter_noise": -1.0}, ["router_jitter_noise is -1.0"]),

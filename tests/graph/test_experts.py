@@ -11,7 +11,7 @@ import torch
 
 from pipeline.graph.experts import mix_experts, sparse_mixer
 from pipeline.graph.nodes import MICROSOFT, GraphWriter, value_info
-from tests import phimoe
+from pipeline.parity import phimoe
 
 EXPERTS, HIDDEN, JITTER = 16, 32, 0.01
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.parity import optimum_export
-from pipeline.parity.compare import cached_logits, compare, judge
+from pipeline.parity.compare import cached_logits, compare, judge, optimums
 from tests.families import CASES, make_checkpoint, transformers_model
 
 STEPS = 32
@@ -65,7 +65,7 @@ def test_prompt_and_cached_decode_equal_optimum(name: str, exports: Callable[[st
     pair = exports(name)
     # LongRoPE: all 64 tokens before the switch. Otherwise a prompt of 40.
     prompt = pair.architecture.rope.original_max_position - STEPS if name in LONGROPE else 40
-    found = compare(pair.ours, pair.optimums, pair.architecture, prompt, STEPS, seed=1)
+    found = compare(pair.ours, optimums(pair.optimums, pair.architecture), pair.architecture, prompt, STEPS, seed=1)
     assert found["max_relative_error"] <= LIMIT
     assert (found["decode_steps"], found["mismatches"]) == (STEPS, 0)
 

@@ -17,7 +17,7 @@ from pipeline.errors import EvaluationError, GraphError, ResourceError
 from pipeline.files import link_or_copy
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.parity import optimum_export
-from pipeline.parity.compare import NEAR_TIE, compare, cut, cut_references, judge
+from pipeline.parity.compare import NEAR_TIE, Reference, compare, cut, cut_references, judge, optimums, own
 from tests.families import CASES, make_checkpoint
 
 PROMPT, STEPS = 12, 6
@@ -107,25 +107,41 @@ def test_judge_counts_equal_ids_near_ties_and_mismatches() -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, Architecture]]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Reference, Architecture]]:
     """Our graph and Optimum's of the same cut of one checkpoint, and the cut architecture."""
     folder = make_checkpoint(tmp_path_factory.mktemp("parity"), CASES["mimo"])
     smaller = replace(read_architecture(folder / "config.json"), layers=2, vocab=100)
     refs = cut_references(smaller, Checkpoint(folder))
     save_decoder(folder, *build_decoder(smaller, refs, PROMPT + STEPS), "model.onnx")
     optimum_export.main(folder, 2, 100, folder / "optimum")
-    yield folder / "model.onnx", folder / "optimum" / "model.onnx", smaller
+    yield folder / "model.onnx", optimums(folder / "optimum" / "model.onnx", smaller), smaller
 
 
-def test_a_cut_of_ours_equals_optimums_export_of_it(exported: tuple[Path, Path, Architecture]) -> None:
+def test_a_cut_of_ours_equals_optimums_export_of_it(exported: tuple[Path, Reference, Architecture]) -> None:
     found = compare(*exported, PROMPT, STEPS, seed=0)
     assert found.pop("max_relative_error") <= 1e-5
     assert found.pop("exporter").startswith("optimum-onnx ")
     assert found == {"prompt_tokens": 12, "decode_steps": 6, "top1_equal": 1.0, "near_ties": 0, "mismatches": 0}
 
 
+def test_a_cut_mixture_equals_our_own_reference(tmp_path: Path) -> None:
+    """Which Optimum does not export; one whose jitter is another is told apart."""
+    folder = make_checkpoint(tmp_path, CASES["phimoe-wide-heads"], dtype="BF16")
+    smaller = replace(read_architecture(folder / "config.json"), layers=2, vocab=100)
+    theirs = own(folder, smaller, folder)
+    errors = []
+    for part in (smaller, replace(smaller, router_jitter=0.1)):
+        save_decoder(
+            folder, *build_decoder(part, cut_references(part, Checkpoint(folder)), PROMPT + STEPS), "model.onnx"
+        )
+        found = compare(folder / "model.onnx", theirs, part, PROMPT, STEPS, seed=0)
+        errors.append(found["max_relative_error"])
+        assert found["exporter"].startswith("a reference of our own, torch ")
+    assert errors[0] <= 1e-5 and errors[1] > 1e-3
+
+
 @pytest.mark.parametrize("change", ["epsilon", "theta"])
-def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Reference, Architecture], tmp_path: Path) -> None:
     """Small mistakes of a graph builder are far outside the limit of 1e-4."""
     ours, theirs, architecture = exported
     wrong = {
@@ -138,7 +154,9 @@ def test_a_wrong_graph_disagrees(change: str, exported: tuple[Path, Path, Archit
     assert compare(tmp_path / "model.onnx", theirs, architecture, PROMPT, STEPS, seed=0)["max_relative_error"] > 1e-3
 
 
-def test_logits_that_are_not_finite_are_an_error(exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_an_error(
+    exported: tuple[Path, Reference, Architecture], tmp_path: Path
+) -> None:
     ours, theirs, architecture = exported
     for file in ours.parent.glob("*.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -150,13 +168,13 @@ def test_logits_that_are_not_finite_are_an_error(exported: tuple[Path, Path, Arc
         compare(tmp_path / "model.onnx", theirs, architecture, PROMPT, STEPS, seed=0)
 
 
-def test_another_vocabulary_is_an_error(exported: tuple[Path, Path, Architecture]) -> None:
+def test_another_vocabulary_is_an_error(exported: tuple[Path, Reference, Architecture]) -> None:
     ours, theirs, architecture = exported
     with pytest.raises(EvaluationError, match=r"logits of shape \[18, 100\].*\[18, 90\]"):
         compare(ours, theirs, replace(architecture, vocab=90), PROMPT, STEPS, seed=0)
 
 
-def test_an_absent_export_is_an_error(exported: tuple[Path, Path, Architecture], tmp_path: Path) -> None:
+def test_an_absent_export_is_an_error(exported: tuple[Path, Reference, Architecture], tmp_path: Path) -> None:
     ours, _, architecture = exported
     with pytest.raises(EvaluationError, match=r"absent.onnx: ONNX Runtime .* cannot load it"):
         compare(ours, tmp_path / "absent.onnx", architecture, PROMPT, STEPS, seed=0)
