@@ -5,7 +5,8 @@ One dataclass serves every family; what differs between families is a row in `_F
 ======  ============================================================================================
 llama   separate q/k/v and gate/up
 qwen2   llama with q/k/v biases
-mimo    qwen2 whose `model.mtp_layers.*` (multi-token prediction) the main forward never uses: dropped
+mimo    qwen2 whose `model.mtp_layers.*` (multi-token prediction) the main forward never uses: a head of its own
+        (`MtpHead`), which drafts tokens
 phi3    fused qkv_proj and gate_up_proj, partial rotary, LongRoPE
 ======  ============================================================================================
 """
@@ -50,12 +51,14 @@ class Family:
     """What distinguishes one family of decoders.
 
     `window` says when config.json's sliding_window limits attention, `longrope` by which names it calls LongRoPE.
+    `mtp`: what the names of its multi-token head's tensors begin with, if it may have one.
     """
 
     genai_type: str
     fused: bool = False
     qkv_bias: bool = False
     unused_prefixes: tuple[str, ...] = ()
+    mtp: str = ""
     window: Literal["never", "switched", "always"] = "never"
     longrope: tuple[str, ...] = ()
 
@@ -63,7 +66,9 @@ class Family:
 _FAMILIES = {
     "llama": Family("llama"),
     "qwen2": Family("qwen2", qkv_bias=True, window="switched"),
-    "mimo": Family("qwen2", qkv_bias=True, window="switched", unused_prefixes=("model.mtp_layers.",)),
+    "mimo": Family(
+        "qwen2", qkv_bias=True, window="switched", unused_prefixes=("model.mtp_layers.",), mtp="model.mtp_layers.0"
+    ),
     "phi3": Family("phi3", fused=True, window="always", longrope=("longrope", "su", "yarn")),
 }
 
@@ -133,9 +138,18 @@ class Architecture:
         """Channels of the widest input of a layer."""
         return max(matrix.columns for matrix in self.body(0))
 
+    def block(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"model.layers.{layer}"
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the head, without its `.weight`."""
+        return "model.norm"
+
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
-        prefix, hidden, inner = f"model.layers.{layer}.", self.hidden, self.intermediate
+        prefix, hidden, inner = f"{self.block(layer)}.", self.hidden, self.intermediate
         query, key = self.heads * self.head_dim, self.cache_channels
         if self.traits.fused:
             attention, mlp = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * inner}
@@ -182,8 +196,8 @@ class Architecture:
                 if self.traits.qkv_bias and matrix.role in {"q_proj", "k_proj", "v_proj"}:
                     shapes[matrix.name.removesuffix("weight") + "bias"] = (matrix.rows,)
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden,)
-        shapes["model.norm.weight"] = (self.hidden,)
+                shapes[f"{self.block(layer)}.{norm}.weight"] = (self.hidden,)
+        shapes[f"{self.final_norm}.weight"] = (self.hidden,)
         shapes[self.head.name] = (self.vocab, self.hidden)
         return shapes
 
@@ -191,6 +205,48 @@ class Architecture:
     def parameters(self) -> int:
         """Number of parameters that the graph reads (a tied head counted once)."""
         return sum(math.prod(shape) for shape in self.expected_tensors().values())
+
+    @property
+    def mtp(self) -> MtpHead | None:
+        """The multi-token head of its family, whether or not a checkpoint has its tensors."""
+        return MtpHead(**vars(self) | {"layers": 1}) if self.traits.mtp else None
+
+
+class MtpHead(Architecture):
+    """A decoder of one layer that drafts the token after the next: it reads a token's vector beside the hidden states
+    that the decoder made before that token, and shares the decoder's embedding and output projection.
+
+    XiaomiMiMo's MiMoMTPLayers: input_proj · [hidden_layernorm(hidden), token_layernorm(vector)], a decoder layer,
+    final_layernorm. The hidden states are those before the decoder's final norm.
+    """
+
+    def block(self, layer: int) -> str:
+        """What the names of its tensors begin with."""
+        return self.traits.mtp
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the shared output projection."""
+        return f"{self.traits.mtp}.final_layernorm"
+
+    @property
+    def projection(self) -> Matrix:
+        """What makes one vector of hidden states and token, in this order."""
+        name = f"{self.traits.mtp}.input_proj.weight"
+        return Matrix(name, "input_proj", 0, self.hidden, 2 * self.hidden, "layers.0.joined")
+
+    @property
+    def input_norms(self) -> tuple[str, str]:
+        """The norms of the hidden states and of the token's vector."""
+        return f"{self.traits.mtp}.hidden_layernorm", f"{self.traits.mtp}.token_layernorm"
+
+    def body(self, layer: int) -> list[Matrix]:
+        """The projection and the layer's matrices."""
+        return [self.projection, *super().body(layer)]
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """As a decoder's, with the norms of both inputs; embedding and output projection are the decoder's."""
+        return super().expected_tensors() | {f"{name}.weight": (self.hidden,) for name in self.input_norms}
 
 
 def read_config(path: Path) -> dict[str, Any]:
