@@ -478,6 +478,13 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is unknown, or a tied head differs.
     """
+    check_shapes(architecture, checkpoint)
+    expected = architecture.expected_tensors()
+    return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
+
+
+def check_shapes(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, as `check_tensors`, where a tensor is missing or has another shape."""
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:
         what = f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]!r}"
@@ -490,7 +497,6 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
                 f"{list(checkpoint[name].shape)}, config.json asks for {list(shape)}. Weights and config.json belong "
                 f"to different models, or one of them is damaged: run the download stage again."
             )
-    return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
 
 
 def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[str]) -> list[str]:

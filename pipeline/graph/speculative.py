@@ -20,6 +20,7 @@ from pipeline.graph.last_token import every_token
 from pipeline.graph.limits import check_context
 from pipeline.graph.nodes import value_info
 
+MTP_FILE = "mtp.onnx"
 HIDDEN, FED_BACK = "hidden_states", "hidden_states_out"
 CHUNK = 64
 """Tokens of a prompt that are read at a time: every one of them has logits here."""
@@ -107,7 +108,7 @@ def ngram_settings(graph: str, tokens: int, ngram: int) -> dict[str, Any]:
 
 
 def mtp_settings(graph: str, head: str, architecture: Architecture, tokens: int) -> dict[str, dict[str, Any]]:
-    """Laid over genai_config.json for the two models of an MtpGenerator, `decoder` and `head`: graphs of these names."""
+    """Laid over genai_config.json for both models of an MtpGenerator, `decoder` and `head`: graphs of these names."""
     decoder = _verified(graph, tokens)
     decoder["model"]["mtp"] = {
         "filename": head,

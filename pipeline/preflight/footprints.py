@@ -141,7 +141,7 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
     else:
         planned = plan_recipe(recipe, architecture, found.graph, variant, found.model)
         drafted, memory = planned.draft, planned.memory
-        size, read = drafted.bytes, traffic(drafted.model).weight_bytes
+        size, read = planned.bytes, traffic(drafted.model).weight_bytes
         packed, cache_bytes = sum(map(packed_memory, drafted.plan.tables)), drafted.plan.cache.bytes
     return Footprint(
         variant=variant,
