@@ -478,12 +478,12 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is unknown, or a tied head differs.
     """
-    check_shapes(architecture, checkpoint)
+    check_expected(architecture, checkpoint)
     expected = architecture.expected_tensors()
     return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
 
 
-def check_shapes(architecture: Architecture, checkpoint: Checkpoint) -> None:
+def check_expected(architecture: Architecture, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, as `check_tensors`, where a tensor is missing or has another shape."""
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:

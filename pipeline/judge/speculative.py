@@ -174,7 +174,8 @@ def _describe(found: Judged) -> Iterator[str]:
     yield f"{verdict}: texts differ only where tokens lie within {found.tie:.3f} nats ({TIE:g} × what passes move)"
     yield from (f"  {what}" for what in found.wrong)
     verdict = "PASS" if found.kl_rows <= found.kl_own else "FAIL"
-    yield f"{verdict}: passes over several tokens diverge by {found.kl_rows:.5f} nats, the variant by {found.kl_own:.5f}"
+    both = f"{found.kl_rows:.5f} nats, the variant by {found.kl_own:.5f}"
+    yield f"{verdict}: passes over several tokens diverge by {both}"
     slow = [line.kind for line in found.lines if line.speedup < 1]
     yield (
         f"slower on {', '.join(slow)}: leave it off there"

@@ -65,8 +65,8 @@ def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
 
 
 def speculative_memory(plan: Plan, architecture: Architecture, context: int, mtp: MtpPlan | None) -> int:
-    """Private bytes that speculative decoding adds: logits of every token of a chunk, less what shorter chunks save; and
-    a head's weights as loaded, with a copy of the tables that it shares, and its cache. `context` in tokens."""
+    """Private bytes that speculative decoding adds: logits of every token of a chunk, less what shorter chunks save;
+    and a head's weights as loaded, with a copy of the tables that it shares, and its cache. `context` in tokens."""
     head = plan.head
     rows = CHUNK * head.matrix.rows * (4 * head.pieces[0].format.results + _JUDGED)
     saved = activation_bytes(architecture, max(0, min(PREFILL_CHUNKS[0], context) - CHUNK))

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import sys
 
-from pipeline.checkpoint.architecture import check_shapes, check_tensors, read_architecture
+from pipeline.checkpoint.architecture import check_expected, check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.complete import TOKENIZER_FILES
 from pipeline.checkpoint.tensors import Checkpoint
@@ -40,7 +40,7 @@ def run(model: str) -> None:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
         head = architecture.mtp
         if head and head.expected_tensors().keys() <= checkpoint.keys():
-            check_shapes(head, checkpoint)
+            check_expected(head, checkpoint)
             mtp = build_mtp(head, checkpoint, entry.context)
             write_bytes(folder / MTP_FILE, mtp.SerializeToString(deterministic=True))
         for file in lock.files:
