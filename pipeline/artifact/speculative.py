@@ -21,7 +21,6 @@ from pipeline.checkpoint.tensors import Checkpoint, TensorRef
 from pipeline.config.recipes import Recipe, Speculative
 from pipeline.errors import PlanError
 from pipeline.files import write_bytes, write_json
-from pipeline.graph.limits import longest_context
 from pipeline.graph.speculative import MTP_FILE, build_mtp, mtp_settings, ngram_settings, verifying
 from pipeline.partial import Partial
 from pipeline.planning.memory import speculative_memory
@@ -90,14 +89,14 @@ def speculation(
     if chosen.head is None:
         settings = {"ngram": ngram_settings(name, chosen.tokens, chosen.ngram)}
         return Speculation(graph, name, None, settings, speculative_memory(drafted.plan, architecture, context, None))
-    head, source = _head(architecture, export)
+    head, source = _head(architecture, drafted, export)
     plan = plan_mtp(head, drafted.plan, chosen.head)
     head_draft = _draft(source, plan, drafted, part_bytes)
     settings = {"mtp": mtp_settings(name, head_draft.model_file, architecture, chosen.tokens)}
     return Speculation(graph, name, head_draft, settings, speculative_memory(drafted.plan, architecture, context, plan))
 
 
-def _head(architecture: Architecture, export: Path) -> tuple[MtpHead, onnx.ModelProto]:
+def _head(architecture: Architecture, decoder: Draft, export: Path) -> tuple[MtpHead, onnx.ModelProto]:
     """The model's head, and its exported graph, or before an export one without places."""
     head, exported = architecture.mtp, export / MTP_FILE
     if head is None or (export.exists() and not exported.exists()):
@@ -108,9 +107,9 @@ def _head(architecture: Architecture, export: Path) -> tuple[MtpHead, onnx.Model
     if exported.exists():
         return head, onnx.load(exported, load_external_data=False)
     shapes = head.expected_tensors()
-    return head, build_mtp(
-        head, {name: TensorRef(name, "BF16", shape, "", 0, 0) for name, shape in shapes.items()}, longest_context(head)
-    )
+    references = {name: TensorRef(name, "BF16", shape, "", 0, 0) for name, shape in shapes.items()}
+    positions = next(tensor.dims[0] for tensor in decoder.model.graph.initializer if tensor.name == "cos_cache")
+    return head, build_mtp(head, references, positions)
 
 
 def _draft(source: onnx.ModelProto, plan: MtpPlan, decoder: Draft, part_bytes: int) -> Draft:
