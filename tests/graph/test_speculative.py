@@ -130,6 +130,18 @@ def test_logits_are_those_of_the_decoder_below_their_largest(tmp_path: Path) -> 
     assert hidden.shape == (1, PROMPT, MIMO.config["hidden_size"])
 
 
+def test_the_runtime_still_refuses_float32_logits_of_a_decoder_with_a_head(tmp_path: Path) -> None:
+    """Once it takes them, `verifying` needs no float16."""
+    architecture = exported(tmp_path)
+    graph = onnx.load(tmp_path / "verify.onnx", load_external_data=False)
+    cast = next(node for node in graph.graph.node if node.name == "logits/float16")
+    cast.attribute[0].i = onnx.TensorProto.FLOAT
+    graph.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    onnx.save(graph, tmp_path / "verify.onnx")
+    with pytest.raises(RuntimeError, match="Cast - input and output types are the same"):
+        with_head(tmp_path, architecture, 1)
+
+
 def test_the_head_computes_what_mimo_publishes(tmp_path: Path) -> None:
     """Logits and what is fed back, against input_proj · [norm(h), norm(e)], transformers' Qwen2 layer, final norm."""
     import torch
