@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from pipeline.errors import EvaluationError
+from pipeline.cli import cli
+from pipeline.errors import EvaluationError, PipelineError
+from pipeline.files import write_json
 from pipeline.judge import speculative as gate
 from pipeline.judge.speculative import Judged, Line, describe
 from pipeline.runtime.speculative import Greedy, Rounding, first_difference, rounding
+from pipeline.workspace import Workspace
 
 VOCAB = 5
-JUDGED = Judged(
-    "ngram", (Line("chat", 2, 1, 1, 0.5, 10.0, 12.0), Line("code", 2, 2, 0, 0.9, 10.0, 8.0)), (), 0.2, 0.01, 0.1
-)
+LINES = Line("chat", 2, 1, 1, 0.5, 10.0, 12.0), Line("code", 2, 2, 0, 0.9, 10.0, 8.0)
+JUDGED = Judged("ngram", LINES, (), 0.1, 0.2, 0.01, 0.1)
 
 
 class Rows:
@@ -78,6 +81,7 @@ def test_a_text_may_leave_the_plain_one_at_a_near_tie_only(
     settings = {"ngram": {"speculative": {"max_draft_tokens": 3}}}
     found = gate.judge(Path(), Path(), settings, 4, 2, kl_own=1.0)
     assert found.passed is passes
+    assert found.parted == pytest.approx(1.0)
     assert {line.near_ties for line in found.lines} == {2 * passes}
     assert len(found.wrong) == 6 * (not passes)
     assert {(line.equal, line.accepted, line.speedup) for line in found.lines} == {(0, 0.75, 2.0)}
@@ -106,3 +110,23 @@ def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_plain_text_leaves_no_margin() -> None:
     read = Rounding(np.zeros(2), np.zeros(2), np.zeros((2, VOCAB), np.float32))
     assert gate._margin(Greedy((1, 2), 1.0), Greedy((1, 2), 1.0), read) is None
+
+
+def test_what_has_to_run_before_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace("tiny")
+    with pytest.raises(PipelineError, match="pipeline quantize tiny q4"):
+        gate.run("tiny", "q4", None, None, 8, 2, False)
+    workspace.artifact("q4").mkdir(parents=True)
+    with pytest.raises(PipelineError, match="pipeline validate tiny q4"):
+        gate.run("tiny", "q4", None, None, 8, 2, False)
+    write_json(workspace.measurements("q4"), {"speed": {}})
+    with pytest.raises(EvaluationError, match="tiny q4: its divergence was not measured; use a suite that has"):
+        gate.run("tiny", "q4", None, None, 8, 2, False)
+
+
+@pytest.mark.parametrize("option", [("--tokens", "17"), ("--tokens", "0"), ("--ngram", "1"), ("--texts", "1")])
+def test_options_out_of_range_are_refused(option: tuple[str, str]) -> None:
+    found = CliRunner().invoke(cli, ["speculate", "smollm2-135m", "q4", *option])
+    assert found.exit_code == 2
+    assert f"Invalid value for '{option[0]}'" in found.output
