@@ -210,6 +210,23 @@ def compare(first: str, second: str, **options: Any) -> None:
     _function("report.compare")(first, second, **options)
 
 
+@cli.command()
+@_MODEL
+@_VARIANT
+@click.option("--tokens", type=click.IntRange(1, 16), help="Draft so many by n-grams, whatever the recipe says.")
+@click.option("--ngram", type=click.IntRange(2, 16), help="Look up so many last tokens, whatever the recipe says.")
+@click.option("--new-tokens", "new", type=click.IntRange(min=1), default=128, show_default=True, help="Of each text.")
+@click.option("--texts", "count", type=click.IntRange(min=2), default=4, show_default=True, help="Of each kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def speculate(model: str, variant: str, **options: Any) -> None:
+    """Say whether VARIANT may be decoded with drafts (status 1 if not), and how fast it is with them and without.
+
+    Drafts come from the model's multi-token head where the recipe's `speculative` names one, else from n-grams of the
+    text. Chat, code and Vietnamese are continued greedily, by the written files.
+    """
+    sys.exit(_function("judge.speculative")(model, variant, **options))
+
+
 def _selected(models: tuple[str, ...], variants: tuple[str, ...]) -> tuple[list[str], list[str]]:
     from pipeline.config.models import load_model, load_pipeline
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoint.architecture import read_architecture
 
@@ -139,6 +139,18 @@ def make_checkpoint(folder: Path, case: Case, seed: int = 0, dtype: str = "F32")
         tensors[name] = values.astype({"F32": np.float32, "F16": np.float16, "BF16": bfloat16}[dtype])
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def add_mtp(folder: Path) -> None:
+    """Give the checkpoint of a family that has one a whole multi-token head, seeded like the rest."""
+    head = read_architecture(folder / "config.json").mtp
+    assert head is not None
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(1)
+    for name, shape in head.expected_tensors().items():
+        if name.startswith(head.block(0)):
+            values = rng.standard_normal(shape).astype(np.float32)
+            tensors[name] = 1 + 0.1 * values if name.endswith("norm.weight") else values * np.float32(shape[-1] ** -0.5)
+    save_file(tensors, folder / "model.safetensors")
 
 
 def transformers_model(folder: Path, case: Case) -> Any:

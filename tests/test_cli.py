@@ -32,8 +32,8 @@ from tests.conftest import ROOT
 COMMANDS = (
     "preflight", "add", "new-recipe", "plan", "download", "export", "calibrate", "sensitivity", "parity", "learn",
     "quantize", "validate", "verdict", "bundle", "sign", "tiers", "packs", "report", "check-packs", "show", "compare",
-    "gate", "escalate", "record-release", "verify", "inspect", "chat", "serve", "sustain", "update-size", "push",
-    "fetch", "prepack", "vectors", "schema", "cost", "cascade", "key-id",
+    "speculate", "gate", "escalate", "record-release", "verify", "inspect", "chat", "serve", "sustain", "update-size",
+    "push", "fetch", "prepack", "vectors", "schema", "cost", "cascade", "key-id",
 )  # fmt: skip
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnxruntime_genai", "torch", "pydantic", "transformers", "numba", "yaml")
 Edit = Callable[[Path], None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
+from pipeline.artifact.speculative import Speculation, speculation
 from pipeline.artifact.write import Draft, draft
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.phones import load_tiers
@@ -26,12 +27,19 @@ _LEAST_BITS = 3.2  # per weight of the body in memory: fewer are hardly better t
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe's draft, what it will take in memory, and how it was solved (None for rules)."""
+    """A recipe's draft, what it will take in memory, how it was solved (None for rules), and what it adds for
+    speculative decoding, which no budget counts."""
 
     draft: Draft
     memory: Memory
     context: int
     solution: Solution | None
+    speculation: Speculation | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all graphs and parts."""
+        return self.draft.bytes + (self.speculation.bytes if self.speculation else 0)
 
 
 def plan_recipe(
@@ -39,9 +47,23 @@ def plan_recipe(
 ) -> Planned:
     """The plan of a recipe for a model, laid out with exact bytes.
 
-    Raises PlanError when nothing fits a budget, PipelineError when the sensitivity stage has not run.
+    Raises PlanError when nothing fits a budget or a multi-token head is asked for that the model lacks, PipelineError
+    when the sensitivity stage has not run.
     """
-    workspace = Workspace(model)
+    try:
+        planned = _plan(recipe, architecture, source, Workspace(model), variant)
+        if recipe.speculative is None:
+            return planned
+        where, parts = Workspace(model).export, recipe.part_bytes
+        added = speculation(recipe.speculative, planned.draft, architecture, planned.context, where, parts)
+        return replace(planned, speculation=added)
+    except PlanError as error:
+        raise PlanError(f"{model} {variant}: {error}") from None
+
+
+def _plan(
+    recipe: Recipe, architecture: Architecture, source: onnx.ModelProto, workspace: Workspace, variant: str
+) -> Planned:
     stem = workspace.file_stem(variant)
     if not isinstance(recipe, BudgetRecipe):
         context = load_tiers().context
@@ -51,10 +73,7 @@ def plan_recipe(
     def drafts(plan: Plan) -> Draft:
         return draft(source, rotated(plan, recipe), stem, recipe.part_bytes)
 
-    try:
-        return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
-    except PlanError as error:
-        raise PlanError(f"{model} {variant}: {error}") from None
+    return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
 
 
 def _solve(

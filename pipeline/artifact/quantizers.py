@@ -72,6 +72,11 @@ class Search:
         return quantize
 
 
+def evenly(plan: Plan) -> Search:
+    """A search without statistics: every channel matters alike."""
+    return Search({item.matrix.input: np.ones(item.matrix.columns, np.float32) for item in (*plan.body, plan.head)})
+
+
 class Compensated(Search):
     """GPTQ and coordinate descent for the body, whose errors accumulate; the embedding and the head are searched as in
     `Search`.

@@ -57,6 +57,7 @@ class Family:
         window: when config.json's sliding_window limits attention.
         mlp: `gated` SiLU; `fused`: so, with one matrix for gate and up; `experts`: so, of which SparseMixer wakes two.
         unused_prefixes: of tensors that the forward never uses.
+        mtp: what the names of its multi-token head's tensors begin with, if it may have one.
     """
 
     genai_type: str
@@ -69,6 +70,7 @@ class Family:
     window: Literal["never", "switched", "always"] = "never"
     mlp: Literal["gated", "fused", "experts"] = "gated"
     unused_prefixes: tuple[str, ...] = ()
+    mtp: str = ""
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -81,7 +83,9 @@ _FAMILIES = {
     "qwen2": Family("qwen2", biases=_QKV, window="switched"),
     "qwen3": Family("qwen3", head_norms=True, switched_biases=_ATTENTION, window="switched"),
     # Qwen2 with layers that predict further tokens
-    "mimo": Family("qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",)),
+    "mimo": Family(
+        "qwen2", biases=_QKV, window="switched", unused_prefixes=("model.mtp_layers.",), mtp="model.mtp_layers.0"
+    ),
     "phi3": Family("phi3", fused=True, scaling="longrope", window="always", mlp="fused"),
     "phimoe": Family("phimoe", norm="layer", switched_biases=_PHIMOE, window="always", mlp="experts"),
 }
@@ -169,6 +173,15 @@ class Architecture:
         """Channels of the widest input of a layer."""
         return max(matrix.columns for matrix in self.body(0))
 
+    def block(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"model.layers.{layer}"
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the head, without its `.weight`."""
+        return "model.norm"
+
     def body(self, layer: int) -> list[Matrix]:
         """The quantizable matrices of one layer, in the order of execution."""
         hidden, query, key = self.hidden, self.heads * self.head_dim, self.cache_channels
@@ -193,7 +206,7 @@ class Architecture:
 
     def _expert(self, layer: int, expert: int) -> list[Matrix]:
         hidden, inner = self.hidden, self.intermediate
-        name, source = f"model.layers.{layer}.block_sparse_moe.experts.{expert}", f"layers.{layer}.experts.{expert}"
+        name, source = f"{self.block(layer)}.block_sparse_moe.experts.{expert}", f"layers.{layer}.experts.{expert}"
         return [
             Matrix(f"{name}.w1.weight", "expert_gate", layer, inner, hidden, f"{source}.mlp", expert=expert),
             Matrix(f"{name}.w3.weight", "expert_up", layer, inner, hidden, f"{source}.mlp", expert=expert),
@@ -202,11 +215,11 @@ class Architecture:
 
     def router(self, layer: int) -> str:
         """The tensor whose product with a token, [experts, hidden], decides which experts it wakes: never quantized."""
-        return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        return f"{self.block(layer)}.block_sparse_moe.gate.weight"
 
     def _matrix(self, layer: int, module: str, rows: int, columns: int, source: str) -> Matrix:
         """That of a layer's `module`, whose last part is its role."""
-        name, role = f"model.layers.{layer}.{module}", module.rpartition(".")[2]
+        name, role = f"{self.block(layer)}.{module}", module.rpartition(".")[2]
         return Matrix(
             f"{name}.weight", role, layer, rows, columns, f"layers.{layer}.{source}", self._bias(role, f"{name}.bias")
         )
@@ -245,11 +258,11 @@ class Architecture:
             if self.experts:
                 shapes[self.router(layer)] = self.experts, self.hidden
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes |= dict.fromkeys(self.norm(f"model.layers.{layer}.{norm}"), (self.hidden,))
+                shapes |= dict.fromkeys(self.norm(f"{self.block(layer)}.{norm}"), (self.hidden,))
             if self.traits.head_norms:
                 for part in "qk":
-                    shapes[f"model.layers.{layer}.self_attn.{part}_norm.weight"] = (self.head_dim,)
-        shapes |= dict.fromkeys(self.norm("model.norm"), (self.hidden,))
+                    shapes[f"{self.block(layer)}.self_attn.{part}_norm.weight"] = (self.head_dim,)
+        shapes |= dict.fromkeys(self.norm(self.final_norm), (self.hidden,))
         return shapes | _stored(self.head)
 
     def norm(self, name: str) -> list[str]:
@@ -260,6 +273,48 @@ class Architecture:
     def parameters(self) -> int:
         """Number of parameters that the graph reads (a tied head counted once)."""
         return sum(math.prod(shape) for shape in self.expected_tensors().values())
+
+    @property
+    def mtp(self) -> MtpHead | None:
+        """The multi-token head of its family, whether or not a checkpoint has its tensors."""
+        return MtpHead(**vars(self) | {"layers": 1}) if self.traits.mtp else None
+
+
+class MtpHead(Architecture):
+    """A decoder of one layer that drafts the token after the next: it reads a token's vector beside the hidden states
+    that the decoder made before that token, and shares the decoder's embedding and output projection.
+
+    XiaomiMiMo's MiMoMTPLayers: input_proj · [hidden_layernorm(hidden), token_layernorm(vector)], a decoder layer,
+    final_layernorm. The hidden states are those before the decoder's final norm.
+    """
+
+    def block(self, layer: int) -> str:
+        """What the names of its tensors begin with."""
+        return self.traits.mtp
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the shared output projection."""
+        return f"{self.traits.mtp}.final_layernorm"
+
+    @property
+    def projection(self) -> Matrix:
+        """What makes one vector of hidden states and token, in this order."""
+        name = f"{self.traits.mtp}.input_proj.weight"
+        return Matrix(name, "input_proj", 0, self.hidden, 2 * self.hidden, "layers.0.joined")
+
+    @property
+    def input_norms(self) -> tuple[str, str]:
+        """The norms of the hidden states and of the token's vector."""
+        return f"{self.traits.mtp}.hidden_layernorm", f"{self.traits.mtp}.token_layernorm"
+
+    def body(self, layer: int) -> list[Matrix]:
+        """The projection and the layer's matrices."""
+        return [self.projection, *super().body(layer)]
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """As a decoder's, with the norms of both inputs; embedding and output projection are the decoder's."""
+        return super().expected_tensors() | {f"{name}.weight": (self.hidden,) for name in self.input_norms}
 
 
 def _stored(matrix: Matrix) -> dict[str, tuple[int, ...]]:
@@ -537,6 +592,13 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is unknown, or a tied head differs.
     """
+    check_expected(architecture, checkpoint)
+    expected = architecture.expected_tensors()
+    return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
+
+
+def check_expected(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, as `check_tensors`, where a tensor is missing or has another shape."""
     expected = architecture.expected_tensors()
     if missing := [name for name in expected if name not in checkpoint]:
         what = f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]!r}"
@@ -549,7 +611,6 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint) -> list[st
                 f"{list(checkpoint[name].shape)}, config.json asks for {list(shape)}. Weights and config.json belong "
                 f"to different models, or one of them is damaged: run the download stage again."
             )
-    return _left_out(architecture, checkpoint, [name for name in checkpoint if name not in expected])
 
 
 def _left_out(architecture: Architecture, checkpoint: Checkpoint, extra: list[str]) -> list[str]:

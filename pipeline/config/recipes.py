@@ -90,6 +90,21 @@ class Learning(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
+MOST_DRAFTED = 16
+"""What onnxruntime-genai 0.18 verifies at most in one pass."""
+
+
+class Speculative(Frozen):
+    """How a variant may be decoded speculatively: its artifact gets graphs and settings for it, and apps decode plainly
+    unless they ask for it (docs/tuning.md)."""
+
+    tokens: int = Field(default=3, ge=1, le=MOST_DRAFTED, description="drafted at most, verified in one pass")
+    ngram: int = Field(default=3, ge=2, le=16, description="last tokens that are looked up in the text for a draft")
+    head: FormatName | None = Field(
+        default=None, description="format of the checkpoint's multi-token head, which then drafts; none: n-grams do"
+    )
+
+
 Run = Literal[0, 32, 64, 128]
 
 
@@ -132,6 +147,7 @@ class RecipeBase(Frozen):
     rotation: Rotation = UNROTATED
     part_bytes: int = Field(default=1_400_000_000, ge=1 << 20, le=1_400_000_000)
     gate: Name | None = Field(default=None, description="row of configs/gates.yaml; by default the variant's own name")
+    speculative: Speculative | None = Field(default=None, description="no graphs for it without; {} for n-grams")
     learn: Learning | None = Field(default=None, description="nothing is learned without it; {} for the defaults")
     lost_max: float = Field(
         default=LOST_MAX, ge=0, le=1, description="share of a tensor's energy (its sum of squares) that may become zero"

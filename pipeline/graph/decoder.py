@@ -43,7 +43,7 @@ def build_decoder(
     Every weight is a reference into the checkpoint's own files. Raises GraphError as `check_context`.
     """
     check_context(architecture, context)
-    decoder = _Decoder(architecture, checkpoint, context)
+    decoder = Decoder(architecture, checkpoint, context)
     return decoder.write(), bytes(decoder.rope_data)
 
 
@@ -53,7 +53,7 @@ def save_decoder(folder: Path, model: onnx.ModelProto, rope_data: bytes, name: s
     write_bytes(folder / name, model.SerializeToString(deterministic=True))
 
 
-class _Decoder(GraphWriter):
+class Decoder(GraphWriter):
     """Writes one architecture's nodes; each method is one part of a transformer and returns its output's name."""
 
     def __init__(self, architecture: Architecture, checkpoint: Mapping[str, TensorRef], context: int):
@@ -76,12 +76,12 @@ class _Decoder(GraphWriter):
         residual = self.embedding()
         pending = None
         for layer in range(arch.layers):
-            prefix = f"model.layers.{layer}"
+            prefix = arch.block(layer)
             normed, residual = self.norm(residual, pending, f"{prefix}.input_layernorm")
             pending = self.attention(normed, layer)
             normed, residual = self.norm(residual, pending, f"{prefix}.post_attention_layernorm")
             pending = self.mlp(normed, layer)
-        normed, _ = self.norm(residual, pending, "model.norm")
+        normed, _ = self.norm(residual, pending, arch.final_norm)
         self.linear(normed, arch.head, "logits")
         logits = value_info("logits", TensorProto.FLOAT, ["batch", "sequence", arch.vocab])
         self.outputs += [logits, *self.cache("present", "total")]

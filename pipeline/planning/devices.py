@@ -56,6 +56,7 @@ class Footprint:
         cache_bytes: of one token's keys and values.
         read: bytes that decoding one token reads at least, its cache aside: of a mixture the experts that it wakes;
             None where nobody asks for speed.
+        speculative: private bytes that speculative decoding adds; None where the recipe has none.
     """
 
     variant: str
@@ -68,6 +69,7 @@ class Footprint:
     kv_cache: KvCache
     cache_bytes: int
     read: Figure | None = None
+    speculative: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,15 @@ def _tokens(footprint: Footprint, tier: Tier, tiers: TiersConfig, weights: Weigh
     used = empty.parts["weights"].bytes + empty.parts["activations"].bytes + tiers.runtime_bytes
     left = min(budget_bytes(tier) - used, room_bytes(tier, tiers, weights) - used - empty.mapped)
     return left // max(1, footprint.cache_bytes)
+
+
+def speculates(footprint: Footprint, tier: Tier, tiers: TiersConfig, context: int) -> bool:
+    """Whether a tier holds a variant with what speculative decoding adds. Its weights are private: no graph over
+    prepacked ones verifies drafts."""
+    if footprint.speculative is None:
+        return False
+    way = Way(context, footprint.kv_cache, "private", PREFILL_CHUNKS[-1], tier.threads)
+    return excess(need(footprint, way, tiers.runtime_bytes), tier, tiers) + footprint.speculative <= 0
 
 
 def nearest(footprint: Footprint, tier: Tier, tiers: TiersConfig) -> Need:

@@ -13,7 +13,10 @@ from pipeline.checkpoint.architecture import Architecture
 from pipeline.config.phones import PREFILL_CHUNKS
 from pipeline.config.recipes import KvCache
 from pipeline.graph.decoder import activation_bytes
-from pipeline.planning.recipes import Plan, PlannedMatrix, cache_of
+from pipeline.graph.speculative import CHUNK
+from pipeline.planning.recipes import MtpPlan, Plan, PlannedMatrix, cache_of
+
+_JUDGED = 10  # bytes of a logit in a verifying graph besides: its difference in float32 and float16, and widened again
 
 
 def weight_memory(planned: PlannedMatrix) -> int:
@@ -63,6 +66,16 @@ def plan_memory(plan: Plan, architecture: Architecture, context: int) -> Memory:
     for item in plan.tables:
         packed[item.matrix.name if item.matrix.expert is None else item.matrix.choice] += item.bytes
     return Memory(weights, *used, max(packed.values()))
+
+
+def speculative_memory(plan: Plan, architecture: Architecture, context: int, mtp: MtpPlan | None) -> int:
+    """Private bytes that speculative decoding adds: logits of every token of a chunk, less what shorter chunks save;
+    and a head's weights as loaded, with a copy of the tables that it shares, and its cache. `context` in tokens."""
+    head = plan.head
+    rows = CHUNK * head.matrix.rows * (4 * head.pieces[0].format.results + _JUDGED)
+    saved = activation_bytes(architecture, max(0, min(PREFILL_CHUNKS[0], context) - CHUNK))
+    own = 0 if mtp is None else sum(map(weight_memory, (*mtp.body, *plan.tables_alone))) + mtp.cache.bytes * context
+    return max(0, rows - saved) + own
 
 
 def use_memory(

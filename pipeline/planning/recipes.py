@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pipeline.checkpoint.architecture import Architecture, Matrix
+from pipeline.checkpoint.architecture import Architecture, Matrix, MtpHead
 from pipeline.config.recipes import UNROTATED, KvCache, Recipe, RecipeConfig, Rotation, SplitFormat
 from pipeline.errors import PlanError
 from pipeline.planning import experts
@@ -97,10 +97,38 @@ class Plan:
         return (self.head, *self.body) if self.tied else (self.embedding, *self.body, self.head)
 
     @property
+    def tables_alone(self) -> tuple[PlannedMatrix, ...]:
+        """The embedding and the head, or the one table that is both."""
+        return (self.head,) if self.tied else (self.embedding, self.head)
+
+    @property
     def body_bits(self) -> float:
         """Bits per weight of the body, scales and zero points included."""
         weights = sum(item.matrix.rows * item.matrix.columns for item in self.body)
         return 8 * sum(item.bytes for item in self.body) / weights
+
+
+class MtpPlan(Plan):
+    """Formats of a multi-token head; its embedding and output projection lie in the decoder's files."""
+
+    @property
+    def tables(self) -> tuple[PlannedMatrix, ...]:
+        """What is stored for the head alone."""
+        return self.body
+
+
+def plan_mtp(head: MtpHead, plan: Plan, chosen: str) -> MtpPlan:
+    """The head of a planned decoder, its matrices in one format; what it caches of its one layer stays float32.
+
+    Raises PlanError where the decoder's residual is rotated: the head would read other hidden states.
+    """
+    if plan.rotation.residual:
+        raise PlanError(
+            "a recipe with `speculative: head` cannot rotate the residual stream, which the head reads: set "
+            "`rotation: residual` to 0."
+        )
+    body = tuple(apply_format(chosen, matrix) for matrix in head.body(0))
+    return MtpPlan(plan.embedding, body, plan.head, plan.tied, cache_of(head, "float32"))
 
 
 def use_more_bits(layer: int, layers: int) -> bool:

@@ -25,13 +25,14 @@ from pipeline.config.phones import load_shapes
 from pipeline.config.recipes import BudgetRecipe, load_recipe
 from pipeline.config.sources import LocalSource
 from pipeline.errors import PipelineError, PlanError, SourceError
+from pipeline.files import read_json
 from pipeline.graph.decoder import build_decoder
 from pipeline.judge.measured import measured_candidate
 from pipeline.judge.verdicts import read_verdict
 from pipeline.planning.devices import Basis, Candidate, Figure, Footprint
 from pipeline.planning.memory import packed_memory
 from pipeline.runtime.roofline import traffic
-from pipeline.workspace import MODEL_FILE, Workspace
+from pipeline.workspace import MODEL_FILE, PLAN_FILE, Workspace
 
 _CONFIG = "config.json"
 
@@ -127,13 +128,17 @@ def candidate(found: Known, variant: str, context: int) -> Candidate:
         return Candidate(computed(found, variant, context))
     metrics = workspace.read(workspace.measurements(variant), "validate", variant)
     verdict = read_verdict(workspace, variant).verdict if workspace.verdict(variant).exists() else None
-    return measured_candidate(variant, metrics, verdict, _read_bytes(found, variant, context))
+    measured = measured_candidate(variant, metrics, verdict, _read_bytes(found, variant, context))
+    written = workspace.artifact(variant) / PLAN_FILE
+    added = read_json(written).get("speculative") if written.exists() else None
+    return replace(measured, footprint=replace(measured.footprint, speculative=added and added["memory"]))
 
 
 def computed(found: Known, variant: str, context: int) -> Footprint:
     """From shapes: exact for rules and for budgets whose sensitivities were measured, else the budget's bound."""
     recipe, architecture = load_recipe(variant), found.architecture
     basis: Basis = "computed"
+    added: int | None = None
     if isinstance(recipe, BudgetRecipe) and not Workspace(found.model).nats.exists():
         most = budget_bound(recipe, architecture, context)
         basis, size, memory, packed, read = "bound", most.bytes, most.memory, most.packed, most.read
@@ -141,7 +146,8 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
     else:
         planned = plan_recipe(recipe, architecture, found.graph, variant, found.model)
         drafted, memory = planned.draft, planned.memory
-        size, read = drafted.bytes, traffic(drafted.model).weight_bytes
+        added = planned.speculation.memory if planned.speculation else None
+        size, read = planned.bytes, traffic(drafted.model).weight_bytes
         packed, cache_bytes = sum(map(packed_memory, drafted.plan.tables)), drafted.plan.cache.bytes
     return Footprint(
         variant=variant,
@@ -154,6 +160,7 @@ def computed(found: Known, variant: str, context: int) -> Footprint:
         kv_cache=recipe.kv_cache,
         cache_bytes=cache_bytes,
         read=Figure(read, basis),
+        speculative=added,
     )
 
 

@@ -56,7 +56,19 @@ def _variants(item: Record) -> list[str]:
         at_most = "≤ " if found["download"]["basis"] == "bound" else ""
         download = f"{at_most}{found['download']['bytes']:,}"
         rows.append((variant, download, *map(gigabytes, sizes), both, private["basis"], quality))
-    return aligned(rows, {0, 7, 8}, "  ")
+    return aligned(rows, {0, 7, 8}, "  ") + [
+        line for one, found in item["variants"].items() for line in _speculative(one, found)
+    ]
+
+
+def _speculative(variant: str, found: Record) -> list[str]:
+    """What speculative decoding adds, and where there is room for it."""
+    if (added := found["speculative"]) is None:
+        return []
+    held, size = ", ".join(added["tiers"]) or "none", gigabytes(added["private_bytes"])
+    return wrapped(
+        f"  {variant}: speculative decoding adds {size} private. Tiers that hold it: {held}.", further="    "
+    )
 
 
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:

@@ -10,8 +10,9 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
     tiers           name → {platform, ram_bytes, budget_bytes, resident_bytes}
     models          name → {title, parameters, shapes, variants, forbidden, tiers, devices}
       variants      name → {download, weights, activations, loading, packed, read: FIGURE,
-                    kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, verdict, kl_mean}; the last
-                    two are null where nothing was measured
+                    kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, speculative, verdict,
+                    kl_mean}; the last two are null where nothing was measured; speculative is {private_bytes, tiers},
+                    what it adds and which tiers hold that too, or null where the recipe has none
       forbidden     name → why configs/gates.yaml lets no such variant of this model be released, or why its recipe has
                     no plan for it; it stands nowhere else
       tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null, lacks_bytes};
@@ -153,6 +154,12 @@ def _variant(found: planning.Candidate, tiers: TiersConfig, tokens: int) -> dict
         **{name: asdict(getattr(footprint, name)) for name in figures},
         "kv_cache": {"type": footprint.kv_cache, "bytes_per_token": footprint.cache_bytes},
         "ways": ways,
+        "speculative": None
+        if footprint.speculative is None
+        else {
+            "private_bytes": footprint.speculative,
+            "tiers": [name for name, one in tiers.tiers.items() if planning.speculates(footprint, one, tiers, tokens)],
+        },
         "verdict": found.verdict,
         "kl_mean": found.kl_mean,
     }

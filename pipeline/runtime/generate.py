@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import onnxruntime_genai as genai
 
@@ -23,6 +23,10 @@ from pipeline.machine import cores
 from pipeline.runtime.chat import END_OF_THINKING, is_thinking, opens_thinking
 from pipeline.runtime.session import check_weights
 
+# What the model's maker would have a chat sound like is not what is measured, here and layer by layer.
+GREEDY: dict[str, float | int | bool] = {
+    "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+}  # fmt: skip
 _CHECK_EVERY = 8  # steps between looks at the text: decoding it costs more than a token of a small model
 
 Complete = Callable[[str], bool]
@@ -70,8 +74,8 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4]) >> 1
 
 
-def load(folder: Path) -> genai.Model:
-    """Load a folder that holds genai_config.json, as it says, on all cores.
+def load(folder: Path, overlay: Mapping[str, Any] | None = None) -> genai.Model:
+    """Load a folder that holds genai_config.json, as it says with `overlay` laid over it, on all cores.
 
     Raises EvaluationError when onnxruntime-genai refuses it, and CheckpointError as `session.check_weights`.
     """
@@ -82,6 +86,8 @@ def load(folder: Path) -> genai.Model:
         # Left to itself the runtime uses half of the cores.
         threads = {"session_options": {"intra_op_num_threads": cores()}}
         settings.overlay(json.dumps({"model": {"decoder": threads}}))
+        if overlay:
+            settings.overlay(json.dumps(overlay))
         return genai.Model(settings)
     except Exception as error:  # the bindings raise plain RuntimeError and their own types
         raise EvaluationError(f"{folder}: onnxruntime-genai cannot load it: {error}") from None
@@ -169,10 +175,7 @@ class Writer(Prompter):
             EvaluationError: the prompt and the limits exceed the model's context.
         """
         prefix, text = self.begin(Request(prompt, limits, complete))
-        # What the model's maker would have a chat sound like is not what is measured, here and layer by layer.
-        search: dict[str, float | int | bool] = {
-            "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
-        }  # fmt: skip
+        search = dict(GREEDY)
         if sampling is not None:
             # Without `top_k` the model's own would limit the draw; with 0 the runtime does not honour `top_p`.
             search |= {"do_sample": True, "top_k": self.vocab, "top_p": sampling.top_p}

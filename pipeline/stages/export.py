@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import sys
 
-from pipeline.checkpoint.architecture import check_tensors, read_architecture
+from pipeline.checkpoint.architecture import check_expected, check_tensors, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.complete import TOKENIZER_FILES
 from pipeline.checkpoint.tensors import Checkpoint
@@ -14,9 +14,10 @@ from pipeline.config.models import load_model
 from pipeline.door.generation import read_generation
 from pipeline.door.parity import prove_tokenizer
 from pipeline.door.tokenizer import ship_tokenizer
-from pipeline.files import atomic_directory, write_json
+from pipeline.files import atomic_directory, write_bytes, write_json
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.graph.genai import genai_config
+from pipeline.graph.speculative import MTP_FILE, build_mtp
 from pipeline.workspace import GENAI_CONFIG, MODEL_FILE, Workspace
 
 
@@ -37,6 +38,11 @@ def run(model: str) -> None:
     graph.metadata_props.add(key="checkpoint_sha256", value=hashlib.sha256(listing.encode()).hexdigest())
     with atomic_directory(workspace.export) as folder:
         save_decoder(folder, graph, rope_data, MODEL_FILE)
+        head = architecture.mtp
+        if head and head.expected_tensors().keys() <= checkpoint.keys():
+            check_expected(head, checkpoint)
+            mtp = build_mtp(head, checkpoint, entry.context)
+            write_bytes(folder / MTP_FILE, mtp.SerializeToString(deterministic=True))
         for file in lock.files:
             if not file.name.endswith((".safetensors", ".safetensors.index.json")) and file.name not in TOKENIZER_FILES:
                 shutil.copyfile(weights / file.name, folder / file.name)

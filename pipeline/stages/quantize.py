@@ -26,6 +26,7 @@ from pipeline.config.recipes import Recipe, load_recipe
 from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
+from pipeline.graph.speculative import MTP_FILE
 from pipeline.partial import Partial, discard, open_partial
 from pipeline.planning.memory import packed_memory
 from pipeline.planning.recipes import Plan
@@ -61,7 +62,7 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         discard(workspace.partial(variant))
         decided = key, record["sha256"], lost_of(record), learned
         write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
-        print(f"{model} {variant}: written before from the same plan, weights and code; {drafted.bytes:,} bytes kept")
+        print(f"{model} {variant}: written before from the same plan, weights and code; {planned.bytes:,} bytes kept")
         return
     with open_partial(workspace.partial(variant), key) as partial:
         if learned:
@@ -69,9 +70,10 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         lost = lost_of(learned) if learned else write_files(partial, recipe, planned, checkpoint, workspace)
         decided = key, digests_of(partial.folder), lost, learned
         write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
-        written = sum((partial.folder / name).stat().st_size for name in drafted.files)
-        if written != drafted.bytes:
-            raise PlanError(f"{model} {variant}: {written:,} bytes written, {drafted.bytes:,} planned. This is a bug.")
+        names = drafted.files + (planned.speculation.files if planned.speculation else ())
+        written = sum((partial.folder / name).stat().st_size for name in names)
+        if written != planned.bytes:
+            raise PlanError(f"{model} {variant}: {written:,} bytes written, {planned.bytes:,} planned. This is a bug.")
         partial.finish(folder)
     for name, item in lost.items():
         print(sentence(name, item))
@@ -88,6 +90,8 @@ def write_files(
         lost = write_artifact(
             partial, planned.draft, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
         )
+    if planned.speculation:
+        planned.speculation.write(partial, checkpoint.folder, workspace.export, recipe)
     _make_runnable(partial.folder, workspace, planned.draft.model_file)
     return lost
 
@@ -139,13 +143,15 @@ def artifact_key(workspace: Workspace, recipe: Recipe, planned: Planned) -> str:
         "parts": planned.draft.layout.parts,
         "plan": [(item.matrix.name, item.formats) for item in planned.draft.plan.tables],
     }
+    if planned.speculation:
+        inputs["speculative"] = planned.speculation.record() | {"settings": planned.speculation.settings}
     return keys.digest([keys.code(__name__), machine.kernel_class(), inputs])
 
 
 def _make_runnable(folder: Path, workspace: Workspace, model_file: str) -> None:
     """Complete the artifact with the export's tokenizer and configuration: onnxruntime-genai loads it as it lies."""
     for file in workspace.export.iterdir():
-        if file.name not in {MODEL_FILE, ROPE_FILE, GENAI_CONFIG}:
+        if file.name not in {MODEL_FILE, MTP_FILE, ROPE_FILE, GENAI_CONFIG}:
             write_bytes(folder / file.name, file.read_bytes())
     settings = read_json(workspace.export / GENAI_CONFIG)
     settings["model"]["decoder"]["filename"] = model_file
@@ -176,6 +182,11 @@ def describe(planned: Planned, parameters: int) -> str:
         f"  in use at {planned.context:,} tokens about {memory.peak:,} bytes of memory: weights {memory.weights:,}, "
         f"cache {memory.cache:,}, activations {memory.activations:,}"
     )
+    if added := planned.speculation:
+        lines.append(
+            f"  for speculative decoding by {next(iter(added.settings))} {added.bytes:,} bytes more, and about "
+            f"{added.memory:,} of memory"
+        )
     if planned.solution:
         lines.append(
             f"  predicted divergence {planned.solution.cost:.4f} nats; no plan within the budget is predicted to lose "
@@ -207,7 +218,7 @@ def plan_record(
         "rotation": recipe.rotation.model_dump(),
         "key": key,
         "sha256": digests,
-        "bytes": drafted.bytes,
+        "bytes": planned.bytes,
         "parts": list(drafted.layout.parts),
         "parameters": parameters,
         "bits_per_weight": 8 * drafted.bytes / parameters,
@@ -223,6 +234,8 @@ def plan_record(
     if solution:  # rules do not depend on the context, so an edited one must not change their plan
         record |= {"predicted_nats": solution.cost, "least_possible_nats": solution.bound}
         record["memory"] = planned.memory.record() | {"context": planned.context}
+    if planned.speculation:
+        record["speculative"] = planned.speculation.record()
     if learned:
         record["learned"] = learned["learned"]
     if lost:

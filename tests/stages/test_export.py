@@ -15,11 +15,12 @@ from pipeline.calibrate.texts import encoder
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.complete import TOKENIZER_FILES
 from pipeline.errors import CheckpointError
+from pipeline.graph.speculative import MTP_FILE
 from pipeline.runtime.chat import read_template
 from pipeline.stages import download, export
 from pipeline.workspace import Workspace
 from tests import tiny
-from tests.families import make_checkpoint
+from tests.families import CASES, Case, add_mtp, make_checkpoint
 
 
 @pytest.fixture
@@ -51,6 +52,23 @@ def test_the_same_weights_are_the_same_export_to_the_byte(workspace: Workspace) 
     first = _build(workspace)
     make_checkpoint(Path("checkpoint"), tiny.CASE)  # same bytes, written again
     assert _build(workspace) == first
+
+
+def test_a_multi_token_head_is_a_graph_of_its_own_where_it_is_whole(workspace: Workspace) -> None:
+    case = Case(CASES["mimo"].config | {"max_position_embeddings": tiny.CONTEXT}, "qwen2")
+    make_checkpoint(Path("checkpoint"), case)
+    add_mtp(Path("checkpoint"))
+    assert MTP_FILE in _build(workspace)
+    tensors = load_file("checkpoint/model.safetensors")
+    del tensors["model.mtp_layers.0.final_layernorm.weight"]
+    save_file(tensors, "checkpoint/model.safetensors")
+    assert MTP_FILE not in _build(workspace)
+    tensors["model.mtp_layers.0.final_layernorm.weight"] = np.ones(7, np.float32)
+    save_file(tensors, "checkpoint/model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"final_layernorm\.weight' has shape \[7\], config.json asks for \[128\]"
+    ):
+        _build(workspace)
 
 
 def test_files_of_an_earlier_source_do_not_stay(workspace: Workspace) -> None:
