@@ -12,7 +12,7 @@ its basis one of measured, computed, bound, assumed (`pipeline.planning.devices.
       variants      name → {download, weights, activations, loading, packed, read: FIGURE,
                     kv_cache: {type, bytes_per_token}, ways: "private" or "mapped" → NEED, verdict, kl_mean}; the last
                     two are null where nothing was measured
-      forbidden     name → why configs/gates.yaml lets no such variant of this model be released, or why its recipe has no
+      forbidden     name → why configs/gates.yaml lets no such variant of this model be released, or its recipe has no
                     plan for it; it stands nowhere else
       tiers         name → {decision: "bundle" or "refuse", chosen, closest, instead: CHOICE or null, lacks_bytes};
                     closest comes nearest to fitting and lacks so many bytes, instead is a smaller model; all three are
