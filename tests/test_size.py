@@ -34,12 +34,12 @@ CEILINGS = {
     "publish": 788,
     "quantize": 910,
     "report": 1250,
-    "runtime": 1588,
+    "runtime": 1589,
     "serve": 1865,
     "stages": 1091,
     "tasks": 2196,
 }
-WHOLE = 22_453
+WHOLE = 22_454
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

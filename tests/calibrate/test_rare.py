@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.calibrate.rare import experts_inputs, needed, top_up
+from pipeline.checkpoint.architecture import Architecture
 from pipeline.quantize.factor import expected_damping
+from pipeline.stages.calibrate import rare_experts
+from tests.planning.test_experts import TINY
 from tests.real_configs import architecture_of
 
 CHANNELS = 8
@@ -43,3 +47,23 @@ def test_what_an_expert_lacks_is_the_layers_mean() -> None:
 
 def test_inputs_that_are_alike(tmp_path: Path) -> None:
     assert experts_inputs(architecture_of("mimo-8b", tmp_path).body(0)) == []
+
+
+def test_rare_experts_are_named() -> None:
+    """4,096 channels need 16,384 tokens, 448 need 1,792."""
+    model = replace(TINY, layers=2, experts=4)
+    seen = {
+        "layers.0.experts.tokens": np.array([20_000, 5_000, 10, 2_000]),
+        "layers.1.experts.tokens": np.full(4, 17_000),
+    }
+    first, last = rare_experts(seen, model)
+    assert first == (
+        "  input mlp of experts: 3 of 8 saw fewer than 16,384 tokens and got the rest from their layer's others; least: 10 "
+        "(layers.0.experts 2)"
+    )
+    assert last.startswith("  input down of experts: 1 of 8 saw fewer than 1,792 tokens")
+    assert rare_experts({}, architecture_without_experts()) == []
+
+
+def architecture_without_experts() -> Architecture:
+    return replace(TINY, family="llama", experts=0, biases=())
