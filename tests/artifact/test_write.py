@@ -27,6 +27,7 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
+from pipeline import engine
 from pipeline.artifact import write
 from pipeline.artifact.graph import QuantizedGraph, channel_names
 from pipeline.artifact.work import Unit, quantize_unit, units
@@ -483,7 +484,7 @@ def test_the_disk_fills_up_while_writing(
         return real(fd, data[: len(data) // 2 + 1], offset)  # short writes are completed
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(write, "cores", lambda: 1)  # units are recorded in order: a slow thread would hold them back
+    monkeypatch.setattr(engine, "cores", lambda: 1)  # units are recorded in order: a slow thread would hold them back
     message = refusal(ResourceError, exports["llama-tied"], RECIPES["q4"], tmp_path / "artifact")
     assert "the disk filled up while trying to write tiny.onnx: No space left" in message
     assert "what was finished before is reused" in message
