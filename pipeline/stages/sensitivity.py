@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.checkpoint.architecture import Architecture, Matrix, read_architec
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
+from pipeline.engine import chosen
 from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
@@ -78,26 +80,32 @@ def measure_errors(
 ) -> dict[str, np.ndarray]:
     """`<matrix>/<format>` → E[x²]·Σ(w − ŵ)² of each channel over the sampled rows, float32 [columns]; `<input>/order` →
     its channels by importance, int32."""
-    found: dict[str, np.ndarray] = {}
+    found, norms = dict[str, np.ndarray](), list[tuple[Matrix, np.ndarray]]()
 
-    def one(matrix: Matrix) -> np.ndarray:
-        weights = _sample(checkpoint, matrix, wanted.rows)
-        importance = _importance(matrix, moments)
-        for name in (*wanted.formats, wanted.damage):
-            fmt = _format(name, matrix)
-            if (place := f"{matrix.name}/{fmt}") not in found:
-                gap = weights - weighted(weights, importance, fmt).dequantize()
-                found[place] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
-        return squared_norms(weights) * (matrix.rows / len(weights))
+    def add(matrix: Matrix, measured: tuple[dict[str, np.ndarray], np.ndarray]) -> None:
+        found.update(measured[0])
+        norms.append((matrix, measured[1]))
 
-    with ThreadPoolExecutor(machine.cores()) as pool:
-        matrices = _matrices(architecture)
-        norms = zip(matrices, pool.map(one, matrices), strict=True)
-        for name, sharing in groupby(norms, key=lambda item: item[0].input):
-            if name in moments:
-                importance = channel_importance(moments[name], (item[1] for item in sharing))
-                found[f"{name}/{ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
+    chosen().run(partial(_errors, checkpoint, moments, wanted), _matrices(architecture), add)
+    for name, sharing in groupby(norms, key=lambda item: item[0].input):
+        if name in moments:
+            importance = channel_importance(moments[name], (item[1] for item in sharing))
+            found[f"{name}/{ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
     return found
+
+
+def _errors(
+    checkpoint: Checkpoint, moments: dict[str, np.ndarray], wanted: SensitivityConfig, matrix: Matrix
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A matrix's errors, and the squared norms of its columns."""
+    weights, found = _sample(checkpoint, matrix, wanted.rows), dict[str, np.ndarray]()
+    importance = _importance(matrix, moments)
+    for name in (*wanted.formats, wanted.damage):
+        fmt = _format(name, matrix)
+        if (place := f"{matrix.name}/{fmt}") not in found:
+            gap = weights - weighted(weights, importance, fmt).dequantize()
+            found[place] = (importance * np.einsum("rc,rc->c", gap, gap)).astype(np.float32)
+    return found, squared_norms(weights) * (matrix.rows / len(weights))
 
 
 def _sample(checkpoint: Checkpoint, matrix: Matrix, rows: int) -> np.ndarray:
