@@ -8,17 +8,21 @@ layer as there are matrices; memory is one layer and the copies' hidden states (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.engine import chosen
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, Slice
@@ -29,6 +33,7 @@ from pipeline.runtime.session import open_slice
 
 # A matrix and some of its rows, float32 [rows, columns] → the same rows as they are after quantization.
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
+_Run = Callable[..., np.ndarray]
 
 BATCH_TOKENS = 1024  # of one run of a layer: products are as fast as they get, activations stay small
 _HEAD_ROWS = 4096
@@ -74,6 +79,48 @@ def sensitivities(
     return found
 
 
+_Unit = tuple[np.ndarray, Matrix | None]  # some copies' hidden states, and the matrix that is damaged, if one is
+
+
+class _Layer:
+    """The job of one layer: hidden states of some copies → those after it. Its weights are read where it is done."""
+
+    def __init__(self, part: Slice, folder: Path, checkpoint: Checkpoint, matrices: Sequence[Matrix], damage: Damage):
+        self._given = part, folder, checkpoint, matrices, damage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
+
+    @cached_property
+    def _run(self) -> _Run:
+        return _opened(*self._given[:2])
+
+    @cached_property
+    def _weights(self) -> dict[str, np.ndarray]:
+        _, _, checkpoint, matrices, _ = self._given
+        return {matrix.name: checkpoint.rows(matrix.name) for matrix in matrices}
+
+    def __call__(self, unit: _Unit) -> np.ndarray:
+        states, matrix = unit
+        hurt = {matrix.name: self._given[-1](matrix, self._weights[matrix.name])} if matrix else {}
+        return self._run(states, self._weights | hurt)
+
+
+def _opened(part: Slice, folder: Path) -> _Run:
+    """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first output,
+    of the same shape."""
+    run_slice = open_slice(part.model, folder)
+    output = part.target or next(iter(part.taps.values()))
+
+    def run(states: np.ndarray, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+        batch = states.reshape(-1, *states.shape[2:])
+        mask = np.ones(batch.shape[:2], np.int64)
+        (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
+        return result.reshape(states.shape)
+
+    return run
+
+
 class Passing:
     """Copies on their way through a model whose slices run in `folder`."""
 
@@ -94,36 +141,24 @@ class Passing:
 
     def advance(self, copies: Copies) -> Copies:
         """All copies through one layer, and one more for each of its matrices."""
-        matrices = self._arch.body(copies.layer)
-        weights = {matrix.name: self._checkpoint.rows(matrix.name) for matrix in matrices}
-        run, done = self._run(self._slices.open_layer(copies.layer)), len(copies.states)
-        states = np.empty((done + len(matrices), *copies.states.shape[1:]), np.float32)
-        for batch in _batches(copies.states):
-            states[batch] = run(copies.states[batch], weights)
-        for index, matrix in enumerate(matrices, done):
-            hurt = {matrix.name: self._damage(matrix, weights[matrix.name])}
-            states[index] = run(copies.states[:1], weights | hurt)[0]
+        matrices, done = self._arch.body(copies.layer), len(copies.states)
+        part = self._slices.open_layer(copies.layer)
+        states, places = np.empty((done + len(matrices), *copies.states.shape[1:]), np.float32), count()
+        units: list[_Unit] = [(copies.states[batch], None) for batch in _batches(copies.states)]
+        units += [(copies.states[:1], matrix) for matrix in matrices]
+
+        def put(_: _Unit, passed: np.ndarray) -> None:
+            for row in passed:
+                states[next(places)] = row
+
+        chosen(wide=True).run(_Layer(part, self._folder, self._checkpoint, matrices, self._damage), units, put)
         if not np.isfinite(states[0]).all():
             raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
         return Copies([*copies.names, *(matrix.name for matrix in matrices)], states, copies.layer + 1)
 
-    def _run(self, part: Slice) -> Callable[..., np.ndarray]:
-        """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
-        output, of the same shape."""
-        run_slice = open_slice(part.model, self._folder)
-        output = part.target or next(iter(part.taps.values()))
-
-        def run(states: np.ndarray, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> np.ndarray:
-            batch = states.reshape(-1, *states.shape[2:])
-            mask = np.ones(batch.shape[:2], np.int64)
-            (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
-            return result.reshape(states.shape)
-
-        return run
-
     def divergences(self, copies: Copies) -> dict[str, float]:
         """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
-        head, run = self._arch.head, self._run(self._slices.layer(self._arch.layers))
+        head, run = self._arch.head, _opened(self._slices.layer(self._arch.layers), self._folder)
         states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
         states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
         if not self._arch.tied:  # the last copy: clean states, damaged head

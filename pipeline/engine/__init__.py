@@ -63,6 +63,19 @@ class Threads:
                 pool.shutdown(cancel_futures=True)
 
 
+class Here:
+    """This thread, one unit after the other: for units that take all cores themselves. Nothing is done ahead."""
+
+    workers = 1
+    shared = True
+
+    def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
+        """As `Engine.run`; what a generator gives is made as `reduce` takes it."""
+        for unit in units:
+            if unit is not None:
+                reduce(unit, job(unit))
+
+
 def in_order(
     units: Iterable[U | None], begin: Callable[[U], Callable[[], Any]], reduce: Callable[[U, Any], object], ahead: int
 ) -> None:
@@ -76,13 +89,15 @@ def in_order(
             reduce(first, wait())
 
 
-def chosen() -> Engine:
-    """The engine of configs/engine.yaml or PIPELINE_ENGINE.
+def chosen(wide: bool = False) -> Engine:
+    """The engine of configs/engine.yaml or PIPELINE_ENGINE; `wide`: for units that take all cores themselves.
 
     Raises ConfigError where it cannot be had, and ResourceError where no worker of the cluster may take part.
     """
     config = load_engine()
-    return _cluster(config) if config.engine == "ray" else Threads()
+    if config.engine == "ray":
+        return _cluster(config)
+    return Here() if wide else Threads()
 
 
 @cache

@@ -93,7 +93,7 @@ class Cluster:
         except errors.RayError as error:
             raise ResourceError(
                 f"engine: ray: a unit was lost {_RETRIES + 1} times ({type(error).__name__}: {str(error).strip()}). "
-                f"What is recorded is kept: give workers more memory (`cores` in configs/engine.yaml), and run it again."
+                f"What is recorded is kept. Give a worker more memory by raising `cores` in configs/engine.yaml; go on."
             ) from None
         finally:
             begun.discard(task)

@@ -17,7 +17,7 @@ import onnx
 from safetensors.numpy import save
 
 from pipeline import keys, machine
-from pipeline.calibrate.damage import Damage, sensitivities
+from pipeline.calibrate.damage import sensitivities
 from pipeline.calibrate.results import ERRORS, ORDER, read_moments
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
@@ -53,16 +53,17 @@ def run(model: str) -> None:
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
-    with open_partial(workspace.partial("sensitivity"), key) as partial:
-        nats = sensitivities(slices, folder, checkpoint, ids, _damage(moments, wanted.damage), partial, model)
+    with open_partial(workspace.partial("sensitivity"), key) as growing:
+        damage = partial(_damaged, moments, wanted.damage)
+        nats = sensitivities(slices, folder, checkpoint, ids, damage, growing, model)
         errors = measure_errors(architecture, checkpoint, moments, wanted)
-        for leftover in partial.folder.iterdir():
+        for leftover in growing.folder.iterdir():
             leftover.unlink()
-        write_bytes(partial.folder / ERRORS, save(errors))
+        write_bytes(growing.folder / ERRORS, save(errors))
         formats = {matrix.name: str(_format(wanted.damage, matrix)) for matrix in _matrices(architecture)}
         rows = {name: {"nats": value, "format": formats[name]} for name, value in nats.items()}
-        write_json(partial.folder / workspace.nats.name, {"key": key, "tokens": ids.size, "tensors": rows})
-        partial.finish(workspace.sensitivity)
+        write_json(growing.folder / workspace.nats.name, {"key": key, "tokens": ids.size, "tensors": rows})
+        growing.finish(workspace.sensitivity)
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:3]:
         print(f"  {name:<44} {nats[name]:.5f} nats")
@@ -129,19 +130,17 @@ def _format(name: str, matrix: Matrix) -> TensorFormat:
     return TensorFormat.parse(name).fitted(matrix.columns)
 
 
-def _damage(moments: dict[str, np.ndarray], name: str) -> Damage:
-    def quantized(matrix: Matrix, rows: np.ndarray) -> np.ndarray:
-        found, importance, fmt = np.empty_like(rows), _importance(matrix, moments), _format(name, matrix)
+def _damaged(moments: dict[str, np.ndarray], name: str, matrix: Matrix, rows: np.ndarray) -> np.ndarray:
+    """Rows as they are after quantization to format `name`."""
+    found, importance, fmt = np.empty_like(rows), _importance(matrix, moments), _format(name, matrix)
 
-        def some(start: int) -> None:  # few at a time: unpacking takes three times their bytes
-            part = slice(start, start + _DAMAGED_ROWS)
-            found[part] = weighted(rows[part], importance, fmt).dequantize()
+    def some(start: int) -> None:  # few at a time: unpacking takes three times their bytes
+        part = slice(start, start + _DAMAGED_ROWS)
+        found[part] = weighted(rows[part], importance, fmt).dequantize()
 
-        with ThreadPoolExecutor(machine.cores()) as pool:
-            list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
-        return found
-
-    return quantized
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
+    return found
 
 
 def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:

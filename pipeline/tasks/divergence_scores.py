@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from pipeline.compiled import compiled
-from pipeline.engine import Engine, Threads
+from pipeline.engine import Engine, Here
 from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file
 from pipeline.journal import Journal
@@ -165,7 +165,7 @@ def _score(
     Raises EvaluationError for NaN and infinity."""
     names = [str(number) for number in range(len(windows))]
     items = partial(_items, logits, windows, model, own)
-    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items, engine or Threads(), keep)
+    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items, engine or Here(), keep)
     return read_scores(folder)
 
 

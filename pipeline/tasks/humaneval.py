@@ -77,7 +77,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
         for (_, completion), outcome in zip(pairs, outcomes, strict=True):
             yield {"completion": completion, "correct": outcome.passed, "reason": outcome.reason}
 
-    fill(verdicts, list(named), f"judging {subject.name}", "solutions", judged, chosen())
+    fill(verdicts, list(named), f"judging {subject.name}", "solutions", judged, chosen(wide=True))
     reference = _passed(Journal(subject.reference / VERDICTS), names) if subject.reference else None
     return {
         **summarise_humaneval(_passed(verdicts, names), reference, wanted.k),

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
-from pipeline.engine import Engine, Threads, chosen
+from pipeline.engine import Engine, Here, chosen
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 
@@ -88,7 +88,7 @@ class Subject:
     @property
     def engine(self) -> Engine:
         """Who asks it; what runs layer by layer is asked where its layers were passed."""
-        return Threads() if self.layered else chosen()
+        return Here() if self.layered else chosen(wide=True)
 
     @cached_property
     def decoder(self) -> Any:
@@ -125,12 +125,12 @@ def fill(
     Args:
         title, unit: of the progress: what is measured of whom, and what its items are.
         items: not called when none is left; pickled, and given a few names at a time, where workers are elsewhere.
-        engine: who makes items. Here they are made one after the other: each takes all cores.
+        engine: who makes items, each of which takes all cores.
         keep: what is left to do here with an item.
     """
     left = [name for name in names if name not in journal.items]
-    size = max(1, min(_BATCH, len(left) // (_UNITS * engine.workers)))
-    batches = [left[start : start + size] for start in range(0, len(left), size)]
+    size = len(left) if engine.shared else min(_BATCH, len(left) // (_UNITS * engine.workers))
+    batches = [left[start : start + max(size, 1)] for start in range(0, len(left), max(size, 1))]
     with Progress(title, len(names), unit) as progress:
         progress.advance(len(names) - len(left), kept=True)
 
@@ -139,7 +139,4 @@ def fill(
                 journal.record(name, keep(name, item) if keep else item)
                 progress.advance()
 
-        if not engine.shared:
-            engine.run(items, batches, record)
-        elif left:
-            record(left, items(left))
+        engine.run(items, batches, record)
