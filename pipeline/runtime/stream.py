@@ -61,7 +61,7 @@ def sampled(windows: Windows) -> frozenset[int]:
 
 
 class _Window(NamedTuple):
-    """Token ids, int64 [tokens], and the hidden states before a slice, float32 [tokens, hidden], where it takes some."""
+    """Token ids, int64 [tokens], and the hidden states before a slice, float32 [tokens, hidden]; empty for none."""
 
     number: int
     ids: np.ndarray
