@@ -1,8 +1,9 @@
 """The engine on Ray: units are its tasks. Scheduling, transport and retries are Ray's.
 
-- A worker takes part if its processor's kernel class, its Python, its libraries and its copy of this code are those of
-  this process; another one is refused by name before anything runs. What is read lies under the same path there: on a
-  shared file system, or in a clone with a store of its own. Files that a job names must have the same SHA-256.
+- A worker takes part if its processor's kernel class, its Python, its libraries, its copy of this code and the files
+  that say what is read are those of this process; another one is refused by name before anything runs. The project lies
+  under the same path there: on a shared file system, or as a clone with its own store, whose weights are compared with
+  the digests of their download as they are read.
 - A worker that dies costs the units that it was doing: Ray does each again, up to `_RETRIES` times.
 - Ray's transport unpickles what it is sent, so whoever reaches a node runs code there: Ray runs on loopback, or every
   node has token authentication (RAY_AUTH_MODE=token). A worker that can see a signing key refuses to work.
@@ -29,6 +30,11 @@ from pipeline.machine import CORES, kernel_class
 
 INSTALL = "python -m pip install -r requirements-ray.txt -c constraints.txt"
 _RETRIES = 5
+# Of a model's folder, what says which bytes a worker would read there.
+_INPUTS = (
+    "source.json", "export/*", "calibration/moments.safetensors", "calibration/ranges.safetensors",
+    "variants/*/plan.json", "evaluation/reference/*/section.json",
+)  # fmt: skip
 _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key, or say where it is
 _AUTHENTICATION = "RAY_AUTH_MODE"
 
@@ -128,10 +134,11 @@ class Cluster:
 
 
 def identity() -> dict[str, str]:
-    """What decides the bytes that this process computes, by name: kernel class, Python, libraries, our own files."""
-    ours = {name: sha256_of(path) for name, path in modules().items()}
-    libraries = Closure.of(*modules()).libraries()
-    return {"kernel class": kernel_class(), "Python": sys.version.split()[0], **libraries, **ours}
+    """What decides the bytes that this process computes, by name: kernel class, Python, libraries, our own code, and
+    the files that name what models' folders hold."""
+    found = {"kernel class": kernel_class(), "Python": sys.version.split()[0], **Closure.of(*modules()).libraries()}
+    inputs = (path for pattern in _INPUTS for path in Path("artifacts").glob(f"*/{pattern}"))
+    return found | {str(path): sha256_of(path) for path in (*modules().values(), *inputs)}
 
 
 def _connect(ray: Any, address: str | None) -> None:
