@@ -14,18 +14,19 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 912,
+    "artifact": 959,
     "bundle": 1667,
-    "calibrate": 248,
-    "checkpoint": 1682,
-    "config": 569,
+    "calibrate": 270,
+    "checkpoint": 1684,
+    "config": 584,
     "confine": 431,
     "door": 740,
+    "engine": 203,
     "graph": 400,
     "judge": 563,
     "keys": 335,
     "learn": 333,
-    "modules": 789,
+    "modules": 793,
     "packs": 921,
     "parity": 141,
     "planning": 560,
@@ -34,12 +35,12 @@ CEILINGS = {
     "publish": 788,
     "quantize": 910,
     "report": 1221,
-    "runtime": 1135,
+    "runtime": 1154,
     "serve": 1866,
-    "stages": 1016,
-    "tasks": 2193,
+    "stages": 1024,
+    "tasks": 2230,
 }
-WHOLE = 21_213
+WHOLE = 21_569
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -37,6 +37,7 @@ _INPUTS = (
 )  # fmt: skip
 _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key, or say where it is
 _AUTHENTICATION = "RAY_AUTH_MODE"
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on any system: Ray leaves 127.0.0.1 as it is
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ class Cluster:
             ConfigError: Ray is not installed, or its nodes are reached by others without authentication.
             ResourceError: no worker may take part, or the cluster does not answer.
         """
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address is None or _is_loopback(address.rpartition(":")[0]):
+            os.environ.setdefault(_LOOPBACK, "0")
         try:
             import ray
         except ModuleNotFoundError:
             raise ConfigError(f"`engine: ray` needs the package ray: {INSTALL}. Or set `engine: threads`.") from None
         self._ray = ray
         if not ray.is_initialized():
-            _connect(ray, config.address)
+            _connect(ray, address)
         self._terms = Terms(os.getcwd(), os.environ.get("PIPELINE_STORE"), config.cores)
         _require_closed(ray.nodes())
         cpus = self._accepted()
@@ -143,7 +147,6 @@ def identity() -> dict[str, str]:
 
 def _connect(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
     with _without_secrets():
         try:
             if address:
@@ -167,13 +170,20 @@ def _without_secrets() -> Iterator[None]:
 
 def _require_closed(nodes: Iterable[Mapping[str, Any]]) -> None:
     """Raise ConfigError for nodes that others reach and that do not ask for a token."""
-    exposed = [name for node in nodes if not ipaddress.ip_address(name := node["NodeManagerAddress"]).is_loopback]
+    exposed = [node["NodeManagerAddress"] for node in nodes if not _is_loopback(node["NodeManagerAddress"])]
     if exposed and os.environ.get(_AUTHENTICATION) != "token":
         raise ConfigError(
             f"engine: ray: node {exposed[0]} is reached from other machines, and whoever reaches it runs code there. "
             f"Set {_AUTHENTICATION}=token here and where each `ray start` runs, with one token (`ray get-auth-token "
             f"--generate`)."
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 # --- on a worker -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tests.artifact.exported import Exported, contents, export
 from tests.families import CASES, make_checkpoint
 from tests.recipes import load_recipe
 
+os.environ.setdefault(cluster._LOOPBACK, "0")
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 WINDOWS = [np.random.default_rng(seed).integers(0, 50, 12) for seed in range(9)]
