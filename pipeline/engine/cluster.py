@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.engine import EngineConfig
-from pipeline.engine import R, U, in_order
+from pipeline.engine.units import R, U, in_order
 from pipeline.errors import ConfigError, PipelineError, ResourceError
 from pipeline.files import sha256_of
 from pipeline.keys.closure import Closure, modules

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.artifact import write
 from pipeline.artifact.work import quantize_unit
-from pipeline.engine import AHEAD, Threads
+from pipeline.engine.units import AHEAD, Threads
 from pipeline.errors import ResourceError
 from tests.artifact.exported import (
     PATIENCE,
