@@ -1,5 +1,6 @@
-"""What workers bring: `python -m benchmarks.engine q4`: SmolLM2 quantized by the threads of this process, and by one and
-two Ray nodes of one core on this machine; what a unit costs besides its work. Needs requirements-ray.txt and the demo.
+"""What workers bring: SmolLM2 quantized by threads of this process, and by one and two Ray nodes of one core here.
+
+`python -m benchmarks.engine q4` also says what a unit costs besides its work. Needs requirements-ray.txt and the demo.
 """
 
 from __future__ import annotations
