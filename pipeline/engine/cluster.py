@@ -26,7 +26,7 @@ from pipeline.engine.units import R, U, in_order
 from pipeline.errors import ConfigError, PipelineError, ResourceError
 from pipeline.files import sha256_of
 from pipeline.keys.closure import Closure, modules
-from pipeline.machine import CORES, kernel_class
+from pipeline.machine import CORES, cores, kernel_class
 
 INSTALL = "python -m pip install -r requirements-ray.txt -c constraints.txt"
 _RETRIES = 5
@@ -123,8 +123,8 @@ class Cluster:
             try:
                 other = self._result(set(), task)
             except PipelineError as error:
-                other = {"refusal": str(error)}
-            if differing := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
+                other = {f"{error};": "nothing"}
+            if differing := [name for name in {**other, **own} if own.get(name) != other.get(name)]:
                 first = differing[0]
                 print(
                     f"engine: ray: worker {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) is refused: "
@@ -152,7 +152,7 @@ def _connect(ray: Any, address: str | None) -> None:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+                ray.init(num_cpus=cores(), _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             where = f"the cluster at {address} does not answer" if address else "a local Ray could not be started"
             raise ResourceError(f"engine: ray: {where}: {error}. `ray status` says more.") from None

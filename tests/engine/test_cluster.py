@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.artifact.quantizers import Channels, Compensated, Quantizer, Search
+from pipeline.artifact.quantizers import Channels, Compensated, Moments, Quantizer, Search
 from pipeline.artifact.write import write_artifact
 from pipeline.calibrate import damage
 from pipeline.calibrate.damage import sensitivities
@@ -82,10 +83,10 @@ def test_a_quantized_model_has_the_same_bytes(recipe: str, exported: Exported, w
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
-def products(name: str) -> tuple[np.ndarray, float]:
+def products(moments: Moments, name: str) -> tuple[np.ndarray, float]:
     """E[x·xᵀ] of an input, the same in every process."""
-    width = 320 if name.endswith("mlp.down") else 128
-    values = np.random.default_rng(len(name)).standard_normal((2 * width, width)).astype(np.float32)
+    width = len(moments[name])
+    values = np.random.default_rng(width).standard_normal((2 * width, width)).astype(np.float32)
     return values.T @ values / len(values), 0.1
 
 
@@ -93,7 +94,7 @@ class Dying(Compensated):
     """Kills the process that first prepares a matrix's quantizer, once for each name in `marks`."""
 
     def __init__(self, moments: Any, marks: Path, victims: tuple[str, ...]):
-        super().__init__(moments, products)
+        super().__init__(moments, partial(products, moments))
         self.marks, self.victims = marks, victims
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,7 +116,8 @@ def write(exported: Exported, folder: Path, search: Search, engine: Engine) -> d
 
 def test_a_killed_worker_costs_its_unit(exported: Exported, workers: Engine, tmp_path: Path) -> None:
     victims = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight")
-    expected = write(exported, tmp_path / "here", Compensated(exported.moments, products), Threads(2))
+    search = Compensated(exported.moments, partial(products, exported.moments))
+    expected = write(exported, tmp_path / "here", search, Threads(2))
     found = write(exported, tmp_path / "there", Dying(exported.moments, tmp_path, victims), workers)
     assert {name for name in victims if (tmp_path / name).exists()} == {*victims}, "three workers were killed"
     assert found == expected
