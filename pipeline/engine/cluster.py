@@ -121,17 +121,12 @@ class Cluster:
         ]
         for node, task in zip(nodes, [task.remote(self._terms) for task in tasks], strict=True):
             try:
-                other = self._result(set(), task)
+                why = _difference(own, self._result(set(), task))
             except PipelineError as error:
-                other = {f"{error};": "nothing"}
-            if differing := [name for name in {**other, **own} if own.get(name) != other.get(name)]:
-                first = differing[0]
-                print(
-                    f"engine: ray: worker {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) is refused: "
-                    f"{first} {other.get(first)} there, {own.get(first)} here"
-                    f"{f', and {len(differing) - 1} more' if differing[1:] else ''}",
-                    file=sys.stderr,
-                )
+                why = str(error)
+            if why:
+                name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+                print(f"engine: ray: worker {name} is refused: {why}", file=sys.stderr)
             else:
                 found[node["NodeID"]] = node["Resources"]["CPU"]
         return found
@@ -143,6 +138,13 @@ def identity() -> dict[str, str]:
     found = {"kernel class": kernel_class(), "Python": sys.version.split()[0], **Closure.of(*modules()).libraries()}
     inputs = (path for pattern in _INPUTS for path in Path("artifacts").glob(f"*/{pattern}"))
     return found | {str(path): sha256_of(path) for path in (*modules().values(), *inputs)}
+
+
+def _difference(own: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The first thing in which another identity differs, and how many more there are; "" for none."""
+    names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+    more = f", and {len(names) - 1} more differ" if names[1:] else ""
+    return f"{names[0]} {other.get(names[0])} there, {own.get(names[0])} here{more}" if names else ""
 
 
 def _connect(ray: Any, address: str | None) -> None:
