@@ -96,3 +96,12 @@ def test_a_worker_that_sees_a_signing_key_or_not_the_project_refuses(
         enter(cluster.Terms(str(tmp_path), None, 1))
     with pytest.raises(ResourceError):
         enter(cluster.Terms(str(tmp_path), None, 1))
+
+
+def test_a_refusal_names_what_differs_first() -> None:
+    own = {"kernel class": "x86_64 avx2", "numpy": "2.4.6"}
+    assert cluster._difference(own, dict(own)) == ""
+    assert cluster._difference(own, own | {"numpy": "1.0"}) == "numpy 1.0 there, 2.4.6 here"
+    other = {"kernel class": "aarch64", "torch": "2"}
+    assert cluster._difference(own, other) == "kernel class aarch64 there, x86_64 avx2 here, and 2 more differ"
+    assert cluster.identity()["kernel class"] == cluster.kernel_class()
