@@ -14,18 +14,19 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 912,
+    "artifact": 959,
     "bundle": 1667,
-    "calibrate": 256,
-    "checkpoint": 1682,
-    "config": 579,
+    "calibrate": 284,
+    "checkpoint": 1684,
+    "config": 594,
     "confine": 431,
     "door": 740,
+    "engine": 213,
     "graph": 403,
     "judge": 563,
     "keys": 335,
     "learn": 151,
-    "modules": 789,
+    "modules": 793,
     "packs": 921,
     "parity": 141,
     "planning": 560,
@@ -34,12 +35,12 @@ CEILINGS = {
     "publish": 788,
     "quantize": 910,
     "report": 1222,
-    "runtime": 1461,
-    "serve": 1866,
-    "stages": 1031,
-    "tasks": 2196,
+    "runtime": 1483,
+    "serve": 1865,
+    "stages": 1037,
+    "tasks": 2233,
 }
-WHOLE = 21_396
+WHOLE = 21_770
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
