@@ -117,7 +117,7 @@ def test_configuration_is_immutable() -> None:
         (
             PipelineConfig,
             "{models: [a], variants: [q4], suite: demo, xyzzy: 1}",
-            ["xyzzy", "known keys: models"],
+            ["xyzzy", "known keys: device, models"],
         ),
         (
             ModelConfig,
