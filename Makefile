@@ -15,7 +15,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck gpu-check arm64 show check test test-long lint clean
+.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck gpu-check arm64 show check test test-long test-ray lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -86,6 +86,10 @@ test: $(READY)  ## all tests but the long ones
 
 test-long: $(READY)  ## tests that take minutes by nature
 	python -m pytest -n 2 -m long
+
+test-ray: $(READY)  ## units of work on two local Ray nodes: the same bytes, also when workers are killed
+	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-ray.txt -c constraints.txt
+	python -m pytest tests/engine -m ""
 
 lint: $(READY)  ## ruff
 	ruff check .

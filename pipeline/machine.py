@@ -14,14 +14,18 @@ import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
+CORES = "OMP_NUM_THREADS"
+"""The environment variable that gives a process fewer cores than it may use; Ray sets it for its workers."""
 _ROOT = Path("/")
 _KERNEL_FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve"}
 
 
 def cores(root: Path = _ROOT) -> int:
-    """CPU cores that this process may use: its affinity, or its cgroup's quota (rounded up) where that is lower."""
+    """CPU cores that this process may use: the lowest of its affinity, its cgroup's quota (rounded up) and `CORES`."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([affinity, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
+    given = os.environ.get(CORES, "")
+    limits = [int(given)] if given.isdigit() else []
+    return max(1, min([affinity, *limits, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
 
 
 def available_memory(root: Path = _ROOT) -> int:

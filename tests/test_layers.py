@@ -14,6 +14,7 @@ import pytest
 ROOMS = [
     ("compiled", "config", "errors", "files", "journal", "machine", "partial", "progress"),
     ("keys",),
+    ("engine",),
     ("checkpoint",),
     ("workspace",),
     ("graph",),

@@ -26,6 +26,7 @@ Moments = Mapping[str, np.ndarray]  # input name → float32 [channels], second 
 Ranges = Mapping[str, np.ndarray]  # `layers.0.key`, `layers.0.value` → float32 [kv_heads · head_dim]
 Channels = Mapping[str, np.ndarray]  # name of a piece's channel indices → int32 [columns of the piece]
 Quantizer = Callable[[np.ndarray], list[Quantized]]
+Products = Callable[[str], tuple[np.ndarray, float]]
 
 # Weights that a search takes a second on one of two busy cores. The first two: the whole stage at MiMo's and Phi-4's
 # shapes (benchmarks/README.md). GPTQ with its coordinate descent, without the statistics: 770 and 1,460 ns a weight on
@@ -88,11 +89,14 @@ class Compensated(Search):
     tile = TILE
     by_layer = True
 
-    def __init__(self, moments: Moments, products: Callable[[str], tuple[np.ndarray, float]]):
+    def __init__(self, moments: Moments, products: Products):
         super().__init__(moments)
         self._products = products
         self._lock = Lock()
         self._kept: tuple[str, np.ndarray, Factor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Moments | None, Products]]:
+        return type(self), (self.moments, self._products)
 
     def of(self, planned: PlannedMatrix, channels: Channels) -> Quantizer:
         """Under the whole second moment matrix of the matrix's input, for a matrix of the body."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,9 @@ class Rotated(Checkpoint):
         self._kept: tuple[str, np.ndarray] | None = None
         if self._run and architecture.tied:
             self[HEAD_GAIN] = self[_FINAL_NORM]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self._arch, self._rotation)
 
     def _turn(self, matrix: Matrix) -> _Turn | None:
         if matrix.role in {"o_proj", "down_proj"}:

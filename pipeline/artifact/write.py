@@ -1,21 +1,20 @@
 """Writing an artifact: weights streamed once from the checkpoint through the quantizer into the parts.
 
-Every byte's place is fixed before the first weight is read. Threads take units of work (some rows of one matrix), so
-memory is bounded by a few units, whatever the model; what a killed run finished is not done again.
+Every byte's place is fixed before the first weight is read. An engine's workers take units of work (some rows of one
+matrix), so memory is bounded by a few units, whatever the model; this process writes what they give, and what a killed
+run finished is not done again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -23,16 +22,16 @@ import onnx
 from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.lost import find_lost
-from pipeline.artifact.quantizers import Quantizer, Ranges, Search, check_moments, check_ranges
+from pipeline.artifact.quantizers import Channels, Quantizer, Ranges, Search, check_moments, check_ranges
 from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import LOST_MAX
+from pipeline.engine import Engine, Threads
 from pipeline.errors import PlanError
 from pipeline.files import disk_full, write_bytes
 from pipeline.graph.decoder import ROPE_FILE
-from pipeline.machine import cores
 from pipeline.partial import Partial
-from pipeline.planning.recipes import Plan, PlannedMatrix
+from pipeline.planning.recipes import TABLES, Plan, PlannedMatrix
 from pipeline.progress import Progress
 from pipeline.quantize.cache import scales
 from pipeline.quantize.lost import Lost
@@ -40,8 +39,8 @@ from pipeline.quantize.split import channel_importance, split_channels, squared_
 
 # Flushing as it goes keeps the disk busy while the cores are, and the end short.
 _FLUSH_BYTES = 256 << 20
-# Units waiting for a thread: their weights are on the way from the disk already.
-_AHEAD = 16
+# Of an embedding or a head that go to one worker elsewhere: some 16 million weights.
+_TABLE_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,14 @@ class PartWriter:
 
 def write_artifact(
     partial: Partial, drafted: Draft, checkpoint: Checkpoint, export: Path, search: Search,
-    threads: int | None = None, ranges: Ranges | None = None, lost_max: float = LOST_MAX,
+    engine: Engine | None = None, ranges: Ranges | None = None, lost_max: float = LOST_MAX,
 ) -> dict[str, Lost]:  # fmt: skip
-    """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `threads`.
+    """Fill `partial.folder` with the artifact: parts first, the graph last. The bytes do not depend on `engine`.
 
     Args:
         export: the folder of the full-precision export, which holds the rotary tables.
         search: what turns rows into codes.
-        threads: how many work at a time; default: the cores that this process may use.
+        engine: who quantizes; default: threads on the cores that this process may use.
         ranges: of cached keys and values, for a plan with an int8 KV cache.
         lost_max: the largest share of a tensor's energy that may vanish in float16.
 
@@ -160,100 +159,157 @@ def write_artifact(
     if drafted.plan.cache.type == "int8":
         check_ranges(drafted.plan, ranges or {})
     with disk_full(f"write {drafted.model_file}"), ExitStack() as stack:
-        writer, count = PartWriter(partial.folder, drafted, stack), threads or cores()
-        pool = stack.enter_context(ThreadPoolExecutor(count))
-        run = _Run(writer, partial, checkpoint, search, pool, count + _AHEAD, lost_max)
-        run.write(drafted)
+        writer, tables = PartWriter(partial.folder, drafted, stack), drafted.plan.tables
+        flusher, size = (
+            stack.enter_context(ThreadPoolExecutor(1)),
+            sum(checkpoint[item.matrix.name].length for item in tables),
+        )
+        progress = stack.enter_context(Progress(f"quantize {drafted.stem}", len(tables), "tensors", size))
+        run = _Run(writer, partial, checkpoint, search, engine or Threads(), lost_max, progress, flusher)
+        run.write(drafted.plan)
         _write_copies(writer, checkpoint, export, ranges or {})
         writer.finish()
         write_bytes(partial.folder / drafted.model_file, drafted.model.SerializeToString(deterministic=True))
-        return run.lost
+        return {item.matrix.name: run.lost[item.matrix.name] for item in tables if item.matrix.name in run.lost}
+
+
+class Share(NamedTuple):
+    """What one worker does at a time: units of matrices that share an input, and the channels of those that are split.
+
+    Where workers share no memory each prepares quantizers for itself, so all matrices of an input are one share.
+    """
+
+    units: tuple[Unit, ...]
+    channels: Channels
+
+
+class _Quantizing:
+    """The job: a share to the arrays that each of its units becomes. Pickled without the quantizers in `ready`."""
+
+    def __init__(self, checkpoint: Checkpoint, search: Search):
+        self._checkpoint, self._search = checkpoint, search
+        self.ready: dict[str, Quantizer] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[Checkpoint, Search]]:
+        return type(self), (self._checkpoint, self._search)
+
+    def prepare(self, planned: PlannedMatrix, channels: Channels) -> None:
+        """Make a matrix's quantizer ready, unless it is."""
+        if planned.matrix.name not in self.ready:
+            self.ready[planned.matrix.name] = self._search.of(planned, channels)
+
+    def __call__(self, share: Share) -> list[list[np.ndarray]]:
+        ready, found = dict(self.ready), list[list[np.ndarray]]()
+        for unit in share.units:
+            name = unit.planned.matrix.name
+            if name not in ready:
+                ready[name] = self._search.of(unit.planned, share.channels)
+            chosen = quantize_unit(unit, self._checkpoint, ready[name])
+            found.append([array for item in chosen for array in item.stored()])
+        return found
 
 
 @dataclass
 class _Run:
-    """The units of one artifact, at most `ahead` under way at a time, recorded in order as they finish."""
+    """The units of one artifact, written and recorded in their order."""
 
     writer: PartWriter
     partial: Partial
     checkpoint: Checkpoint
     search: Search
-    pool: ThreadPoolExecutor
-    ahead: int
+    engine: Engine
     lost_max: float
+    progress: Progress
+    flusher: ThreadPoolExecutor
     lost: dict[str, Lost] = field(default_factory=dict)
     channels: dict[str, np.ndarray] = field(default_factory=dict)
-    quantizers: dict[str, Callable[[], Quantizer]] = field(default_factory=dict)  # of the matrices under way, by name
+    rows: dict[str, int] = field(default_factory=dict)  # that are finished, of a matrix
+    flushes: list[Future[None]] = field(default_factory=list)
+    unflushed: int = 0
 
-    def write(self, drafted: Draft) -> None:
+    def write(self, plan: Plan) -> None:
         """Quantize every matrix of the plan, or find it finished."""
-        tables, unflushed, flushes = drafted.plan.tables, 0, list[Future[None]]()
-        weight_bytes = sum(self.checkpoint[item.matrix.name].length for item in tables)
-        label = f"quantize {drafted.stem}"
-        with ThreadPoolExecutor(1) as flusher, Progress(label, len(tables), "tensors", weight_bytes) as progress:
-            for unit, digest in self._finished(drafted.plan):
-                written = self._account(unit.name, unit.ranges(), digest)
-                unflushed += written
-                if unflushed > _FLUSH_BYTES:
-                    flushes.append(flusher.submit(self.writer.flush))
-                    unflushed = 0
-                ref, last = self.checkpoint[unit.planned.matrix.name], unit.stop == unit.planned.matrix.rows
-                progress.advance(int(last), unit.weights * ref.length // ref.elements, kept=not written)
-                if last and (lost := self._lost(unit.planned)):
-                    self.lost[unit.planned.matrix.name] = lost
-        for flush in flushes:
+        job = _Quantizing(self.checkpoint, self.search)
+        shares = self._units(plan, job) if self.engine.shared else self._shares(plan)
+        self.engine.run(job, shares, self._finish)
+        for flush in self.flushes:
             flush.result()  # the system tells a failed write only once, to whoever asks first
 
-    def _lost(self, planned: PlannedMatrix) -> Lost | None:
-        return find_lost(planned, self.writer.get, self.checkpoint, self.channels, self.lost_max)
-
-    def _finished(self, plan: Plan) -> Iterator[tuple[Unit, str]]:
-        """Units and the SHA-256 of their bytes, in order, whichever thread was faster."""
-        pending: deque[tuple[Unit, Future[str]]] = deque()
-        for unit in chain(self._units(plan), [None]):
-            if unit is not None:
-                pending.append((unit, self.pool.submit(self._write_unit, unit)))
-            while len(pending) > (self.ahead if unit is not None else 0):
-                first, future = pending.popleft()
-                yield first, future.result()
-
-    def _units(self, plan: Plan) -> Iterator[Unit | None]:
-        """The units of all matrices in order; None where those before must be finished first.
+    def _units(self, plan: Plan, job: _Quantizing) -> Iterator[Share | None]:
+        """Each unit for itself, all matrices in order; None where those before must be finished first.
 
         A matrix's quantizer is prepared when its first unfinished unit is due, on this thread: what it needs of the
         model (a Hessian) is made in the order of execution, and once.
         """
         groups, layer = sharers(plan), None
         for planned in plan.tables:
-            name = planned.matrix.name
             if self.search.by_layer and planned.matrix.layer != layer:
                 yield None
-                self.quantizers.clear()
+                job.ready.clear()
             layer = planned.matrix.layer
-            if planned.split and channel_names(planned)[0] not in self.channels:
-                self._choose_channels(groups[planned.matrix.input])
-            self.quantizers[name] = cache(partial(self.search.of, planned, self.channels))
-            for unit in units(planned, tile=self.search.tile):
-                if unit.name not in self.partial.digests:
-                    self.checkpoint.prefetch(name, unit.start, unit.stop)
-                    self.quantizers[name]()
+            channels = self._channels_of(planned, groups)
+            for unit in self._left(planned):
+                self.checkpoint.prefetch(planned.matrix.name, unit.start, unit.stop)
+                job.prepare(planned, channels)
+                yield Share((unit,), channels)
+
+    def _shares(self, plan: Plan) -> Iterator[Share]:
+        """All units of an input together; of a table, whose quantizer costs nothing, some."""
+        groups, together = sharers(plan), dict[str, list[PlannedMatrix]]()
+        for planned in plan.body:
+            together.setdefault(planned.matrix.input, []).append(planned)
+        for planned in plan.tables:
+            table = planned.matrix.role in TABLES
+            if not table and planned is not together[planned.matrix.input][0]:
+                continue
+            channels = self._channels_of(planned, groups)
+            sharing = [planned] if table else together[planned.matrix.input]
+            left = [unit for item in sharing for unit in self._left(item)]
+            size = _TABLE_UNITS if table else len(left) or 1
+            for start in range(0, len(left), size):
+                yield Share(tuple(left[start : start + size]), channels)
+
+    def _left(self, planned: PlannedMatrix) -> Iterator[Unit]:
+        """The units of a matrix that are not finished; those that are, are counted."""
+        for unit in units(planned, tile=self.search.tile):
+            ranges = list(unit.ranges())
+            if digest := self._kept(unit.name, ranges):
+                self._count(unit, ranges, digest)
+            else:
                 yield unit
 
-    def _write_unit(self, unit: Unit) -> str:
-        def compute() -> list[np.ndarray]:
-            chosen = quantize_unit(unit, self.checkpoint, self.quantizers[unit.planned.matrix.name]())
-            return [array for item in chosen for array in item.stored()]
+    def _finish(self, share: Share, made: list[list[np.ndarray]]) -> None:
+        """Write and record what a share became."""
+        for unit, arrays in zip(share.units, made, strict=True):
+            ranges = list(unit.ranges())
+            self._count(unit, ranges, self._put(ranges, arrays))
 
-        return self._ensure(unit.name, list(unit.ranges()), compute)
+    def _count(self, unit: Unit, ranges: list[Range], digest: str) -> None:
+        written, name = self._account(unit.name, ranges, digest), unit.planned.matrix.name
+        self.unflushed += written
+        if self.unflushed > _FLUSH_BYTES:
+            self.flushes.append(self.flusher.submit(self.writer.flush))
+            self.unflushed = 0
+        self.rows[name] = self.rows.get(name, 0) + unit.stop - unit.start
+        whole, ref = self.rows[name] == unit.planned.matrix.rows, self.checkpoint[name]
+        self.progress.advance(int(whole), unit.weights * ref.length // ref.elements, kept=not written)
+        if whole and (lost := self._lost(unit.planned)):
+            self.lost[name] = lost
 
-    def _ensure(self, unit: str, ranges: list[Range], compute: Callable[[], Iterable[np.ndarray]]) -> str:
-        """The SHA-256 of a unit's bytes: those that lie in the files if they are the recorded ones, else computed."""
+    def _lost(self, planned: PlannedMatrix) -> Lost | None:
+        return find_lost(planned, self.writer.get, self.checkpoint, self.channels, self.lost_max)
+
+    def _kept(self, unit: str, ranges: Iterable[Range]) -> str | None:
+        """The SHA-256 of a unit's bytes as they lie in the files, if it is the recorded one."""
         if recorded := self.partial.digests.get(unit):
-            found = hashlib.sha256(b"".join(self.writer.get(item) for item in ranges)).hexdigest()
-            if found == recorded:
-                return found
+            found = hashlib.sha256(b"".join(map(self.writer.get, ranges))).hexdigest()
+            return found if found == recorded else None
+        return None
+
+    def _put(self, ranges: Iterable[Range], arrays: Iterable[np.ndarray]) -> str:
+        """Write a unit's arrays; the SHA-256 of their bytes."""
         digest = hashlib.sha256()
-        for at, array in zip(ranges, compute(), strict=True):
+        for at, array in zip(ranges, arrays, strict=True):
             if array.nbytes != at.length:
                 raise PlanError(
                     f"tensor {at.name!r}: {array.nbytes:,} bytes computed, {at.length:,} planned. This is a bug."
@@ -272,12 +328,17 @@ class _Run:
         self.partial.record(unit, digest)
         return length
 
-    def _choose_channels(self, group: list[PlannedMatrix]) -> None:
-        """Choose and write the channel order of the input that `group` shares."""
-        names = channel_names(group[0])
-        ranges = [Range(name, 0, self.writer.layout.places[name].length) for name in names]
-        self._account(names[0], ranges, self._ensure(names[0], ranges, lambda: self._split(group)))
-        self.channels |= {item.name: np.frombuffer(self.writer.get(item), np.int32) for item in ranges}
+    def _channels_of(self, planned: PlannedMatrix, groups: Mapping[str, list[PlannedMatrix]]) -> Channels:
+        """Of a split matrix's input: chosen and written with the first of those that share it."""
+        if not planned.split:
+            return {}
+        names = channel_names(planned)
+        if names[0] not in self.channels:
+            ranges = [Range(name, 0, self.writer.layout.places[name].length) for name in names]
+            digest = self._kept(names[0], ranges) or self._put(ranges, self._split(groups[planned.matrix.input]))
+            self._account(names[0], ranges, digest)
+            self.channels |= {item.name: np.frombuffer(self.writer.get(item), np.int32) for item in ranges}
+        return {name: self.channels[name] for name in names}
 
     def _split(self, group: list[PlannedMatrix]) -> tuple[np.ndarray, np.ndarray]:
         name = group[0].matrix.input
@@ -288,11 +349,16 @@ class _Run:
 
     def _column_norms(self, planned: PlannedMatrix) -> np.ndarray:
         """Squared norm of each column, float64 [columns]. These rows are read again at once, from the page cache."""
+        total = np.zeros(planned.matrix.columns)
 
         def of_unit(unit: Unit) -> np.ndarray:
             return squared_norms(self.checkpoint.rows(planned.matrix.name, unit.start, unit.stop))
 
-        return sum(self.pool.map(of_unit, units(planned)), np.zeros(planned.matrix.columns))
+        def add(_: Unit, norms: np.ndarray) -> None:
+            total[...] += norms
+
+        Threads().run(of_unit, units(planned), add)
+        return total
 
 
 def _write_copies(writer: PartWriter, checkpoint: Checkpoint, export: Path, ranges: Ranges) -> None:

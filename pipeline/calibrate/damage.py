@@ -9,11 +9,14 @@ logits, for about half as many runs of a layer as there are copies; memory is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -26,10 +29,11 @@ from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
 from pipeline.partial import Partial
 from pipeline.progress import Progress
-from pipeline.runtime.device import Array, Device, passing
+from pipeline.runtime.device import CPU, Array, Device, engine_of, passing
 
 # A matrix and some of its rows, float32 [rows, columns] → the same rows as they are after quantization.
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
+_Run = Callable[..., np.ndarray]
 
 BATCH_TOKENS = 1024  # of one run of a layer: products are as fast as they get, activations stay small
 _HEAD_ROWS = 4096
@@ -84,6 +88,57 @@ def damaged_together(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
     return found
 
 
+_Unit = tuple[np.ndarray, Sequence[Matrix]]  # some copies' hidden states, and the matrices that are damaged
+
+
+class _Layer:
+    """The job of one layer: hidden states of some copies → those after it. Its weights are read where it is done, and
+    put on a GPU if that is this process's device."""
+
+    def __init__(
+        self, part: Slice, folder: Path, checkpoint: Checkpoint, matrices: Sequence[Matrix], damage: Damage,
+        where: Device = CPU,
+    ):  # fmt: skip
+        self._given, self._where = (part, folder, checkpoint, matrices, damage), where
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
+
+    @cached_property
+    def _run(self) -> _Run:
+        return _opened(*self._given[:2], self._where)
+
+    @cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        _, _, checkpoint, matrices, _ = self._given
+        return {matrix.name: checkpoint.rows(matrix.name) for matrix in matrices}
+
+    @cached_property
+    def _weights(self) -> dict[str, Array]:
+        return {name: self._where.put(rows) for name, rows in self._rows.items()}
+
+    def __call__(self, unit: _Unit) -> np.ndarray:
+        states, damaged = unit
+        damage, rows = self._given[-1], self._rows
+        hurt = {matrix.name: self._where.put(damage(matrix, rows[matrix.name])) for matrix in damaged}
+        return self._run(states, self._weights | hurt)
+
+
+def _opened(part: Slice, folder: Path, where: Device) -> _Run:
+    """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first output,
+    of the same shape."""
+    run_slice = where.open(part.model, folder)
+    output = part.target or next(iter(part.taps.values()))
+
+    def run(states: np.ndarray, weights: Mapping[str, Array] = MappingProxyType({})) -> np.ndarray:
+        batch = states.reshape(-1, *states.shape[2:])
+        mask = np.ones(batch.shape[:2], np.int64)
+        (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
+        return result.reshape(states.shape)
+
+    return run
+
+
 class Passing:
     """Copies on their way through a model whose slices run in `folder`."""
 
@@ -107,40 +162,29 @@ class Passing:
         return passing(f"sensitivity: layer {copies.layer}", lambda where: self._advanced(copies, where))
 
     def _advanced(self, copies: Copies, where: Device) -> Copies:
-        damaged = damaged_together(self._arch.body(copies.layer))
-        whole = {one.name: self._checkpoint.rows(one.name) for matrices in damaged.values() for one in matrices}
-        weights = {name: where.put(rows) for name, rows in whole.items()}
-        run, done = self._run(self._slices.open_layer(copies.layer), where), len(copies.states)
-        states = np.empty((done + len(damaged), *copies.states.shape[1:]), np.float32)
-        for batch in _batches(copies.states):
-            states[batch] = run(copies.states[batch], weights)
-        for index, matrices in enumerate(damaged.values(), done):
-            hurt = {matrix.name: where.put(self._damage(matrix, whole[matrix.name])) for matrix in matrices}
-            states[index] = run(copies.states[:1], weights | hurt)[0]
+        matrices, done = self._arch.body(copies.layer), len(copies.states)
+        damaged, part = damaged_together(matrices), self._slices.open_layer(copies.layer)
+        states, places = np.empty((done + len(damaged), *copies.states.shape[1:]), np.float32), count()
+        units: list[_Unit] = [(copies.states[batch], ()) for batch in _batches(copies.states)]
+        units += [(copies.states[:1], together) for together in damaged.values()]
+
+        def put(_: _Unit, passed: np.ndarray) -> None:
+            for row in passed:
+                states[next(places)] = row
+
+        job = _Layer(part, self._folder, self._checkpoint, matrices, self._damage, where)
+        engine_of(where).run(job, units, put)
         if not np.isfinite(states[0]).all():
             raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
         return Copies([*copies.names, *damaged], states, copies.layer + 1)
-
-    def _run(self, part: Slice, where: Device) -> Callable[..., np.ndarray]:
-        """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first
-        output, of the same shape."""
-        run_slice = where.open(part.model, self._folder)
-        output = part.target or next(iter(part.taps.values()))
-
-        def run(states: np.ndarray, weights: Mapping[str, Array] = MappingProxyType({})) -> np.ndarray:
-            batch = states.reshape(-1, *states.shape[2:])
-            mask = np.ones(batch.shape[:2], np.int64)
-            (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
-            return result.reshape(states.shape)
-
-        return run
 
     def divergences(self, copies: Copies) -> dict[str, float]:
         """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
         return passing("sensitivity: head", lambda where: self._divergences(copies, where))
 
     def _divergences(self, copies: Copies, where: Device) -> dict[str, float]:
-        head, run, xp = self._arch.head, self._run(self._slices.layer(self._arch.layers), where), where.xp
+        head, xp = self._arch.head, where.xp
+        run = _opened(self._slices.layer(self._arch.layers), self._folder, where)
         states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
         states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
         if not self._arch.tied:  # the last copy: clean states, damaged head

@@ -166,6 +166,9 @@ class Checkpoint(dict[str, TensorRef]):
             lost = f"places {len(missing)} of {len(index)} tensors in shards that do not hold them, {first}"
             raise CheckpointError(f"{folder / INDEX}: {lost}. {_OTHERS}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # where it is unpickled, headers are read again
+
     @contextmanager
     def _open(self, name: str) -> Iterator[FileIO]:
         """The file that holds a tensor, which must be as long as when its header was read; its failures named."""

@@ -16,7 +16,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_NEUTRAL = ("pipeline.keys", "pipeline.progress")  # say what decides and how far work is; no result depends on them
+# They say what decides, how far work is and who does it; no result depends on them.
+_NEUTRAL = ("pipeline.keys", "pipeline.progress", "pipeline.engine")
 _BENEATH = {"onnxruntime_genai": ("onnxruntime",), "numba": ("llvmlite",)}  # decide, and are imported by the library
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from pipeline import machine
 from pipeline.config.models import load_device
+from pipeline.engine import Engine, Here, chosen
 from pipeline.errors import ConfigError
 from pipeline.runtime.session import SliceRun, check_weights, open_slice
 
@@ -138,6 +139,11 @@ def _device(wanted: str) -> Device:
         raise ConfigError(f"device: cuda: {problem}. {INSTALL}. Or set `device: cpu` in configs/pipeline.yaml.")
     print(f"device: {wanted}: {problem}, so the CPU computes. {INSTALL}.", file=sys.stderr)
     return CPU
+
+
+def engine_of(where: Device) -> Engine:
+    """Who does the units of a pass: the configured engine on CPUs, this process on its GPU."""
+    return chosen(wide=True) if where is CPU else Here()
 
 
 def computed_by() -> str:

@@ -8,13 +8,14 @@ the way is Σ x·xᵀ of the products' inputs x, and some tokens of them as they
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import repeat
+from functools import cached_property
+from itertools import count, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -24,10 +25,13 @@ from pipeline.graph.slices import DecoderSlices, Slice
 from pipeline.machine import cores
 from pipeline.quantize.cache import ROTATED, magnitudes
 from pipeline.quantize.rotation import rotate
-from pipeline.runtime.device import Array, Device, passing
+from pipeline.runtime.device import CPU, Array, Device, engine_of, passing
+from pipeline.runtime.session import SliceRun
 
 Windows = Sequence[np.ndarray]
 """Token ids, int64 [tokens] each."""
+Values = Mapping[str, np.ndarray]
+_See = Callable[[int, Values], None]
 SAMPLE_TOKENS = 1024  # of each input that are kept as they are, in whole windows
 BATCH_TOKENS = 2048  # whose products are added at a time: each addition passes over the whole sum
 _PANEL_BYTES = 64 << 20  # of the partial products of a matrix Σ x·xᵀ
@@ -58,6 +62,34 @@ def sampled(windows: Windows) -> frozenset[int]:
     return frozenset((2 * k + 1) * len(windows) // (2 * count) for k in range(count))
 
 
+class _Window(NamedTuple):
+    """Token ids, int64 [tokens], and the hidden states before a slice, float32 [tokens, hidden]; empty for none."""
+
+    number: int
+    ids: np.ndarray
+    hidden: np.ndarray
+
+
+class _Part:
+    """The job of one slice: a window → all that the slice gives of it. Its weights are mapped where it is done, or lie
+    on a GPU of this process."""
+
+    def __init__(self, part: Slice, folder: Path, where: Device = CPU):
+        self._part, self._folder, self._where = part, folder, where
+
+    def __reduce__(self) -> tuple[type, tuple[Slice, Path]]:
+        return type(self), (self._part, self._folder)
+
+    @cached_property
+    def _run(self) -> SliceRun:
+        return self._where.open(self._part.model, self._folder)
+
+    def __call__(self, window: _Window) -> Values:
+        names, mask = [value.name for value in self._part.model.graph.output], np.ones((1, len(window.ids)), np.int64)
+        arrays = {"input_ids": window.ids[None], "attention_mask": mask, self._part.source: window.hidden[None]}
+        return dict(zip(names, (value[0] for value in self._run(names, arrays)), strict=True))
+
+
 class LayerStream:
     """Windows of tokens on their way through a model.
 
@@ -80,7 +112,7 @@ class LayerStream:
         self._slices, self._weights, self._windows, self._states = slices, weights, windows, states
         self.layer, self.digest, self.architecture = layer or 0, "", slices.architecture
         if layer is None:
-            passing("calibration: embedding", lambda where: deque(self._run(slices.embedding(), 0, where), 0))
+            passing("calibration: embedding", lambda where: self._run(slices.embedding(), 0, where))
             return
         path = states / self.states_file(layer)
         size = path.stat().st_size if path.is_file() else 0
@@ -121,7 +153,8 @@ class LayerStream:
         found = Passed(dict.fromkeys(channels, 0), {}, samples, {})
         kept, last = sampled(self._windows), len(self._windows) - 1
         waiting: dict[str, list[np.ndarray]] = {name: [] for name in channels}
-        for number, values in enumerate(self._run(part, self.layer + 1, where)):
+
+        def see(number: int, values: Values) -> None:
             for name, value in part.taps.items():
                 found.tokens[name] += len(values[value])
                 waiting[name].append(values[value])
@@ -135,27 +168,30 @@ class LayerStream:
                 if name.endswith(".value"):
                     turned = rotate(values[value].reshape(-1, arch.head_dim), arch.head_dim)
                     _raise(found.ranges, f"{name}{ROTATED}", magnitudes(turned.reshape(values[value].shape)))
+
+        self._run(part, self.layer + 1, where, see)
         found.products.update({name: where.get(total) for name, total in products.items()})
         return found
 
-    def _run(self, part: Slice, next_layer: int, where: Device) -> Iterator[dict[str, np.ndarray]]:
-        """A slice's outputs of each window, float32 [tokens, channels] by name; keys, values [heads, tokens, channels].
+    def _run(self, part: Slice, next_layer: int, where: Device, see: _See | None = None) -> None:
+        """Show what a slice gives of each window, in their order: float32 [tokens, channels] by name; keys, values
+        [heads, tokens, channels].
 
         What it gives as hidden states goes to the file before `next_layer`, and `digest` is that file's.
         """
-        run = where.open(part.model, self._weights)
-        names, digest = [value.name for value in part.model.graph.output], hashlib.sha256()
-        states = self._hidden() if part.source else repeat(np.empty(0))
+        digest, states = hashlib.sha256(), self._hidden() if part.source else repeat(np.empty(0))
         with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
-            for ids, hidden in zip(self._windows, states, strict=False):
-                mask = np.ones((1, len(ids)), np.int64)
-                found = run(names, {"input_ids": ids[None], "attention_mask": mask, part.source: hidden[None]})
-                values = dict(zip(names, (value[0] for value in found), strict=True))
+
+            def reduce(unit: _Window, values: Values) -> None:
                 if file and part.target:
                     data = np.ascontiguousarray(values[part.target]).data
                     file.write(data)
                     digest.update(data)
-                yield values
+                if see:
+                    see(unit.number, values)
+
+            windows = map(_Window, count(), self._windows, states)
+            engine_of(where).run(_Part(part, self._weights, where), windows, reduce)
         if part.target:
             self.digest = digest.hexdigest()
 

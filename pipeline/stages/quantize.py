@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.calibrate.results import read_moments, read_products, read_ranges
 from pipeline.checkpoint.architecture import read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.recipes import Recipe, load_recipe
+from pipeline.engine import chosen
 from pipeline.errors import PlanError
 from pipeline.files import read_json, remove_leftovers, sha256_of, write_bytes, write_json
 from pipeline.graph.decoder import ROPE_FILE
@@ -64,35 +66,35 @@ def run(model: str, variant: str, dry_run: bool = False) -> None:
         write_json(folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
         print(f"{model} {variant}: written before from the same plan, weights and code; {planned.bytes:,} bytes kept")
         return
-    with open_partial(workspace.partial(variant), key) as partial:
+    with open_partial(workspace.partial(variant), key) as growing:
         if learned:
-            adopt(learned, grown, partial.folder)
-        lost = lost_of(learned) if learned else write_files(partial, recipe, planned, checkpoint, workspace)
-        decided = key, digests_of(partial.folder), lost, learned
-        write_json(partial.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
+            adopt(learned, grown, growing.folder)
+        lost = lost_of(learned) if learned else write_files(growing, recipe, planned, checkpoint, workspace)
+        decided = key, digests_of(growing.folder), lost, learned
+        write_json(growing.folder / PLAN_FILE, plan_record(planned, recipe, architecture.parameters, *decided))
         names = drafted.files + (planned.speculation.files if planned.speculation else ())
-        written = sum((partial.folder / name).stat().st_size for name in names)
+        written = sum((growing.folder / name).stat().st_size for name in names)
         if written != planned.bytes:
             raise PlanError(f"{model} {variant}: {written:,} bytes written, {planned.bytes:,} planned. This is a bug.")
-        partial.finish(folder)
+        growing.finish(folder)
     for name, item in lost.items():
         print(sentence(name, item))
     print(f"{model} {variant}: {written:,} bytes written, as planned")
 
 
 def write_files(
-    partial: Partial, recipe: Recipe, planned: Planned, checkpoint: Rotated, workspace: Workspace
+    growing: Partial, recipe: Recipe, planned: Planned, checkpoint: Rotated, workspace: Workspace
 ) -> dict[str, Lost]:
-    """The artifact's files, all but the plan, in `partial.folder`; what float16 lost of it, by tensor."""
+    """The artifact's files, all but the plan, in `growing.folder`; what float16 lost of it, by tensor."""
     ranges = checkpoint.ranges(read_ranges(workspace)) if recipe.kv_cache == "int8" else None
     with ExitStack() as stack:
         search = _search(recipe, workspace, checkpoint, stack)
         lost = write_artifact(
-            partial, planned.draft, checkpoint, workspace.export, search, ranges=ranges, lost_max=recipe.lost_max
+            growing, planned.draft, checkpoint, workspace.export, search, chosen(), ranges, recipe.lost_max
         )
     if planned.speculation:
-        planned.speculation.write(partial, checkpoint.folder, workspace.export, recipe)
-    _make_runnable(partial.folder, workspace, planned.draft.model_file)
+        planned.speculation.write(growing, checkpoint.folder, workspace.export, recipe)
+    _make_runnable(growing.folder, workspace, planned.draft.model_file)
     return lost
 
 
@@ -107,11 +109,14 @@ def _search(recipe: Recipe, workspace: Workspace, checkpoint: Rotated, stack: Ex
     # Units of rows keep all cores busy; a product that took them all too would only get in their way.
     stack.enter_context(threadpool_limits(1, "blas"))
 
-    def products(name: str) -> tuple[np.ndarray, float]:
-        found, damping = read_products(workspace, name, measured[name])
-        return checkpoint.products(name, found), damping
+    return Compensated(moments, partial(_products, workspace, checkpoint, measured))
 
-    return Compensated(moments, products)
+
+def _products(
+    workspace: Workspace, checkpoint: Rotated, measured: Mapping[str, np.ndarray], name: str
+) -> tuple[np.ndarray, float]:
+    found, damping = read_products(workspace, name, measured[name])
+    return checkpoint.products(name, found), damping
 
 
 def _intact(folder: Path, key: str, lost_max: float) -> dict[str, Any] | None:

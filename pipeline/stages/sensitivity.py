@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -16,13 +17,14 @@ import onnx
 from safetensors.numpy import save
 
 from pipeline import keys, machine
-from pipeline.calibrate.damage import Damage, damaged_together, sensitivities
+from pipeline.calibrate.damage import damaged_together, sensitivities
 from pipeline.calibrate.results import ERRORS, ORDER, TOKENS, read_moments
 from pipeline.calibrate.texts import input_ids
 from pipeline.checkpoint.architecture import Architecture, Matrix, read_architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
+from pipeline.engine import chosen
 from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
@@ -53,20 +55,19 @@ def run(model: str) -> None:
     moments = read_moments(workspace)
     checkpoint = Checkpoint(workspace.weights(store))
     slices = DecoderSlices(onnx.load(folder / MODEL_FILE, load_external_data=False), architecture)
-    with open_partial(workspace.partial("sensitivity"), key) as partial:
-        nats = sensitivities(slices, folder, checkpoint, ids, _damage(moments, wanted.damage), partial, model)
+    with open_partial(workspace.partial("sensitivity"), key) as growing:
+        damage = partial(_damaged, moments, wanted.damage)
+        nats = sensitivities(slices, folder, checkpoint, ids, damage, growing, model)
         errors = measure_errors(architecture, checkpoint, moments, wanted)
-        for leftover in partial.folder.iterdir():
+        for leftover in growing.folder.iterdir():
             leftover.unlink()
-        write_bytes(partial.folder / ERRORS, save(errors))
+        write_bytes(growing.folder / ERRORS, save(errors))
         formats = {matrix.name: str(_format(wanted.damage, matrix)) for matrix in _matrices(architecture)}
         shares = _shared(nats, architecture, {name: errors[f"{name}/{fmt}"] for name, fmt in formats.items()})
         rows = {name: {"nats": value, "format": formats[name]} for name, value in shares.items()}
-        write_json(
-            partial.folder / workspace.nats.name,
-            {"key": key, "device": computed_by(), "tokens": ids.size, "tensors": rows},
-        )
-        partial.finish(workspace.sensitivity)
+        found = {"key": key, "device": computed_by(), "tokens": ids.size, "tensors": rows}
+        write_json(growing.folder / workspace.nats.name, found)
+        growing.finish(workspace.sensitivity)
     print(f"{model}: damage of {len(nats)} matrices in {wanted.damage} over {ids.size:,} tokens; most sensitive:")
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:3]:
         print(f"  {name:<44} {nats[name]:.5f} nats")
@@ -94,27 +95,33 @@ def measure_errors(
 ) -> dict[str, np.ndarray]:
     """`<matrix>/<format>` → E[x²]·Σ(w − ŵ)² of each channel over the sampled rows, float32 [columns]; `<input>/order` →
     its channels by importance, int32."""
-    found: dict[str, np.ndarray] = {}
+    found, norms = dict[str, np.ndarray](), list[tuple[Matrix, np.ndarray]]()
 
-    def one(matrix: Matrix) -> np.ndarray:
-        weights = _sample(checkpoint, matrix, wanted.rows)
-        importance = _importance(matrix, moments)
-        for name in (*wanted.formats, wanted.damage):
-            fmt = _format(name, matrix)
-            if (place := f"{matrix.name}/{fmt}") not in found:
-                gap = weights - weighted(weights, importance, fmt).dequantize()
-                cost = importance * np.einsum("rc,rc->c", gap, gap)
-                found[place] = (cost * _share(matrix, moments)).astype(np.float32)
-        return squared_norms(weights) * (matrix.rows / len(weights))
+    def add(matrix: Matrix, measured: tuple[dict[str, np.ndarray], np.ndarray]) -> None:
+        found.update(measured[0])
+        norms.append((matrix, measured[1]))
 
-    with ThreadPoolExecutor(machine.cores()) as pool:
-        matrices = _matrices(architecture)
-        norms = zip(matrices, pool.map(one, matrices), strict=True)
-        for name, sharing in groupby(norms, key=lambda item: item[0].input):
-            if name in moments:
-                importance = channel_importance(moments[name], (item[1] for item in sharing))
-                found[f"{name}/{ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
+    chosen().run(partial(_errors, checkpoint, moments, wanted), _matrices(architecture), add)
+    for name, sharing in groupby(norms, key=lambda item: item[0].input):
+        if name in moments:
+            importance = channel_importance(moments[name], (item[1] for item in sharing))
+            found[f"{name}/{ORDER}"] = np.argsort(-importance, kind="stable").astype(np.int32)
     return found
+
+
+def _errors(
+    checkpoint: Checkpoint, moments: dict[str, np.ndarray], wanted: SensitivityConfig, matrix: Matrix
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A matrix's errors, and the squared norms of its columns."""
+    weights, found = _sample(checkpoint, matrix, wanted.rows), dict[str, np.ndarray]()
+    importance = _importance(matrix, moments)
+    for name in (*wanted.formats, wanted.damage):
+        fmt = _format(name, matrix)
+        if (place := f"{matrix.name}/{fmt}") not in found:
+            gap = weights - weighted(weights, importance, fmt).dequantize()
+            cost = importance * np.einsum("rc,rc->c", gap, gap)
+            found[place] = (cost * _share(matrix, moments)).astype(np.float32)
+    return found, squared_norms(weights) * (matrix.rows / len(weights))
 
 
 def _sample(checkpoint: Checkpoint, matrix: Matrix, rows: int) -> np.ndarray:
@@ -145,19 +152,17 @@ def _format(name: str, matrix: Matrix) -> TensorFormat:
     return fmt.fitted(matrix.columns) if matrix.expert is None else experts.fitted(fmt, matrix)
 
 
-def _damage(moments: dict[str, np.ndarray], name: str) -> Damage:
-    def quantized(matrix: Matrix, rows: np.ndarray) -> np.ndarray:
-        found, importance, fmt = np.empty_like(rows), _importance(matrix, moments), _format(name, matrix)
+def _damaged(moments: dict[str, np.ndarray], name: str, matrix: Matrix, rows: np.ndarray) -> np.ndarray:
+    """Rows as they are after quantization to format `name`."""
+    found, importance, fmt = np.empty_like(rows), _importance(matrix, moments), _format(name, matrix)
 
-        def some(start: int) -> None:  # few at a time: unpacking takes three times their bytes
-            part = slice(start, start + _DAMAGED_ROWS)
-            found[part] = weighted(rows[part], importance, fmt).dequantize()
+    def some(start: int) -> None:  # few at a time: unpacking takes three times their bytes
+        part = slice(start, start + _DAMAGED_ROWS)
+        found[part] = weighted(rows[part], importance, fmt).dequantize()
 
-        with ThreadPoolExecutor(machine.cores()) as pool:
-            list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
-        return found
-
-    return quantized
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
+    return found
 
 
 def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:

@@ -45,7 +45,7 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
             yield (known[name] if subject.reference is None else {}) | own
 
     subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
-    fill(journal, problems, f"agreement {subject.name}", "solutions", read)
+    fill(journal, problems, f"agreement {subject.name}", "solutions", read, subject.engine)
     items, theirs = [journal.items[name] for name in problems], [known[name] for name in problems]
     problem = np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])
     if subject.reference is None:

@@ -80,9 +80,9 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
         return subject.decoder.run(ids)[0]
 
     if subject.reference is None:
-        own = scores.record_reference(logits, windows, folder)
+        own = scores.record_reference(logits, windows, folder, subject.engine)
         return summarise_reference_divergence(own["logprob"], own["codes_kl"], own["clipped"], own["window_id"])
-    found = scores.compare(logits, windows, subject.reference, folder, subject.name)
+    found = scores.compare(logits, windows, subject.reference, folder, subject.name, subject.engine)
     own = scores.read_scores(subject.reference)
     return summarise_divergence(
         found["kl"], found["top"] == own["top"], found["logprob"], own["logprob"], found["window_id"], wanted.windows

@@ -12,6 +12,7 @@ Every window is an item of a journal, recorded when its codes are on the disk: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ import numba
 import numpy as np
 
 from pipeline.compiled import compiled
+from pipeline.engine import Engine, Here
 from pipeline.errors import EvaluationError
 from pipeline.files import atomic_file
 from pipeline.journal import Journal
-from pipeline.tasks.subject import fill
+from pipeline.tasks.subject import Keep, fill
 
 WINDOW_NATS = 24.0
+_CODES = "codes"  # in an item until they are in a file
 ITEMS = "windows.jsonl"
 _AGAIN = "They belong to different text or models: measure the reference again."
 _STEP = WINDOW_NATS / 65535
 _WEIGHTS = np.exp(-_STEP * np.arange(65536))  # probability of each code, before normalisation
 
 Logits = Callable[[np.ndarray], np.ndarray]  # int64 [n] → float32 [n, vocab]
-Item = dict[str, list[Any]]
+Item = dict[str, Any]
 Own = Callable[[str, np.ndarray, np.ndarray], Item]
 Scores = dict[str, np.ndarray]
 """Per scored token, [tokens]: `window_id` and `top` (the most likely token) int64; in nats, float64, `logprob` of the
@@ -96,20 +99,23 @@ def kl_divergence(codes: np.ndarray, weights: np.ndarray, logits: np.ndarray, no
     return result
 
 
-def record_reference(logits: Logits, windows: Sequence[np.ndarray], folder: Path) -> Scores:
-    """Score the reference and keep its log-probabilities in `folder`, window by window."""
+def record_reference(
+    logits: Logits, windows: Sequence[np.ndarray], folder: Path, engine: Engine | None = None
+) -> Scores:
+    """Score the reference and keep its log-probabilities in `folder`, window by window; `engine` as in `fill`."""
 
-    def kept(window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
-        codes = np.empty(values.shape, np.uint16)
-        lost, clipped = encode(values, normalisers, _WEIGHTS, codes)
+    def keep(window: str, item: Item) -> Item:
         with atomic_file(folder / _codes_file(window)) as file:
-            np.save(file, codes)
-        return {"codes_kl": lost.tolist(), "clipped": clipped.tolist()}
+            np.save(file, item.pop(_CODES))
+        return item
 
-    return _score(logits, windows, folder, "reference", kept)
+    return _score(logits, windows, folder, "reference", _coded, engine, keep)
 
 
-def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, folder: Path, model: str) -> Scores:
+def compare(
+    logits: Logits, windows: Sequence[np.ndarray], reference: Path, folder: Path, model: str,
+    engine: Engine | None = None,
+) -> Scores:  # fmt: skip
     """Score a variant on the reference's windows, and keep the scores in `folder`, window by window.
 
     Raises EvaluationError when the windows or the vocabulary are not those of the recorded reference.
@@ -118,16 +124,24 @@ def compare(logits: Logits, windows: Sequence[np.ndarray], reference: Path, fold
     if tokens != known:
         raise EvaluationError(f"{model}: {tokens} tokens to score, the reference has {known}. {_AGAIN}")
 
-    def compared(window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
-        codes = np.load(reference / _codes_file(window), mmap_mode="r", allow_pickle=False)
-        if codes.shape != values.shape:
-            raise EvaluationError(
-                f"{model}: {values.shape[1]} logits of each of {len(values)} tokens in window {window}, the reference "
-                f"has {codes.shape[1]} of {len(codes)}. {_AGAIN}"
-            )
-        return {"kl": kl_divergence(codes, _WEIGHTS, values, normalisers).tolist()}
+    return _score(logits, windows, folder, model, partial(_compared, reference, model), engine)
 
-    return _score(logits, windows, folder, model, compared)
+
+def _coded(window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
+    del window
+    codes = np.empty(values.shape, np.uint16)
+    lost, clipped = encode(values, normalisers, _WEIGHTS, codes)
+    return {"codes_kl": lost.tolist(), "clipped": clipped.tolist(), _CODES: codes}
+
+
+def _compared(reference: Path, model: str, window: str, values: np.ndarray, normalisers: np.ndarray) -> Item:
+    codes = np.load(reference / _codes_file(window), mmap_mode="r", allow_pickle=False)
+    if codes.shape != values.shape:
+        raise EvaluationError(
+            f"{model}: {values.shape[1]} logits of each of {len(values)} tokens in window {window}, the reference "
+            f"has {codes.shape[1]} of {len(codes)}. {_AGAIN}"
+        )
+    return {"kl": kl_divergence(codes, _WEIGHTS, values, normalisers).tolist()}
 
 
 def read_scores(folder: Path) -> Scores:
@@ -143,23 +157,25 @@ def _codes_file(window: str) -> str:
     return f"codes.{window}.npy"
 
 
-def _score(logits: Logits, windows: Sequence[np.ndarray], folder: Path, model: str, own: Own) -> Scores:
+def _score(
+    logits: Logits, windows: Sequence[np.ndarray], folder: Path, model: str, own: Own, engine: Engine | None,
+    keep: Keep | None = None,
+) -> Scores:  # fmt: skip
     """Record what is known of any model, and what `own` makes of (window, logits float32 [n, vocab], normalisers).
     Raises EvaluationError for NaN and infinity."""
-
-    def items(left: Iterable[str]) -> Iterator[Item]:
-        for window in left:
-            ids = windows[int(window)]
-            values = logits(ids[:-1])
-            if not np.isfinite(values).all():
-                raise EvaluationError(
-                    f"{model}: logits of the held-out text contain NaN or infinity; the file is broken."
-                )
-            normalisers = log_normalisers(values)
-            logprob = values[np.arange(len(values)), ids[1:]] - normalisers
-            known = {"top": values.argmax(axis=1).tolist(), "logprob": logprob.tolist()}
-            yield known | own(window, values, normalisers)
-
     names = [str(number) for number in range(len(windows))]
-    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items)
+    items = partial(_items, logits, windows, model, own)
+    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items, engine or Here(), keep)
     return read_scores(folder)
+
+
+def _items(logits: Logits, windows: Sequence[np.ndarray], model: str, own: Own, left: Iterable[str]) -> Iterator[Item]:
+    for window in left:
+        ids = windows[int(window)]
+        values = logits(ids[:-1])
+        if not np.isfinite(values).all():
+            raise EvaluationError(f"{model}: logits of the held-out text contain NaN or infinity; the file is broken.")
+        normalisers = log_normalisers(values)
+        logprob = values[np.arange(len(values)), ids[1:]] - normalisers
+        known = {"top": values.argmax(axis=1).tolist(), "logprob": logprob.tolist()}
+        yield known | own(window, values, normalisers)

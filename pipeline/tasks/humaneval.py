@@ -7,6 +7,7 @@ the standard library's computing modules (named in `pipeline.confine.worker`), n
 from __future__ import annotations
 
 import builtins
+import platform
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from pydantic import Field, model_validator
 from pipeline.calibrate.texts import dataset
 from pipeline.confine.isolation import SAFE_LEVELS, require_isolation
 from pipeline.confine.referee import Outcome, judge_program
+from pipeline.engine import chosen
+from pipeline.errors import EvaluationError
 from pipeline.journal import Journal
 from pipeline.tasks import humaneval_answers as answers
 from pipeline.tasks import task, written
@@ -64,12 +67,17 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     named = {name: problem for problem, row in zip(problems.values(), names, strict=True) for name in row}
 
     def judged(left: Iterable[str]) -> Iterator[dict[str, Any]]:
+        if (here := require_isolation(wanted.allow_unsafe)) != level:
+            raise EvaluationError(
+                f"worker {platform.node()} isolates generated code by {here}, and others by {level}: judge on machines "
+                f"of one kind."
+            )
         pairs = [(named[name], _completion(subject, named[name], solutions.items[name])) for name in left]
         outcomes = judge_all(pairs, wanted.timeout_seconds, level)
         for (_, completion), outcome in zip(pairs, outcomes, strict=True):
             yield {"completion": completion, "correct": outcome.passed, "reason": outcome.reason}
 
-    fill(verdicts, list(named), f"judging {subject.name}", "solutions", judged)
+    fill(verdicts, list(named), f"judging {subject.name}", "solutions", judged, chosen(wide=True))
     reference = _passed(Journal(subject.reference / VERDICTS), names) if subject.reference else None
     return {
         **summarise_humaneval(_passed(verdicts, names), reference, wanted.k),

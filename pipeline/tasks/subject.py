@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.models import ModelConfig
+from pipeline.engine import Engine, Here, chosen
 from pipeline.journal import Journal
 from pipeline.progress import Progress
 
@@ -79,10 +80,19 @@ class Subject:
     source: Path | None = None
     states: Path = Path()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it has loaded."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def name(self) -> str:
         """Model and variant, for people."""
         return f"{self.model} {self.variant}"
+
+    @property
+    def engine(self) -> Engine:
+        """Who asks it; what runs layer by layer is asked where its layers were passed."""
+        return Here() if self.layered else chosen(wide=True)
 
     @cached_property
     def decoder(self) -> Any:
@@ -103,20 +113,34 @@ class Subject:
             self.decoder.prepare(ask)
 
 
-Make = Callable[[list[str]], Iterable[Any]]
+Make = Callable[[Sequence[str]], Iterable[Any]]
 """Names → their items, plain JSON data, in that order."""
+Keep = Callable[[str, Any], Any]
+"""An item as it was made → as it is recorded."""
+_BATCH = 16  # items at most of one unit for workers elsewhere, and so many units at least of each worker
+_UNITS = 4
 
 
-def fill(journal: Journal, names: Sequence[str], title: str, unit: str, items: Make) -> None:
+def fill(
+    journal: Journal, names: Sequence[str], title: str, unit: str, items: Make, engine: Engine, keep: Keep | None = None
+) -> None:
     """Record an item for each of `names` that the journal lacks, as soon as `items` of those has made it.
 
     Args:
         title, unit: of the progress: what is measured of whom, and what its items are.
-        items: not called when none is left.
+        items: not called when none is left; pickled, and given a few names at a time, where workers are elsewhere.
+        engine: who makes items, each of which takes all cores.
+        keep: what is left to do here with an item.
     """
     left = [name for name in names if name not in journal.items]
+    size = len(left) if engine.shared else min(_BATCH, len(left) // (_UNITS * engine.workers))
+    batches = [left[start : start + max(size, 1)] for start in range(0, len(left), max(size, 1))]
     with Progress(title, len(names), unit) as progress:
         progress.advance(len(names) - len(left), kept=True)
-        for name, item in zip(left, items(left) if left else (), strict=True):
-            journal.record(name, item)
-            progress.advance()
+
+        def record(some: Sequence[str], made: Iterable[Any]) -> None:
+            for name, item in zip(some, made, strict=True):
+                journal.record(name, keep(name, item) if keep else item)
+                progress.advance()
+
+        engine.run(items, batches, record)

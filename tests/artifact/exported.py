@@ -26,6 +26,7 @@ from pipeline.artifact.write import Draft, draft, write_artifact
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import RecipeConfig
+from pipeline.engine import Engine, Threads
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import make_plan
@@ -60,13 +61,14 @@ class Exported:
 
     def write(
         self, recipe: RecipeConfig, folder: Path, threads: int | None = None, part_bytes: int = PART_BYTES,
-        ranges: Ranges | None = None,
+        ranges: Ranges | None = None, engine: Engine | None = None,
     ) -> Draft:  # fmt: skip
         """The artifact in `folder`, grown in `folder`.parent/partial."""
         drafted = self.draft(recipe, part_bytes)
         search = Search(self.moments if recipe.search == "weighted" else None)
         with open_partial(folder.parent / "partial" / folder.name, repr(recipe)) as growing:
-            write_artifact(growing, drafted, self.checkpoint, self.folder, search, threads, ranges)
+            engine = engine or Threads(threads)
+            write_artifact(growing, drafted, self.checkpoint, self.folder, search, engine, ranges)
             growing.finish(folder)
         return drafted
 

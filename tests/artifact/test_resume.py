@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.artifact import write
 from pipeline.artifact.work import quantize_unit
+from pipeline.engine.units import AHEAD, Threads
 from pipeline.errors import ResourceError
 from tests.artifact.exported import (
     PATIENCE,
@@ -99,7 +100,7 @@ def test_killed_many_times(recipe: str, middle: Path, tmp_path: Path) -> None:
         computed += len(done)
         assert not before & set(done), "finished units were computed again"
         log.unlink(missing_ok=True)
-    under_way = 5 + write._AHEAD + 2  # for 5 threads, with the unit that was to be recorded and a channel order
+    under_way = 5 + AHEAD + 2  # for 5 threads, with the unit that was to be recorded and a channel order
     assert computed <= units + KILLS * under_way
     assert contents(artifact) == contents(tmp_path / "whole")
     assert not (tmp_path / "partial").exists()
@@ -117,7 +118,7 @@ def test_the_bytes_do_not_depend_on_cores_or_threads(middle: Path, tmp_path: Pat
 def run_on_one_core(*arguments: Any) -> None:
     """`grow` with as many threads as it finds cores: one."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    assert write.cores() == 1
+    assert Threads().workers == 1
     grow(*arguments)
 
 

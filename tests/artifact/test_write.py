@@ -34,6 +34,7 @@ from pipeline.artifact.write import Draft, PartWriter
 from pipeline.checkpoint.architecture import Matrix, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import RecipeConfig
+from pipeline.engine import units as engine_units
 from pipeline.errors import CheckpointError, GraphError, PlanError, ResourceError
 from pipeline.planning.recipes import PlannedMatrix, make_plan
 from pipeline.quantize.formats import Quantized
@@ -485,7 +486,9 @@ def test_the_disk_fills_up_while_writing(
         return real(fd, data[: len(data) // 2 + 1], offset)  # short writes are completed
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(write, "cores", lambda: 1)  # units are recorded in order: a slow thread would hold them back
+    monkeypatch.setattr(
+        engine_units, "cores", lambda: 1
+    )  # units are recorded in order: a slow thread would hold them back
     message = refusal(ResourceError, exports["llama-tied"], RECIPES["q4"], tmp_path / "artifact")
     assert "the disk filled up while trying to write tiny.onnx: No space left" in message
     assert "what was finished before is reused" in message

@@ -1,0 +1,82 @@
+"""Units of work done in this process, in the order in which they are put together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+from pipeline.machine import cores
+
+U = TypeVar("U")
+R = TypeVar("R")
+
+# Units waiting for a thread: what they read is on the way from the disk already.
+AHEAD = 16
+
+
+class Engine(Protocol):
+    """Who does units of work.
+
+    Attributes:
+        workers: how many units are done at a time.
+        shared: whether workers see what this process holds. If not, a job and its units are pickled, and small units
+            are worth putting together.
+    """
+
+    workers: int
+    shared: bool
+
+    def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
+        """Call `reduce(unit, job(unit))` for each unit, in their order, on this thread.
+
+        `units` is read as work goes on. At a None, all before it are finished first: what they held may be dropped.
+
+        Raises what a job raises, for the first unit that fails.
+        """
+        ...
+
+
+class Threads:
+    """`workers` threads of this process; None: as many as it may use cores."""
+
+    shared = True
+
+    def __init__(self, workers: int | None = None):
+        self.workers = workers or cores()
+
+    def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
+        """As `Engine.run`."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                in_order(units, lambda unit: pool.submit(job, unit).result, reduce, self.workers + AHEAD)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+class Here:
+    """This thread, one unit after the other: for units that take all cores themselves. Nothing is done ahead."""
+
+    workers = 1
+    shared = True
+
+    def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
+        """As `Engine.run`; what a generator gives is made as `reduce` takes it."""
+        for unit in units:
+            if unit is not None:
+                reduce(unit, job(unit))
+
+
+def in_order(
+    units: Iterable[U | None], begin: Callable[[U], Callable[[], Any]], reduce: Callable[[U, Any], object], ahead: int
+) -> None:
+    """Begin units, at most `ahead` at a time, and reduce what they give in their order; `begin` gives what waits."""
+    pending: deque[tuple[U, Callable[[], Any]]] = deque()
+    for unit in chain(units, [None]):
+        if unit is not None:
+            pending.append((unit, begin(unit)))
+        while len(pending) > (ahead if unit is not None else 0):
+            first, wait = pending.popleft()
+            reduce(first, wait())
