@@ -153,8 +153,9 @@ def _connect(ray: Any, address: str | None) -> None:
         try:
             if address:
                 ray.init(address=address, **quiet)
-            else:
-                ray.init(num_cpus=cores(), _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+            else:  # "local": never the cluster that somebody else has started here
+                own = {"num_cpus": cores(), "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+                ray.init(address="local", **own, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             where = f"the cluster at {address} does not answer" if address else "a local Ray could not be started"
             raise ResourceError(f"engine: ray: {where}: {error}. `ray status` says more.") from None

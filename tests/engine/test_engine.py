@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.engine import VARIABLE, EngineConfig, load_engine
 from pipeline.engine import Engine, Here, Threads, chosen, cluster
 from pipeline.errors import ConfigError, PlanError, ResourceError
+from pipeline.machine import CORES, cores
 
 
 def slow_first(unit: int) -> int:
@@ -87,6 +88,8 @@ def test_a_worker_that_sees_a_signing_key_or_not_the_project_refuses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     enter = cluster._enter.__wrapped__
+    for name in (CORES, "NUMBA_NUM_THREADS"):  # as they were, when this test is over
+        monkeypatch.setenv(name, "1")
     with pytest.raises(ResourceError, match="has no /nowhere: share that folder, or clone the project there"):
         enter(cluster.Terms("/nowhere", None, 1))
     monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", "key.pem")
@@ -96,6 +99,14 @@ def test_a_worker_that_sees_a_signing_key_or_not_the_project_refuses(
         enter(cluster.Terms(str(tmp_path), None, 1))
     with pytest.raises(ResourceError):
         enter(cluster.Terms(str(tmp_path), None, 1))
+
+
+def test_a_worker_uses_the_cores_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CORES, raising=False)
+    all_cores = cores()
+    for given, count in (("1", 1), ("1000", all_cores), ("none", all_cores)):
+        monkeypatch.setenv(CORES, given)
+        assert cores() == count
 
 
 def test_a_refusal_names_what_differs_first() -> None:
