@@ -252,7 +252,8 @@ def _parts(attributes: Attributes, x: Tensor, sizes: Tensor | None = None) -> Se
 
 def _ascending(_: Attributes, x: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
     """TopK of all of [values], smallest first; equal ones in their order."""
-    return tuple(x.sort(stable=True))
+    values, order = x.sort(stable=True)
+    return values, order
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

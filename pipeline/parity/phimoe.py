@@ -124,7 +124,8 @@ class PhiMoE:
 
 def main(weights: Path, layers: int, vocab: int, ids: Path, prompt_tokens: int, logits: Path) -> None:
     """Write the logits of a file of ids: the first `prompt_tokens` at once, then one at a time with the cache."""
-    model, past, rows = PhiMoE(weights, reference_config(weights, layers, vocab)), None, []
+    model, rows = PhiMoE(weights, reference_config(weights, layers, vocab)), list[Tensor]()
+    past: Cache | None = None
     tokens = torch.from_numpy(np.load(ids))
     with torch.no_grad():
         for step in (tokens[:prompt_tokens], *tokens[prompt_tokens:, None]):
