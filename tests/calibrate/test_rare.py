@@ -58,8 +58,8 @@ def test_rare_experts_are_named() -> None:
     }
     first, last = rare_experts(seen, model)
     assert first == (
-        "  input mlp of experts: 3 of 8 saw fewer than 16,384 tokens and got the rest from their layer's others; least: 10 "
-        "(layers.0.experts 2)"
+        "  input mlp of experts: 3 of 8 saw fewer than 16,384 tokens and got the rest from their layer's others; "
+        "least: 10 (layers.0.experts 2)"
     )
     assert last.startswith("  input down of experts: 1 of 8 saw fewer than 1,792 tokens")
     assert rare_experts({}, architecture_without_experts()) == []
