@@ -8,12 +8,12 @@ from typing import Any
 from pipeline.config.phones import load_devices, load_tiers
 from pipeline.report.columns import aligned, wrapped
 
-_VARIANTS = ("variant", "download, bytes", "a token", "weights", "KV cache", "private", "mapped", "basis", "KL, nats")
+_VARIANTS = ("variant", "download, bytes", "token", "weights", "cache", "private", "mapped", "basis", "KL, nats")
 _TIERS = ("tier", "private", "resident", "gets", "at, takes")
 _DEVICES = ("phone", "tier", "GB/s", "at most", "expected", "tokens/s of")
 LEGEND = (
-    "A token: bytes that decoding one reads of the download, its keys and values aside; of a mixture of experts those "
-    "that it wakes.",
+    "Token: GB that decoding one reads of the download, its keys and values aside; of a mixture the experts that it "
+    "wakes.",
     "Private: the peak of an app that loads the download; mapped: private + mapped, once the phone has prepacked the "
     "weights (docs/devices.md). Both at the context, with chunks of 16 tokens. Private memory counts against what an "
     "app may use; private and mapped together have to stay in RAM.",
@@ -48,13 +48,14 @@ def _variants(item: Record) -> list[str]:
     rows = [_VARIANTS]
     for variant, found in item["variants"].items():
         private, mapped = (found["ways"][weights] for weights in ("private", "mapped"))
-        quality = "not measured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
+        quality = "unmeasured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
         quality += f", {found['verdict']}" if found["verdict"] else ""
         read = found["read"]["bytes"] if found["read"] else 0
-        sizes = [read, found["weights"]["bytes"], private["parts"]["kv_cache"]["bytes"], private["private_bytes"]]
-        both = f"{mapped['private_bytes'] / 1e9:.2f} + {gigabytes(mapped['mapped_bytes'])}"
+        sizes = [found["weights"]["bytes"], private["parts"]["kv_cache"]["bytes"], private["private_bytes"]]
+        both = f"{mapped['private_bytes'] / 1e9:.2f} + {mapped['mapped_bytes'] / 1e9:.2f}"
         at_most = "≤ " if found["download"]["basis"] == "bound" else ""
         download = f"{at_most}{found['download']['bytes']:,}"
+<<<<<<< HEAD
         rows.append((variant, download, *map(gigabytes, sizes), both, private["basis"], quality))
     return aligned(rows, {0, 7, 8}, "  ") + [
         line for one, found in item["variants"].items() for line in _speculative(one, found)
@@ -69,6 +70,10 @@ def _speculative(variant: str, found: Record) -> list[str]:
     return wrapped(
         f"  {variant}: speculative decoding adds {size} private. Tiers that hold it: {held}.", further="    "
     )
+=======
+        rows.append((variant, download, f"{read / 1e9:.2f}", *map(gigabytes, sizes), both, private["basis"], quality))
+    return aligned(rows, {0, 7, 8}, "  ")
+>>>>>>> qmoe
 
 
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:
