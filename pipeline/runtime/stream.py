@@ -166,7 +166,7 @@ class LayerStream:
             for name, value in part.cached.items():
                 _raise(found.ranges, name, magnitudes(values[value], arch.rope.dims if name.endswith(".key") else 0))
                 if name.endswith(".value"):
-                    turned = rotate(values[value].reshape(-1, arch.head_dim), arch.head_dim)
+                    turned = rotate(values[value].reshape(-1, arch.head_dim).copy(), arch.head_dim)
                     _raise(found.ranges, f"{name}{ROTATED}", magnitudes(turned.reshape(values[value].shape)))
 
         self._run(part, self.layer + 1, where, see)
