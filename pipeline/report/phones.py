@@ -55,8 +55,7 @@ def _variants(item: Record) -> list[str]:
         both = f"{mapped['private_bytes'] / 1e9:.2f} + {mapped['mapped_bytes'] / 1e9:.2f}"
         at_most = "≤ " if found["download"]["basis"] == "bound" else ""
         download = f"{at_most}{found['download']['bytes']:,}"
-<<<<<<< HEAD
-        rows.append((variant, download, *map(gigabytes, sizes), both, private["basis"], quality))
+        rows.append((variant, download, f"{read / 1e9:.2f}", *map(gigabytes, sizes), both, private["basis"], quality))
     return aligned(rows, {0, 7, 8}, "  ") + [
         line for one, found in item["variants"].items() for line in _speculative(one, found)
     ]
@@ -70,10 +69,6 @@ def _speculative(variant: str, found: Record) -> list[str]:
     return wrapped(
         f"  {variant}: speculative decoding adds {size} private. Tiers that hold it: {held}.", further="    "
     )
-=======
-        rows.append((variant, download, f"{read / 1e9:.2f}", *map(gigabytes, sizes), both, private["basis"], quality))
-    return aligned(rows, {0, 7, 8}, "  ")
->>>>>>> qmoe
 
 
 def _tiers(model: str, decisions: Record, tiers: Record) -> list[str]:
