@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.phones import load_devices, load_tiers
 from pipeline.report.columns import aligned, wrapped
 
-_VARIANTS = ("variant", "download, bytes", "token", "weights", "cache", "private", "mapped", "basis", "KL, nats")
+_VARIANTS = ("variant", "download, bytes", "token", "weights", "KV cache", "private", "mapped", "basis", "KL, nats")
 _TIERS = ("tier", "private", "resident", "gets", "at, takes")
 _DEVICES = ("phone", "tier", "GB/s", "at most", "expected", "tokens/s of")
 LEGEND = (
@@ -32,7 +32,8 @@ def lines(document: Record) -> list[str]:
     efficiency, context = load_devices().efficiency, document["context"]
     text = [f"At {context:,} tokens of context, {document['runtime_bytes']:,} bytes for runtime and app (assumed)."]
     for model, item in document["models"].items():
-        text += ["", f"{model}: {item['title']}, {item['parameters']:,} parameters, shapes from {item['shapes']}"]
+        title = f"{model}: {item['title']}, {item['parameters']:,} parameters, shapes from {item['shapes']}"
+        text += ["", *wrapped(title)]
         text += _variants(item)
         text += [line for one, why in item["forbidden"].items() for line in wrapped(f"  {one}: {why}.", further="    ")]
         text += _tiers(model, item["tiers"], document["tiers"]) + _devices(model, item["devices"])
@@ -48,7 +49,7 @@ def _variants(item: Record) -> list[str]:
     rows = [_VARIANTS]
     for variant, found in item["variants"].items():
         private, mapped = (found["ways"][weights] for weights in ("private", "mapped"))
-        quality = "unmeasured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
+        quality = "not measured" if found["kl_mean"] is None else f"{found['kl_mean']:.3g}"
         quality += f", {found['verdict']}" if found["verdict"] else ""
         read = found["read"]["bytes"] if found["read"] else 0
         sizes = [found["weights"]["bytes"], private["parts"]["kv_cache"]["bytes"], private["private_bytes"]]

@@ -214,7 +214,7 @@ def test_what_was_measured_is_not_computed(desk: Path, capsys: pytest.CaptureFix
 def test_people_read_lines_of_a_page(desk: Path) -> None:
     text = lines(plan.answer())
     assert max(map(len, text)) <= WIDTH
-    assert any("nothing; smollm2-135m" in line and "lacks" in line for line in text)
+    assert any("nothing; " in line and "lacks" in line for line in text)
 
 
 @pytest.mark.parametrize(
