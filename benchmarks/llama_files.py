@@ -26,7 +26,7 @@ _RUNTIME, _SHARE, _LEFT = (
 def kind(mixture: str, matrix: Matrix, layers: int) -> str:
     """The type of a matrix of the body."""
     base, layer, role = BASES[mixture], matrix.layer or 0, matrix.role
-    value, down = role in {"v_proj", "qkv_proj"}, role == "down_proj"
+    value, down = role in {"v_proj", "qkv_proj"}, role in {"down_proj", "expert_down"}
     if mixture in {"Q4_K_M", "Q5_K_M"} and (value or down) and use_more_bits(layer, layers):
         return "Q6_K"
     if mixture == "Q3_K_M":

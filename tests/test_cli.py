@@ -184,6 +184,14 @@ def test_a_branch_name_is_no_revision(project: Path, command: Command) -> None:
     assert "40-hex commit id" in message
 
 
+def test_a_model_without_a_commit_is_not_downloaded(project: Path, command: Command) -> None:
+    source = {"kind": "hub", "repo": "some/model", "revision": "unpinned"}
+    tiny.edit(project / "configs/models/tiny.yaml", source=source)
+    message = paragraph(command("download", "tiny"))
+    assert "hub some/model: no commit is pinned" in message
+    assert "some/model/commits/main" in message
+
+
 # --- broken checkpoints ----------------------------------------------------------------------------------------------
 
 

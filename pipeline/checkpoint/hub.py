@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.checkpoint import complete
 from pipeline.checkpoint.blobs import LARGER_STORE, LockedFile, Store, checked_name
-from pipeline.config.sources import HubFile, HubSource
+from pipeline.config.sources import UNPINNED, HubFile, HubSource
 from pipeline.errors import PipelineError, ResourceError, SourceError
 from pipeline.files import require_free_space
 
@@ -51,6 +51,11 @@ class _Repository:
     SHA-256 (LFS) or git's blob SHA-1."""
 
     def __init__(self, source: HubSource, licence_page: str | None, store: Store, key: str) -> None:
+        if source.revision == UNPINNED:
+            raise SourceError(
+                f"hub {source.repo}: no commit is pinned. Write the 40-hex id from https://huggingface.co/{source.repo}/"
+                f"commits/main as `revision` into the model's file in configs/models."
+            )
         # Read by huggingface_hub when it is first imported. Plain HTTP, because a Xet transfer starts again from zero
         # after an interruption; HF_HUB_DISABLE_XET=0 in the environment brings Xet back.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

@@ -12,8 +12,12 @@ from pipeline.config.typed_yaml import CONFIGS, Frozen, Name, Sha256, load
 HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 
 
+UNPINNED = "unpinned"
+
+
 class HubSource(Frozen):
-    """A Hugging Face Hub repository at an immutable revision."""
+    """A Hugging Face Hub repository at an immutable revision; a model's entry may leave it `UNPINNED`: plans are made of
+    its shapes, and a download is refused."""
 
     kind: Literal["hub"]
     repo: HubName
@@ -21,7 +25,7 @@ class HubSource(Frozen):
 
     @model_validator(mode="after")
     def _revision_is_a_commit(self) -> HubSource:
-        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision) and (type(self), self.revision) != (HubSource, UNPINNED):
             raise ValueError(
                 f"revision {self.revision!r} is a branch or tag name: it can move between two runs. "
                 f"Use the 40-hex commit id shown in the history of {self.repo} on https://huggingface.co"
