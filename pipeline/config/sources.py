@@ -16,8 +16,8 @@ UNPINNED = "unpinned"
 
 
 class HubSource(Frozen):
-    """A Hugging Face Hub repository at an immutable revision; a model's entry may leave it `UNPINNED`: plans are made of
-    its shapes, and a download is refused."""
+    """A Hugging Face Hub repository at an immutable revision. A model's entry may leave it `UNPINNED`: plans are made
+    of its shapes, and a download is refused."""
 
     kind: Literal["hub"]
     repo: HubName
