@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CEILINGS = {
-    "artifact": 1124,
+    "artifact": 1132,
     "bundle": 1667,
     "calibrate": 313,
     "checkpoint": 1798,
@@ -40,7 +40,7 @@ CEILINGS = {
     "stages": 1097,
     "tasks": 2233,
 }
-WHOLE = 22_840
+WHOLE = 22_848
 _LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import onnx
@@ -50,15 +51,23 @@ def plan_recipe(
     Raises PlanError when nothing fits a budget or a multi-token head is asked for that the model lacks, PipelineError
     when the sensitivity stage has not run.
     """
+    workspace = Workspace(model)
+    planned = _plan(recipe, architecture, source, workspace, variant)
+    if recipe.speculative is None:
+        return planned
+    with _naming(workspace, variant):
+        added = speculation(
+            recipe.speculative, planned.draft, architecture, planned.context, workspace.export, recipe.part_bytes
+        )
+    return replace(planned, speculation=added)
+
+
+@contextmanager
+def _naming(workspace: Workspace, variant: str) -> Iterator[None]:
     try:
-        planned = _plan(recipe, architecture, source, Workspace(model), variant)
-        if recipe.speculative is None:
-            return planned
-        where, parts = Workspace(model).export, recipe.part_bytes
-        added = speculation(recipe.speculative, planned.draft, architecture, planned.context, where, parts)
-        return replace(planned, speculation=added)
+        yield
     except PlanError as error:
-        raise PlanError(f"{model} {variant}: {error}") from None
+        raise PlanError(f"{workspace.model} {variant}: {error}") from None
 
 
 def _plan(
@@ -73,7 +82,8 @@ def _plan(
     def drafts(plan: Plan) -> Draft:
         return draft(source, rotated(plan, recipe), stem, recipe.part_bytes)
 
-    return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
+    with _naming(workspace, variant):
+        return _solve(recipe, architecture, read_sensitivity(workspace), drafts)
 
 
 def _solve(

@@ -26,7 +26,7 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import Partial, open_partial
 from pipeline.progress import Progress
 from pipeline.quantize.factor import held_out_damping
-from pipeline.runtime.device import chosen_device, computed_by
+from pipeline.runtime.device import chosen_device
 from pipeline.runtime.stream import LayerStream, Passed
 from pipeline.workspace import MODEL_FILE, Workspace
 
@@ -56,7 +56,7 @@ def run(model: str) -> None:
             leftover.unlink()
         for path, values in ((workspace.moments, moments), (workspace.ranges, found)):
             # Whoever reads this file's digest knows what made the correlations too.
-            write_bytes(partial.folder / path.name, save(values, metadata={"key": key, "device": computed_by()}))
+            write_bytes(partial.folder / path.name, save(values, metadata={"key": key}))
         partial.finish(workspace.moments.parent)
     print(f"{model}: second moments of {len(slices.columns)} inputs over {sum(map(len, windows)):,} tokens")
     for line in rare_experts(counts, architecture):

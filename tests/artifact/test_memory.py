@@ -33,7 +33,7 @@ def written(folder: Path, layers: int) -> tuple[Exported, int]:
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.is_alive():
         text = ""
-        with suppress(ProcessLookupError):  # it may end between opening and reading
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may end before it is opened or read
             text = status.read_text()
         if found := re.search(r"RssAnon:\s+(\d+) kB", text):
             peak = max(peak, int(found[1]) * 1024)

@@ -218,7 +218,7 @@ def test_a_written_checkpoint_opens_and_is_byte_for_byte_what_the_library_writes
     import torch
     from safetensors.torch import save
 
-    monkeypatch.setattr(synthetic, "SHARD_BYTES", 20_000_000)
+    monkeypatch.setattr(synthetic, "SHARD_BYTES", 5_000_000 if model == "phi-tiny-moe" else 20_000_000)
     assert write_checkpoint(tmp_path / "out", f"narrow-{model}", seed=5, layers=2)
     out = tmp_path / "out"
     checkpoint, found = Checkpoint(out), read_architecture(out / "config.json")
@@ -345,8 +345,14 @@ IDS = {
         "<|im_sep|>": 100266, "<|dummy_85|>": 100349, "<|dummy_87|>": 100351,
     },
     "phi-4-mini": {"<|endoftext|>": 199999, "<|assistant|>": 200019, "<|end|>": 200020, "<|user|>": 200021},
+    "phi-tiny-moe": {"<|endoftext|>": 32000, "<|assistant|>": 32001, "<|end|>": 32007, "<|user|>": 32010},
 }  # fmt: skip
-SIZES = {"mimo-8b": (151643, 151665), "phi-4": (100256, 100352), "phi-4-mini": (199998, 200029)}
+SIZES = {
+    "mimo-8b": (151643, 151665),
+    "phi-4": (100256, 100352),
+    "phi-4-mini": (199998, 200029),
+    "phi-tiny-moe": (32000, 32011),
+}
 PROMPTS = {
     "mimo-8b": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "phi-4": "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>",

@@ -177,7 +177,7 @@ def test_another_vocabulary_is_an_error(exported: tuple[Path, Reference, Archite
 def test_an_absent_export_is_an_error(exported: tuple[Path, Reference, Architecture], tmp_path: Path) -> None:
     ours, _, architecture = exported
     with pytest.raises(EvaluationError, match=r"absent.onnx: ONNX Runtime .* cannot load it"):
-        compare(ours, tmp_path / "absent.onnx", architecture, PROMPT, STEPS, seed=0)
+        compare(ours, optimums(tmp_path / "absent.onnx", architecture), architecture, PROMPT, STEPS, seed=0)
 
 
 def test_a_checkpoint_with_missing_tensors_is_refused_by_the_reference(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
 
 
 def matrix_bytes(plan: Plan) -> int:
-    """Body and head whole, two of four experts; of an embedding of its own one row of codes, scales and zero points."""
+    """Body and head whole, two of six experts; of an embedding of its own one row of codes, scales and zero points."""
     row = 0 if plan.tied else plan.embedding.bytes // plan.embedding.matrix.rows
-    woken = sum(item.bytes // (1 if item.matrix.expert is None else 2) for item in plan.body)
-    return woken + plan.head.bytes + row
+    dense = sum(item.bytes for item in plan.body if item.matrix.expert is None)
+    experts = sum(item.bytes for item in plan.body if item.matrix.expert is not None)
+    return dense + experts // 3 + plan.head.bytes + row
 
 
 def other_bytes(exported: Exported, plan: Plan) -> int:
