@@ -24,7 +24,6 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "q4_k_m": ("q4_k_m", {}),
     "q3": ("q3", {}),
     "q4_learned": ("q4", {"learn": {"steps": 20}}),
-    "q3_learned": ("q3", {"learn": {}}),
     CONTROL: (CONTROLLED, {"search": "nearest"}),
 }
 """What is measured beside the budgets: the shipped recipe, and the keys that replace its own."""
