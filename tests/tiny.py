@@ -136,11 +136,11 @@ def configure(configs: Path, checkpoint: Path) -> None:
     (configs / "gates.yaml").write_text(yaml.safe_dump(gates))
 
 
-def copy_configs(folder: Path) -> Path:
+def copy_configs(folder: Path, case: Case = CASE) -> Path:
     """configs/ and a checkpoint in `folder`: enough to run stages in this process with `folder` as directory."""
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copy(ROOT / "dvc.yaml", folder)
-    configure(folder / "configs", make_model(folder / "checkpoint"))
+    configure(folder / "configs", make_model(folder / "checkpoint", case))
     return folder
 
 
