@@ -176,23 +176,20 @@ def test_all_configuration_is_read_before_the_first_download(project: Path, comm
     assert not (project / "artifacts").exists()
 
 
-def test_a_branch_name_is_no_revision(project: Path, command: Command) -> None:
-    source = {"kind": "hub", "repo": "some/model", "revision": "main"}
+@pytest.mark.parametrize(
+    ("revision", "said"),
+    [
+        ("main", ("'main' is a branch or tag name", "40-hex commit id")),
+        ("unpinned", ("hub some/model: no commit is pinned", "some/model/commits/main")),
+    ],
+)
+def test_nothing_but_a_commit_is_downloaded(
+    revision: str, said: tuple[str, ...], project: Path, command: Command
+) -> None:
+    source = {"kind": "hub", "repo": "some/model", "revision": revision}
     tiny.edit(project / "configs/models/tiny.yaml", source=source)
     message = paragraph(command("download", "tiny"))
-    assert "'main' is a branch or tag name" in message
-    assert "40-hex commit id" in message
-
-
-def test_a_model_without_a_commit_is_not_downloaded(project: Path, command: Command) -> None:
-    source = {"kind": "hub", "repo": "some/model", "revision": "unpinned"}
-    tiny.edit(project / "configs/models/tiny.yaml", source=source)
-    message = paragraph(command("download", "tiny"))
-    assert "hub some/model: no commit is pinned" in message
-    assert "some/model/commits/main" in message
-
-
-# --- broken checkpoints ----------------------------------------------------------------------------------------------
+    assert all(words in message for words in said)
 
 
 def _settings(**changes: Any) -> Edit:
