@@ -69,8 +69,8 @@ class Bench:
             "code": _code(_SCORING),
         }
 
-    def _reference(self) -> tuple[Text, float]:
-        """The recorded reference, and its perplexity."""
+    def _reference(self) -> tuple[Text, dict[str, float]]:
+        """The recorded reference, and its perplexity by kind of text."""
         folder = self.prepared.project.work / "recorded" / self.prepared.subject.model
         vocab = self.prepared.architecture.vocab
         stamp = folder / "made_from.json"

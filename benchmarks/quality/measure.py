@@ -90,11 +90,12 @@ class OnnxFile:
         return {name: found[name] for name in ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")}
 
 
-def record_reference(graph: Path, windows: Sequence[np.ndarray], folder: Path) -> float:
-    """Keep the reference's log-probabilities of the windows in `folder`; its perplexity."""
+def record_reference(graph: Path, windows: Sequence[np.ndarray], folder: Path) -> dict[str, float]:
+    """Keep the reference's log-probabilities of the windows in `folder`; its perplexity by kind of text."""
     decoder = OnnxDecoder(graph)
     scores = divergence.record_reference(lambda ids: decoder.run(ids)[0], windows, folder)
-    return math.exp(-float(scores["logprob"].mean()))
+    kinds = np.array([kind for kind, _ in TEXT.windows])[scores["window_id"]]
+    return {str(kind): math.exp(-float(scores["logprob"][kinds == kind].mean())) for kind in np.unique(kinds)}
 
 
 def scored(logits: Logits, text: Text, name: str) -> Measured:

@@ -150,7 +150,8 @@ def _subject(subject: Record) -> str:
         *_KINDS.values(), "99th percentile", "top-1", "perplexity ÷ reference's", "decode, tokens/s",
     )  # fmt: skip
     lines = [_row(row) for row in sorted(subject["rows"], key=lambda row: row["bytes"])]
-    perplexity = f"The reference's own perplexity on this text is {subject['reference_perplexity']:.2f}."
+    own = ", ".join(f"{subject['reference_perplexity'][kind]:.1f} on {name}" for kind, name in _KINDS.items())
+    perplexity = f"The reference's own perplexity is {own}."
     missing = [f"- not there: {name} ({why})" for name, why in subject["missing"].items()]
     parts = [f"### {subject['title']}", f"{subject['note']} {perplexity}", table(head, lines), "\n".join(missing)]
     return "\n\n".join(filter(None, parts))

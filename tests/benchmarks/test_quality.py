@@ -275,7 +275,8 @@ def compared(**more: Any) -> dict[str, Any]:
         types = {"types": {"Q4_K": 1.0}, "promised": 1.0, "fallback": 0.0}
         rows.append(row("llama.cpp", name, kl, size, ours={"bytes": beside, "memory": beside}, **types))
     return {
-        "title": "A", "note": "B.", "reference_perplexity": 11.0, "rows": rows, "brief": False,
+        "title": "A", "note": "B.", "rows": rows,
+        "reference_perplexity": {"prose": 11.0, "chat": 6.5, "code": 12.0, "languages": 20.0}, "brief": False,
         "missing": {"X y": "ImportError: z"}, "targets": [], **more,
     }  # fmt: skip
 
