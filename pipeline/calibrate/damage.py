@@ -38,7 +38,7 @@ _Run = Callable[..., np.ndarray]
 # Digits must depend on no number of cores, so neither may these.
 BATCH_TOKENS = 256  # of one run of a layer on one core: products are as fast as they get, activations stay small
 _HEAD_ROWS = 1024  # of the table: what one core holds of it
-_HEAD_COPIES = 16  # of one unit, which makes the clean copy's logits for itself
+HEAD_COPIES = 16  # of one unit, which makes the clean copy's logits for itself
 
 
 @dataclass
@@ -224,7 +224,7 @@ class Passing:
     def _divergences(self, copies: Copies, where: Device) -> dict[str, float]:
         head, states, found = self._arch.head, copies.states, dict[str, float]()
         own = int(self._arch.tied)  # the copy that passes a damaged head: the clean one, or the damaged embedding's
-        batches = _batches(own + 1, len(states), _HEAD_COPIES if where is CPU else len(states))
+        batches = _batches(own + 1, len(states), HEAD_COPIES if where is CPU else len(states))
         units = [_Unit(own, states[own : own + 1], [head]), *(_Unit(batch.start, states[batch]) for batch in batches)]
 
         def put(unit: _Unit, nats: list[float]) -> None:
