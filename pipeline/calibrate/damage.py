@@ -5,28 +5,28 @@ quantized self once, experts, which have one format, all together: the hidden st
 text's, which from there on goes through the original layers beside all the others. So every matrix's damage reaches the
 logits, for about half as many runs of a layer as there are copies; memory is one layer and the copies' hidden states
 (copies × tokens × hidden × 4 bytes).
+
+Copies do not depend on each other, so they are units of one core each (`pipeline.engine`), and every product has one
+thread: the digits are the same for any number of cores and workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from pipeline.checkpoint.architecture import Architecture, Matrix, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, Slice
-from pipeline.machine import cores
 from pipeline.partial import Partial
 from pipeline.progress import Progress
 from pipeline.runtime.device import CPU, Array, Device, engine_of, passing
@@ -35,8 +35,10 @@ from pipeline.runtime.device import CPU, Array, Device, engine_of, passing
 Damage = Callable[[Matrix, np.ndarray], np.ndarray]
 _Run = Callable[..., np.ndarray]
 
-BATCH_TOKENS = 1024  # of one run of a layer: products are as fast as they get, activations stay small
-_HEAD_ROWS = 4096
+# Digits must depend on no number of cores, so neither may these.
+BATCH_TOKENS = 256  # of one run of a layer on one core: products are as fast as they get, activations stay small
+_HEAD_ROWS = 1024  # of the table: what one core holds of it
+HEAD_COPIES = 16  # of one unit, which makes the clean copy's logits for itself
 
 
 @dataclass
@@ -88,53 +90,89 @@ def damaged_together(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
     return found
 
 
-_Unit = tuple[np.ndarray, Sequence[Matrix]]  # some copies' hidden states, and the matrices that are damaged
+class _Unit(NamedTuple):
+    """Some copies, from number `place` on, and what of the job's matrices is damaged while they pass."""
+
+    place: int
+    states: np.ndarray
+    damaged: Sequence[Matrix] = ()
 
 
-class _Layer:
-    """The job of one layer: hidden states of some copies → those after it. Its weights are read where it is done, and
-    put on a GPU if that is this process's device."""
+class _Job:
+    """What copies pass: a slice, opened where the job is done, once for all threads there, and what `given` says."""
 
-    def __init__(
-        self, part: Slice, folder: Path, checkpoint: Checkpoint, matrices: Sequence[Matrix], damage: Damage,
-        where: Device = CPU,
-    ):  # fmt: skip
-        self._given, self._where = (part, folder, checkpoint, matrices, damage), where
+    def __init__(self, part: Slice, folder: Path, where: Device, *given: Any):
+        self._slice, self._where, self._given, self._lock = (part, folder), where, given, Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._given
+        return type(self), (*self._slice, CPU, *self._given)
 
     @cached_property
     def _run(self) -> _Run:
-        return _opened(*self._given[:2], self._where)
+        return _opened(*self._slice, self._where)
+
+
+class _Layer(_Job):
+    """Hidden states before a layer → those after it. Given are a checkpoint, the layer's matrices and their damage."""
 
     @cached_property
-    def _rows(self) -> dict[str, np.ndarray]:
-        _, _, checkpoint, matrices, _ = self._given
-        return {matrix.name: checkpoint.rows(matrix.name) for matrix in matrices}
-
-    @cached_property
-    def _weights(self) -> dict[str, Array]:
-        return {name: self._where.put(rows) for name, rows in self._rows.items()}
+    def _weights(self) -> tuple[dict[str, np.ndarray], dict[str, Array]]:
+        """As numpy and the device have them."""
+        checkpoint, matrices, _ = self._given
+        rows = {matrix.name: checkpoint.rows(matrix.name) for matrix in matrices}
+        return rows, {name: self._where.put(values) for name, values in rows.items()}
 
     def __call__(self, unit: _Unit) -> np.ndarray:
-        states, damaged = unit
-        damage, rows = self._given[-1], self._rows
-        hurt = {matrix.name: self._where.put(damage(matrix, rows[matrix.name])) for matrix in damaged}
-        return self._run(states, self._weights | hurt)
+        with self._lock:
+            run, (rows, weights) = self._run, self._weights
+        damage = self._given[-1]
+        hurt = {matrix.name: self._where.put(damage(matrix, rows[matrix.name])) for matrix in unit.damaged}
+        return run(unit.states, weights | hurt)
+
+
+class _Head(_Job):
+    """Hidden states after the last layer → KL of each copy from the clean one, nats per token. Given are a checkpoint,
+    the head, its damage and the clean copy. The table is read in chunks of rows."""
+
+    def __call__(self, unit: _Unit) -> list[float]:
+        with self._lock:
+            run = self._run
+        (checkpoint, head, damage, clean), where, xp = self._given, self._where, self._where.xp
+        first, *others = (
+            where.put(one.reshape(-1, head.columns)) for states in (clean, unit.states) for one in run(states)
+        )
+        own, *sums = (_LogSum(len(first), where) for _ in (first, *others))
+        cross = [where.put(np.zeros(len(first))) for _ in others]
+        for start in range(0, head.rows, _HEAD_ROWS):
+            span = start, min(start + _HEAD_ROWS, head.rows)
+            rows, bias = checkpoint.rows(head.name, *span), where.put(bias_of(head, checkpoint, *span))
+            table = where.put(rows)
+            used = where.put(damage(head, rows)) if unit.damaged else table
+            logits = first @ table.T + bias
+            faded, shares = own.add(logits)
+            for n, hidden in enumerate(others):
+                other = hidden @ used.T + bias
+                sums[n].add(other)
+                # Differences first: in float32, two sums of thousands of logits would not be told apart.
+                cross[n] = cross[n] * faded + xp.einsum("tv,tv->t", shares, logits - other)
+        found = (part / own.total + one.log() - own.log() for part, one in zip(cross, sums, strict=True))
+        return [float(nats.mean()) for nats in found]
 
 
 def _opened(part: Slice, folder: Path, where: Device) -> _Run:
     """A slice as a function of hidden states, float32 [copies, windows, tokens, hidden], and weights: its first output,
-    of the same shape."""
-    run_slice = where.open(part.model, folder)
+    of the same shape. It runs on the caller's thread alone, so that no digit depends on how many there are."""
+    run_slice = where.open(part.model, folder, threads=1)
     output = part.target or next(iter(part.taps.values()))
 
     def run(states: np.ndarray, weights: Mapping[str, Array] = MappingProxyType({})) -> np.ndarray:
-        batch = states.reshape(-1, *states.shape[2:])
-        mask = np.ones(batch.shape[:2], np.int64)
-        (result,) = run_slice([output], {"attention_mask": mask, part.source: batch, **weights})
-        return result.reshape(states.shape)
+        windows = states.reshape(-1, *states.shape[2:])
+        mask = np.ones(windows.shape[:2], np.int64)
+        passed = [
+            run_slice([output], {"attention_mask": mask[some], part.source: windows[some], **weights})[0]
+            for some in _batches(0, len(windows), BATCH_TOKENS // windows.shape[1])
+        ]
+        return np.concatenate(passed).reshape(states.shape)
 
     return run
 
@@ -162,87 +200,71 @@ class Passing:
         return passing(f"sensitivity: layer {copies.layer}", lambda where: self._advanced(copies, where))
 
     def _advanced(self, copies: Copies, where: Device) -> Copies:
-        matrices, done = self._arch.body(copies.layer), len(copies.states)
+        matrices, before = self._arch.body(copies.layer), copies.states
         damaged, part = damaged_together(matrices), self._slices.open_layer(copies.layer)
-        states, places = np.empty((done + len(damaged), *copies.states.shape[1:]), np.float32), count()
-        units: list[_Unit] = [(copies.states[batch], ()) for batch in _batches(copies.states)]
-        units += [(copies.states[:1], together) for together in damaged.values()]
+        states = np.empty((len(before) + len(damaged), *before.shape[1:]), np.float32)
+        # The longest first: the short ones fill what cores have left at the end.
+        units = [_Unit(place, before[:1], together) for place, together in enumerate(damaged.values(), len(before))]
+        batches = _batches(0, len(before), BATCH_TOKENS // (before.shape[1] * before.shape[2]))
+        units += [_Unit(batch.start, before[batch]) for batch in batches]
 
-        def put(_: _Unit, passed: np.ndarray) -> None:
-            for row in passed:
-                states[next(places)] = row
+        def put(unit: _Unit, passed: np.ndarray) -> None:
+            states[unit.place : unit.place + len(passed)] = passed
 
-        job = _Layer(part, self._folder, self._checkpoint, matrices, self._damage, where)
-        engine_of(where).run(job, units, put)
+        job = _Layer(part, self._folder, where, self._checkpoint, matrices, self._damage)
+        engine_of(where, wide=False).run(job, units, put)
         if not np.isfinite(states[0]).all():
             raise EvaluationError(f"activations overflow in layer {copies.layer}; the weights are damaged.")
         return Copies([*copies.names, *damaged], states, copies.layer + 1)
 
     def divergences(self, copies: Copies) -> dict[str, float]:
-        """KL of every copy, and of the clean one through a damaged head; the table is read in chunks of rows."""
+        """KL of every copy, and of the clean one through a damaged head."""
         return passing("sensitivity: head", lambda where: self._divergences(copies, where))
 
     def _divergences(self, copies: Copies, where: Device) -> dict[str, float]:
-        head, xp = self._arch.head, where.xp
-        run = _opened(self._slices.layer(self._arch.layers), self._folder, where)
-        states = np.concatenate([run(copies.states[batch]) for batch in _batches(copies.states)])
-        states, names = states.reshape(len(states), -1, self._arch.hidden), copies.names
-        if not self._arch.tied:  # the last copy: clean states, damaged head
-            states, names = np.concatenate([states, states[:1]]), [*names, head.name]
-        clean, *others = map(where.put, states)
-        own, *sums = (_LogSum(len(clean), where) for _ in states)
-        for rows, bias in self._head_rows():
-            own.add(clean @ where.put(rows).T + where.put(bias))
-        reference = own.log()
-        cross = [where.put(np.zeros(len(clean))) for _ in names]
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
-            for rows, added in self._head_rows():
-                whole, hurt, bias = map(where.put, (rows, self._damage(head, rows), added))
-                tables = [hurt if name == head.name else whole for name in names]
-                logits = clean @ whole.T + bias
-                shares = xp.exp(logits - xp.asarray(reference[:, None], dtype=xp.float32))
+        head, states, found = self._arch.head, copies.states, dict[str, float]()
+        own = int(self._arch.tied)  # the copy that passes a damaged head: the clean one, or the damaged embedding's
+        batches = _batches(own + 1, len(states), HEAD_COPIES if where is CPU else len(states))
+        units = [_Unit(own, states[own : own + 1], [head]), *(_Unit(batch.start, states[batch]) for batch in batches)]
 
-                def add(hidden: Array, table: Array, total: Array, sums: _LogSum) -> None:
-                    other = hidden @ table.T + bias  # noqa: B023 (finished within this turn)
-                    # Differences first: in float32, two sums of thousands of logits would not be told apart.
-                    total += xp.einsum("tv,tv->t", shares, logits - other)  # noqa: B023 (finished within this turn)
-                    sums.add(other)
+        def put(unit: _Unit, nats: list[float]) -> None:
+            names = [head.name] if unit.damaged else copies.names[unit.place - 1 :]
+            found.update(zip(names, nats, strict=False))
 
-                list(pool.map(add, others, tables, cross, sums))
-        divergences = (total + one.log() - reference for total, one in zip(cross, sums, strict=True))
-        return {name: float(one.mean()) for name, one in zip(names, divergences, strict=True)}
-
-    def _head_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The head and its bias, some rows at a time."""
-        head = self._arch.head
-        for start in range(0, head.rows, _HEAD_ROWS):
-            span = start, min(start + _HEAD_ROWS, head.rows)
-            yield self._checkpoint.rows(head.name, *span), bias_of(head, self._checkpoint, *span)
+        part = self._slices.layer(self._arch.layers)
+        job = _Head(part, self._folder, where, self._checkpoint, head, self._damage, states[:1])
+        engine_of(where, wide=False).run(job, units, put)
+        return found
 
 
-def _batches(states: np.ndarray) -> Iterator[slice]:
-    copies, windows, tokens, _ = states.shape
-    step = max(1, BATCH_TOKENS // (windows * tokens))
-    return (slice(start, min(start + step, copies)) for start in range(0, copies, step))
+def _batches(start: int, stop: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 class _LogSum:
-    """log Σ exp over logits that come in chunks, float64 [tokens]."""
+    """log Σ exp over logits that come in chunks, float64 [tokens].
+
+    Attributes:
+        total: Σ exp(logit − the greatest so far), float64 [tokens].
+    """
 
     def __init__(self, tokens: int, where: Device):
-        self._xp, self._top, self._sum = where.xp, where.put(np.full(tokens, -np.inf)), where.put(np.zeros(tokens))
+        self._xp, self._top, self.total = where.xp, where.put(np.full(tokens, -np.inf)), where.put(np.zeros(tokens))
 
-    def add(self, logits: Array) -> None:
-        """float32 [tokens, chunk]; they are overwritten."""
+    def add(self, logits: Array) -> tuple[Array, Array]:
+        """Of float32 [tokens, chunk]: what sums so far must be multiplied by, float64 [tokens], now that greater logits
+        may have come; and exp(logits − the greatest), float32 [tokens, chunk]."""
         xp = self._xp
         top = xp.maximum(self._top, xp.amax(logits, 1))
-        logits -= xp.asarray(top[:, None], dtype=xp.float32)
-        part = xp.sum(xp.exp(logits, out=logits), 1, dtype=xp.float64)
-        self._sum = self._sum * xp.exp(self._top - top) + part
+        shares = xp.exp(logits - xp.asarray(top[:, None], dtype=xp.float32))
+        faded = xp.exp(self._top - top)
+        self.total = self.total * faded + xp.sum(shares, 1, dtype=xp.float64)
         self._top = top
+        return faded, shares
 
     def log(self) -> Array:
-        return self._top + self._xp.log(self._sum)
+        return self._top + self._xp.log(self.total)
 
 
 # --- an interrupted run ---

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import cache
 
 from pipeline.config.engine import EngineConfig, load_engine
-from pipeline.engine.units import Engine, Here, Threads
+from pipeline.engine.units import Bundles, Engine, Here, Threads
 
-__all__ = ["Engine", "Here", "Threads", "chosen"]
+__all__ = ["Bundles", "Engine", "Here", "Threads", "chosen", "narrow"]
 
 
 def chosen(wide: bool = False) -> Engine:
@@ -24,6 +24,12 @@ def chosen(wide: bool = False) -> Engine:
     if config.engine == "ray":
         return _cluster(config)
     return Here() if wide else Threads()
+
+
+def narrow() -> Engine:
+    """As `chosen`, for units of one core each wherever they are done: a worker of many cores does many at a time."""
+    engine = chosen()
+    return engine if engine.shared else Bundles(engine, load_engine().cores)
 
 
 @cache

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Generic, Protocol, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 from pipeline.machine import cores
 
@@ -40,7 +43,8 @@ class Engine(Protocol):
 
 
 class Threads:
-    """`workers` threads of this process; None: as many as it may use cores."""
+    """`workers` threads of this process; None: as many as it may use cores. A unit's products in numpy have one thread,
+    so their digits do not depend on the cores."""
 
     shared = True
 
@@ -49,7 +53,8 @@ class Threads:
 
     def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
         """As `Engine.run`."""
-        with ThreadPoolExecutor(self.workers) as pool:
+        # Set once around all of them: a limit is the whole process's, and the unit that ends first would lift it.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.workers) as pool:
             try:
                 in_order(units, lambda unit: pool.submit(job, unit).result, reduce, self.workers + AHEAD)
             finally:
@@ -67,6 +72,35 @@ class Here:
         for unit in units:
             if unit is not None:
                 reduce(unit, job(unit))
+
+
+class Bundles:
+    """Units of one core each on the workers of `engine`: `size` of them at a time on one, by threads there."""
+
+    shared = False
+
+    def __init__(self, engine: Engine, size: int):
+        self._engine, self._size, self.workers = engine, size, engine.workers * size
+
+    def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
+        """As `Engine.run`, for an engine to which a barrier is nothing."""
+
+        def take(bundle: tuple[U, ...], made: list[R]) -> None:
+            for unit, one in zip(bundle, made, strict=True):
+                reduce(unit, one)
+
+        given = (unit for unit in units if unit is not None)
+        self._engine.run(_Bundle(job), iter(lambda: tuple(islice(given, self._size)), ()), take)
+
+
+@dataclass(frozen=True)
+class _Bundle(Generic[U, R]):
+    job: Callable[[U], R]
+
+    def __call__(self, bundle: tuple[U, ...]) -> list[R]:
+        made: list[R] = []
+        Threads().run(self.job, bundle, lambda _, one: made.append(one))
+        return made
 
 
 def in_order(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.correlations import stored_bytes
-from pipeline.calibrate.damage import BATCH_TOKENS, damaged_together
+from pipeline.calibrate.damage import BATCH_TOKENS, HEAD_COPIES, damaged_together
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
@@ -159,7 +159,7 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
 
 
 def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Rates = UNMEASURED) -> Needs:
-    """One layer in float32, a quantized matrix of it, and the activations of a batch of copies of the text.
+    """One layer in float32, and on each core a quantized matrix of it and the activations of a batch of copies.
 
     There is a copy for every matrix, and one for a layer's experts; their hidden states are held before a layer and
     after it.
@@ -169,11 +169,13 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     tokens = wanted.tokens
     copies = 2 + architecture.layers * len(damaged)
     states = 4 * copies * tokens * architecture.hidden
-    activations = activation_bytes(architecture, max(tokens, BATCH_TOKENS))
+    head = 2 * 4 * (1 + HEAD_COPIES) * tokens * architecture.hidden
+    activations = rates.cores * max(activation_bytes(architecture, max(wanted.window, BATCH_TOKENS)), head)
+    hurt = 4 * sum(sorted(sizes)[-rates.cores :])
     errors = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
     return Needs(
         "sensitivity",
-        PROCESS_BYTES + 4 * sum(sizes) + 4 * max(sizes) + activations + 2 * states,
+        PROCESS_BYTES + 4 * sum(sizes) + hurt + activations + 2 * states,
         2 * states + SMALL_FILES_BYTES,
         f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
         seconds=_pass_seconds(architecture, tokens * copies / 2, rates) + errors,

@@ -55,8 +55,14 @@ def held_out_damping(hessian: np.ndarray, held: np.ndarray, tokens: int) -> floa
     if tokens < len(hessian) or not len(held):
         return first
     lost: list[float] = []
-    hessian -= held.T @ held
+
+    def lose(start: int) -> None:
+        panel = slice(start, start + _FACTOR_PANEL)
+        hessian[panel] -= held[:, panel].T @ held
+
+    # Each product on one thread: the result does not depend on the number of cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(lose, range(0, len(hessian), _FACTOR_PANEL)))
         while len(lost) < 2 or (lost[-1] < lost[-2] and len(lost) < _MOST):
             dampings = [first / _STEP ** len(lost)] if lost else [first, first / _STEP]
             lost += pool.map(lambda damping: _unpredicted(hessian, held, damping), dampings)

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline import machine
 from pipeline.config.models import load_device
-from pipeline.engine import Engine, Here, chosen
+from pipeline.engine import Engine, Here, chosen, narrow
 from pipeline.errors import ConfigError
 from pipeline.runtime.session import SliceRun, check_weights, open_slice
 
@@ -57,9 +57,9 @@ class Device:
         """The device's array as numpy's."""
         return values
 
-    def open(self, model: onnx.ModelProto, folder: Path) -> SliceRun:
+    def open(self, model: onnx.ModelProto, folder: Path, threads: int = 0) -> SliceRun:
         """`session.open_slice`; what runs may be given arrays of the device too."""
-        return open_slice(model, folder)
+        return open_slice(model, folder, threads)
 
     def memory(self, weight_bytes: int) -> int:
         """Bytes free for what a model works on, `weight_bytes` of weights being there where a device keeps them."""
@@ -88,8 +88,8 @@ class Gpu(Device):
         """A copy."""
         return values.cpu().numpy()
 
-    def open(self, model: onnx.ModelProto, folder: Path) -> SliceRun:
-        """As `session.open_slice`. A past that has room for what comes is written in its place."""
+    def open(self, model: onnx.ModelProto, folder: Path, threads: int = 0) -> SliceRun:
+        """As `session.open_slice`, without threads. A past that has room for what comes is written in its place."""
         from pipeline.runtime.interpreter import Interpreter
 
         check_weights(model, folder)
@@ -141,9 +141,10 @@ def _device(wanted: str) -> Device:
     return CPU
 
 
-def engine_of(where: Device) -> Engine:
-    """Who does the units of a pass: the configured engine on CPUs, this process on its GPU."""
-    return chosen(wide=True) if where is CPU else Here()
+def engine_of(where: Device, wide: bool = True) -> Engine:
+    """Who does the units of a pass: the configured engine on CPUs, this process on its GPU. `wide`: units take all
+    cores themselves, others one."""
+    return Here() if where is not CPU else chosen(wide=True) if wide else narrow()
 
 
 def computed_by() -> str:

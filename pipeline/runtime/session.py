@@ -63,20 +63,26 @@ SliceRun = Callable[[Sequence[str], Mapping[Any, np.ndarray]], list[np.ndarray]]
 """Names of outputs, and arrays by name, of which a slice takes what it needs → these outputs."""
 
 
-def open_graph(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
-    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`."""
+def open_graph(model: onnx.ModelProto, folder: Path, threads: int = 0) -> ort.InferenceSession:
+    """As `open_session`, for a graph that is in no file; the data files that it refers to lie in `folder`.
+
+    `threads`: of one run; 0 for all cores. Stored weights are packed when they are loaded, and their products have the
+    same bits for any number of threads. Products with weights that a run is fed have not: where those must be equal
+    on all machines, give 1 and run the session from many threads, which it allows.
+    """
     options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
     check_weights(model, folder)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _open(model.SerializeToString(), folder, options)
 
 
-def open_slice(model: onnx.ModelProto, folder: Path) -> SliceRun:
-    """`open_graph` as a function.
+def open_slice(model: onnx.ModelProto, folder: Path, threads: int = 0) -> SliceRun:
+    """`open_graph` as a function, which many threads may call.
 
     Where a past is not among the arrays, [batch, …] all of them, there is none.
     """
-    session = open_graph(model, folder)
+    session = open_graph(model, folder, threads)
     inputs = session.get_inputs()
 
     def run(outputs: Sequence[str], arrays: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
@@ -116,7 +122,7 @@ def check_weights(model: Path | onnx.ModelProto, folder: Path) -> None:
 
 
 def _open(model: Path | bytes, where: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    options.intra_op_num_threads = cores()
+    options.intra_op_num_threads = options.intra_op_num_threads or cores()
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no public base class

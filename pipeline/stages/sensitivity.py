@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipeline.checkpoint.architecture import Architecture, Matrix, read_architec
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.calibration import SensitivityConfig, load_sensitivity
-from pipeline.engine import chosen
+from pipeline.engine import narrow
 from pipeline.files import read_json, sha256_of, write_bytes, write_json
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
@@ -101,7 +101,7 @@ def measure_errors(
         found.update(measured[0])
         norms.append((matrix, measured[1]))
 
-    chosen().run(partial(_errors, checkpoint, moments, wanted), _matrices(architecture), add)
+    narrow().run(partial(_errors, checkpoint, moments, wanted), _matrices(architecture), add)
     for name, sharing in groupby(norms, key=lambda item: item[0].input):
         if name in moments:
             importance = channel_importance(moments[name], (item[1] for item in sharing))
@@ -160,9 +160,14 @@ def _damaged(moments: dict[str, np.ndarray], name: str, matrix: Matrix, rows: np
         part = slice(start, start + _DAMAGED_ROWS)
         found[part] = weighted(rows[part], importance, fmt).dequantize()
 
-    with ThreadPoolExecutor(machine.cores()) as pool:
-        list(pool.map(some, range(0, len(rows), _DAMAGED_ROWS)))
+    list(_pool().map(some, range(0, len(rows), _DAMAGED_ROWS)))
     return found
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Of all matrices that are damaged side by side: together they use no more than the cores."""
+    return ThreadPoolExecutor(machine.cores())
 
 
 def _key(workspace: Workspace, wanted: SensitivityConfig, ids: np.ndarray) -> str:

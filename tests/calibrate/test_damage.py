@@ -14,12 +14,15 @@ from pipeline.calibrate import damage as module
 from pipeline.calibrate.damage import Damage, sensitivities
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.checkpoint.tensors import Checkpoint
+from pipeline.engine import Bundles, Engine, Threads
 from pipeline.errors import EvaluationError
 from pipeline.graph.slices import DecoderSlices
 from pipeline.partial import open_partial
+from pipeline.runtime import device
 from pipeline.runtime.device import Gpu
 from pipeline.runtime.session import OnnxDecoder
 from tests.activations import make_decoder
+from tests.many_cores import Elsewhere, with_cores
 from tests.torch_device import choose
 
 IDS = np.random.default_rng(3).integers(3, 320, (3, 40))
@@ -173,6 +176,21 @@ def test_weights_that_overflow_are_refused(damaged: str, word: str, tmp_path: Pa
         save_file(tensors | {damaged: tensors[damaged] * np.float32(1e38)}, tmp_path / "model.safetensors")
     with pytest.raises(EvaluationError, match=f"{word}.*weights are damaged"), np.errstate(all="ignore"):
         measure(tmp_path, decoder, whole if word != "not finite" else infinite)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "phimoe"])
+def test_no_digit_depends_on_cores_or_workers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of copies on 1, 2 and 3 threads; on workers of 1 and 2 cores, which pickle what they are sent."""
+    decoder, found = make_decoder(tmp_path, name), list[dict[str, float]]()
+    monkeypatch.setattr(module, "HEAD_COPIES", 3)
+    engines: list[tuple[int, Engine]] = [(count, Threads(count)) for count in (1, 2, 3)]
+    engines += [(count, Bundles(Elsewhere(), count)) for count in (1, 2)]
+    for count, engine in engines:
+        monkeypatch.setattr(device, "narrow", lambda engine=engine: engine)
+        shutil.rmtree(tmp_path / "partial", ignore_errors=True)
+        with with_cores(count):
+            found.append(measure(tmp_path, decoder))
+    assert all(one == found[0] for one in found[1:])
 
 
 @pytest.mark.parametrize(("name", "ids"), [("llama-tied", IDS), ("phi3-longrope", LONG)])

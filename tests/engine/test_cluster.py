@@ -17,16 +17,14 @@ import pytest
 
 from pipeline.artifact.quantizers import Channels, Compensated, Moments, Quantizer, Search
 from pipeline.artifact.write import write_artifact
-from pipeline.calibrate import damage
 from pipeline.calibrate.damage import sensitivities
 from pipeline.config.engine import EngineConfig
-from pipeline.engine import Engine, Here, Threads, cluster
+from pipeline.engine import Bundles, Engine, Here, Threads, cluster
 from pipeline.errors import PlanError, ResourceError
 from pipeline.graph.slices import DecoderSlices
-from pipeline.machine import CORES
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
-from pipeline.runtime import stream
+from pipeline.runtime import device
 from pipeline.runtime.stream import LayerStream
 from pipeline.tasks import divergence_scores
 from tests.artifact.exported import Exported, contents, export
@@ -154,7 +152,7 @@ def test_statistics_of_calibration_are_the_same(
 ) -> None:
     found = []
     for name, engine in (("here", Here()), ("there", workers)):
-        monkeypatch.setattr(stream, "chosen", lambda wide, engine=engine: engine)
+        monkeypatch.setattr(device, "chosen", lambda wide, engine=engine: engine)
         (tmp_path / name).mkdir()
         slices = DecoderSlices(exported.model, exported.architecture, cache=True)
         passing = LayerStream(slices, exported.folder, WINDOWS, tmp_path / name)
@@ -174,11 +172,10 @@ def rounded(matrix: Any, rows: np.ndarray) -> np.ndarray:
 def test_damage_of_matrices_is_the_same(
     exported: Exported, workers: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX Runtime blocks products of narrow weights that it is fed by its threads: a worker of one core has one."""
-    monkeypatch.setenv(CORES, "1")
+    """On two threads here, and by workers of one core."""
     found, ids = [], np.stack(WINDOWS)
-    for name, engine in (("here", Here()), ("there", workers)):
-        monkeypatch.setattr(damage, "chosen", lambda wide, engine=engine: engine)
+    for name, engine in (("here", Threads(2)), ("there", Bundles(workers, 1))):
+        monkeypatch.setattr(device, "narrow", lambda engine=engine: engine)
         slices = DecoderSlices(exported.model, exported.architecture)
         with open_partial(tmp_path / name, "key") as growing:
             found.append(sensitivities(slices, exported.folder, exported.checkpoint, ids, rounded, growing, "tiny"))

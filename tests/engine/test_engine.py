@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipeline.config.engine import VARIABLE, EngineConfig, load_engine
-from pipeline.engine import Engine, Here, Threads, chosen, cluster
+from pipeline.engine import Bundles, Engine, Here, Threads, chosen, cluster, narrow
 from pipeline.errors import ConfigError, PlanError, ResourceError
 from pipeline.machine import CORES, cores
 
@@ -21,12 +23,43 @@ def slow_first(unit: int) -> int:
     return unit * unit
 
 
-@pytest.mark.parametrize("engine", [Here(), Threads(1), Threads(5)], ids=["here", "one", "five"])
+@pytest.mark.parametrize(
+    "engine", [Here(), Threads(1), Threads(5), Bundles(Here(), 7)], ids=["here", "one", "five", "bundles"]
+)
 def test_results_come_in_the_order_of_units_on_the_callers_thread(engine: Engine) -> None:
     seen: list[tuple[int, int, bool]] = []
     here = threading.get_ident()
     engine.run(slow_first, range(60), lambda unit, made: seen.append((unit, made, threading.get_ident() == here)))
     assert seen == [(unit, unit * unit, True) for unit in range(60)]
+
+
+def test_a_bundles_units_are_done_by_threads_without_barriers() -> None:
+    seen, bundles = list[int](), list[tuple[int, ...]]()
+
+    class Counting(Here):
+        workers = 4
+
+        def run(self, job: Any, units: Any, reduce: Any) -> None:
+            super().run(job, units, lambda unit, made: (bundles.append(unit), reduce(unit, made)))
+
+    engine = Bundles(Counting(), 3)
+    engine.run(slow_first, [0, 1, None, 2, 3, None], lambda _, made: seen.append(made))
+    assert (engine.workers, engine.shared) == (12, False)
+    assert (bundles, seen) == ([(0, 1, 2), (3,)], [0, 1, 4, 9])
+
+
+def test_products_of_a_unit_have_one_thread_until_the_last_has_ended() -> None:
+    """A unit that ends must not lift the limit of the others."""
+
+    def threads(unit: int) -> set[int]:
+        time.sleep(0.05 * unit)
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    found: list[set[int]] = []
+    with threadpool_limits(2, "blas"):
+        Threads(3).run(threads, range(4), lambda _, seen: found.append(seen))
+        assert threads(0) == {2}
+    assert found == [{1}] * 4
 
 
 def test_units_before_a_barrier_are_finished_before_those_after_it_are_asked_for() -> None:
@@ -57,6 +90,7 @@ def test_the_first_unit_that_fails_ends_the_run_with_its_own_error() -> None:
 def test_the_environment_chooses_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert (load_engine().engine, type(chosen()), type(chosen(wide=True))) == ("threads", Threads, Here)
+    assert isinstance(narrow(), Threads)
     monkeypatch.setenv(VARIABLE, "ray")
     assert load_engine().engine == "ray"
     monkeypatch.setenv(VARIABLE, "rays")

@@ -10,7 +10,11 @@ from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.errors import EvaluationError
 from pipeline.graph.decoder import build_decoder, save_decoder
 from pipeline.runtime import session as runtime
+from pipeline.tasks.divergence_scores import Scores, compare, record_reference
+from tests.artifact import exported as artifacts
 from tests.families import CASES, make_checkpoint
+from tests.many_cores import with_cores
+from tests.recipes import load_recipe
 
 IDS = np.random.default_rng(0).integers(3, 320, 24).tolist()
 
@@ -36,3 +40,34 @@ def test_a_file_that_is_no_model_is_an_evaluation_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(EvaluationError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
         runtime.OnnxDecoder(tmp_path / "model.onnx")
+
+
+def test_no_digit_of_divergence_depends_on_the_cores(tmp_path: Path) -> None:
+    """A reference in full precision, variants of 2 to 8 bits against it, on 1, 2 and 3 threads; one token alone too."""
+    exported, found = artifacts.export(make_checkpoint(tmp_path / "full", CASES["qwen2"])), list[dict[str, bytes]]()
+    files = [exported.folder / "model.onnx"]
+    for name in ("q4", "q4_k_m", "q3"):
+        exported.write(load_recipe(name), tmp_path / name)
+        files += (tmp_path / name).glob("*.onnx")
+    windows = [np.asarray(IDS), np.asarray(IDS * 2)]
+    for cores in (1, 2, 3):
+        with with_cores(cores):
+            written = dict[str, bytes]()
+            for file in files:
+                decoder, own = runtime.OnnxDecoder(file), tmp_path / str(cores) / file.parent.name
+                own.mkdir(parents=True)
+                scores = score(decoder, windows, own.parent / "full", own)
+                written |= {f"{own.name} {name}": values.tobytes() for name, values in scores.items()}
+                _, state = decoder.run(IDS[:16])
+                written[f"{own.name} next"] = decoder.run(IDS[16:17], state)[0].tobytes()
+            found.append(written)
+    assert len(files) == 4
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+def score(decoder: runtime.OnnxDecoder, windows: list[np.ndarray], full: Path, own: Path) -> Scores:
+    def logits(ids: np.ndarray) -> np.ndarray:
+        return decoder.run(ids.tolist())[0]
+
+    return record_reference(logits, windows, own) if own == full else compare(logits, windows, full, own, own.name)

@@ -10,10 +10,12 @@ import pytest
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, product_inputs
+from pipeline.quantize.factor import held_out_damping
 from pipeline.runtime import stream as module
 from pipeline.runtime.stream import LayerStream, sampled
 from tests.activations import make_decoder, run_whole
 from tests.families import CASES
+from tests.many_cores import with_cores
 
 WINDOWS = [np.random.default_rng(7).integers(3, 320, length) for length in (80, 80, 40, 1)]
 TOKENS = sum(map(len, WINDOWS))
@@ -88,6 +90,26 @@ def test_panels_and_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     for name, values in finish(start(slices, tmp_path, states="panels")).items():
         assert (values == values.T).all()
         np.testing.assert_allclose(values, want[name], rtol=1e-4, atol=1e-6 * want[name].max())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_no_digit_depends_on_the_cores(dtype: str, tmp_path: Path) -> None:
+    """Products, samples, ranges and hidden states, and the damping that they ask for, on 1, 2 and 3 threads."""
+    slices, found = DecoderSlices(*make_decoder(tmp_path, "qwen2", dtype), cache=True), list[dict[str, bytes]]()
+    for cores in (1, 2, 3):
+        with with_cores(cores):
+            stream, statistics = start(slices, tmp_path, states=str(cores)), dict[str, bytes]()
+            while stream.layer <= 3:
+                passed, digest = stream.advance(), stream.digest
+                values = passed.products | passed.ranges
+                statistics |= {name: value.tobytes() for name, value in values.items()} | {"states": digest.encode()}
+                for name, x in passed.samples.items():
+                    damping = held_out_damping(passed.products[name], x, passed.tokens[name])
+                    statistics |= {f"{name} x": x.tobytes(), f"{name} damping": damping.hex().encode()}
+                    statistics[f"{name} left"] = passed.products[name].tobytes()
+            found.append(statistics)
+    assert found[1] == found[0]
+    assert found[2] == found[0]
 
 
 def test_samples_are_some_windows_inputs(tmp_path: Path) -> None:
