@@ -15,12 +15,14 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import os
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,16 +50,17 @@ _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key,
 _AUTHENTICATION = "RAY_AUTH_MODE"
 _ROOT = "PIPELINE_ROOT"  # of a node's `ray start`: where the project lies there
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on any system: Ray leaves 127.0.0.1 as it is
-# Ray's own deadlines, for machines that are busy with other work. It takes them from its processes' environment.
-_DEADLINES = {
+# Of Ray's processes: deadlines for machines that are busy with other work, and nothing is reported to its makers.
+_SETTINGS = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 _LOCAL: dict[str, Any] = {
     "node_ip_address": "127.0.0.1", "include_dashboard": False, "include_log_monitor": False, "no_monitor": True,
 }  # fmt: skip
-# A node waits 15 seconds, which nothing changes, for a file with each port that it was not given (2.60).
 _PORTS = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
 
 
@@ -229,16 +232,23 @@ def start(*nodes: Mapping[str, Any]) -> Any:
 
     `nodes` says what each one is given besides: `num_cpus`, `object_store_memory` (bytes), `env_vars`.
     """
-    os.environ.update({_LOOPBACK: "0"} | _DEADLINES | os.environ)
+    os.environ.update({_LOOPBACK: "0"} | _SETTINGS | os.environ)
+    from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster as Nodes
 
-    found = Nodes()
+    found, session = Nodes(), f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
     with _without_secrets():
         for node in nodes:
             with ExitStack() as stack:
                 free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _PORTS]
                 ports = {name: one.getsockname()[1] for name, one in zip(_PORTS, free, strict=True)}
-            found.add_node(**_LOCAL, **ports, **node)
+            # A node gives its agent 15 seconds to write this file, which no setting changes, even with a given port.
+            name = secrets.token_hex(28)
+            path = Path(get_default_ray_temp_dir(), session, f"{_PORTS[-1]}_{name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(ports[_PORTS[-1]]))
+            given = {**node, "env_vars": {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": name, **node.get("env_vars", {})}}
+            found.add_node(**_LOCAL, **ports, **given, session_name=session)
     return found
 
 

@@ -53,6 +53,7 @@ from tests.conftest import ROOT
 from tests.families import CASES, make_checkpoint
 from tests.recipes import load_recipe
 
+os.environ.setdefault(cluster._LOOPBACK, "0")  # Ray reads it when it is imported
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 WINDOWS = [np.random.default_rng(seed).integers(0, 50, 12) for seed in range(9)]
