@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.engine import EngineConfig
-from pipeline.engine import supply
+from pipeline.engine.supply import Head, fetch, listed
 from pipeline.engine.units import R, U, in_order
 from pipeline.errors import ConfigError, PipelineError, ResourceError
 from pipeline.files import sha256_of
@@ -158,12 +158,12 @@ class Cluster:
 
     def _accepted(self) -> dict[str, float]:
         """Cores by the id of each node whose workers are as this process; the others are named."""
-        names = supply.listed(self._terms.models)
+        names = listed(self._terms.models)
         nodes = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
         seen = self._looked(nodes, names)
         if lacking := [node for node, (why, lacks) in seen.items() if lacks and not why]:
             place = _at(self._ray.get_runtime_context().get_node_id())
-            actor = self._ray.remote(supply.Head).options(num_cpus=0, max_concurrency=4, scheduling_strategy=place)
+            actor = self._ray.remote(Head).options(num_cpus=0, max_concurrency=4, scheduling_strategy=place)
             seen |= self._looked(lacking, names, actor.remote(self._terms.root, names))
         for node, (why, _) in seen.items():
             if why:
@@ -288,7 +288,7 @@ def _look(terms: Terms, names: Sequence[str], head: Any) -> tuple[dict[str, str]
     _enter(terms)
     lacks = [name for name in names if not Path(name).exists()]
     if lacks and head:
-        supply.fetch(lacks, head)
+        fetch(lacks, head)
         lacks = []
     return identity(terms.models), lacks
 

@@ -364,7 +364,7 @@ def test_a_node_gets_what_it_lacks_once(
     engine.run(checkpoint.rows, names, lambda _, values: rows.append(values.tobytes()))
     assert rows == [checkpoint.rows(name).tobytes() for name in names]
 
-    monkeypatch.setattr(supply, "Head", None)  # nothing is fetched again
+    monkeypatch.setattr(cluster, "Head", None)  # nothing is fetched again
     assert cluster.Cluster(config).workers == 2
     there = clone / "artifacts" / "first" / "export" / "config.json"
     there.write_text("{}")

@@ -90,8 +90,12 @@ def test_a_worker_that_sees_a_signing_key_or_not_the_project_refuses(
     enter = cluster._enter.__wrapped__
     for name in (CORES, "NUMBA_NUM_THREADS"):  # as they were, when this test is over
         monkeypatch.setenv(name, "1")
-    with pytest.raises(ResourceError, match="has no /nowhere: share that folder, or clone the project there"):
-        enter(cluster.Terms("/nowhere", None, 1))
+    with pytest.raises(ResourceError, match="has no /nowhere: share that folder, or clone the project"):
+        enter(cluster.Terms("/nowhere", None, 1, ()))
+    monkeypatch.setenv("PIPELINE_ROOT", "/elsewhere")
+    with pytest.raises(ResourceError, match="has no /elsewhere"):
+        enter(cluster.Terms(str(tmp_path), None, 1, ()))
+    monkeypatch.delenv("PIPELINE_ROOT")
     monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", "key.pem")
     with pytest.raises(ResourceError, match="has PIPELINE_SIGNING_KEY_FILE in its environment"):
         enter(cluster.Terms(str(tmp_path), None, 1, ()))
