@@ -50,11 +50,13 @@ _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key,
 _AUTHENTICATION = "RAY_AUTH_MODE"
 _ROOT = "PIPELINE_ROOT"  # of a node's `ray start`: where the project lies there
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on any system: Ray leaves 127.0.0.1 as it is
-# Of Ray's processes: deadlines for machines that are busy with other work, and nothing is reported to its makers.
+# Of Ray's processes: deadlines for machines that are busy with other work, to which workers do not yield (they would,
+# at niceness 15); and nothing is reported to Ray's makers.
 _SETTINGS = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_gcs_server_port_wait_time_s": "300",
     "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_niceness": "0",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
