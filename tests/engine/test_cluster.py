@@ -377,7 +377,7 @@ def test_wrong_bytes_are_refused(
     config: EngineConfig, workers: Engine, clone: Path, head: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    project("damaged", "llama")
+    project("damaged", "llama-untied")
     monkeypatch.setattr(sys, "argv", ["pipeline", "quantize", "damaged", "q4"])
     weights = Workspace("damaged").read_lock().file("model.safetensors")
     blob = Store().path(weights.sha256)
