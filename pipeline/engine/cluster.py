@@ -135,7 +135,7 @@ class Cluster:
 
     def _first(self, task: Any, begun: set[Any], patience: float | None, again: Callable[[], Any]) -> Any:
         """`task` when it has ended, or `again`'s if that one ends first: it begins when a worker is idle so long."""
-        wait, left = self._ray.wait, [task]
+        wait, left = partial(self._ray.wait, fetch_local=False), [task]
         if not wait([task], timeout=0)[0]:
             _, left = wait([*begun], num_returns=len(begun), timeout=0)
         while task in left and len(left) >= self.workers:
