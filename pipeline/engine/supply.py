@@ -9,6 +9,7 @@ the bytes, some megabytes at a time.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.checkpoint.blobs import LARGER_STORE, Store
 from pipeline.checkpoint.chunks import CHUNK, SUFFIX, copied
 from pipeline.errors import SourceError
 from pipeline.files import atomic_file, require_free_space, sha256_of
-from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
+from pipeline.workspace import ARTIFACTS, PLAN_FILE, REFERENCE, Workspace
 
 _PIECE = 64 << 20  # bytes
 # Of a model's folder, what a unit may read.
@@ -30,7 +31,13 @@ _READ = (
 def listed(models: Iterable[str]) -> list[str]:
     """The files of this project that a worker may read, relative to it; source locks first."""
     found = [path for pattern in _READ for model in models for path in sorted((ARTIFACTS / model).glob(pattern))]
-    return [path.as_posix() for path in found if path.is_file() and path.suffix != SUFFIX]  # a blob brings its list
+    return [path.as_posix() for path in found if path.is_file() and _is_read(*path.parts[2:])]
+
+
+def _is_read(folder: str, *rest: str) -> bool:
+    """Of variants, what the command names, and every plan; no blob's list, which the blob brings."""
+    unread = folder == "variants" and rest[0] not in sys.argv and rest[1] != PLAN_FILE
+    return not unread and not "".join(rest).endswith(SUFFIX)
 
 
 class Head:
