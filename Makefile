@@ -88,7 +88,7 @@ test-long: $(READY)  ## tests that take minutes by nature
 	python -m pytest -n 2 -m long
 
 test-ray: $(READY)  ## units of work on two local Ray nodes: the same bytes, also when workers are killed
-	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-ray.txt -c constraints.txt
+	python -m pip install --quiet $(PIP_ARGS) -r requirements-ray.txt -c constraints.txt
 	python -m pytest tests/engine -m ""
 
 lint: $(READY)  ## ruff

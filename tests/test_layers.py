@@ -14,9 +14,9 @@ import pytest
 ROOMS = [
     ("compiled", "config", "errors", "files", "journal", "machine", "partial", "progress"),
     ("keys",),
-    ("engine",),
     ("checkpoint",),
     ("workspace",),
+    ("engine",),
     ("graph",),
     ("quantize",),
     ("runtime",),

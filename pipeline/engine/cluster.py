@@ -2,34 +2,45 @@
 
 - A worker takes part if its processor's kernel class, its Python, its libraries, its copy of this code and the files
   that say what is read are those of this process; another one is refused by name before anything runs. The project lies
-  under the same path there: on a shared file system, or as a clone with its own store, whose weights are compared with
-  the digests of their download as they are read.
-- A worker that dies costs the units that it was doing: Ray does each again, up to `_RETRIES` times.
+  under the same path there, or where PIPELINE_ROOT says: on a shared file system, or as a clone with its own store,
+  which gets what it lacks of the command's models from this process's node (`pipeline.engine.supply`).
+- A worker that dies costs the units that it was doing: Ray does each again, up to `_RETRIES` times. A unit that lags
+  while a worker is idle is begun a second time, and the first result counts.
 - Ray's transport unpickles what it is sent, so whoever reaches a node runs code there: Ray runs on loopback, or every
   node has token authentication (RAY_AUTH_MODE=token). A worker that can see a signing key refuses to work.
 """
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
+import secrets
+import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.engine import EngineConfig
+from pipeline.engine.supply import Head, fetch, listed
 from pipeline.engine.units import R, U, in_order
 from pipeline.errors import ConfigError, PipelineError, ResourceError
 from pipeline.files import sha256_of
-from pipeline.keys.closure import Closure, modules
-from pipeline.machine import CORES, cores, kernel_class
+from pipeline.keys.closure import PACKAGE, Closure, modules
+from pipeline.machine import CORES, available_memory, cores, kernel_class
+from pipeline.workspace import ARTIFACTS
 
 INSTALL = "python -m pip install -r requirements-ray.txt -c constraints.txt"
 _RETRIES = 5
+_SLOW, _PATIENCE = 2, 5.0
+"""A second try of a unit begins when a worker has been idle so many times as long as the longest unit took, and these
+seconds at least: the worker whose result comes too late is ended, and another one takes seconds to start."""
 # Of a model's folder, what says which bytes a worker would read there.
 _INPUTS = (
     "source.json", "export/*", "calibration/moments.safetensors", "calibration/ranges.safetensors",
@@ -37,16 +48,33 @@ _INPUTS = (
 )  # fmt: skip
 _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key, or say where it is
 _AUTHENTICATION = "RAY_AUTH_MODE"
+_ROOT = "PIPELINE_ROOT"  # of a node's `ray start`: where the project lies there
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on any system: Ray leaves 127.0.0.1 as it is
+# Of Ray's processes: deadlines for machines that are busy with other work, to which workers do not yield (they would,
+# at niceness 15); and nothing is reported to Ray's makers.
+_SETTINGS = {
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_LOCAL: dict[str, Any] = {
+    "node_ip_address": "127.0.0.1", "include_dashboard": False, "include_log_monitor": False, "no_monitor": True,
+}  # fmt: skip
+_PORTS = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What every worker is told before its first unit: the project's folder, its store, and the cores of a worker."""
+    """What every worker is told before its first unit: the project's folder, its store, the cores of a worker, and the
+    models that are worked on."""
 
     root: str
     store: str | None
     cores: int
+    models: tuple[str, ...]
 
 
 class Cluster:
@@ -70,7 +98,7 @@ class Cluster:
         self._ray = ray
         if not ray.is_initialized():
             _connect(ray, address)
-        self._terms = Terms(os.getcwd(), os.environ.get("PIPELINE_STORE"), config.cores)
+        self._terms = Terms(os.getcwd(), os.environ.get("PIPELINE_STORE"), config.cores, _models())
         _require_closed(ray.nodes())
         cpus = self._accepted()
         self.workers = sum(int(count // config.cores) for count in cpus.values())
@@ -82,11 +110,22 @@ class Cluster:
 
     def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
         """As `Engine.run`; a barrier costs nothing here, since no unit's memory is this process's."""
-        held, begun = self._ray.put(job), set[Any]()
+        held, begun, longest = self._ray.put(job), set[Any](), 0.0
+
+        def submit(unit: U) -> Any:
+            begun.add(task := self._do.remote(self._terms, [held], unit))
+            return task
+
+        def result(unit: U, task: Any) -> R:
+            nonlocal longest
+            task = self._first(task, begun, max(_PATIENCE, _SLOW * longest) if longest else None, partial(submit, unit))
+            begun.discard(task)
+            seconds, made = self._result(task)
+            longest = max(longest, seconds)
+            return made
 
         def begin(unit: U) -> Callable[[], R]:
-            begun.add(task := self._do.remote(self._terms, [held], unit))
-            return lambda: self._result(begun, task)
+            return partial(result, unit, submit(unit))
 
         try:
             in_order((unit for unit in units if unit is not None), begin, reduce, 2 * self.workers + 2)
@@ -94,7 +133,20 @@ class Cluster:
             for task in begun:
                 self._ray.cancel(task)
 
-    def _result(self, begun: set[Any], task: Any) -> Any:
+    def _first(self, task: Any, begun: set[Any], patience: float | None, again: Callable[[], Any]) -> Any:
+        """`task` when it has ended, or `again`'s if that one ends first: it begins when a worker is idle so long."""
+        wait, left = partial(self._ray.wait, fetch_local=False), [task]
+        if not wait([task], timeout=0)[0]:
+            _, left = wait([*begun], num_returns=len(begun), timeout=0)
+        while task in left and len(left) >= self.workers:
+            _, left = wait(left)
+        if patience is not None and not wait([task], timeout=patience)[0]:
+            [task], [late] = wait([task, again()])
+            begun.discard(late)
+            self._ray.cancel(late, force=True)
+        return task
+
+    def _result(self, task: Any) -> Any:
         errors = self._ray.exceptions
         try:
             return self._ray.get(task)
@@ -105,39 +157,58 @@ class Cluster:
                 f"engine: ray: a unit was lost {_RETRIES + 1} times ({type(error).__name__}: {str(error).strip()}). "
                 f"What is recorded is kept. Give a worker more memory by raising `cores` in configs/engine.yaml; go on."
             ) from None
-        finally:
-            begun.discard(task)
 
     def _accepted(self) -> dict[str, float]:
         """Cores by the id of each node whose workers are as this process; the others are named."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        own, found = identity(), dict[str, float]()
-        nodes = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        look = self._ray.remote(_look)
-        tasks = [
-            look.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            for node in nodes
-        ]
-        for node, task in zip(nodes, [task.remote(self._terms) for task in tasks], strict=True):
-            try:
-                why = _difference(own, self._result(set(), task))
-            except PipelineError as error:
-                why = str(error)
+        names = listed(self._terms.models)
+        nodes = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
+        seen = self._looked(nodes, names)
+        if lacking := [node for node, (why, lacks) in seen.items() if lacks and not why]:
+            place = _at(self._ray.get_runtime_context().get_node_id())
+            actor = self._ray.remote(Head).options(num_cpus=0, max_concurrency=4, scheduling_strategy=place)
+            seen |= self._looked(lacking, names, actor.remote(self._terms.root, names))
+        for node, (why, _) in seen.items():
             if why:
-                name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+                name = f"{nodes[node]['NodeManagerAddress']} ({nodes[node]['NodeManagerHostname']})"
                 print(f"engine: ray: worker {name} is refused: {why}", file=sys.stderr)
-            else:
-                found[node["NodeID"]] = node["Resources"]["CPU"]
+        return {node: nodes[node]["Resources"]["CPU"] for node, (why, _) in seen.items() if not why}
+
+    def _looked(self, nodes: Iterable[str], names: list[str], head: Any = None) -> dict[str, tuple[str, list[str]]]:
+        """Why each node cannot take part, "" if it can, and the files that it lacks: none that `head` gives it."""
+        own, look, found = identity(self._terms.models), self._ray.remote(_look), dict[str, tuple[str, list[str]]]()
+        tasks = {
+            node: look.options(num_cpus=0, scheduling_strategy=_at(node)).remote(self._terms, names, head)
+            for node in nodes
+        }
+        for node, task in tasks.items():
+            try:
+                there, lacks = self._result(task)
+                found[node] = _difference(own, there | {name: own[name] for name in lacks if name in own}), lacks
+            except PipelineError as error:
+                found[node] = str(error), []
         return found
 
 
-def identity() -> dict[str, str]:
+def identity(models: Iterable[str]) -> dict[str, str]:
     """What decides the bytes that this process computes, by name: kernel class, Python, libraries, our own code, and
-    the files that name what models' folders hold."""
+    the files that name what the models' folders hold."""
     found = {"kernel class": kernel_class(), "Python": sys.version.split()[0], **Closure.of(*modules()).libraries()}
-    inputs = (path for pattern in _INPUTS for path in Path("artifacts").glob(f"*/{pattern}"))
-    return found | {str(path): sha256_of(path) for path in (*modules().values(), *inputs)}
+    found |= {path.relative_to(PACKAGE.parent).as_posix(): sha256_of(path) for path in modules().values()}
+    inputs = (path for model in models for pattern in _INPUTS for path in (ARTIFACTS / model).glob(pattern))
+    return found | {path.as_posix(): sha256_of(path) for path in inputs}
+
+
+def _models() -> tuple[str, ...]:
+    """Those that the command names, or all that were downloaded."""
+    found = [path.parent.name for path in ARTIFACTS.glob("*/source.json")]
+    return tuple(sorted({*found} & {*sys.argv} or found))
+
+
+def _at(node: str) -> Any:
+    """Where Ray runs a task of that node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _difference(own: Mapping[str, str], other: Mapping[str, str]) -> str:
@@ -148,17 +219,39 @@ def _difference(own: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    where = f"the cluster at {address} does not answer" if address else "a local Ray could not be started"
+    try:
+        if address is None:
+            address = start({"num_cpus": cores(), "object_store_memory": int(0.3 * available_memory())}).address
+        ray.init(address=address, logging_level="warning", log_to_driver=False)
+    except Exception as error:  # Ray raises it as such
+        raise ResourceError(f"engine: ray: {where}: {error}. `ray status` says more.") from None
+    atexit.register(ray.shutdown)  # before the nodes go, which were started first
+
+
+def start(*nodes: Mapping[str, Any]) -> Any:
+    """Ray nodes on this machine's loopback, as a `ray.cluster_utils.Cluster` that ends with this process.
+
+    `nodes` says what each one is given besides: `num_cpus`, `object_store_memory` (bytes), `env_vars`.
+    """
+    os.environ.update({_LOOPBACK: "0"} | _SETTINGS | os.environ)
+    from ray._common.utils import get_default_ray_temp_dir
+    from ray.cluster_utils import Cluster as Nodes
+
+    found, session = Nodes(), f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
     with _without_secrets():
-        try:
-            if address:
-                ray.init(address=address, **quiet)
-            else:  # "local": never the cluster that somebody else has started here
-                own = {"num_cpus": cores(), "_node_ip_address": "127.0.0.1", "include_dashboard": False}
-                ray.init(address="local", **own, **quiet)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            where = f"the cluster at {address} does not answer" if address else "a local Ray could not be started"
-            raise ResourceError(f"engine: ray: {where}: {error}. `ray status` says more.") from None
+        for node in nodes:
+            with ExitStack() as stack:
+                free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _PORTS]
+                ports = {name: one.getsockname()[1] for name, one in zip(_PORTS, free, strict=True)}
+            # A node gives its agent 15 seconds to write this file, which no setting changes, even with a given port.
+            name = secrets.token_hex(28)
+            path = Path(get_default_ray_temp_dir(), session, f"{_PORTS[-1]}_{name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(ports[_PORTS[-1]]))
+            given = {**node, "env_vars": {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": name, **node.get("env_vars", {})}}
+            found.add_node(**_LOCAL, **ports, **given, session_name=session)
+    return found
 
 
 @contextmanager
@@ -192,19 +285,26 @@ def _is_loopback(host: str) -> bool:
 # --- on a worker -----------------------------------------------------------------------------------------------------
 
 
-def _look(terms: Terms) -> dict[str, str]:
+def _look(terms: Terms, names: Sequence[str], head: Any) -> tuple[dict[str, str], list[str]]:
+    """What this node is, and which files it lacks: those that `head` does not give."""
     _enter(terms)
-    return identity()
+    lacks = [name for name in names if not Path(name).exists()]
+    if lacks and head:
+        fetch(lacks, head)
+        lacks = []
+    return identity(terms.models), lacks
 
 
-def _do(terms: Terms, held: list[Any], unit: Any) -> Any:
-    """A unit's result; a generator's items as a list."""
+def _do(terms: Terms, held: list[Any], unit: Any) -> tuple[float, Any]:
+    """The seconds that a unit took, and its result; a generator's items as a list."""
     from threadpoolctl import threadpool_limits
 
+    started = time.perf_counter()
     _enter(terms)
     with threadpool_limits(terms.cores, "blas"):
         found = _opened(held[0])(unit)
-        return list(found) if isinstance(found, Iterator) else found
+        made = list(found) if isinstance(found, Iterator) else found
+    return time.perf_counter() - started, made
 
 
 @lru_cache(1)
@@ -212,9 +312,10 @@ def _enter(terms: Terms) -> None:
     """Make this process a worker."""
     if secrets := [name for name in os.environ if name.startswith(_SECRETS)]:
         raise ResourceError(f"it has {secrets[0]} in its environment: start Ray there without signing keys")
-    if not Path(terms.root).is_dir():
-        raise ResourceError(f"it has no {terms.root}: share that folder, or clone the project there")
-    os.chdir(terms.root)
+    root = os.environ.get(_ROOT, terms.root)
+    if not Path(root).is_dir():
+        raise ResourceError(f"it has no {root}: share that folder, or clone the project and name it in {_ROOT}")
+    os.chdir(root)
     os.environ[CORES] = os.environ["NUMBA_NUM_THREADS"] = str(terms.cores)
     if terms.store:
         os.environ.setdefault("PIPELINE_STORE", terms.store)
