@@ -114,7 +114,11 @@ def test_every_stage_runs_and_writes_the_same_twice(tmp_path: Path, monkeypatch:
     for name, value in (("SMALL", tiny.MODEL), ("WORKSPACE", Workspace(tiny.MODEL)), ("SUITE", "seconds")):
         monkeypatch.setattr(engine, name, value)
     whole, few = engine.asked, {"problems": 2, "max_new_tokens": 8}
-    monkeypatch.setattr(engine, "asked", lambda name, against=True, **more: whole(name, against, **more and few))
+
+    def fewer(name: str, against: bool = True, **more: Any) -> Any:
+        return whole(name, against, **(more | few if more else {}))
+
+    monkeypatch.setattr(engine, "asked", fewer)
     before = engine.digest(engine.WORKSPACE.moments.parent)
     for name in engine.STAGES:
         first, second = (engine.timed(name, None) for _ in range(2))
