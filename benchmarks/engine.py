@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from benchmarks.project import RESULTS, ROOT, SMALL, Project
 from pipeline import keys
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.engine import VARIABLE
+from pipeline.config.models import DEVICE
 from pipeline.engine import Engine, chosen
+from pipeline.engine.cluster import INSTALL
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json, sha256_of, write_json
 from pipeline.journal import Journal
@@ -59,10 +61,12 @@ TARGET = 1.7  # times as fast with two nodes
 _INPUTS = ("source.json", "export", "reference", "calibration", f"variants/{VARIANT}", f"evaluation/{REFERENCE}")
 _LESS: dict[str, dict[str, Any]] = {
     "calibration.yaml": {"texts": {"text-c4": 3072, "text-code": 1024}, "chats": {}, "per_channel": 0},
+    "engine.yaml": {"engine": "threads", "address": None, "cores": 1},
     "sensitivity.yaml": {"texts": {"text-c4": 64}, "window": 64, "rows": 256},
 }
 _EMPTY = 500
-_PAUSE = 2.0, 6.0  # seconds between two kills: a new worker imports for some
+_PAUSE = 4.0, 14.0  # seconds between two kills: a new worker imports for some of them
+_FOUND = "found.json"
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -193,19 +197,15 @@ class Watched:
         self.running += time.perf_counter() - started
 
 
-def start(nodes: int) -> None:
-    """Start Ray nodes on loopback, each on a core of its own. Raises PipelineError where there are fewer cores."""
-    own = sorted(os.sched_getaffinity(0))[:nodes]
-    if len(own) < nodes:
-        raise PipelineError(f"{nodes} nodes take {nodes} cores; this process may use {len(own)}.")
-    os.environ[VARIABLE], os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "ray", "0"
+def start(own: list[int]) -> None:
+    """Start Ray nodes on loopback, one on each of these cores. This process is on the first."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from ray.cluster_utils import Cluster
 
     settings = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 500 << 20}
-    os.sched_setaffinity(0, own[:1])
     cluster = Cluster(True, head_node_args={**settings, "include_dashboard": False})
     for core in own[1:]:
-        os.sched_setaffinity(0, [core])
+        os.sched_setaffinity(0, [core])  # a node is where it was started
         cluster.add_node(**settings)
     os.sched_setaffinity(0, own[:1])
     os.environ["RAY_ADDRESS"] = cluster.address
@@ -306,14 +306,25 @@ def main(context: click.Context, names: tuple[str, ...], kills: int, out: Path) 
         return
     wanted = names or tuple(STAGES)
     found = read_json(out) if names and out.exists() else {"stages": {}, "empty_unit_ms": {}, "kills": {}}
-    found |= {"machine": machine.describe(), "ray": version("ray"), "busy_percent": machine.busy_percent()}
-    for engine in (THREADS, ONE, TWO):
-        project = prepared(ROOT / ".bench" / "engine")
-        own = project.work / "found.json"
-        command = [sys.executable, "-m", "benchmarks.engine", "once", engine, str(own), str(kills), *wanted]
-        environment = project.environment | {"PIPELINE_STORE": str(ROOT / Store().root)}
+    try:
+        found |= {"machine": machine.describe(), "ray": version("ray"), "busy_percent": machine.busy_percent()}
+    except PackageNotFoundError:
+        raise click.ClickException(f"nodes are Ray's: {INSTALL}") from None
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    if len(cores) < 2:
+        raise click.ClickException("two nodes take two cores; this process may use one.")
+    for engine, own in ((THREADS, cores), (ONE, cores[:1]), (TWO, cores[:2])):
+        try:
+            project = prepared(ROOT / ".bench" / "engine")
+        except PipelineError as error:
+            raise click.ClickException(str(error)) from None
+        home = own if engine == THREADS else own[:1]
+        command = ["taskset", "-c", ",".join(home), sys.executable, "-m", "benchmarks.engine", "once", engine]
+        command += [",".join(own), str(kills), *wanted]
+        environment = project.environment | {"PIPELINE_STORE": str(ROOT / Store().root), DEVICE: "cpu"}
+        environment |= {VARIABLE: "threads" if engine == THREADS else "ray"}
         subprocess.run(command, cwd=project.folder, env=environment, check=True)
-        result = read_json(own)
+        result = read_json(project.folder / _FOUND)
         for name, run in result["stages"].items():
             found["stages"].setdefault(name, {})[engine] = run
         found["empty_unit_ms"] |= result["empty_unit_ms"]
@@ -339,14 +350,14 @@ def prepared(work: Path) -> Project:
 
 @main.command(hidden=True)
 @click.argument("engine")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("cores")
 @click.argument("kills", type=int)
 @click.argument("names", nargs=-1)
-def once(engine: str, out: Path, kills: int, names: tuple[str, ...]) -> None:
-    """The stages by one engine, in the current folder."""
+def once(engine: str, cores: str, kills: int, names: tuple[str, ...]) -> None:
+    """The stages by one engine, in the current folder; what is found lies there too."""
     watched, found = None, {"stages": dict[str, Any](), "empty_unit_ms": {}, "kills": {}}
     if engine != THREADS:
-        start(int(engine))
+        start([int(core) for core in cores.split(",")])
         wake(workers := chosen())
         started = time.perf_counter()
         workers.run(nothing, range(_EMPTY), lambda *_: None)
@@ -359,7 +370,7 @@ def once(engine: str, out: Path, kills: int, names: tuple[str, ...]) -> None:
         share = kills // len(KILLED) if set(KILLED) <= {*names} else kills
         found["kills"][name] = run = disturbed(name, share, found["stages"][name]["digest"], watched)
         click.echo(f"{engine}: {name} {run}")
-    write_json(out, found)
+    write_json(Path(_FOUND), found)
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
