@@ -15,7 +15,7 @@ comma   := ,
 empty   :=
 space   := $(empty) $(empty)
 
-.PHONY: help shell demo repro validate-release bench bench-quality rehearsal crosscheck gpu-check arm64 show check test test-long test-ray lint clean
+.PHONY: help shell demo repro validate-release bench bench-quality bench-engine rehearsal crosscheck gpu-check arm64 show check test test-long test-ray lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,11 @@ bench-quality: $(READY)  ## our quantized files beside ONNX Runtime's and llama.
 	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-bench.txt -c constraints.txt
 	python -m benchmarks.quality.matrices
 	python -m benchmarks.quality
+	python -m benchmarks.tables
+
+bench-engine: $(READY)  ## each stage by threads, one Ray node and two; workers killed on the way: docs/scale.md, after make demo
+	python -m pip install --no-compile --quiet $(PIP_ARGS) -r requirements-ray.txt -c constraints.txt
+	python -m benchmarks.engine --kills 20
 	python -m benchmarks.tables
 
 rehearsal: $(READY)  ## a full-size model that talks (MODELS=mimo-8b) through all stages to bundles that speak: benchmarks/README.md

@@ -1,4 +1,5 @@
-"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md, and its claim into README.md.
+"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md and docs/scale.md, and a claim into
+README.md.
 
 python -m benchmarks.tables
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, half, kernels, phone, rehearsed
+from benchmarks import arm64, engine, half, kernels, phone, rehearsed
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS, ROOT
@@ -270,7 +271,7 @@ BY_FILE = {
 
 
 def main() -> None:
-    """Rewrite every marked table of README.md."""
+    """Rewrite every marked table."""
     records = [read_json(file) for name in MODELS if (file := RESULTS / f"conversion-{name}.json").exists()]
     searches = read_json(RESULTS / "searches.json")
     tables = {name: render(records, searches) for name, render in TABLES.items()}
@@ -283,6 +284,8 @@ def main() -> None:
     if phones := [read_json(file) for file in sorted(RESULTS.glob("phone-*.json"))]:
         tables["phone"] = phone.tables(phones)
     fill(README, tables)
+    if (RESULTS / "engine.json").exists():
+        fill(ROOT / "docs" / "scale.md", {"engine": engine.report(read_json(RESULTS / "engine.json"))})
     fill(ROOT / "README.md", {"quality-claim": claim(read_json(RESULTS / "quality.json"))})
 
 
