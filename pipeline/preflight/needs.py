@@ -144,6 +144,10 @@ class Rates:
         """Operations per second of one core."""
         return self.flops / self.cores
 
+    def of(self, cores: int) -> Rates:
+        """Those of so many such cores."""
+        return Rates(self.of_core * cores, cores)
+
 
 UNMEASURED = Rates(math.nan, 1)
 """Times that are estimated from it are not numbers."""

@@ -140,7 +140,7 @@ def fill(
     left = [name for name in names if name not in journal.items]
     size = len(left) if engine.shared else batch_size(len(left), engine.workers)
     batches = [left[start : start + max(size, 1)] for start in range(0, len(left), max(size, 1))]
-    with Progress(title, len(names), unit) as progress:
+    with Progress(title, len(names), unit, workers=0 if engine.shared else engine.workers) as progress:
         progress.advance(len(names) - len(left), kept=True)
 
         def record(some: Sequence[str], made: Iterable[Any]) -> None:
