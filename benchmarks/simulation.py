@@ -26,7 +26,7 @@ from benchmarks.conversion import CALIBRATION, SENSITIVITY
 from benchmarks.full_size import MODELS
 from benchmarks.markdown import table
 from benchmarks.project import RESULTS, ROOT
-from benchmarks.quality.plot import _FAINT, _INK, _LINE
+from benchmarks.quality.plot import FAINT, INK, LINE
 from pipeline import machine
 from pipeline.config.calibration import CalibrationConfig, load_calibration, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
@@ -34,7 +34,7 @@ from pipeline.files import read_json, write_bytes, write_json
 from pipeline.preflight import needs
 from pipeline.preflight.footprints import known
 from pipeline.preflight.machine import stage_needs
-from pipeline.preflight.needs import ENGINE_SECONDS, START_SECONDS, Needs, Rates
+from pipeline.preflight.needs import ENGINE_SECONDS, Needs, Rates
 from pipeline.preflight.rounds import NETWORK, Phase, Workers, phases
 from pipeline.tasks.registry import suite_type
 
@@ -83,7 +83,7 @@ def _job(one: Needs, who: Workers) -> Iterator[Phase]:
     if who.count == 1 or not one.spread:
         yield Phase(one.expected(), [], 0)
         return
-    yield Phase(START_SECONDS + ENGINE_SECONDS, [], 0)
+    yield Phase(one.fixed + ENGINE_SECONDS, [], 0)
     for phase in phases(one.work, who):
         yield from [phase] * phase.times
 
@@ -135,6 +135,7 @@ def simulate(work: Jobs, after: Graph, workers: int) -> Run:
     free, head = [0.0] * workers, 0.0  # when each worker, and the head node, has nothing to do
     begun, ended = dict[str, float](), dict[str, float]()
     steps = {name: iter(phase) for name, phase in work.items()}
+    events: list[tuple[float, int, str, Phase | None]]
     events = [(0.0, place, name, None) for place, name in enumerate(after) if not after[name]]
     heapq.heapify(events)
     order = {name: place for place, name in enumerate(after)}
@@ -163,18 +164,16 @@ def simulate(work: Jobs, after: Graph, workers: int) -> Run:
 
 
 def release(
-    model: str, after: Graph, rates: Rates, memory: int, took: Mapping[str, float], network: float
+    model: str, after: Graph, found: Sequence[Needs], cores: int, took: Mapping[str, float], network: float
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of workers, each with the cores of `rates`, where a node has `memory` bytes."""
-    found = list(stage_needs(model, load_pipeline().variants, memory, rates, SUITE))
+    """A row for each number of workers of so many cores."""
     for count in COUNTS:
-        work = jobs(after, model, found, took, Workers(count, rates.cores, network=network))
+        work = jobs(after, model, found, took, Workers(count, cores, network=network))
         chain, together = simulate(work, one_by_one(after), count), simulate(work, after, count)
         yield {
             "model": model,
             "workers": count,
-            "cores": rates.cores,
-            "memory_bytes": memory,
+            "cores": cores,
             "one_by_one_seconds": chain.seconds,
             "side_by_side_seconds": together.seconds,
             "critical": [[name, together.took(name)] for name in together.critical(after)],
@@ -190,7 +189,7 @@ def release(
 
 def compared(per_core: float) -> list[dict[str, Any]]:
     """Stages that were measured at full width on 2 cores, beside what the model says of them."""
-    rows = []
+    rows = list[dict[str, Any]]()
     for name, layers in ((REHEARSAL, None), (f"{REHEARSAL}-2layers", 2)):
         record = read_json(RESULTS / f"{name}.json")
         took = {
@@ -343,7 +342,7 @@ def render(result: Mapping[str, Any]) -> bytes:
         axes.set_title(
             f"{model}: a release ({', '.join(result['variants'])})",
             loc="left",
-            color=_INK,
+            color=INK,
             fontweight="bold",
             fontsize=10,
         )
@@ -355,15 +354,15 @@ def render(result: Mapping[str, Any]) -> bytes:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("workers", color=_INK)
-        axes.grid(True, color=_LINE, lw=0.6)
+        axes.set_xlabel("workers", color=INK)
+        axes.grid(True, color=LINE, lw=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=_FAINT, which="both", labelsize=8)
+        axes.tick_params(colors=FAINT, which="both", labelsize=8)
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(_FAINT)
-    panels[0].set_ylabel("hours (simulated, log scale)", color=_INK)
-    panels[-1].legend(loc="upper right", frameon=True, framealpha=1, edgecolor=_LINE, fontsize=8.5, labelcolor=_INK)
+            spine.set_color(FAINT)
+    panels[0].set_ylabel("hours (simulated, log scale)", color=INK)
+    panels[-1].legend(loc="upper right", frameon=True, framealpha=1, edgecolor=LINE, fontsize=8.5, labelcolor=INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -379,7 +378,8 @@ def main(network: float) -> None:
     for model in MODELS:
         after = graph([model], variants)
         for cores, memory in NODES.items():
-            rows += release(model, after, Rates(per_core * cores, cores), memory * 10**9, took, network)
+            found = list(stage_needs(model, variants, memory * 10**9, Rates(per_core * cores, cores), SUITE))
+            rows += release(model, after, found, cores, took, network)
     result = {"rate": per_core, "network": network, "variants": variants, "rows": rows, "compared": compared(per_core)}
     write_json(RESULT, result)
     write_bytes(PLOT, render(result))

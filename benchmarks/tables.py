@@ -1,4 +1,5 @@
-"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md, and its claim into README.md.
+"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md and docs/scale.md, and its claim into
+README.md.
 
 python -m benchmarks.tables
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, half, kernels, phone, rehearsed
+from benchmarks import arm64, half, kernels, phone, rehearsed, simulation
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS, ROOT
@@ -283,6 +284,8 @@ def main() -> None:
     if phones := [read_json(file) for file in sorted(RESULTS.glob("phone-*.json"))]:
         tables["phone"] = phone.tables(phones)
     fill(README, tables)
+    if simulation.RESULT.exists():
+        fill(ROOT / "docs/scale.md", simulation.tables(read_json(simulation.RESULT)))
     fill(ROOT / "README.md", {"quality-claim": claim(read_json(RESULTS / "quality.json"))})
 
 

@@ -54,9 +54,10 @@ READ_PER_SECOND = 0.6e9
 """Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
-GPTQ_SECONDS, GPTQ_COLUMN_SECONDS = 361e-9, 0.0998e-9
-"""Of a weight on one core: on no more than that core, and in products, for each column of its matrix. The line through
-the two measurements beside `WEIGHTS_PER_CORE_SECOND`; SmolLM2's q4 took 434 ns a weight (docs/scale.md), 442 by it."""
+GPTQ_SECONDS, GPTQ_COLUMN_SECONDS = 363e-9, 0.0865e-9
+"""Of a weight on one core: on no more than that core, and in products, for each column of its matrix. A line through
+what whole stages took: SmolLM2's q4 434 ns (816 columns in the mean; docs/scale.md), and 870 ns for MiMo's second layer
+(5,854; CPU seconds of three variants, the factors taken off, benchmarks/results/rehearsal-mimo-8b-*layers.json)."""
 TABLE_WEIGHTS = 16_000_000
 """Of an embedding or a head that are one unit for workers elsewhere."""
 FACTOR_RATE = 0.6
@@ -65,11 +66,12 @@ LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
-START_SECONDS = 13.0
-"""Of a stage that measures or computes, beside its work: process, guard, texts, tokenizer, DVC's own (11 for `quantize`
-and 15 for `calibrate` of SmolLM2 in the demo, on 2 cores)."""
+START_SECONDS, LAYER_SECONDS, TASK_SECONDS = 13.0, 0.6, 4.0
+"""Beside its work, of a stage that measures or computes: process, guard, texts, tokenizer, DVC's own; of each layer
+that it passes: graph, files, hashes; of each task: model, data, tokenizer. What the demo's stages took on 2 cores beyond
+their products: 11 s `quantize`, 15 s `calibrate` and 0.6 s each of its layers, 24 s `validate` in its 5 tasks."""
 ENGINE_SECONDS = 10.0
-"""And until Ray's workers have begun."""
+"""Until Ray's workers have begun."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Needs:
         scratch: whether what it writes is gone when it ends.
         writing: texts that it writes layer by layer, task by task.
         work: what `seconds` are made of; empty where they are not a number.
+        fixed: seconds on top, whatever the work.
     """
 
     stage: str
@@ -119,12 +122,13 @@ class Needs:
     scratch: bool = False
     writing: tuple[Writing, ...] = ()
     work: tuple[Round, ...] = ()
+    fixed: float = START_SECONDS
 
     def expected(self, workers: Workers | None = None) -> float:
         """Seconds of the whole stage: on this machine's cores, or with workers elsewhere."""
         if workers is None or not self.spread:
-            return START_SECONDS + self.seconds
-        return START_SECONDS + ENGINE_SECONDS + on(self.work, workers)
+            return self.fixed + self.seconds
+        return self.fixed + ENGINE_SECONDS + on(self.work, workers)
 
     @property
     def spread(self) -> bool:
@@ -198,6 +202,7 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
         f"{tokens:,} tokens, correlations",
         seconds=here(work, rates.cores),
         work=work,
+        fixed=START_SECONDS + architecture.layers * LAYER_SECONDS,
     )
 
 
@@ -233,6 +238,7 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
         seconds=here(work, rates.cores),
         scratch=True,
         work=work,
+        fixed=START_SECONDS + architecture.layers * LAYER_SECONDS,
     )
 
 
@@ -271,7 +277,7 @@ def learn(
         f"activations of all layers and logits of {window:,} tokens, the head three times, what training keeps",
         variant,
         seconds,
-        work=(Round(alone=seconds),),
+        work=(Round(alone=seconds / wanted.steps, times=wanted.steps),),
     )
 
 
@@ -321,6 +327,7 @@ def reference(
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
         seconds=here(work, rates.cores),
         work=work,
+        fixed=START_SECONDS + len(costs) * TASK_SECONDS,
     )
 
 
@@ -340,6 +347,7 @@ def layered_reference(
     head = architecture.vocab * architecture.hidden
     decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
     seconds = sum([*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)])
+    passes = len(asked) + sum(one.passes for one in writing)
     return Needs(
         "reference",
         MEASURING_BYTES + max(decoding, *(one.memory for one in writing), 0),
@@ -348,7 +356,8 @@ def layered_reference(
         f"per token and vocabulary entry kept",
         seconds=seconds,
         writing=writing,
-        work=(Round(alone=seconds),),
+        work=(Round(alone=seconds / passes, times=passes),),
+        fixed=START_SECONDS + (len(asked) + len(writing)) * TASK_SECONDS,
     )
 
 
@@ -390,6 +399,7 @@ def validate(
         variant,
         here(work, rates.cores),
         work=work,
+        fixed=START_SECONDS + len(costs) * TASK_SECONDS,
     )
 
 
