@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.correlations import stored_bytes
@@ -25,7 +24,7 @@ from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
 from pipeline.tasks.mmlu import EXAMPLES
 from pipeline.tasks.registry import Suite
-from pipeline.tasks.task import Cost, Task
+from pipeline.tasks.task import Cost
 
 PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
@@ -68,8 +67,8 @@ SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
 START_SECONDS, LAYER_SECONDS, TASK_SECONDS = 13.0, 0.6, 4.0
 """Beside its work, of a stage that measures or computes: process, guard, texts, tokenizer, DVC's own; of each layer
-that it passes: graph, files, hashes; of each task: model, data, tokenizer. What the demo's stages took on 2 cores beyond
-their products: 11 s `quantize`, 15 s `calibrate` and 0.6 s each of its layers, 24 s `validate` in its 5 tasks."""
+that it passes: graph, files, hashes; of each task: model, data, tokenizer. What the demo's stages took on 2 cores
+beyond their products: 11 s `quantize`, 15 s `calibrate` and 0.6 s each of its layers, 24 s 5 tasks of `validate`."""
 ENGINE_SECONDS = 10.0
 """Until Ray's workers have begun."""
 
@@ -347,7 +346,7 @@ def layered_reference(
     head = architecture.vocab * architecture.hidden
     decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
     seconds = sum([*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)])
-    passes = len(asked) + sum(one.passes for one in writing)
+    passes = max(1, len(asked) + sum(one.passes for one in writing))
     return Needs(
         "reference",
         MEASURING_BYTES + max(decoding, *(one.memory for one in writing), 0),
@@ -468,20 +467,17 @@ def _suite_work(
     """Tokens read, and tokens written: at most the limit for each text. A round for each task, whose items are units;
     speed is this machine's. Every worker loads `weights` bytes for a task; `kept`: bytes that an item brings for each
     token and vocabulary entry whose log-probability is kept."""
-    found = []
+    found, costs = [], {task.name: task.cost(part, entry) for task, part in suite.by_task()}
     for task, part in suite.by_task():
-        cost = task.cost(part, entry)
+        cost = costs[task.name]
         seconds = _product_seconds(architecture, cost.read + DECODE_COST * cost.written, rates)
         if task.whole:
             found.append(Round(alone=seconds))
             continue
-        items, read = _items(task, part, cost), EXAMPLES.get(entry.mmlu_mode, 0) * (task.name == "mmlu")
+        items = costs[task.reads or task.name].texts or (task.stops(part)[-1] if task.stops else 0)
+        items = items or max(1, round(cost.read / cost.window))
+        read = EXAMPLES.get(entry.mmlu_mode, 0) * (task.name == "mmlu")
         again = _product_seconds(architecture, read, rates) * rates.cores  # a batch begins with its subject's examples
         moved = kept * architecture.vocab * cost.kept / items
         found.append(Round((Units(items, seconds * rates.cores / items, 0, 0, moved, True, again),), read=weights))
     return tuple(found)
-
-
-def _items(task: Task, part: Any, cost: Cost) -> int:
-    """How many items a task asks at most."""
-    return cost.texts or (task.stops(part)[-1] if task.stops else max(1, round(cost.read / cost.window)))

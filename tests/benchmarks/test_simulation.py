@@ -72,7 +72,7 @@ def test_no_schedule_beats_its_bounds(seed: int) -> None:
             assert all(found.begun[name] >= max((found.ended[one] for one in order[name]), default=0) for name in order)
             assert found.seconds >= sum(sum(phase.sizes) for own in work.values() for phase in own) / workers - 1e-9
             assert found.seconds >= sum(phase.alone for own in work.values() for phase in own) - 1e-9
-            longest = {}
+            longest = dict[str, float]()
             for name in order:
                 alone = sum(phase.alone + max(phase.sizes, default=0) for phase in work[name])
                 longest[name] = alone + max((longest[one] for one in order[name]), default=0)
@@ -103,7 +103,7 @@ def test_a_release_of_mimo_on_dvc_s_graph() -> None:
 
 
 def test_one_worker_is_this_machine() -> None:
-    after = {"validate@m-q4": []}
+    after: Graph = {"validate@m-q4": []}
     assert [*jobs(after, "m", [], {"validate": 7}, Workers(1, 2)).values()] == [[Phase(7, [], 0)]]
 
 
