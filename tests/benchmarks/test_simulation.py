@@ -97,7 +97,14 @@ def test_a_release_of_mimo_on_dvc_s_graph() -> None:
         assert spent == sorted(spent, reverse=True)
         assert spent[0] > 10 * spent[-1]
     assert rows[0]["one_by_one_seconds"] == pytest.approx(rows[0]["side_by_side_seconds"]), "one machine"
-    result = {"rate": 1e12 / 16, "network": 1.25e9, "variants": ["q4", "q3"], "rows": rows, "compared": []}
+    result = {
+        "rate": 1e12 / 16,
+        "given": True,
+        "network": 1.25e9,
+        "variants": ["q4", "q3"],
+        "rows": rows,
+        "compared": [],
+    }
     assert "mimo-8b, 64 × 16 cores" in simulation.hours(result)
     assert simulation.render(result)[:8] == b"\x89PNG\r\n\x1a\n"
 
