@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,7 +125,7 @@ def predict(model: str) -> list[dict[str, Any]]:
     has, rates = room(), Rates(product_rate(), cores())
     found = [download_needs(find_source(model, Store()), has)]
     found += stage_needs(model, load_pipeline().variants, has.memory, rates)
-    return [asdict(one) | {"products_per_second": rates.flops} for one in found]
+    return [asdict(replace(one, work=())) | {"products_per_second": rates.flops} for one in found]
 
 
 def target_of(prediction: dict[str, Any], name: str) -> str:

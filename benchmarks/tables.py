@@ -1,4 +1,4 @@
-"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md and docs/scale.md, and a claim into
+"""Put the figures of benchmarks/results/ into the tables of benchmarks/README.md and docs/scale.md, and its claim into
 README.md.
 
 python -m benchmarks.tables
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arm64, engine, half, kernels, phone, rehearsed
+from benchmarks import arm64, engine, half, kernels, phone, rehearsed, simulation
 from benchmarks.conversion import MODELS
 from benchmarks.markdown import fill, table
 from benchmarks.project import RESULTS, ROOT
@@ -286,6 +286,8 @@ def main() -> None:
     fill(README, tables)
     if (RESULTS / "engine.json").exists():
         fill(ROOT / "docs" / "scale.md", {"engine": engine.report(read_json(RESULTS / "engine.json"))})
+    if simulation.RESULT.exists():
+        fill(ROOT / "docs" / "scale.md", simulation.tables(read_json(simulation.RESULT)))
     fill(ROOT / "README.md", {"quality-claim": claim(read_json(RESULTS / "quality.json"))})
 
 

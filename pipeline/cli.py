@@ -84,10 +84,21 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 
 
 @cli.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @_MODELS
-def preflight(model: tuple[str, ...]) -> None:
-    """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not."""
-    sys.exit(_function("preflight.machine")(model))
+@click.option("--workers", "count", type=click.IntRange(min=1), help="Estimate for so many workers, there or not.")
+@click.option("--cores", type=click.IntRange(min=1), help="Of each; default: configs/engine.yaml.")
+def preflight(models: tuple[str, ...], model: tuple[str, ...], count: int | None, cores: int | None) -> None:
+    """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not.
+
+    Times are those of the engine in configs/engine.yaml, or with --workers what such a cluster would bring.
+    """
+    if cores and not count:
+        raise click.UsageError("--cores are those of --workers.")
+    workers = count and _function("preflight.rounds", "Workers")(
+        count, cores or _function("config.engine", "load_engine")().cores
+    )
+    sys.exit(_function("preflight.machine")(models + model, workers))
 
 
 @cli.command()

@@ -70,6 +70,23 @@ def test_items_without_bytes(clock: list[float], capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_a_worker_s_burst_is_one_sign_of_speed(clock: list[float]) -> None:
+    """Ten items every ten seconds are one a second, not the thousands that come in the same instant."""
+    with Progress("validate", 100, "questions", workers=4) as shown:
+        for burst in range(5):
+            clock[0] += 10
+            for _ in range(10):
+                clock[0] += 0.0001
+                shown.advance()
+            if burst > 1:
+                left = int(shown.figures().split("about ")[1].split()[0])
+                assert abs(left - (100 - shown.done)) <= 10
+        assert shown.figures().startswith("50 of 100 questions · 4 workers · 310 MB private · about ")
+        for _ in range(50):
+            shown.advance()
+        assert shown.figures().endswith("about 0 s left")
+
+
 def on_a_terminal(body: str) -> str:
     """What a program writes to a terminal of 120 columns."""
     program = f"import time\nfrom pipeline.progress import Progress\n{body}"

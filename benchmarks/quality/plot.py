@@ -33,7 +33,7 @@ class Style(NamedTuple):
 
 
 _INCHES, _DPI = (11.0, 6.6), 150
-_INK, _FAINT, _LINE = "#1f2328", "#57606a", "#d8dee4"
+INK, FAINT, LINE = "#1f2328", "#57606a", "#d8dee4"
 _STYLES = {
     "ours": Style("#0b5d1e", "o", True, "-"),
     "llama.cpp": Style("#0969da", "s", False, "--"),
@@ -67,13 +67,13 @@ def render(result: Mapping[str, Any], by: str) -> bytes:
     figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(f"{subject['title']}: {_TITLES[by]} and divergence", loc="left", color=_INK, fontweight="bold")
+    axes.set_title(f"{subject['title']}: {_TITLES[by]} and divergence", loc="left", color=INK, fontweight="bold")
     for tool in (tool for tool in _STYLES if any(row["tool"] == tool for row in rows)):
         _draw(axes, [row for row in rows if row["tool"] == tool], tool, by)
     _axes_style(axes, by)
-    legend = axes.legend(loc="lower left", frameon=True, framealpha=1, edgecolor=_LINE, fontsize=9, labelcolor=_INK)
+    legend = axes.legend(loc="lower left", frameon=True, framealpha=1, edgecolor=LINE, fontsize=9, labelcolor=INK)
     if left:
-        figure.supxlabel(textwrap.fill(f"Larger, not shown: {left}", 150), fontsize=7.5, color=_FAINT)
+        figure.supxlabel(textwrap.fill(f"Larger, not shown: {left}", 150), fontsize=7.5, color=FAINT)
     figure.canvas.draw()  # constrained layout moves the axes: labels are placed when they stand still
     figure.set_layout_engine("none")
     _label(axes, rows, by, legend.get_window_extent())
@@ -118,19 +118,19 @@ def _frontier(rows: Sequence[Row], by: str) -> Iterator[tuple[float, float]]:
 
 
 def _axes_style(axes: Axes, by: str) -> None:
-    axes.set_ylabel("mean KL divergence from full precision\n(nats per token, log scale)", color=_INK)
-    axes.set_xlabel(_AXES[by], color=_INK)
+    axes.set_ylabel("mean KL divergence from full precision\n(nats per token, log scale)", color=INK)
+    axes.set_xlabel(_AXES[by], color=INK)
     axes.set_yscale("log")
     axes.margins(x=0.07, y=0.06)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, color=_LINE, lw=0.6)
+    axes.grid(True, color=LINE, lw=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_FAINT, which="both", labelsize=8)
+    axes.tick_params(colors=FAINT, which="both", labelsize=8)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
+        spine.set_color(FAINT)
 
 
 def _label(axes: Axes, rows: Sequence[Row], by: str, legend: Bbox) -> None:

@@ -2,14 +2,15 @@
 
 Every heavy stage is refused by `require` before its first byte; `run` prints the whole table. There, stages share the
 disk in their order, and a refused one takes none of it. A stage whose output is there is shown, but counts neither for
-the exit status nor for the disk: whether the output is current is DVC's to know.
+the exit status nor for the disk: whether the output is current is DVC's to know. Estimates are for the workers of the
+configured engine, or for those that are asked about, which need not be there.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -21,9 +22,11 @@ from pipeline import files, machine
 from pipeline.artifact.learned import RECORD
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.calibration import load_calibration, load_parity, load_sensitivity
+from pipeline.config.engine import load_engine
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.phones import load_tiers
 from pipeline.config.recipes import has_budget, load_recipe
+from pipeline.engine import chosen
 from pipeline.errors import PipelineError, ResourceError
 from pipeline.parity.compare import cut, cut_references
 from pipeline.preflight import needs
@@ -32,6 +35,7 @@ from pipeline.preflight.compensation import damping
 from pipeline.preflight.configuration import check_all
 from pipeline.preflight.footprints import Source, computed, find_source, known
 from pipeline.preflight.needs import UNMEASURED, Needs, Rates
+from pipeline.preflight.rounds import Workers
 from pipeline.runtime.session import runs_layered
 from pipeline.tasks.registry import load_suite
 from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
@@ -175,12 +179,21 @@ def stage_needs(
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def run(models: tuple[str, ...] = ()) -> int:
-    """Print what every stage of `models` (default: those of configs/pipeline.yaml) takes; 1 if one cannot run here."""
+def run(models: tuple[str, ...] = (), asked: Workers | None = None) -> int:
+    """Print what every stage of `models` (default: those of configs/pipeline.yaml) takes; 1 if one cannot run here.
+
+    `asked`: the workers whose time is estimated, in place of the configured engine's; the head node has their cores, if
+    this machine has fewer.
+    """
     check_all()
-    rates = Rates(machine.product_rate(), machine.cores())
     rows: list[Row] = []
     failed, unknown, run = [], [], load_pipeline()
+    try:
+        workers = asked or _configured()
+    except PipelineError as absent:  # as the stages will say; the estimates are those of this machine alone
+        failed, workers = [str(absent)], None
+    measured = Rates(machine.product_rate(), machine.cores())
+    rates = measured.of(max(measured.cores, asked.cores)) if asked else measured
     texts: list[str] = []
     has = start = room()
     for model in models or run.models:
@@ -199,12 +212,18 @@ def run(models: tuple[str, ...] = ()) -> int:
             if not (found := known(model)).downloaded:
                 unknown.append(f"{model}: its shapes, and so all figures, are from {found.origin}.")
     refusals = [row.refusal for row in rows if row.refusal] + failed
-    print(_table(rows), end="\n\n")
+    print(_table(rows, workers), end="\n\n")
     decided = [outlook(model, variant, run.suite) for model in models or run.models for variant in run.variants]
-    said = (*texts, *_totals(rows, start, rates), *decided, *(f"NO: {text}" for text in refusals), *unknown)
+    said = (*texts, *_totals(rows, start, measured, workers), *decided, *(f"NO: {text}" for text in refusals), *unknown)
     for sentence in said:
         print(textwrap.fill(sentence, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 1 if refusals else 0
+
+
+def _configured() -> Workers | None:
+    """The engine's workers, None for threads of this process. Raises PipelineError where the engine cannot be had."""
+    config = load_engine()
+    return Workers(chosen().workers, config.cores) if config.engine == "ray" else None
 
 
 def misfits(model: str) -> list[str]:
@@ -245,7 +264,7 @@ def _output(model: str, wanted: Needs) -> Path:
     }[wanted.stage]
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], workers: Workers | None) -> str:
     """At most 118 columns: a title per model, then its stages."""
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     for number, heading in enumerate(_HEADER):
@@ -253,19 +272,19 @@ def _table(rows: list[Row]) -> str:
     for model, own in groupby(rows, key=lambda row: row.model):
         table.add_row(model)
         for row in own:
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row, workers))
     with (console := Console(width=_WIDTH, color_system=None)).capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, workers: Workers | None) -> tuple[str, ...]:
     wanted, has = row.needs, row.room
     in_store = bool(wanted.store_disk) and not has.shared
     disk, free = (wanted.store_disk, has.store) if in_store else (wanted.disk + wanted.store_disk, has.disk)
     sizes = (f"{count / 1e9:.2f} GB" for count in (wanted.memory, has.memory, disk, free))
     state = "there already" if row.there else "NO" if row.problem else "ok"
-    return f"  {wanted.stage}", wanted.variant or "", *sizes, _duration(wanted.seconds), state
+    return f"  {wanted.stage}", wanted.variant or "", *sizes, _duration(wanted.expected(workers)), state
 
 
 def _writing(row: Row) -> Iterator[str]:
@@ -277,7 +296,7 @@ def _writing(row: Row) -> Iterator[str]:
         )
 
 
-def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:
+def _totals(rows: list[Row], has: Room, rates: Rates, workers: Workers | None) -> list[str]:
     """What all stages that have yet to run take together, and what the estimates rest on."""
     left = [row.needs for row in rows if not row.there]
     kept = [wanted for wanted in left if not wanted.scratch]
@@ -289,14 +308,32 @@ def _totals(rows: list[Row], has: Room, rates: Rates) -> list[str]:
             f"disk of {ARTIFACTS}: {disk:,} bytes to be written and kept, {has.disk:,} free; "
             f"disk of the store: {store:,}, {has.store:,} free"
         )
-    known = sum(wanted.seconds for wanted in left if not math.isnan(wanted.seconds))
     speed = f"{rates.flops / 1e9:.0f} GFLOP/s in matrix products on {rates.cores} cores, measured now"
     return [
         line,
-        f"time: {_duration(known or math.nan)} where it can be estimated ({speed}); reading and writing files, "
+        f"time: {_duration(_together(left, workers))} where it can be estimated ({speed}); reading and writing files, "
         f"the network and Optimum's export come on top",
+        *(_of_workers(rows, workers) if workers else ()),
         "there already: the stage has an output; whether it is current, `dvc status` knows. Not counted above",
     ]
+
+
+def _together(wanted: Iterable[Needs], workers: Workers | None) -> float:
+    """Seconds of stages one after another; not a number where none is known."""
+    return sum(one.expected(workers) for one in wanted if one.work) or math.nan
+
+
+def _of_workers(rows: list[Row], workers: Workers) -> Iterator[str]:
+    """What workers bring each model, whatever of it is there, and what one of them holds."""
+    suite = load_pipeline().suite
+    for model, own in groupby(rows, key=lambda row: row.model):
+        if spread := [row.needs for row in own if row.needs.work]:
+            most = max((one for one in spread if one.spread), key=lambda one: one.memory)
+            seconds = (_duration(_together(spread, who)) for who in (workers, None))
+            yield (
+                "{}: {}, suite {}: {}, and {} with the head node's threads alone: stages one after another, those that "
+                "are there too. A worker takes at most {:.1f} GB of memory ({})"
+            ).format(workers, model, suite, *seconds, most.memory / 1e9, most.stage)
 
 
 def _duration(seconds: float) -> str:

@@ -18,9 +18,11 @@ from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipes import UNROTATED, Learning, Rotation
 from pipeline.graph.decoder import activation_bytes
+from pipeline.preflight.rounds import Round, Units, Workers, here, on
 from pipeline.runtime import stream
 from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
+from pipeline.tasks.mmlu import EXAMPLES
 from pipeline.tasks.registry import Suite
 from pipeline.tasks.task import Cost
 
@@ -51,12 +53,24 @@ READ_PER_SECOND = 0.6e9
 """Bytes of weights that come from the disk, where memory does not keep them."""
 DECODE_COST = 1.5
 """A decoded token in tokens of prefill (q4 with MiMo's shapes: 5.9 tokens/s where the product rate promises 8.6)."""
+GPTQ_SECONDS, GPTQ_COLUMN_SECONDS = 363e-9, 0.0865e-9
+"""Of a weight on one core: on no more than that core, and in products, for each column of its matrix. A line through
+what whole stages took: SmolLM2's q4 434 ns (816 columns in the mean; docs/scale.md), and 870 ns for MiMo's second layer
+(5,854; CPU seconds of three variants, the factors taken off, benchmarks/results/rehearsal-mimo-8b-*layers.json)."""
+TABLE_WEIGHTS = 16_000_000
+"""Of an embedding or a head that are one unit for workers elsewhere."""
 FACTOR_RATE = 0.6
 """Share of the rate of products at which a core factors second moments (8,192 channels)."""
 LOGIT_COPIES = 3
 """Of a variant's logits the runtime holds so many at once: a head of 6 bits is two products and their sum."""
 SMALL_FILES_BYTES = 32 << 20
 """Graph, tokenizer, configuration, JSON."""
+START_SECONDS, LAYER_SECONDS, TASK_SECONDS = 13.0, 0.6, 4.0
+"""Beside its work, of a stage that measures or computes: process, guard, texts, tokenizer, DVC's own; of each layer
+that it passes: graph, files, hashes; of each task: model, data, tokenizer. What the demo's stages took on 2 cores
+beyond their products: 11 s `quantize`, 15 s `calibrate` and 0.6 s each of its layers, 24 s 5 tasks of `validate`."""
+ENGINE_SECONDS = 10.0
+"""Until Ray's workers have begun."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +102,13 @@ class Needs:
         disk: bytes it writes on the file system of `artifacts/`.
         why: what the figures are made of, for people.
         variant: None for a stage that runs once per model.
-        seconds: estimated duration; not a number where only the network, or nothing measured, could tell.
+        seconds: of its work on this machine's cores, estimated; not a number where only the network, or nothing
+            measured, could tell.
         store_disk: bytes it writes on the file system of the store.
         scratch: whether what it writes is gone when it ends.
         writing: texts that it writes layer by layer, task by task.
+        work: what `seconds` are made of; empty where they are not a number.
+        fixed: seconds on top, whatever the work.
     """
 
     stage: str
@@ -103,6 +120,19 @@ class Needs:
     store_disk: int = 0
     scratch: bool = False
     writing: tuple[Writing, ...] = ()
+    work: tuple[Round, ...] = ()
+    fixed: float = START_SECONDS
+
+    def expected(self, workers: Workers | None = None) -> float:
+        """Seconds of the whole stage: on this machine's cores, or with workers elsewhere."""
+        if workers is None or not self.spread:
+            return self.fixed + self.seconds
+        return self.fixed + ENGINE_SECONDS + on(self.work, workers)
+
+    @property
+    def spread(self) -> bool:
+        """Whether workers elsewhere do some of it."""
+        return any(one.units for one in self.work)
 
 
 @dataclass(frozen=True)
@@ -111,6 +141,15 @@ class Rates:
 
     flops: float
     cores: int
+
+    @property
+    def of_core(self) -> float:
+        """Operations per second of one core."""
+        return self.flops / self.cores
+
+    def of(self, cores: int) -> Rates:
+        """Those of so many such cores."""
+        return Rates(self.of_core * cores, cores)
 
 
 UNMEASURED = Rates(math.nan, 1)
@@ -143,7 +182,13 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     woken = architecture.layers * sum(matrix.rows * seen[matrix.input] for matrix in architecture.body(0))
     summed = sum(share * columns for share, columns in zip(seen.values(), widths, strict=True))
     each = tokens * summed / rates.flops + _factor_seconds(tried, rates)
-    each += stored / STORED_PER_SECOND
+    each += stored / STORED_PER_SECOND + body / architecture.layers / WIDENED_PER_SECOND
+    windows = -(-tokens // window)
+    values = 2 * architecture.hidden + sum(seen.values()) + 2 * architecture.cache_channels
+    units = Units(
+        windows, 2 * woken * tokens / architecture.layers / windows / rates.of_core, moved=4 * window * values
+    )
+    work = (Round((units,), each, times=architecture.layers),)
     return Needs(
         "calibrate",
         PROCESS_BYTES
@@ -154,7 +199,9 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
         2 * 4 * tokens * architecture.hidden + architecture.layers * stored + SMALL_FILES_BYTES,
         f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
         f"{tokens:,} tokens, correlations",
-        seconds=body / WIDENED_PER_SECOND + 2 * woken * tokens / rates.flops + architecture.layers * each,
+        seconds=here(work, rates.cores),
+        work=work,
+        fixed=START_SECONDS + architecture.layers * LAYER_SECONDS,
     )
 
 
@@ -172,14 +219,28 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     head = 2 * 4 * (1 + HEAD_COPIES) * tokens * architecture.hidden
     activations = rates.cores * max(activation_bytes(architecture, max(wanted.window, BATCH_TOKENS)), head)
     hurt = 4 * sum(sorted(sizes)[-rates.cores :])
-    errors = architecture.parameters / (WEIGHTS_PER_CORE_SECOND["weighted"] * rates.cores)
+    matrices, passed = len(architecture.matrices), tokens * copies / 2
+    batches, heads = math.ceil(passed / BATCH_TOKENS), math.ceil(copies / HEAD_COPIES)
+    layer, top = (_multiplied(architecture, some) for some in (architecture.body(0), [architecture.head]))
+    units = Units(
+        batches, 2 * layer * passed / batches / rates.of_core, moved=8 * architecture.hidden * passed / batches
+    )
+    ends = Units(heads, 2 * top * (1 + HEAD_COPIES) * tokens / rates.of_core, moved=states / heads)
+    errors = Units(matrices, narrow=architecture.parameters / WEIGHTS_PER_CORE_SECOND["weighted"] / matrices)
+    work = (
+        Round((units,), architecture.parameters / WIDENED_PER_SECOND / architecture.layers, times=architecture.layers),
+        Round((ends,)),
+        Round((errors,)),
+    )
     return Needs(
         "sensitivity",
         PROCESS_BYTES + 4 * sum(sizes) + hurt + activations + 2 * states,
         2 * states + SMALL_FILES_BYTES,
         f"one layer in float32 and hidden states of {copies:,} copies of {tokens:,} tokens, twice",
-        seconds=_pass_seconds(architecture, tokens * copies / 2, rates) + errors,
+        seconds=here(work, rates.cores),
         scratch=True,
+        work=work,
+        fixed=START_SECONDS + architecture.layers * LAYER_SECONDS,
     )
 
 
@@ -210,13 +271,15 @@ def learn(
     widest = 3 * 4 * architecture.vocab * architecture.hidden
     values = architecture.parameters // 32
     tokens = wanted.steps * max(wanted.tokens, window)
+    seconds = _product_seconds(architecture, 4 * tokens, rates)
     return Needs(
         "learn",
         PROCESS_BYTES + TORCH_BYTES + kept + widest + 6 * 4 * values,
         2 * size + SMALL_FILES_BYTES,
         f"activations of all layers and logits of {window:,} tokens, the head three times, what training keeps",
         variant,
-        _product_seconds(architecture, 4 * tokens, rates),
+        seconds,
+        work=(Round(alone=seconds / wanted.steps, times=wanted.steps),),
     )
 
 
@@ -227,33 +290,46 @@ def quantize(
     """A recipe applied: `size` is the plan's exact bytes.
 
     GPTQ holds the widest input's second moments as they were read, in the plan's order, and as a factor. Where the
-    residual is one run, a matrix that writes to it is held whole.
+    residual is one run, a matrix that writes to it is held whole. Elsewhere, matrices of one input are a unit.
     """
-    body = _body_weights(architecture)
-    rate, tables_rate = (WEIGHTS_PER_CORE_SECOND[name] for name in (search, "weighted" if search == "gptq" else search))
-    seconds = (body / rate + (architecture.parameters - body) / tables_rate) / rates.cores + 0 * rates.flops
+    searched = 1 / WEIGHTS_PER_CORE_SECOND["weighted" if search == "gptq" else search] + 0 * rates.flops
+    inputs: dict[str, list[Matrix]] = {}
+    for matrix in architecture.body(0):
+        inputs.setdefault(matrix.input, []).append(matrix)
+    layer = []
+    for sharing in inputs.values():
+        weights, columns = sum(matrix.rows * matrix.columns for matrix in sharing), sharing[0].columns
+        wide, narrow, first = 0.0, weights * searched, 0.0
+        if search == "gptq":
+            wide, narrow = weights * columns * GPTQ_COLUMN_SECONDS, weights * GPTQ_SECONDS
+            first = _factor_seconds([columns], rates)
+        layer.append(Units(1, wide, narrow, first))
+    tables = architecture.parameters - _body_weights(architecture)
+    count = math.ceil(tables / TABLE_WEIGHTS)
+    work = (Round((*layer * architecture.layers, Units(count, narrow=tables * searched / count))),)
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":
         memory += 3 * 4 * architecture.widest**2 + stored_bytes(architecture.widest)
         why = "the widest input's second moments three times; the plan's exact bytes"
-        seconds += architecture.layers * _factor_seconds(_input_widths(architecture), rates)
     if rotation.residual == "all":
         memory += 4 * architecture.hidden * max(architecture.intermediate, architecture.heads * architecture.head_dim)
         why += "; a matrix that writes to the residual"
-    return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, seconds)
+    return Needs("quantize", memory, size + SMALL_FILES_BYTES, why, variant, here(work, rates.cores), work=work)
 
 
 def reference(
     architecture: Architecture, weight_bytes: int, suite: Suite, entry: ModelConfig, rates: Rates = UNMEASURED
 ) -> Needs:
     """The full-precision model measured: its weights in float32 beside their file, and its log-probabilities kept."""
-    costs = _costs(suite, entry)
+    costs, work = _costs(suite, entry), _suite_work(architecture, suite, entry, weight_bytes, rates, 2)
     return Needs(
         "reference",
         memory_needed(weight_bytes, architecture.parameters),
         _codes_bytes(architecture, costs) + SMALL_FILES_BYTES,
         "weights in float32 beside their file and a third more to spare; 2 bytes per token and vocabulary entry kept",
-        seconds=_suite_seconds(architecture, costs, rates),
+        seconds=here(work, rates.cores),
+        work=work,
+        fixed=START_SECONDS + len(costs) * TASK_SECONDS,
     )
 
 
@@ -272,16 +348,18 @@ def layered_reference(
     logits = 2 * 4 * architecture.vocab * window  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
     decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
+    seconds = sum([*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)])
+    passes = max(1, len(asked) + sum(one.passes for one in writing))
     return Needs(
         "reference",
         MEASURING_BYTES + max(decoding, *(one.memory for one in writing), 0),
         2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, asked) + SMALL_FILES_BYTES,
         f"one layer or the head in float32, or keys and values of texts; hidden states of {longest:,} tokens; 2 bytes "
         f"per token and vocabulary entry kept",
-        seconds=sum(
-            [*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)]
-        ),
+        seconds=seconds,
         writing=writing,
+        work=(Round(alone=seconds / passes, times=passes),),
+        fixed=START_SECONDS + (len(asked) + len(writing)) * TASK_SECONDS,
     )
 
 
@@ -313,7 +391,7 @@ def validate(
 
     `size` is the artifact's bytes, `cache` those of one token's keys and values in all layers.
     """
-    costs = _costs(suite, entry)
+    costs, work = _costs(suite, entry), _suite_work(architecture, suite, entry, size, rates)
     logits = (LOGIT_COPIES + 1) * 4 * architecture.vocab * _most(costs, "window")  # and numpy's
     return Needs(
         "validate",
@@ -321,7 +399,9 @@ def validate(
         SMALL_FILES_BYTES,
         f"prepacked weights, logits and the longest text's KV cache; {sum(cost.read for cost in costs):,} tokens read",
         variant,
-        _suite_seconds(architecture, costs, rates),
+        here(work, rates.cores),
+        work=work,
+        fixed=START_SECONDS + len(costs) * TASK_SECONDS,
     )
 
 
@@ -376,10 +456,31 @@ def _pass_seconds(architecture: Architecture, tokens: float, rates: Rates) -> fl
 
 def _product_seconds(architecture: Architecture, tokens: float, rates: Rates) -> float:
     """Two operations per weight and token, of experts for those that it wakes; an embedding is looked up."""
-    multiplied = sum(matrix.rows * matrix.columns * _share(architecture, matrix) for matrix in architecture.matrices)
-    return 2 * multiplied * tokens / rates.flops
+    return 2 * _multiplied(architecture, architecture.matrices) * tokens / rates.flops
 
 
-def _suite_seconds(architecture: Architecture, costs: Iterable[Cost], rates: Rates) -> float:
-    """Tokens read, and tokens written: at most the limit for each text."""
-    return _product_seconds(architecture, sum(cost.read + DECODE_COST * cost.written for cost in costs), rates)
+def _multiplied(architecture: Architecture, matrices: Iterable[Matrix]) -> float:
+    """Weights that a token multiplies."""
+    return sum(matrix.rows * matrix.columns * _share(architecture, matrix) for matrix in matrices)
+
+
+def _suite_work(
+    architecture: Architecture, suite: Suite, entry: ModelConfig, weights: int, rates: Rates, kept: int = 0
+) -> tuple[Round, ...]:
+    """Tokens read, and tokens written: at most the limit for each text. A round for each task, whose items are units;
+    speed is this machine's. Every worker loads `weights` bytes for a task; `kept`: bytes that an item brings for each
+    token and vocabulary entry whose log-probability is kept."""
+    found, costs = [], {task.name: task.cost(part, entry) for task, part in suite.by_task()}
+    for task, part in suite.by_task():
+        cost = costs[task.name]
+        seconds = _product_seconds(architecture, cost.read + DECODE_COST * cost.written, rates)
+        if task.whole:
+            found.append(Round(alone=seconds))
+            continue
+        items = costs[task.reads or task.name].texts or (task.stops(part)[-1] if task.stops else 0)
+        items = items or max(1, round(cost.read / cost.window))
+        read = EXAMPLES.get(entry.mmlu_mode, 0) * (task.name == "mmlu")
+        again = _product_seconds(architecture, read, rates) * rates.cores  # a batch begins with its subject's examples
+        moved = kept * architecture.vocab * cost.kept / items
+        found.append(Round((Units(items, seconds * rates.cores / items, 0, 0, moved, True, again),), read=weights))
+    return tuple(found)

@@ -121,6 +121,11 @@ _BATCH = 16  # items at most of one unit for workers elsewhere, and so many unit
 _UNITS = 4
 
 
+def batch_size(items: int, workers: int) -> int:
+    """Items of one unit for workers elsewhere."""
+    return max(1, min(_BATCH, items // (_UNITS * workers)))
+
+
 def fill(
     journal: Journal, names: Sequence[str], title: str, unit: str, items: Make, engine: Engine, keep: Keep | None = None
 ) -> None:
@@ -133,9 +138,9 @@ def fill(
         keep: what is left to do here with an item.
     """
     left = [name for name in names if name not in journal.items]
-    size = len(left) if engine.shared else min(_BATCH, len(left) // (_UNITS * engine.workers))
+    size = len(left) if engine.shared else batch_size(len(left), engine.workers)
     batches = [left[start : start + max(size, 1)] for start in range(0, len(left), max(size, 1))]
-    with Progress(title, len(names), unit) as progress:
+    with Progress(title, len(names), unit, workers=0 if engine.shared else engine.workers) as progress:
         progress.advance(len(names) - len(left), kept=True)
 
         def record(some: Sequence[str], made: Iterable[Any]) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import cli, files, machine
 from pipeline.checkpoint.blobs import Store
+from pipeline.config.engine import VARIABLE
+from pipeline.engine import Threads
 from pipeline.errors import ResourceError
 from pipeline.preflight import footprints, guard, needs
 from pipeline.preflight import machine as preflight
@@ -110,6 +112,57 @@ def test_the_table_before_anything_has_run(project: Path, table: Callable[..., t
     assert all(line.endswith("ok") for line in lines[2 : 2 + len(STAGES)])
     assert max(map(len, lines)) <= 118
     assert not (project / "artifacts").exists()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_cluster_that_is_not_there_can_be_asked_about(project: Path, table: Callable[..., tuple[int, str]]) -> None:
+    status, text = table(tiny.MODEL, "--workers", "4", "--cores", "16")
+    assert status == 0, text
+    assert f"4 workers × 16 cores: {tiny.MODEL}, suite seconds: " in flat(text)
+    assert "A worker takes at most " in text
+    assert max(map(len, text.splitlines())) <= 118
+    assert "1 worker × 1 core: " in flat(table(tiny.MODEL, "--workers", "1")[1]), "cores of configs/engine.yaml"
+    assert "workers" not in table(tiny.MODEL)[1]
+    assert table("--cores", "2")[0] == 2
+
+
+def test_the_configured_workers_are_counted(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "ray")
+    monkeypatch.setattr(preflight, "chosen", lambda: Threads(3))
+    status, text = table()
+    assert status == 0, text
+    assert f"3 workers × 1 core: {tiny.MODEL}" in flat(text)
+
+
+def test_an_engine_that_cannot_be_had_is_named_and_this_machine_estimated(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    status, text = table()
+    assert status == 1
+    assert "NO: `engine: ray` needs the package ray: python -m pip install" in flat(text)
+    assert [line.split()[0] for line in text.splitlines() if "~" in line and line.endswith("ok")]
+    assert table("--workers", "2")[0] == 0, "what is asked about needs no engine"
+
+
+def test_workers_shorten_the_estimates_of_a_large_model(
+    project: Path, table: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeeze(monkeypatch, memory=60 * GB, disk=200 * GB)
+    tiny.edit(project / "configs/pipeline.yaml", variants=["q4"], suite="release")
+    monkeypatch.setattr(preflight, "outlook", lambda *_: "")  # takes seconds
+
+    def estimate(*arguments: str) -> str:
+        return next(line for line in table("mimo-8b", *arguments)[1].splitlines() if "validate" in line)
+
+    assert " h  ok" in estimate()
+    assert " min  ok" in estimate("--workers", "64", "--cores", "16")
 
 
 def test_the_table_refuses_what_does_not_fit_and_only_that(
