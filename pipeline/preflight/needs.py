@@ -70,7 +70,7 @@ START_SECONDS, LAYER_SECONDS, TASK_SECONDS = 13.0, 0.6, 4.0
 that it passes: graph, files, hashes; of each task: model, data, tokenizer. What the demo's stages took on 2 cores
 beyond their products: 11 s `quantize`, 15 s `calibrate` and 0.6 s each of its layers, 24 s 5 tasks of `validate`."""
 ENGINE_SECONDS = 10.0
-"""Until Ray's workers have begun."""
+"""Until Ray's workers have begun: assumed, not measured."""
 
 
 @dataclass(frozen=True)
