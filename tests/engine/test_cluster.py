@@ -20,7 +20,6 @@ import pytest
 
 from pipeline.artifact.quantizers import Channels, Compensated, Moments, Quantizer, Search
 from pipeline.artifact.write import write_artifact
-from pipeline.calibrate import damage
 from pipeline.calibrate.damage import sensitivities
 from pipeline.checkpoint.blobs import Store
 from pipeline.checkpoint.lock import SourceLock, write_lock
@@ -36,7 +35,7 @@ from pipeline.journal import Journal
 from pipeline.machine import CORES
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
-from pipeline.runtime import stream
+from pipeline.runtime import device
 from pipeline.runtime.generate import Writer
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.stream import LayerStream
@@ -204,7 +203,7 @@ def test_statistics_of_calibration_are_the_same(
 ) -> None:
     found = []
     for name, engine in (("here", Here()), ("there", workers)):
-        monkeypatch.setattr(stream, "chosen", lambda wide, engine=engine: engine)
+        monkeypatch.setattr(device, "chosen", lambda wide, engine=engine: engine)
         (tmp_path / name).mkdir()
         slices = DecoderSlices(exported.model, exported.architecture, cache=True)
         passing = LayerStream(slices, exported.folder, WINDOWS, tmp_path / name)
@@ -228,7 +227,7 @@ def test_damage_of_matrices_is_the_same(
     monkeypatch.setenv(CORES, "1")
     found, ids = [], np.stack(WINDOWS)
     for name, engine in (("here", Here()), ("there", workers)):
-        monkeypatch.setattr(damage, "chosen", lambda wide, engine=engine: engine)
+        monkeypatch.setattr(device, "chosen", lambda wide, engine=engine: engine)
         slices = DecoderSlices(exported.model, exported.architecture)
         with open_partial(tmp_path / name, "key") as growing:
             found.append(sensitivities(slices, exported.folder, exported.checkpoint, ids, rounded, growing, "tiny"))
