@@ -35,8 +35,7 @@ from pipeline import keys
 from pipeline.checkpoint.blobs import Store
 from pipeline.config.engine import VARIABLE
 from pipeline.config.models import DEVICE
-from pipeline.engine import Engine, chosen
-from pipeline.engine.cluster import INSTALL
+from pipeline.engine import Engine, chosen, cluster
 from pipeline.errors import PipelineError
 from pipeline.files import link_or_copy, read_json, sha256_of, write_json
 from pipeline.journal import Journal
@@ -203,12 +202,12 @@ def start(own: list[int]) -> None:
     from ray.cluster_utils import Cluster
 
     settings = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 500 << 20}
-    cluster = Cluster(True, head_node_args={**settings, "include_dashboard": False})
+    nodes = Cluster(True, head_node_args={**settings, "include_dashboard": False})
     for core in own[1:]:
         os.sched_setaffinity(0, [core])  # a node is where it was started
-        cluster.add_node(**settings)
+        nodes.add_node(**settings)
     os.sched_setaffinity(0, own[:1])
-    os.environ["RAY_ADDRESS"] = cluster.address
+    os.environ["RAY_ADDRESS"] = nodes.address
 
 
 def nothing(unit: int) -> int:
@@ -256,7 +255,7 @@ def working() -> list[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::") and "IDLE" not in title:
+            if title.startswith(f"ray::{cluster._do.__name__}"):  # agents have titles too: without them a node dies
                 found.append(process)
     return found
 
@@ -309,7 +308,7 @@ def main(context: click.Context, names: tuple[str, ...], kills: int, out: Path) 
     try:
         found |= {"machine": machine.describe(), "ray": version("ray"), "busy_percent": machine.busy_percent()}
     except PackageNotFoundError:
-        raise click.ClickException(f"nodes are Ray's: {INSTALL}") from None
+        raise click.ClickException(f"nodes are Ray's: {cluster.INSTALL}") from None
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     if len(cores) < 2:
         raise click.ClickException("two nodes take two cores; this process may use one.")

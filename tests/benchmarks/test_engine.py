@@ -36,15 +36,15 @@ def test_what_passes_an_engine_is_counted() -> None:
 
 
 def test_only_a_worker_at_its_unit_is_killed() -> None:
-    idle, busy = (subprocess.Popen([title, "100"], **FOREVER) for title in ("ray::IDLE", "ray::_do"))  # type: ignore[call-overload]
+    agent, busy = (subprocess.Popen([title, "100"], **FOREVER) for title in ("ray::RuntimeEnvAgent", "ray::_do"))  # type: ignore[call-overload]
     try:
         with engine.killing(1, random.Random(0), (0.0, 0.01)) as killed:
             assert busy.wait(30) == -signal.SIGKILL
         assert killed == [busy.pid]
-        assert idle.poll() is None
+        assert agent.poll() is None
     finally:
-        idle.kill()
-        idle.wait()
+        agent.kill()
+        agent.wait()
 
 
 def test_it_runs_until_all_kills_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
