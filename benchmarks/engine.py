@@ -322,7 +322,9 @@ def main(context: click.Context, names: tuple[str, ...], kills: int, out: Path) 
         command += [",".join(own), str(kills), *wanted]
         environment = project.environment | {"PIPELINE_STORE": str(ROOT / Store().root), DEVICE: "cpu"}
         environment |= {VARIABLE: "threads" if engine == THREADS else "ray"}
-        subprocess.run(command, cwd=project.folder, env=environment, check=True)
+        done = subprocess.run(command, cwd=project.folder, env=environment, check=False)
+        if not (project.folder / _FOUND).exists():  # written last; Ray's nodes may end with a status of their own
+            raise click.ClickException(f"{engine}: ended with status {done.returncode} before all was measured.")
         result = read_json(project.folder / _FOUND)
         for name, run in result["stages"].items():
             found["stages"].setdefault(name, {})[engine] = run
