@@ -37,6 +37,7 @@ _Run = Callable[..., np.ndarray]
 
 # Digits must depend on no number of cores, so neither may these.
 BATCH_TOKENS = 256  # of one run of a layer on one core: products are as fast as they get, activations stay small
+UNIT_TOKENS = 1024  # of one unit, some such runs: what a unit costs through a cluster is little beside them
 _HEAD_ROWS = 1024  # of the table: what one core holds of it
 HEAD_COPIES = 16  # of one unit, which makes the clean copy's logits for itself
 
@@ -205,7 +206,7 @@ class Passing:
         states = np.empty((len(before) + len(damaged), *before.shape[1:]), np.float32)
         # The longest first: the short ones fill what cores have left at the end.
         units = [_Unit(place, before[:1], together) for place, together in enumerate(damaged.values(), len(before))]
-        batches = _batches(0, len(before), BATCH_TOKENS // (before.shape[1] * before.shape[2]))
+        batches = _batches(0, len(before), UNIT_TOKENS // (before.shape[1] * before.shape[2]))
         units += [_Unit(batch.start, before[batch]) for batch in batches]
 
         def put(unit: _Unit, passed: np.ndarray) -> None:

@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -110,17 +111,19 @@ class Cluster:
 
     def run(self, job: Callable[[U], R], units: Iterable[U | None], reduce: Callable[[U, R], object]) -> None:
         """As `Engine.run`; a barrier costs nothing here, since no unit's memory is this process's."""
-        held, begun, longest = self._ray.put(job), set[Any](), 0.0
+        held, begun, longest = self._ray.put(job), dict[Future[Any], Any](), 0.0
 
-        def submit(unit: U) -> Any:
-            begun.add(task := self._do.remote(self._terms, [held], unit))
-            return task
+        def submit(unit: U) -> Future[Any]:
+            task = self._do.remote(self._terms, [held], unit)
+            begun[found := task.future()] = task  # its result comes here as soon as it is made
+            return found
 
-        def result(unit: U, task: Any) -> R:
+        def result(unit: U, first: Future[Any]) -> R:
             nonlocal longest
-            task = self._first(task, begun, max(_PATIENCE, _SLOW * longest) if longest else None, partial(submit, unit))
-            begun.discard(task)
-            seconds, made = self._result(task)
+            patience = max(_PATIENCE, _SLOW * longest) if longest else None
+            found = self._earliest(first, begun, patience, partial(submit, unit))
+            del begun[found]
+            seconds, made = self._result(found.result)
             longest = max(longest, seconds)
             return made
 
@@ -130,26 +133,28 @@ class Cluster:
         try:
             in_order((unit for unit in units if unit is not None), begin, reduce, 2 * self.workers + 2)
         finally:
-            for task in begun:
+            for task in begun.values():
                 self._ray.cancel(task)
 
-    def _first(self, task: Any, begun: set[Any], patience: float | None, again: Callable[[], Any]) -> Any:
-        """`task` when it has ended, or `again`'s if that one ends first: it begins when a worker is idle so long."""
-        wait, left = partial(self._ray.wait, fetch_local=False), [task]
-        if not wait([task], timeout=0)[0]:
-            _, left = wait([*begun], num_returns=len(begun), timeout=0)
-        while task in left and len(left) >= self.workers:
-            _, left = wait(left)
-        if patience is not None and not wait([task], timeout=patience)[0]:
-            [task], [late] = wait([task, again()])
-            begun.discard(late)
-            self._ray.cancel(late, force=True)
-        return task
+    def _earliest(
+        self, first: Future[Any], begun: dict[Future[Any], Any], patience: float | None, again: Callable[[], Any]
+    ) -> Future[Any]:
+        """`first` when it is done, or `again`'s if that one is earlier: it begins when a worker is idle so long."""
+        left = {one for one in begun if not one.done()}
+        while first in left and len(left) >= self.workers:
+            left = wait(left, return_when=FIRST_COMPLETED).not_done
+        if first not in left or patience is None or wait([first], patience).done:
+            return first
+        tries = {first, again()}
+        found = wait(tries, return_when=FIRST_COMPLETED).done.pop()
+        [late] = tries - {found}
+        self._ray.cancel(begun.pop(late), force=True)
+        return found
 
-    def _result(self, task: Any) -> Any:
+    def _result(self, get: Callable[[], Any]) -> Any:
         errors = self._ray.exceptions
         try:
-            return self._ray.get(task)
+            return get()
         except errors.RayTaskError as error:
             raise error.cause from None
         except errors.RayError as error:
@@ -182,7 +187,7 @@ class Cluster:
         }
         for node, task in tasks.items():
             try:
-                there, lacks = self._result(task)
+                there, lacks = self._result(partial(self._ray.get, task))
                 found[node] = _difference(own, there | {name: own[name] for name in lacks if name in own}), lacks
             except PipelineError as error:
                 found[node] = str(error), []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.correlations import stored_bytes
-from pipeline.calibrate.damage import BATCH_TOKENS, HEAD_COPIES, damaged_together
+from pipeline.calibrate.damage import BATCH_TOKENS, HEAD_COPIES, UNIT_TOKENS, damaged_together
 from pipeline.checkpoint.architecture import Architecture, Matrix
 from pipeline.config.calibration import CalibrationConfig, SensitivityConfig
 from pipeline.config.models import ModelConfig
@@ -220,7 +220,7 @@ def sensitivity(architecture: Architecture, wanted: SensitivityConfig, rates: Ra
     activations = rates.cores * max(activation_bytes(architecture, max(wanted.window, BATCH_TOKENS)), head)
     hurt = 4 * sum(sorted(sizes)[-rates.cores :])
     matrices, passed = len(architecture.matrices), tokens * copies / 2
-    batches, heads = math.ceil(passed / BATCH_TOKENS), math.ceil(copies / HEAD_COPIES)
+    batches, heads = math.ceil(passed / UNIT_TOKENS), math.ceil(copies / HEAD_COPIES)
     layer, top = (_multiplied(architecture, some) for some in (architecture.body(0), [architecture.head]))
     units = Units(
         batches, 2 * layer * passed / batches / rates.of_core, moved=8 * architecture.hidden * passed / batches
