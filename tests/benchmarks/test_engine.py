@@ -102,6 +102,7 @@ def test_the_table_names_a_limit_and_other_bytes() -> None:
     assert "OTHERS with threads" in slow and "OTHER BYTES" in slow
 
 
+@pytest.mark.long
 def test_every_stage_runs_and_writes_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.make_store(tmp_path / "store")
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
