@@ -46,9 +46,9 @@ class GgufFile:
 
     def speed(self, folder: Path) -> dict[str, Any]:
         """Greedy decoding, one token at a time, as `pipeline.runtime.speed` does it."""
-        (prompt,), new = SPEED.prompt_tokens, SPEED.new_tokens
+        (prompt,), new, repeats = SPEED
         context = _Context(folder / _FILE, None, prompt + new)
-        found = [context.decode_rate(list(range(100, 100 + prompt)), new) for _ in range(SPEED.repeats + 1)][1:]
+        found = [context.decode_rate(list(range(100, 100 + prompt)), new) for _ in range(repeats + 1)][1:]
         names = "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"
         return dict(zip(names, (statistics.median(found), min(found), max(found)), strict=True))
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.quality import ours, plot
+from benchmarks.quality import ours, peers_llama, plot
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.compare import excess
 from benchmarks.quality.gguf_file import rotary_order, tokenizer_bytes
@@ -250,6 +250,19 @@ def test_an_artifact_is_learned_before_it_is_written_where_its_recipe_learns(
 
 
 # --- keeping and showing ----------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_decodes_once_to_warm_up_and_then_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rates = iter((1.0, 5.0, 3.0, 4.0))
+
+    def decode_rate(prompt: list[int], new: int) -> float:
+        assert (len(prompt), new) == (128, 32)
+        return next(rates)
+
+    monkeypatch.setattr(peers_llama, "_Context", lambda *_: SimpleNamespace(decode_rate=decode_rate))
+    assert peers_llama.GgufFile().speed(tmp_path) == {
+        "tokens_per_second": 4.0, "tokens_per_second_low": 3.0, "tokens_per_second_high": 5.0
+    }  # fmt: skip
 
 
 def test_a_measurement_is_made_once_for_the_same_inputs(tmp_path: Path) -> None:
