@@ -26,7 +26,7 @@ from benchmarks.conversion import SENSITIVITY
 from benchmarks.full_size import MODELS
 from benchmarks.markdown import table
 from benchmarks.project import RESULTS, ROOT
-from benchmarks.quality.plot import FAINT, INK, LINE
+from benchmarks.quality.plot import INK, LINE, framed
 from pipeline import machine
 from pipeline.config.calibration import CalibrationConfig, load_sensitivity
 from pipeline.config.models import load_model, load_pipeline
@@ -318,7 +318,7 @@ def render(result: Mapping[str, Any]) -> bytes:
     """Hours over workers, as PNG bytes: a panel for each model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure = Figure(figsize=(11.0, 5.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -353,16 +353,9 @@ def render(result: Mapping[str, Any]) -> bytes:
         axes.set_xticks(COUNTS)
         axes.set_xlim(0.75, 90)
         axes.xaxis.set_minor_locator(NullLocator())
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("workers", color=INK)
-        axes.grid(True, color=LINE, lw=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=FAINT, which="both", labelsize=8)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(FAINT)
+        framed(axes)
     panels[0].set_ylabel("hours (simulated, log scale)", color=INK)
     panels[0].legend(loc="lower left", frameon=True, framealpha=1, edgecolor=LINE, fontsize=8.5, labelcolor=INK)
     buffer = io.BytesIO()

@@ -123,6 +123,11 @@ def _axes_style(axes: Axes, by: str) -> None:
     axes.set_yscale("log")
     axes.margins(x=0.07, y=0.06)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    framed(axes)
+
+
+def framed(axes: Axes) -> None:
+    """Plain numbers up a log scale, a faint grid, and lines on two sides."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, color=LINE, lw=0.6)
