@@ -105,7 +105,7 @@ def test_mapped_weights_run_where_they_fit_and_are_read_again_where_they_do_not(
     assert resident.ended == "finished" and resident.steps["decode"]["read"] < size
     budget = phone.run(request(mapped), free.private_bytes + MARGIN)
     assert budget.ended == "finished" and budget.steps["decode"]["read"] > 4 * size  # of 8 tokens
-    assert budget.steps["decode"]["faults"] > 100 > resident.steps["decode"]["faults"]
+    assert budget.steps["decode"]["faults"] > 2 * resident.steps["decode"]["faults"]  # how many: the kernel's readahead
 
 
 def test_the_app_and_the_overlay_count(artifact: Path) -> None:
