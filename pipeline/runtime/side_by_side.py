@@ -33,6 +33,11 @@ from pipeline.runtime.session import SliceRun, open_graph, open_slice
 CHUNK = 256
 """Tokens of a prompt that are run at a time."""
 _BLOCK = 1 << 20  # weights that a core widens at a time: few enough for its cache
+_ROWS = 2
+"""Texts of a pass over single tokens, at least: a text that is alone runs beside a shadow of itself, because one row is
+multiplied by other code, which adds in another order."""
+_THREAD_ROWS = 128
+"""Rows of a fed weight that a thread multiplies, at least: ONNX Runtime (MLAS) adds in another order for 64 and less."""
 _USED = 0.75  # of the memory that is available; the rest is left to the page cache and everyone else
 
 
@@ -97,11 +102,12 @@ class SideBySide:
         self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
         self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
         self._norm = open_slice(self._last.model, graph.parent)
-        self._session = open_graph(self._layer.model, graph.parent)
+        narrowest = min(matrix.rows for matrix in architecture.body(0))
+        self._session = open_graph(self._layer.model, graph.parent, min(cores(), max(1, narrowest // _THREAD_ROWS)))
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         weights = architecture.expected_tensors().keys() & shapes.keys()
         self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
-        shape = (texts, architecture.kv_heads, tokens, architecture.head_dim)
+        shape = (max(_ROWS, texts), architecture.kv_heads, tokens, architecture.head_dim)
         # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
         layers = range(architecture.layers)
         self.cache: list[list[Array]] = [[np.zeros(shape, np.float32) for _ in self._layer.cached] for _ in layers]
@@ -129,10 +135,10 @@ class SideBySide:
         for layer in range(self._architecture.layers):
             hidden = passing(f"writing: layer {layer}", partial(self._pass, layer, batches, hidden))
         # A long beginning has several batches: the last one overwrites what those before it gave for the text.
-        last = np.empty((len(ids), 1, self._architecture.hidden), np.float32)
+        last = np.zeros((max(_ROWS, len(ids)), 1, self._architecture.hidden), np.float32)
         for batch, values in zip(batches, hidden, strict=True):
             last[batch.rows] = values[:, -1:]
-        logits = self._logits(last)
+        logits = self._logits(last)[: len(ids)]
         self._weights.trust()
         return logits
 
@@ -141,17 +147,20 @@ class SideBySide:
         there, longest = len(self.lengths), max(map(len, ids)) if self.switch else CHUNK
         self.lengths += [0] * (len(ids) - there)
         if there and not self.switch:
-            yield self._batch(slice(0, there), ids[:there])
+            yield self._batch(slice(0, there), ids[:there], max(_ROWS, there))
         for text in range(0 if self.switch else there, len(ids)):
             if len(ids[text]) > 1:
                 self.lengths[text] = 0
             for start in range(0, len(ids[text]), longest):
                 yield self._batch(slice(text, text + 1), [ids[text][start : start + longest]])
 
-    def _batch(self, rows: slice, ids: Sequence[Sequence[int]]) -> _Batch:
+    def _batch(self, rows: slice, ids: Sequence[Sequence[int]], least: int = 1) -> _Batch:
+        """`least`: how many rows; those of the texts come again."""
         self.lengths[rows] = [length + len(ids[0]) for length in self.lengths[rows]]
-        lengths = np.array(self.lengths[rows])
-        return _Batch(rows, np.array(ids, np.int64), (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+        count = max(least, len(ids))
+        lengths, repeated = np.resize(self.lengths[rows], count), np.resize(np.array(ids, np.int64), (count, len(ids[0])))
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        return _Batch(slice(rows.start, rows.start + count), repeated, mask)
 
     def _pass(self, layer: int, batches: list[_Batch], hidden: list[np.ndarray], where: Device) -> list[np.ndarray]:
         """All batches' hidden states after a layer."""
