@@ -12,12 +12,12 @@ import onnxruntime as ort
 from pipeline.checkpoint.architecture import Architecture, read_architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.graph.decoder import build_decoder, save_decoder
-from tests.families import CASES, make_checkpoint
+from tests.families import CASES, Case, make_checkpoint
 
 
-def make_decoder(folder: Path, name: str, dtype: str = "F32") -> tuple[onnx.ModelProto, Architecture]:
+def make_decoder(folder: Path, family: str | Case, dtype: str = "F32") -> tuple[onnx.ModelProto, Architecture]:
     """A family's tiny decoder for 128 tokens; `folder` then holds model.onnx and all that it refers to."""
-    make_checkpoint(folder, CASES[name], dtype=dtype)
+    make_checkpoint(folder, CASES[family] if isinstance(family, str) else family, dtype=dtype)
     architecture = read_architecture(folder / "config.json")
     model, rope = build_decoder(architecture, Checkpoint(folder), 128)
     save_decoder(folder, model, rope, "model.onnx")

@@ -12,13 +12,13 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.engine import Here, units
 from pipeline.quantize import factor
-from pipeline.runtime import session, stream
+from pipeline.runtime import session, side_by_side, stream
 
 
 @contextmanager
 def with_cores(count: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(count, "blas"):
-        for module in (factor, session, stream, units):
+        for module in (factor, session, side_by_side, stream, units):
             patch.setattr(module, "cores", lambda: count)
         yield
 

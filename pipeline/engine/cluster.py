@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.engine import EngineConfig
+from pipeline.config.models import DEVICE
 from pipeline.engine.supply import Head, fetch, listed
 from pipeline.engine.units import R, U, in_order
 from pipeline.errors import ConfigError, PipelineError, ResourceError
@@ -322,6 +323,7 @@ def _enter(terms: Terms) -> None:
         raise ResourceError(f"it has no {root}: share that folder, or clone the project and name it in {_ROOT}")
     os.chdir(root)
     os.environ[CORES] = os.environ["NUMBA_NUM_THREADS"] = str(terms.cores)
+    os.environ[DEVICE] = "cpu"  # a GPU is the head process's
     if terms.store:
         os.environ.setdefault("PIPELINE_STORE", terms.store)
 

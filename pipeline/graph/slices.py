@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.errors import GraphError
-from pipeline.graph.nodes import value_info
+from pipeline.graph.nodes import MICROSOFT, GraphWriter, value_info
 
 LOGITS = "logits"
 
@@ -136,6 +136,15 @@ class DecoderSlices:
             wanted += names - {source}
         order = {id(node): node for node in self._producers.values()}
         return [node for key, node in order.items() if key in found], read
+
+
+def product(columns: int) -> onnx.ModelProto:
+    """`x`, float32 [tokens, columns], and a matrix `w`, [rows, columns] → `LOGITS`, [tokens, rows]."""
+    writer, taken = GraphWriter(), {"x": "tokens", "w": "rows"}
+    writer.inputs += [value_info(name, TensorProto.FLOAT, [size, columns]) for name, size in taken.items()]
+    writer.outputs.append(value_info(LOGITS, TensorProto.FLOAT, ["tokens", "rows"]))
+    writer.node("FusedMatMul", [*taken], LOGITS, MICROSOFT, transB=1)
+    return writer.model("product")
 
 
 def product_inputs(model: onnx.ModelProto, architecture: Architecture) -> dict[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pipeline.checkpoint.architecture import Architecture, bias_of
+from pipeline.checkpoint.architecture import Architecture, Matrix, bias_of
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.graph.decoder import activation_bytes
-from pipeline.graph.slices import LOGITS, DecoderSlices, Slice
+from pipeline.graph.slices import LOGITS, DecoderSlices, Slice, product
 from pipeline.machine import cores
 from pipeline.runtime.device import CPU, Array, Device, passing
 from pipeline.runtime.session import SliceRun, open_graph, open_slice
@@ -33,11 +34,9 @@ from pipeline.runtime.session import SliceRun, open_graph, open_slice
 CHUNK = 256
 """Tokens of a prompt that are run at a time."""
 _BLOCK = 1 << 20  # weights that a core widens at a time: few enough for its cache
-_ROWS = 2
-"""Texts of a pass over single tokens, at least: a text that is alone runs beside a shadow of itself, because one row is
-multiplied by other code, which adds in another order."""
-_THREAD_ROWS = 128
-"""Rows of a fed weight that a thread multiplies, at least: ONNX Runtime (MLAS) adds in another order for 64 and less."""
+# They make the bits of a text its own, whatever runs beside it and on how many cores:
+_ROWS = 2  # texts of a pass over single tokens, at least: one that is alone runs beside a shadow of itself
+_THREAD_ROWS = 128  # of the narrowest fed weight that a thread multiplies, at least: up to 64, MLAS adds otherwise
 _USED = 0.75  # of the memory that is available; the rest is left to the page cache and everyone else
 
 
@@ -51,6 +50,17 @@ def working_bytes(architecture: Architecture, texts: int) -> int:
     layer = sum(matrix.rows * matrix.columns for matrix in architecture.body(0))
     tokens = max(texts, CHUNK)
     return 4 * layer + activation_bytes(architecture, tokens) + 2 * 4 * architecture.vocab * texts
+
+
+def most_threads(rows: int) -> int:
+    """Of products with fed weights of so many rows and more."""
+    return min(cores(), max(1, rows // _THREAD_ROWS))
+
+
+def _steps(matrix: Matrix, weights: int) -> list[int]:
+    """Where a matrix is cut into parts of like size, of so many weights at most: its rows from one to the next."""
+    parts = -(-matrix.rows * matrix.columns // (weights - weights % matrix.columns))
+    return [matrix.rows * part // parts for part in range(parts + 1)]
 
 
 def fitting_texts(architecture: Architecture, texts: int, tokens: int, memory: int) -> int:
@@ -103,10 +113,12 @@ class SideBySide:
         self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
         self._norm = open_slice(self._last.model, graph.parent)
         narrowest = min(matrix.rows for matrix in architecture.body(0))
-        self._session = open_graph(self._layer.model, graph.parent, min(cores(), max(1, narrowest // _THREAD_ROWS)))
+        self._session = open_graph(self._layer.model, graph.parent, most_threads(narrowest))
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         weights = architecture.expected_tensors().keys() & shapes.keys()
         self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
+        rows = _steps(architecture.head, max(map(np.size, self._wide.values())))[1]
+        self._multiply = open_slice(product(architecture.hidden), graph.parent, most_threads(rows))
         shape = (max(_ROWS, texts), architecture.kv_heads, tokens, architecture.head_dim)
         # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
         layers = range(architecture.layers)
@@ -155,12 +167,12 @@ class SideBySide:
                 yield self._batch(slice(text, text + 1), [ids[text][start : start + longest]])
 
     def _batch(self, rows: slice, ids: Sequence[Sequence[int]], least: int = 1) -> _Batch:
-        """`least`: how many rows; those of the texts come again."""
+        """`least`: how many rows; after the last text the first comes again."""
         self.lengths[rows] = [length + len(ids[0]) for length in self.lengths[rows]]
         count = max(least, len(ids))
-        lengths, repeated = np.resize(self.lengths[rows], count), np.resize(np.array(ids, np.int64), (count, len(ids[0])))
+        lengths, taken = np.resize(self.lengths[rows], count), np.resize(np.array(ids, np.int64), (count, len(ids[0])))
         mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        return _Batch(slice(rows.start, rows.start + count), repeated, mask)
+        return _Batch(slice(rows.start, rows.start + count), taken, mask)
 
     def _pass(self, layer: int, batches: list[_Batch], hidden: list[np.ndarray], where: Device) -> list[np.ndarray]:
         """All batches' hidden states after a layer."""
@@ -219,14 +231,12 @@ class SideBySide:
             self._kept[last] = self._kept.get(last) or self._keep(self._slices.head(), where)
             _, part, run = self._kept[last]
             return run([LOGITS], {part.source: normed})[0][:, 0]
-        normed = normed[:, 0]
         buffer = max(self._wide.values(), key=np.size).reshape(-1)
-        logits, step = np.empty((len(normed), matrix.rows), np.float32), buffer.size // matrix.columns
-        for start in range(0, matrix.rows, step):
-            rows = min(step, matrix.rows - start)
-            wide = buffer[: rows * matrix.columns].reshape(rows, matrix.columns)
+        logits, steps = np.empty((len(normed), matrix.rows), np.float32), _steps(matrix, buffer.size)
+        for start, stop in pairwise(steps):
+            wide = buffer[: (stop - start) * matrix.columns].reshape(-1, matrix.columns)
             self._widen(matrix.name, wide, start)
-            np.matmul(normed, wide.T, out=logits[:, start : start + rows])
+            logits[:, start:stop] = self._multiply([LOGITS], {"x": normed[:, 0], "w": wide})[0]
         logits += bias_of(matrix, self._weights)
         return logits
 

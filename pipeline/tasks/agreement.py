@@ -7,7 +7,7 @@ solutions; every place where it does not is a place where it may leave the path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     left = [name for name in problems if name not in journal.items]
     texts = {name: (encode(known[name]["prompt"]), known[name]["ids"]) for name in left}
 
-    def read(left: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def read(left: Sequence[str]) -> Iterator[dict[str, Any]]:
+        subject.prepare(lambda decoder: [list(ask(decoder, *texts[name])) for name in left])
         for name in left:
             top, logprob = force(subject.decoder, *texts[name])
             own = {"top": top.tolist(), "logprob": logprob.tolist()}
             yield (known[name] if subject.reference is None else {}) | own
 
-    subject.prepare(lambda decoder: [list(ask(decoder, *text)) for text in texts.values()])
-    fill(journal, problems, f"agreement {subject.name}", "solutions", read, subject.engine)
+    fill(journal, problems, f"agreement {subject.name}", "solutions", read, subject.engine, layered=subject.layered)
     items, theirs = [journal.items[name] for name in problems], [known[name] for name in problems]
     problem = np.repeat(np.arange(len(items)), [len(item["top"]) for item in items])
     if subject.reference is None:

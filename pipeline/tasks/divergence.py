@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -9,7 +10,6 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config.typed_yaml import Frozen, Name
-from pipeline.journal import Journal
 from pipeline.tasks import divergence_scores as scores
 from pipeline.tasks import held_out, task
 from pipeline.tasks.statistics import WINDOW_LOOKS, summarise_divergence, summarise_reference_divergence
@@ -72,15 +72,15 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
     """`divergence` metrics. Items (scores of every token) by the window's number lie in `folder`."""
     wanted: DivergenceConfig = subject.wanted
     windows = held_out.scored_ids(wanted.by_kind, wanted.window, subject.folder, subject.store)
-    kept = Journal(folder / scores.ITEMS).items
-    left = [ids for number, ids in enumerate(windows) if str(number) not in kept]
-    subject.prepare(lambda decoder: [decoder.run(ids[:-1].tolist()) for ids in left])
 
     def logits(ids: np.ndarray) -> np.ndarray:
         return subject.decoder.run(ids)[0]
 
+    def prepare(texts: Sequence[np.ndarray]) -> None:
+        subject.prepare(lambda decoder: [decoder.run(ids.tolist()) for ids in texts])
+
     if subject.reference is None:
-        own = scores.record_reference(logits, windows, folder, subject.engine)
+        own = scores.record_reference(logits, windows, folder, subject.engine, prepare if subject.layered else None)
         return summarise_reference_divergence(own["logprob"], own["codes_kl"], own["clipped"], own["window_id"])
     found = scores.compare(logits, windows, subject.reference, folder, subject.name, subject.engine)
     own = scores.read_scores(subject.reference)

@@ -11,7 +11,7 @@ Every window is an item of a journal, recorded when its codes are on the disk: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _STEP = WINDOW_NATS / 65535
 _WEIGHTS = np.exp(-_STEP * np.arange(65536))  # probability of each code, before normalisation
 
 Logits = Callable[[np.ndarray], np.ndarray]  # int64 [n] → float32 [n, vocab]
+Prepare = Callable[[Sequence[np.ndarray]], object]
 Item = dict[str, Any]
 Own = Callable[[str, np.ndarray, np.ndarray], Item]
 Scores = dict[str, np.ndarray]
@@ -100,16 +101,22 @@ def kl_divergence(codes: np.ndarray, weights: np.ndarray, logits: np.ndarray, no
 
 
 def record_reference(
-    logits: Logits, windows: Sequence[np.ndarray], folder: Path, engine: Engine | None = None
-) -> Scores:
-    """Score the reference and keep its log-probabilities in `folder`, window by window; `engine` as in `fill`."""
+    logits: Logits, windows: Sequence[np.ndarray], folder: Path, engine: Engine | None = None,
+    prepare: Prepare | None = None,
+) -> Scores:  # fmt: skip
+    """Score the reference and keep its log-probabilities in `folder`, window by window.
+
+    Args:
+        engine: as in `fill`.
+        prepare: of a model that runs layer by layer: is shown a unit's texts before `logits` are asked for.
+    """
 
     def keep(window: str, item: Item) -> Item:
         with atomic_file(folder / _codes_file(window)) as file:
             np.save(file, item.pop(_CODES))
         return item
 
-    return _score(logits, windows, folder, "reference", _coded, engine, keep)
+    return _score(logits, windows, folder, "reference", _coded, engine, keep, prepare)
 
 
 def compare(
@@ -159,17 +166,21 @@ def _codes_file(window: str) -> str:
 
 def _score(
     logits: Logits, windows: Sequence[np.ndarray], folder: Path, model: str, own: Own, engine: Engine | None,
-    keep: Keep | None = None,
+    keep: Keep | None = None, prepare: Prepare | None = None,
 ) -> Scores:  # fmt: skip
     """Record what is known of any model, and what `own` makes of (window, logits float32 [n, vocab], normalisers).
     Raises EvaluationError for NaN and infinity."""
     names = [str(number) for number in range(len(windows))]
-    items = partial(_items, logits, windows, model, own)
-    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items, engine or Here(), keep)
+    items, layered = partial(_items, logits, windows, model, own, prepare), prepare is not None
+    fill(Journal(folder / ITEMS), names, f"divergence {model}", "windows", items, engine or Here(), keep, layered)
     return read_scores(folder)
 
 
-def _items(logits: Logits, windows: Sequence[np.ndarray], model: str, own: Own, left: Iterable[str]) -> Iterator[Item]:
+def _items(
+    logits: Logits, windows: Sequence[np.ndarray], model: str, own: Own, prepare: Prepare | None, left: Sequence[str]
+) -> Iterator[Item]:
+    if prepare:
+        prepare([windows[int(window)][:-1] for window in left])
     for window in left:
         ids = windows[int(window)]
         values = logits(ids[:-1])

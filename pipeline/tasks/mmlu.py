@@ -75,8 +75,11 @@ def measure(subject: Subject, folder: Path) -> dict[str, Any]:
             about = {"number": number, "subject": question.subject}
             yield about | {"scores": scores.tolist(), "answer": question.answer, "correct": right}
 
-    subject.prepare(lambda stand_in: list(items(stand_in, (name for name in order if name not in journal.items))))
-    fill(journal, order, f"MMLU {subject.name}", "questions", lambda left: items(subject.decoder, left), subject.engine)
+    def answer(left: Sequence[str]) -> Iterator[dict[str, Any]]:
+        subject.prepare(lambda stand_in: list(items(stand_in, left)))
+        return items(subject.decoder, left)
+
+    fill(journal, order, f"MMLU {subject.name}", "questions", answer, subject.engine, layered=subject.layered)
     journal.arrange(names)
     reference = _answers(Journal(subject.reference / ITEMS), names) if subject.reference else None
     return summarise_mmlu(_answers(journal, names), reference, subject.entry.mmlu_mode) | conditions

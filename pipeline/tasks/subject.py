@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from pipeline.config.models import ModelConfig
 from pipeline.engine import Engine, Here, chosen
 from pipeline.journal import Journal
 from pipeline.progress import Progress
+from pipeline.runtime.device import CPU
 
 if TYPE_CHECKING:
     from pipeline.runtime.generate import Request, Written
@@ -89,10 +92,20 @@ class Subject:
         """Model and variant, for people."""
         return f"{self.model} {self.variant}"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On a worker: what it keeps on its way lies in a folder of its own, which goes with it."""
+        vars(self).update(state)
+        if self.layered:
+            self.states.mkdir(parents=True, exist_ok=True)
+            scratch = TemporaryDirectory(dir=self.states)
+            vars(self).update(states=Path(scratch.name), scratch=scratch)
+
     @property
     def engine(self) -> Engine:
-        """Who asks it; what runs layer by layer is asked where its layers were passed."""
-        return Here() if self.layered else chosen(wide=True)
+        """Who asks it. A GPU is this process's. Of a mixture that runs layer by layer, the bits that an expert gives a
+        token depend on who else wakes it: its texts are written together."""
+        here = self.layered and (self.device != CPU.name or self.architecture.experts)
+        return Here() if here else chosen(wide=True)
 
     @cached_property
     def decoder(self) -> Any:
@@ -107,8 +120,8 @@ class Subject:
         return self.open_writer(self)
 
     def prepare(self, ask: Callable[[Decoder], object]) -> None:
-        """Announce all that `decoder` will be asked, for a model that runs layer by layer: `ask` asks it of a stand-in
-        whose logits mean nothing."""
+        """Announce all that `decoder` will be asked in a unit of work, for a model that runs layer by layer: `ask`
+        asks it of a stand-in whose logits mean nothing."""
         if self.layered:
             self.decoder.prepare(ask)
 
@@ -121,14 +134,15 @@ _BATCH = 16  # items at most of one unit for workers elsewhere, and so many unit
 _UNITS = 4
 
 
-def batch_size(items: int, workers: int) -> int:
-    """Items of one unit for workers elsewhere."""
-    return max(1, min(_BATCH, items // (_UNITS * workers)))
+def batch_size(items: int, workers: int, layered: bool = False) -> int:
+    """Items of one unit for workers elsewhere; of a model that runs `layered` a worker reads all weights for each."""
+    return max(1, math.ceil(items / workers) if layered else min(_BATCH, items // (_UNITS * workers)))
 
 
 def fill(
-    journal: Journal, names: Sequence[str], title: str, unit: str, items: Make, engine: Engine, keep: Keep | None = None
-) -> None:
+    journal: Journal, names: Sequence[str], title: str, unit: str, items: Make, engine: Engine,
+    keep: Keep | None = None, layered: bool = False,
+) -> None:  # fmt: skip
     """Record an item for each of `names` that the journal lacks, as soon as `items` of those has made it.
 
     Args:
@@ -136,10 +150,11 @@ def fill(
         items: not called when none is left; pickled, and given a few names at a time, where workers are elsewhere.
         engine: who makes items, each of which takes all cores.
         keep: what is left to do here with an item.
+        layered: as in `batch_size`.
     """
     left = [name for name in names if name not in journal.items]
-    size = len(left) if engine.shared else batch_size(len(left), engine.workers)
-    batches = [left[start : start + max(size, 1)] for start in range(0, len(left), max(size, 1))]
+    size = max(1, len(left)) if engine.shared else batch_size(len(left), engine.workers, layered)
+    batches = [left[start : start + size] for start in range(0, len(left), size)]
     with Progress(title, len(names), unit, workers=0 if engine.shared else engine.workers) as progress:
         progress.advance(len(names) - len(left), kept=True)
 

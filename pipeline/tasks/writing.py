@@ -45,4 +45,4 @@ def write(
         for name, one in zip(asked, subject.writer.continuations(asked), strict=True):
             yield {"prompt": asked[name].prompt, "ids": list(one.ids), "text": one.text, "cut": one.cut}
 
-    fill(journal, list(named), f"{title} {subject.name}", "answers", items, subject.engine)
+    fill(journal, list(named), f"{title} {subject.name}", "answers", items, subject.engine, layered=subject.layered)

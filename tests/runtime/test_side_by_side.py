@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.side_by_side import SideBySide, fitting_texts, token_bytes, working_bytes
 from tests.activations import make_decoder
 from tests.families import CASES
+from tests.many_cores import with_cores
 from tests.real_configs import architecture_of
 
 pytest_plugins = ["tests.torch_device"]
@@ -69,6 +71,32 @@ def test_a_text_s_logits_are_its_own(name: str, dtype: str, tmp_path: Path, monk
     advance((0, 63))
     advance()
     advance()
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("family", ["mimo", "phi3-longrope", "qwen2"])
+def test_no_other_text_and_no_number_of_cores_decides_a_bit(family: str, tmp_path: Path) -> None:
+    """Of a text of 70 tokens and five more; others come before and after it, and join and end meanwhile."""
+    case = CASES[family]
+    _, architecture = make_decoder(tmp_path, replace(case, config=case.config | WIDE) if family == "qwen2" else case)
+    found = []
+    for cores, before, after in ((1, 0, 0), (3, 0, 1), (2, 1, 2), (16, 2, 0)):
+        with with_cores(cores):
+            model = SideBySide(tmp_path / "model.onnx", architecture, 4, 80)
+            rows = [model.run([*TEXTS[1 : 1 + before], TEXTS[0]])[before]]
+            for step in range(4):
+                new = TEXTS[len(TEXTS) - after :] if step == 1 else []
+                rows.append(model.run([*([5 + step] for _ in model.lengths), *new])[before])
+            for _ in range(after):
+                model.drop(len(model.lengths) - 1)
+            if before:
+                model.drop(0)  # the last takes its number
+            rows.append(model.run([[9] for _ in model.lengths])[0])
+        found.append(np.stack(rows))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("phi3-longrope", "F32"), ("mimo", "BF16")])
