@@ -36,9 +36,11 @@ from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
 from pipeline.runtime import device
 from pipeline.runtime.generate import Writer
+from pipeline.runtime.layered import LayeredDecoder
+from pipeline.runtime.layered_writer import LayeredWriter
 from pipeline.runtime.session import OnnxDecoder
 from pipeline.runtime.stream import LayerStream
-from pipeline.tasks import divergence_scores, humaneval, mmlu, written
+from pipeline.tasks import divergence, divergence_scores, held_out, humaneval, mmlu, written
 from pipeline.tasks import subject as subjects
 from pipeline.tasks.humaneval import HumanEvalConfig
 from pipeline.tasks.humaneval_problems import problems_of
@@ -270,14 +272,32 @@ def both(workers: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return measured
 
 
-def test_questions_are_answered_the_same(both: Any, subject: Subject, mmlu_path: Path) -> None:
-    metrics, files = both(mmlu.measure, replace(subject, wanted=MmluConfig(questions=12)))
+@pytest.fixture(params=["in memory", "layer by layer"])
+def asked(request: pytest.FixtureRequest, subject: Subject, tmp_path: Path) -> Subject:
+    if request.param == "in memory":
+        return subject
+    return replace(
+        subject, layered=True, states=tmp_path / "states",
+        open=lambda one: LayeredDecoder(one.graph, one.architecture, one.states, one.name),
+        open_writer=lambda one: LayeredWriter(one.graph, one.architecture, one.states, one.name),
+    )  # fmt: skip
+
+
+def test_questions_are_answered_the_same(both: Any, asked: Subject, mmlu_path: Path) -> None:
+    metrics, files = both(mmlu.measure, replace(asked, wanted=MmluConfig(questions=12)))
     assert metrics["n"] == len(files[mmlu.ITEMS].splitlines()) == 12
 
 
-def test_answers_are_written_the_same(both: Any, subject: Subject, humaneval_path: Path) -> None:
+def test_text_is_read_the_same(both: Any, asked: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "scored_ids", lambda *_: WINDOWS)
+    wanted = divergence.DivergenceConfig(prose={"text-wiki": len(WINDOWS)}, window=len(WINDOWS[0]))
+    metrics, _ = both(divergence.measure, replace(asked, wanted=wanted))
+    assert metrics["windows"] == len(WINDOWS)
+
+
+def test_answers_are_written_the_same(both: Any, asked: Subject, humaneval_path: Path) -> None:
     wanted = HumanEvalConfig(problems=6, max_new_tokens=12, timeout_seconds=10, temperature=1, samples=2)
-    _, files = both(humaneval.measure, replace(subject, wanted=wanted))
+    _, files = both(humaneval.measure, replace(asked, wanted=wanted))
     texts = {line for line in files[written.ITEMS].splitlines()}
     assert len(texts) == 12
 
