@@ -22,10 +22,18 @@ _KERNEL_FLAGS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asim
 
 def cores(root: Path = _ROOT) -> int:
     """CPU cores that this process may use: the lowest of its affinity, its cgroup's quota (rounded up) and `CORES`."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get(CORES, "")
-    limits = [int(given)] if given.isdigit() else []
-    return max(1, min([affinity, *limits, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
+    return max(1, min([_all_cores(root), *([int(given)] if given.isdigit() else [])]))
+
+
+def share(root: Path = _ROOT) -> float:
+    """What `CORES` leaves this process of the cores that it could use without: others have the rest, and its memory."""
+    return cores(root) / _all_cores(root)
+
+
+def _all_cores(root: Path) -> int:
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
 
 
 def available_memory(root: Path = _ROOT) -> int:

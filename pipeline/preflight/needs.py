@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
 from pipeline.calibrate.correlations import stored_bytes
@@ -24,7 +26,7 @@ from pipeline.runtime.session import memory_needed, widened_bytes
 from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
 from pipeline.tasks.mmlu import EXAMPLES
 from pipeline.tasks.registry import Suite
-from pipeline.tasks.task import Cost
+from pipeline.tasks.task import Cost, Task
 
 PROCESS_BYTES = 250_000_000
 """A stage before any model: 70 MB of interpreter and libraries, measured; kernels, text, the allocator's slack."""
@@ -341,25 +343,41 @@ def layered_reference(
 
     On top of a layer as in `calibrate`; on top of the head its stored half while it is read, or a window's logits.
     """
-    asked = [task.cost(part, entry) for task, part in suite.by_task() if task.runs_graph and not task.reads]
+    reading = [(task, part) for task, part in suite.by_task() if task.runs_graph and not task.reads]
+    asked = [task.cost(part, entry) for task, part in reading]
     texts = [(task.title, task.cost(part, entry)) for task, part in suite.by_task() if task.writes]
     writing = tuple(_writing(architecture, weight_bytes, *text, memory, rates) for text in texts)
     window, longest = _most(asked, "window"), _most(asked, "read")
     logits = 2 * 4 * architecture.vocab * window  # with their codes and a mask
     head = architecture.vocab * architecture.hidden
     decoding = max(_layer_bytes(architecture, window), 4 * head + max(2 * head, logits))
-    seconds = sum([*(_pass_seconds(architecture, cost.read, rates) for cost in asked), *(w.seconds for w in writing)])
-    passes = max(1, len(asked) + sum(one.passes for one in writing))
+
+    def read(cost: Cost, items: int, count: int, cores: int) -> float:
+        return _pass_seconds(architecture, cost.read * count / items, rates.of(cores))
+
+    def write(title: str, cost: Cost, count: int, cores: int) -> float:
+        own = replace(
+            cost, texts=count, written=cost.written * count // cost.texts, read=cost.read * count // cost.texts
+        )
+        return _writing(architecture, weight_bytes, title, own, memory, rates.of(cores)).seconds
+
+    work = list[Round]()
+    for (task, part), cost in zip(reading, asked, strict=True):
+        items = _items(task, part, cost)
+        kept = 2 * architecture.vocab * cost.kept / items
+        work.append(Round((Units(items, moved=kept, batched=True, layered=partial(read, cost, items)),)))
+    for title, cost in texts:
+        work.append(Round((Units(cost.texts, batched=True, layered=partial(write, title, cost)),)))
     return Needs(
         "reference",
         MEASURING_BYTES + max(decoding, *(one.memory for one in writing), 0),
         2 * 4 * architecture.hidden * longest + _codes_bytes(architecture, asked) + SMALL_FILES_BYTES,
         f"one layer or the head in float32, or keys and values of texts; hidden states of {longest:,} tokens; 2 bytes "
         f"per token and vocabulary entry kept",
-        seconds=seconds,
+        seconds=here(work, rates.cores),
         writing=writing,
-        work=(Round(alone=seconds / passes, times=passes),),
-        fixed=START_SECONDS + (len(asked) + len(writing)) * TASK_SECONDS,
+        work=(Round(alone=here(work, rates.cores)),) if architecture.experts else tuple(work),  # as `Subject.engine`
+        fixed=START_SECONDS + len(work) * TASK_SECONDS,
     )
 
 
@@ -464,6 +482,11 @@ def _multiplied(architecture: Architecture, matrices: Iterable[Matrix]) -> float
     return sum(matrix.rows * matrix.columns * _share(architecture, matrix) for matrix in matrices)
 
 
+def _items(task: Task, part: Any, cost: Cost) -> int:
+    """How many a task asks at most."""
+    return cost.texts or (task.stops(part)[-1] if task.stops else max(1, round(cost.read / cost.window)))
+
+
 def _suite_work(
     architecture: Architecture, suite: Suite, entry: ModelConfig, weights: int, rates: Rates, kept: int = 0
 ) -> tuple[Round, ...]:
@@ -477,8 +500,7 @@ def _suite_work(
         if task.whole:
             found.append(Round(alone=seconds))
             continue
-        items = costs[task.reads or task.name].texts or (task.stops(part)[-1] if task.stops else 0)
-        items = items or max(1, round(cost.read / cost.window))
+        items = costs[task.reads].texts if task.reads else _items(task, part, cost)
         read = EXAMPLES.get(entry.mmlu_mode, 0) * (task.name == "mmlu")
         again = _product_seconds(architecture, read, rates) * rates.cores  # a batch begins with its subject's examples
         moved = kept * architecture.vocab * cost.kept / items

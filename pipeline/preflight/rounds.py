@@ -7,7 +7,7 @@ are of one speed wherever they are. Workers take units in their order, each when
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Units:
         moved: bytes of one that go to a worker and come back.
         batched: whether a worker elsewhere gets several at a time, as `pipeline.tasks.subject.fill` does.
         again: core-seconds of each such batch beside its units.
+        layered: (units, cores) → seconds of a batch, of a model that runs layer by layer; a worker gets one batch.
     """
 
     count: int
@@ -41,6 +42,19 @@ class Units:
     moved: float = 0.0
     batched: bool = False
     again: float = 0.0
+    layered: Callable[[int, int], float] | None = None
+
+    def here(self, cores: int) -> float:
+        """Seconds of all on so many cores of this process."""
+        if self.layered:
+            return self.layered(self.count, cores)
+        return self.count * (self.first + (self.wide + self.narrow) / cores)
+
+    def batch(self, units: int, cores: int) -> float:
+        """Seconds of some together on a worker of so many cores."""
+        if self.layered:
+            return self.layered(units, cores)
+        return units * (self.first + self.narrow + self.wide / cores) + self.again / cores
 
 
 class Round(NamedTuple):
@@ -83,11 +97,7 @@ class Phase(NamedTuple):
 
 def here(work: Iterable[Round], cores: int) -> float:
     """Seconds on so many cores of this process."""
-    seconds = 0.0
-    for one in work:
-        units = sum(same.count * (same.first + (same.wide + same.narrow) / cores) for same in one.units)
-        seconds += one.times * (one.alone + units)
-    return seconds
+    return sum(one.times * (one.alone + sum(same.here(cores) for same in one.units)) for one in work)
 
 
 def phases(work: Iterable[Round], workers: Workers) -> Iterator[Phase]:
@@ -95,11 +105,11 @@ def phases(work: Iterable[Round], workers: Workers) -> Iterator[Phase]:
     for one in work:
         sizes, moved = list[float](), 0.0
         for same in one.units:
-            size = batch_size(same.count, workers.count) if same.batched else 1
-            each = same.first + same.narrow + same.wide / workers.cores
-            beside = workers.unit + same.again / workers.cores
+            size = batch_size(same.count, workers.count, same.layered is not None) if same.batched else 1
             whole, rest = divmod(same.count, size)
-            sizes += [each * size + beside] * whole + [each * rest + beside] * bool(rest)
+            sizes += [workers.unit + same.batch(size, workers.cores)] * whole
+            if rest:
+                sizes.append(workers.unit + same.batch(rest, workers.cores))
             moved += same.count * same.moved
         read = one.read / workers.network if sizes else 0.0
         yield Phase(one.alone + read, sizes, moved / workers.network, one.times)

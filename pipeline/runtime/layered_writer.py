@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.checkpoint.architecture import Architecture
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.journal import Journal
+from pipeline.machine import share
 from pipeline.progress import Progress
 from pipeline.runtime.device import chosen_device
 from pipeline.runtime.generate import Prompter, Request, Sampling, Written
@@ -54,8 +55,8 @@ class LayeredWriter(Prompter):
                 yield work.done.pop(name)
 
     def side_by_side(self, lengths: Sequence[int]) -> tuple[SideBySide, int]:
-        """The model for texts of these lengths in tokens, and how many of them it runs at once."""
-        memory = chosen_device().memory(Checkpoint(self._graph.parent).weight_bytes)
+        """The model for texts of these lengths in tokens, and how many of them its share of memory runs at once."""
+        memory = round(share() * chosen_device().memory(Checkpoint(self._graph.parent).weight_bytes))
         texts = fitting_texts(self._architecture, len(lengths), max(lengths), memory)
         return SideBySide(self._graph, self._architecture, texts, max(lengths)), texts
 

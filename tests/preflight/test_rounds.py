@@ -36,6 +36,10 @@ def stages(model: str, folder: Path, rates: Rates = ONE, suite: str = "release")
         replace(needs.quantize("q4", 10**9, architecture, "weighted", rates), stage="weighted"),
         needs.reference(architecture, 2 * architecture.parameters, asked, entry, rates),
         needs.validate(architecture, "q4", 10**9, 1000, asked, entry, rates),
+        replace(
+            needs.layered_reference(architecture, 2 * architecture.parameters, asked, entry, 24 * 10**9, rates),
+            stage="layered",
+        ),
     ]
     return {one.stage: one for one in found}
 
