@@ -39,7 +39,7 @@ Beside = Callable[[], Any]
 """A unit of other work; pickled where workers are elsewhere."""
 SAMPLE_TOKENS = 1024  # of each input that are kept as they are, in whole windows
 BATCH_TOKENS = 2048  # of a batch at least: each addition of its products passes over the whole sum
-_PANEL_BYTES = 64 << 20  # of the products of a batch
+PANEL_BYTES = 64 << 20  # of the products of a batch
 
 
 @dataclass(frozen=True)
@@ -274,5 +274,5 @@ def mirror(total: np.ndarray) -> np.ndarray:
 
 
 def _panels(channels: int) -> Iterator[slice]:
-    step = max(1, _PANEL_BYTES // (4 * channels))
+    step = max(1, PANEL_BYTES // (4 * channels))
     return (slice(start, min(start + step, channels)) for start in range(0, channels, step))
