@@ -62,7 +62,10 @@ _LESS: dict[str, dict[str, Any]] = {
     "engine.yaml": {"engine": "threads", "address": None, "cores": 1},
     "sensitivity.yaml": {"texts": {"text-c4": 64}, "window": 64, "rows": 256},
 }
-_LATER = ("transformers.tokenization_utils_tokenizers",)  # what stages import when they first need it: chat templates
+_IMPORTED = (
+    *(f"pipeline.stages.{stage}" for stage in ("calibrate", "sensitivity", "quantize", "validate")),
+    "transformers.tokenization_utils_fast",  # of chat templates; stages import it when they first meet one
+)
 _EMPTY = 500
 _PAUSE = 4.0, 14.0  # seconds between two kills: a new worker imports for some of them
 _FOUND = "found.json"
@@ -216,12 +219,9 @@ def nothing(unit: int) -> int:
 
 
 def ready(unit: int) -> int:
-    """The process of a worker that has imported what stages need."""
+    """The process that has imported what stages need."""
     del unit
-    for name in (
-        *(f"pipeline.stages.{stage}" for stage in ("calibrate", "sensitivity", "quantize", "validate")),
-        *_LATER,
-    ):
+    for name in _IMPORTED:
         import_module(name)
     time.sleep(0.1)  # for another worker to take the next one
     return os.getpid()
