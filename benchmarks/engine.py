@@ -5,7 +5,7 @@
 
 A node stands for a machine of one core: the system keeps it on a core of its own, and the process that runs the stage,
 the head's, on the first node's. Stages are the product's, in a copy of the configuration that asks for less text,
-beside links to the demo's artifacts. A clock starts when every worker has imported what stages need.
+beside links to the demo's artifacts. A clock starts when every process has imported what stages need.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ THREADS, ONE, TWO = "threads", "1", "2"
 TARGET = 1.7  # times as fast with two nodes
 _INPUTS = ("source.json", "export", "reference", "calibration", f"variants/{VARIANT}", f"evaluation/{REFERENCE}")
 _LESS: dict[str, dict[str, Any]] = {
-    "calibration.yaml": {"texts": {"text-c4": 3072, "text-code": 1024}, "chats": {}, "per_channel": 0},
     "engine.yaml": {"engine": "threads", "address": None, "cores": 1},
     "sensitivity.yaml": {"texts": {"text-c4": 64}, "window": 64, "rows": 256},
 }
+_IMPORTED = (
+    *(f"pipeline.stages.{stage}" for stage in ("calibrate", "sensitivity", "quantize", "validate")),
+    "transformers.tokenization_utils_fast",  # of chat templates; stages import it when they first meet one
+)
 _EMPTY = 500
 _PAUSE = 4.0, 14.0  # seconds between two kills: a new worker imports for some of them
 _FOUND = "found.json"
@@ -146,7 +149,7 @@ def judging() -> Path:
 
 STAGES: dict[str, tuple[str, Callable[[], Path]]] = {
     "quantize": ("quantize q4", quantize),
-    "calibrate": ("calibrate, 4,096 tokens", calibrate),
+    "calibrate": ("calibrate, 7,168 tokens", calibrate),
     "sensitivity": ("sensitivity, 64 tokens", sensitivity),
     "divergence": ("divergence, 32 windows of 192 tokens", divergence),
     "mmlu": ("MMLU, 57 questions", mmlu),
@@ -216,10 +219,10 @@ def nothing(unit: int) -> int:
 
 
 def ready(unit: int) -> int:
-    """The process of a worker that has imported what stages need."""
+    """The process that has imported what stages need."""
     del unit
-    for stage in ("calibrate", "sensitivity", "quantize", "validate"):
-        import_module(f"pipeline.stages.{stage}")
+    for name in _IMPORTED:
+        import_module(name)
     time.sleep(0.1)  # for another worker to take the next one
     return os.getpid()
 
@@ -356,6 +359,7 @@ def prepared(work: Path) -> Project:
 @click.argument("names", nargs=-1)
 def once(engine: str, cores: str, kills: int, names: tuple[str, ...]) -> None:
     """The stages by one engine, in the current folder; what is found lies there too."""
+    ready(0)
     watched, found = None, {"stages": dict[str, Any](), "empty_unit_ms": {}, "kills": {}}
     if engine != THREADS:
         start([int(core) for core in cores.split(",")])

@@ -18,7 +18,8 @@ from pipeline.quantize.lost import LARGEST
 
 # float32 bytes of the rows of one unit: small enough that the allocator keeps its blocks, and a fair share of a core's
 # cache. At 32 MiB the system spends three times as long mapping fresh pages.
-_UNIT_BYTES = 8 << 20
+UNIT_BYTES = 8 << 20
+TABLE_UNITS = 8  # of an embedding or a head that go to one worker elsewhere
 
 
 class Range(NamedTuple):
@@ -59,7 +60,7 @@ class Unit:
                 yield Range(prefix + tensor.name, (first + step * self.start) * row, tensor.bytes, *runs)
 
 
-def units(planned: PlannedMatrix, unit_bytes: int = _UNIT_BYTES, tile: int = 1) -> list[Unit]:
+def units(planned: PlannedMatrix, unit_bytes: int = UNIT_BYTES, tile: int = 1) -> list[Unit]:
     """The rows of a matrix in units of about `unit_bytes` in float32, a multiple of `tile` rows (one at least)."""
     rows, step = planned.matrix.rows, unit_bytes // (4 * planned.matrix.columns)
     step = max(tile, step // tile * tile)

@@ -23,7 +23,7 @@ from pipeline.artifact.graph import QuantizedGraph, cache_scales, channel_names
 from pipeline.artifact.layout import Layout, make_layout
 from pipeline.artifact.lost import find_lost
 from pipeline.artifact.quantizers import Channels, Quantizer, Ranges, Search, check_moments, check_ranges
-from pipeline.artifact.work import Range, Unit, quantize_unit, sharers, units
+from pipeline.artifact.work import TABLE_UNITS, Range, Unit, quantize_unit, sharers, units
 from pipeline.checkpoint.tensors import Checkpoint
 from pipeline.config.recipes import LOST_MAX
 from pipeline.engine import Engine, Threads
@@ -39,8 +39,6 @@ from pipeline.quantize.split import channel_importance, split_channels, squared_
 
 # Flushing as it goes keeps the disk busy while the cores are, and the end short.
 _FLUSH_BYTES = 256 << 20
-# Of an embedding or a head that go to one worker elsewhere: some 16 million weights.
-_TABLE_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,7 @@ class _Run:
             channels = self._channels_of(planned, groups)
             sharing = [planned] if table else together[planned.matrix.input]
             left = [unit for item in sharing for unit in self._left(item)]
-            size = _TABLE_UNITS if table else len(left) or 1
+            size = TABLE_UNITS if table else len(left) or 1
             for start in range(0, len(left), size):
                 yield Share(tuple(left[start : start + size]), channels)
 

@@ -132,7 +132,8 @@ class Cluster:
             return partial(result, unit, submit(unit))
 
         try:
-            in_order((unit for unit in units if unit is not None), begin, reduce, 2 * self.workers + 2)
+            for unit, made in in_order((unit for unit in units if unit is not None), begin, 2 * self.workers + 2):
+                reduce(unit, made)
         finally:
             for task in begun.values():
                 self._ray.cancel(task)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -56,7 +56,8 @@ class Threads:
         # Set once around all of them: a limit is the whole process's, and the unit that ends first would lift it.
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.workers) as pool:
             try:
-                in_order(units, lambda unit: pool.submit(job, unit).result, reduce, self.workers + AHEAD)
+                for unit, made in in_order(units, lambda unit: pool.submit(job, unit).result, self.workers + AHEAD):
+                    reduce(unit, made)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -103,14 +104,13 @@ class _Bundle(Generic[U, R]):
         return made
 
 
-def in_order(
-    units: Iterable[U | None], begin: Callable[[U], Callable[[], Any]], reduce: Callable[[U, Any], object], ahead: int
-) -> None:
-    """Begin units, at most `ahead` at a time, and reduce what they give in their order; `begin` gives what waits."""
-    pending: deque[tuple[U, Callable[[], Any]]] = deque()
+def in_order(units: Iterable[U | None], begin: Callable[[U], Callable[[], R]], ahead: int) -> Iterator[tuple[U, R]]:
+    """Begin units, at most `ahead` before the one that is taken; each with what it gives, in their order. `begin` gives
+    what waits for that. At a None, all before it are finished first."""
+    pending: deque[tuple[U, Callable[[], R]]] = deque()
     for unit in chain(units, [None]):
         if unit is not None:
             pending.append((unit, begin(unit)))
         while len(pending) > (ahead if unit is not None else 0):
             first, wait = pending.popleft()
-            reduce(first, wait())
+            yield first, wait()

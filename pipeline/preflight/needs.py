@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.artifact.quantizers import WEIGHTS_PER_CORE_SECOND
+from pipeline.artifact.work import TABLE_UNITS, UNIT_BYTES
 from pipeline.calibrate.correlations import stored_bytes
 from pipeline.calibrate.damage import BATCH_TOKENS, HEAD_COPIES, UNIT_TOKENS, damaged_together
 from pipeline.checkpoint.architecture import Architecture, Matrix
@@ -46,8 +47,9 @@ LEARNING_LOGITS = 6
 """Of a window the full-precision model's, the variant's, their logarithms and gradients."""
 WIDENED_PER_SECOND = 0.08e9
 """Half-precision weights read, widened and packed by the runtime per second, on one core (a layer of MiMo's shapes)."""
-STORED_PER_SECOND = 130e6
-"""Bytes of correlations that are mirrored, packed, hashed and written per second (11,008 channels)."""
+ADDED_PER_SECOND, PACKED_PER_SECOND, WRITTEN_PER_SECOND = 12e9, 320e6, 380e6
+"""On one core, of 11,008 channels: bytes of a batch's products that are added; of correlations that are mirrored and
+packed, and that are hashed and written."""
 PASS_TOKENS = 64
 """What a pass of `pipeline.runtime.side_by_side` takes beside its texts' products, in tokens of such products: every
 weight is widened, and read as float32 by a product of few rows (20 seconds of a core with MiMo's shapes)."""
@@ -59,8 +61,6 @@ GPTQ_SECONDS, GPTQ_COLUMN_SECONDS = 363e-9, 0.0865e-9
 """Of a weight on one core: on no more than that core, and in products, for each column of its matrix. A line through
 what whole stages took: SmolLM2's q4 434 ns (816 columns in the mean; docs/scale.md), and 870 ns for MiMo's second layer
 (5,854; CPU seconds of three variants, the factors taken off, benchmarks/results/rehearsal-mimo-8b-*layers.json)."""
-TABLE_WEIGHTS = 16_000_000
-"""Of an embedding or a head that are one unit for workers elsewhere."""
 FACTOR_RATE = 0.6
 """Share of the rate of products at which a core factors second moments (8,192 channels)."""
 LOGIT_COPIES = 3
@@ -176,31 +176,37 @@ def calibrate(architecture: Architecture, calibration: CalibrationConfig, rates:
     window, tokens = calibration.window, calibration.grown(architecture.widest).tokens
     widths, body = _input_widths(architecture), _body_weights(architecture)
     seen = {matrix.input: _share(architecture, matrix) * matrix.columns for matrix in architecture.body(0)}
-    products = sum(4 * columns**2 for columns in widths)
-    held = round(4 * (stream.SAMPLE_TOKENS * sum(seen.values()) + 2 * stream.BATCH_TOKENS * sum(widths)))
-    stored = sum(map(stored_bytes, widths))
-    # Half of each Σ x·xᵀ is added up; dampings are tried side by side.
-    tried = [columns for columns in widths if columns <= tokens]
-    woken = architecture.layers * sum(matrix.rows * seen[matrix.input] for matrix in architecture.body(0))
+    products, stored = sum(4 * columns**2 for columns in widths), sum(map(stored_bytes, widths))
+    batch = min(tokens, window * -(-stream.batch_tokens(architecture) // window))
+    batches = -(-tokens // batch)
+    woken = sum(matrix.rows * seen[matrix.input] for matrix in architecture.body(0))
+    # Half of each Σ x·xᵀ is multiplied and added; dampings are tried side by side, of enough tokens.
     summed = sum(share * columns for share, columns in zip(seen.values(), widths, strict=True))
-    each = tokens * summed / rates.flops + _factor_seconds(tried, rates)
-    each += stored / STORED_PER_SECOND + body / architecture.layers / WIDENED_PER_SECOND
-    windows = -(-tokens // window)
-    values = 2 * architecture.hidden + sum(seen.values()) + 2 * architecture.cache_channels
-    units = Units(
-        windows, 2 * woken * tokens / architecture.layers / windows / rates.of_core, moved=4 * window * values
-    )
-    work = (Round((units,), each, times=architecture.layers),)
+    tried = [columns for columns in widths if columns <= tokens]
+    units = [
+        Units(
+            1,
+            first=_factor_seconds([columns] * (columns <= tokens), rates) + stored_bytes(columns) / PACKED_PER_SECOND,
+            moved=4 * columns**2 + stored_bytes(columns),
+        )
+        for columns in sorted(widths, reverse=True)
+    ]
+    passing = (2 * woken + summed) * tokens / rates.of_core
+    moved = 8 * architecture.hidden * tokens / batches + products / 2
+    units.append(Units(batches, passing / batches, moved=moved))
+    alone = batches * products / 2 / ADDED_PER_SECOND + stored / WRITTEN_PER_SECOND
+    alone += body / architecture.layers / WIDENED_PER_SECOND
+    work = (Round(tuple(units), alone, times=architecture.layers),)
+    taken = 4 * batch * (sum(seen.values()) + 2 * architecture.hidden) + (rates.cores + 1) * stream.PANEL_BYTES
     return Needs(
         "calibrate",
         PROCESS_BYTES
         + products
-        + held
-        + stored
-        + max(_layer_bytes(architecture, window), 8 * max(tried, default=0) ** 2),
+        + round(4 * stream.SAMPLE_TOKENS * sum(seen.values()))
+        + max(round(taken) + _layer_bytes(architecture, window), stored + 8 * max(tried, default=0) ** 2),
         2 * 4 * tokens * architecture.hidden + architecture.layers * stored + SMALL_FILES_BYTES,
-        f"one layer in float32, {window:,} tokens of activations, its inputs' second moments; hidden states of "
-        f"{tokens:,} tokens, correlations",
+        f"its inputs' second moments; one layer in float32 and the inputs of {batch:,} tokens, or correlations; hidden "
+        f"states of {tokens:,} tokens",
         seconds=here(work, rates.cores),
         work=work,
         fixed=START_SECONDS + architecture.layers * LAYER_SECONDS,
@@ -307,7 +313,7 @@ def quantize(
             first = _factor_seconds([columns], rates)
         layer.append(Units(1, wide, narrow, first))
     tables = architecture.parameters - _body_weights(architecture)
-    count = math.ceil(tables / TABLE_WEIGHTS)
+    count = math.ceil(4 * tables / (TABLE_UNITS * UNIT_BYTES))
     work = (Round((*layer * architecture.layers, Units(count, narrow=tables * searched / count))),)
     memory, why = QUANTIZE_BYTES, "the plan's exact bytes, the tokenizer; memory does not grow with the model"
     if search == "gptq":

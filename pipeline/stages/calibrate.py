@@ -5,7 +5,9 @@ A killed run goes on at the layer where it was: hidden states and statistics so 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from pipeline.partial import Partial, open_partial
 from pipeline.progress import Progress
 from pipeline.quantize.factor import held_out_damping
 from pipeline.runtime.device import chosen_device
-from pipeline.runtime.stream import LayerStream, Passed
+from pipeline.runtime.stream import Beside, LayerStream, Passed, mirror
 from pipeline.workspace import MODEL_FILE, Workspace
 
 Statistics = dict[str, np.ndarray]
@@ -91,32 +93,34 @@ def _measure(
     slices: DecoderSlices, folder: Path, windows: list[np.ndarray], partial: Partial, workspace: Workspace
 ) -> Statistics:
     """Moments and ranges of all layers and the head, those that an earlier run finished included; correlations are
-    written."""
+    written.
+
+    What becomes of a layer's products is part of the next layer's run: so workers that share no memory do it beside
+    that layer's text. It comes first: before the next layer's hidden states are written, this layer is recorded.
+    """
     layers = slices.architecture.layers
     done, found = _resume(partial, layers, workspace)
     with Progress(f"calibrate {workspace.model}", layers + 1, "layers") as progress:
-        stream = LayerStream(slices, folder, windows, partial.folder, done)
+        stream, made = LayerStream(slices, folder, windows, partial.folder, done), Statistics()
+        passed = Passed({}, {}, {}, {})
+
+        def take(correlations: Statistics) -> None:
+            made.update(correlations)
+            if len(made) == 2 * len(slices.inputs(stream.layer - 1)):
+                _write(partial, workspace.correlations(f"layers.{stream.layer - 1}").name, made)
+                _record(partial, stream, found)
+                made.clear()
+
         progress.advance(stream.layer, kept=True)
-        while stream.layer < layers:
-            found |= _pass_layer(stream, partial, workspace)
-            _record(partial, stream, found)
+        while stream.layer <= layers:
+            body = stream.architecture.body(stream.layer) if stream.layer < layers else []
+            passed = stream.advance(_correlating(passed), take)
+            if seen := [[passed.tokens[one] for one in names] for names in experts_inputs(body)]:
+                found[f"layers.{stream.layer - 1}.experts{TOKENS}"] = np.array(seen[0], np.int32)
+            for names in experts_inputs(body):
+                top_up(passed.products, passed.tokens, names)
+            found |= _statistics(passed, workspace.model)
             progress.advance()
-        found |= _statistics(stream.advance(), workspace.model)
-        progress.advance()
-    return found
-
-
-def _pass_layer(stream: LayerStream, partial: Partial, workspace: Workspace) -> Statistics:
-    """A layer's moments and ranges; its correlations are written. Its products, which are large, end here."""
-    layer, body = stream.layer, stream.architecture.body(stream.layer)
-    name, passed = workspace.correlations(f"layers.{layer}").name, stream.advance()
-    seen = [[passed.tokens[one] for one in names] for names in experts_inputs(body)]
-    for names in experts_inputs(body):
-        top_up(passed.products, passed.tokens, names)
-    found = _statistics(passed, workspace.model)
-    if seen:
-        found[f"layers.{layer}.experts{TOKENS}"] = np.array(seen[0], np.int32)
-    _write(partial, name, _correlations(passed))
     return found
 
 
@@ -131,14 +135,19 @@ def _statistics(passed: Passed, model: str) -> Statistics:
     return found
 
 
-def _correlations(passed: Passed) -> Statistics:
-    """Of a layer's inputs, with their damping; the products are used up."""
-    found: Statistics = {}
-    for name, products in passed.products.items():
-        found[name] = packed(products)
-        damping = held_out_damping(products, passed.samples[name], passed.tokens[name])
-        found[f"{name}.{DAMPING}"] = np.array(damping)
-    return found
+def _correlating(passed: Passed) -> Iterator[Beside]:
+    """A unit for each of a layer's inputs, the widest first. Its products, which are large, end with it."""
+    for name in sorted(passed.products, key=lambda one: -len(passed.products[one])):
+        yield functools.partial(
+            _correlate, name, passed.products.pop(name), passed.samples.pop(name), passed.tokens[name]
+        )
+
+
+def _correlate(name: str, products: np.ndarray, sample: np.ndarray, tokens: int) -> Statistics:
+    """An input's correlations and their damping."""
+    whole = mirror(np.require(products, requirements="W"))  # what came from elsewhere is read-only
+    found = packed(whole)
+    return {name: found, f"{name}.{DAMPING}": np.array(held_out_damping(whole, sample, tokens))}
 
 
 def _write(partial: Partial, name: str, values: Statistics) -> None:
@@ -156,7 +165,8 @@ def _record(partial: Partial, stream: LayerStream, found: Statistics) -> None:
     cut lost."""
     _write(partial, _statistics_file(stream.layer), found)
     partial.record(stream.states_file(stream.layer), stream.digest)
-    (partial.folder / _statistics_file(stream.layer - 1)).unlink(missing_ok=True)
+    for name in (_statistics_file(stream.layer - 1), stream.states_file(stream.layer - 1)):
+        (partial.folder / name).unlink(missing_ok=True)
 
 
 def _resume(partial: Partial, layers: int, workspace: Workspace) -> tuple[int | None, Statistics]:

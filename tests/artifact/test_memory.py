@@ -29,7 +29,7 @@ def written(folder: Path, layers: int) -> tuple[Exported, int]:
     """Write the q3 artifact of a model with so many layers; return it and the peak of private bytes."""
     config = CASES["llama-untied"].config | WIDTHS | {"num_hidden_layers": layers, "vocab_size": 1024}
     make_bfloat16(folder / "checkpoint", config)
-    process = child(grow, folder / "checkpoint", "q3", folder / "artifact", folder / "log", work._UNIT_BYTES, 2)
+    process = child(grow, folder / "checkpoint", "q3", folder / "artifact", folder / "log", work.UNIT_BYTES, 2)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.is_alive():
         text = ""

@@ -34,12 +34,12 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.journal import Journal
 from pipeline.partial import open_partial
 from pipeline.planning.recipes import PlannedMatrix
-from pipeline.runtime import device
+from pipeline.runtime import device, stream
 from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.layered_writer import LayeredWriter
 from pipeline.runtime.session import OnnxDecoder
-from pipeline.runtime.stream import LayerStream
+from pipeline.stages.calibrate import _correlating
 from pipeline.tasks import divergence, divergence_scores, held_out, humaneval, mmlu, written
 from pipeline.tasks import subject as subjects
 from pipeline.tasks.humaneval import HumanEvalConfig
@@ -202,14 +202,23 @@ def test_windows_of_divergence_are_scored_the_same(workers: Engine, tmp_path: Pa
 def test_statistics_of_calibration_are_the_same(
     exported: Exported, workers: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Sums of two batches, and a layer's correlations, which are made in the next one's run."""
     found = []
     for name, engine in (("here", Here()), ("there", workers)):
         monkeypatch.setattr(device, "chosen", lambda wide, engine=engine: engine)
+        monkeypatch.setattr(stream, "BATCH_TOKENS", 60)
         (tmp_path / name).mkdir()
         slices = DecoderSlices(exported.model, exported.architecture, cache=True)
-        passing = LayerStream(slices, exported.folder, WINDOWS, tmp_path / name)
-        passed = [passing.advance() for _ in range(exported.architecture.layers + 1)]
-        found.append([{**each.products, **each.samples, **each.ranges} for each in passed])
+        passing, passed = (
+            stream.LayerStream(slices, exported.folder, WINDOWS, tmp_path / name),
+            stream.Passed({}, {}, {}, {}),
+        )
+        seen = list[dict[str, np.ndarray]]()
+        while passing.layer <= exported.architecture.layers:
+            passed = passing.advance(_correlating(passed), seen.append)
+            products = {name: total.copy() for name, total in passed.products.items()}
+            seen.append({**products, **{f"{name} x": x for name, x in passed.samples.items()}, **passed.ranges})
+        found.append(seen)
     for here, there in zip(*found, strict=True):
         assert here.keys() == there.keys()
         for name, values in here.items():

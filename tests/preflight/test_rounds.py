@@ -120,10 +120,14 @@ def test_what_a_cluster_brought_smollm2_is_foretold(tmp_path: Path) -> None:
         assert on(quantize.work, Workers(count, 1)) == pytest.approx(measured, rel=0.15)
 
 
-def test_the_head_node_ends_what_workers_bring_calibration(tmp_path: Path) -> None:
-    """Sums of products stay there: about a third of MiMo's stage, so no number of workers is three times as fast."""
+def test_an_input_s_factors_end_what_workers_bring_calibration(tmp_path: Path) -> None:
+    """The widest one's are tried on a core each, and the next layer's are not begun before."""
     found = stages("mimo-8b", tmp_path, Rates(130e9, 2))["calibrate"]
-    assert on(found.work, Workers(1, 2)) / on(found.work, Workers(1000, 2)) < 4
+    (layer,) = found.work
+    widest, *others = layer.units
+    assert widest.count == 1 and all(widest.first > one.first for one in others)
+    assert on(found.work, Workers(1000, 16, **FREE)) == pytest.approx(36 * (layer.alone + widest.first))
+    assert on(found.work, Workers(1, 2)) > 10 * on(found.work, Workers(1000, 2))
 
 
 def test_expected_seconds_have_a_start_and_stages_that_are_not_spread_do_not_wait_for_workers(tmp_path: Path) -> None:

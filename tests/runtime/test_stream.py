@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.graph.slices import DecoderSlices, product_inputs
 from pipeline.quantize.factor import held_out_damping
 from pipeline.runtime import stream as module
-from pipeline.runtime.stream import LayerStream, sampled
+from pipeline.runtime.stream import LayerStream, batch_tokens, mirror, sampled
 from tests.activations import make_decoder, run_whole
 from tests.families import CASES
 from tests.many_cores import with_cores
+from tests.real_configs import architecture_of
 
 WINDOWS = [np.random.default_rng(7).integers(3, 320, length) for length in (80, 80, 40, 1)]
 TOKENS = sum(map(len, WINDOWS))
@@ -41,8 +43,20 @@ def finish(stream: LayerStream) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     while stream.layer <= 3:
         passed = stream.advance()
-        found |= passed.products | passed.ranges
+        found |= {name: mirror(total) for name, total in passed.products.items()} | passed.ranges
     return found
+
+
+def summed(inputs: list[np.ndarray], tokens: int) -> np.ndarray:
+    """Σ x·xᵀ of windows' inputs as numpy adds it up in one panel: whenever so many tokens are together."""
+    total, waiting = np.zeros((inputs[0].shape[1],) * 2, np.float32), list[np.ndarray]()
+    for number, x in enumerate(inputs):
+        waiting.append(x)
+        if sum(map(len, waiting)) >= tokens or number == len(inputs) - 1:
+            together = np.concatenate(waiting)
+            total += together.T @ together
+            waiting.clear()
+    return np.triu(total)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "F32") for name in CASES), ("phi3", "F16")])
@@ -81,11 +95,36 @@ def test_sums_are_those_of_the_whole_graph(name: str, dtype: str, tmp_path: Path
         np.testing.assert_allclose(found[key].diagonal(), want.diagonal(), rtol=1e-4, atol=1e-6 * want.max())
 
 
+@pytest.mark.parametrize("tokens", [1, 100, 2048])
+def test_products_of_batches_are_added_in_their_order(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit those of the windows' own inputs, multiplied and added one batch after another."""
+    monkeypatch.setattr(module, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(module, "SAMPLE_TOKENS", TOKENS)
+    monkeypatch.setattr(module, "sampled", lambda windows: frozenset(range(len(windows))))
+    slices = DecoderSlices(*make_decoder(tmp_path, "qwen2"))
+    assert batch_tokens(slices.architecture) == max(tokens, 107)
+    stream, ends = start(slices, tmp_path), np.cumsum([len(ids) for ids in WINDOWS])[:-1]
+    with threadpool_limits(1, "blas"):
+        while stream.layer <= 3:
+            passed = stream.advance()
+            for name, x in passed.samples.items():
+                want = summed(np.split(x, ends), batch_tokens(slices.architecture))
+                np.testing.assert_array_equal(np.triu(passed.products[name]), want)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("mimo-8b", 3681), ("phi-4", 6006), ("smollm2-135m", 2048)])
+def test_batches_grow_with_the_width(name: str, tokens: int, tmp_path: Path) -> None:
+    """Inputs of so many tokens take no fewer bytes than the triangles that they become."""
+    assert batch_tokens(architecture_of(name, tmp_path)) == tokens
+
+
 def test_panels_and_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one panel; in many, the last shorter; all windows in one product, two in each, and the rest."""
     slices = DecoderSlices(*make_decoder(tmp_path, "qwen2"))
     want = finish(start(slices, tmp_path))
-    monkeypatch.setattr(module, "_PANEL_BYTES", 7 * 4 * 128)
+    monkeypatch.setattr(module, "PANEL_BYTES", 7 * 4 * 128)
     monkeypatch.setattr(module, "BATCH_TOKENS", 100)
     for name, values in finish(start(slices, tmp_path, states="panels")).items():
         assert (values == values.T).all()
@@ -101,7 +140,7 @@ def test_no_digit_depends_on_the_cores(dtype: str, tmp_path: Path) -> None:
             stream, statistics = start(slices, tmp_path, states=str(cores)), dict[str, bytes]()
             while stream.layer <= 3:
                 passed, digest = stream.advance(), stream.digest
-                values = passed.products | passed.ranges
+                values = {name: mirror(total) for name, total in passed.products.items()} | passed.ranges
                 statistics |= {name: value.tobytes() for name, value in values.items()} | {"states": digest.encode()}
                 for name, x in passed.samples.items():
                     damping = held_out_damping(passed.products[name], x, passed.tokens[name])
@@ -157,11 +196,12 @@ def test_states_that_do_not_fit_are_refused(content: bytes | None, tmp_path: Pat
         start(slices, tmp_path, layer=1)
 
 
-def test_two_layers_states_lie_on_the_disk_at_most(tmp_path: Path) -> None:
-    slices = DecoderSlices(*make_decoder(tmp_path, "llama-untied"))
+def test_other_units_come_first_and_once(tmp_path: Path) -> None:
+    """What they give is there before the layer's states are."""
+    slices, seen = DecoderSlices(*make_decoder(tmp_path, "llama-untied")), list[tuple[int, int]]()
     stream = start(slices, tmp_path)
-    for layer in range(3):
-        stream.advance()
-        files = {file.name: file.stat().st_size for file in (tmp_path / "states").iterdir()}
-        assert files == dict.fromkeys(map(LayerStream.states_file, (layer, layer + 1)), TOKENS * 128 * 4)
+    written = tmp_path / "states" / LayerStream.states_file(1)
+    stream.advance((lambda n=n: n for n in range(3)), lambda made: seen.append((made, written.stat().st_size)))
+    assert seen == [(0, 0), (1, 0), (2, 0)]
+    assert written.stat().st_size == TOKENS * 128 * 4
     assert not list(tmp_path.glob("*slice*"))  # nothing of ours stays beside the weights

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from pipeline.graph.slices import DecoderSlices
 from pipeline.preflight.guard import guarded
 from pipeline.runtime.chat import transcript
 from pipeline.runtime.device import Gpu
-from pipeline.runtime.stream import LayerStream
+from pipeline.runtime.stream import LayerStream, Passed, mirror
 from pipeline.stages import calibrate, download, export, sensitivity, validate
 from pipeline.tasks.registry import load_suite
 from pipeline.tasks.unseen import check_unseen, evaluation_texts
@@ -39,13 +40,12 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from pipeline.runtime.stream import LayerStream
 from pipeline.stages import calibrate
-hidden = LayerStream._hidden
-def die(self):
-    for number, values in enumerate(hidden(self)):
-        if self.layer == 2 and number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield values
-LayerStream._hidden = die
+batches = LayerStream._batches
+def die(self, part):
+    yield from batches(self, part)
+    if self.layer == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+LayerStream._batches = die
 calibrate.run({model!r})
 """
 
@@ -66,7 +66,9 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that are measured from now on."""
     layers: list[int] = []
     advance = LayerStream.advance
-    monkeypatch.setattr(LayerStream, "advance", lambda self: (layers.append(self.layer), advance(self))[1])
+    monkeypatch.setattr(
+        LayerStream, "advance", lambda self, *beside: (layers.append(self.layer), advance(self, *beside))[1]
+    )
     return layers
 
 
@@ -76,13 +78,13 @@ def _calibrate(workspace: Workspace) -> dict[str, bytes]:
 
 
 def _stop(workspace: Workspace) -> Path:
-    """Stop the stage before layer 2; the folder it leaves."""
+    """Stop the stage before layer 3, where layer 2 is the next that is not recorded; the folder it leaves."""
     advance = LayerStream.advance
 
-    def stopping(self: LayerStream) -> dict[str, np.ndarray]:
-        if self.layer == 2:
+    def stopping(self: LayerStream, *beside: Any) -> Passed:
+        if self.layer == 3:
             raise KeyboardInterrupt
-        return advance(self)
+        return advance(self, *beside)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LayerStream, "advance", stopping)
@@ -148,6 +150,7 @@ def test_correlations_are_those_of_the_text(workspace: Workspace) -> None:
     stream = LayerStream(slices, folder, input_ids(load_calibration(), folder, store), Path("states"))
     while stream.layer < 3:
         for name, products in stream.advance().products.items():
+            mirror(products)
             found, damping = read_products(workspace, name, moments[name])
             norms = np.sqrt(np.outer(moments[name], moments[name]))
             assert (found == found.T).all() and (found.diagonal() == moments[name]).all()
