@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -86,8 +87,8 @@ _VARIANT = click.argument("variant", callback=_known_variant)
 @cli.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @_MODELS
-@click.option("--workers", "count", type=click.IntRange(min=1), help="Estimate for so many workers, there or not.")
-@click.option("--cores", type=click.IntRange(min=1), help="Of each; default: configs/engine.yaml.")
+@click.option("--workers", "count", type=click.IntRange(1, 1000), help="Estimate for so many workers, there or not.")
+@click.option("--cores", type=click.IntRange(1, 1024), help="Of each; default: configs/engine.yaml.")
 def preflight(models: tuple[str, ...], model: tuple[str, ...], count: int | None, cores: int | None) -> None:
     """Say what memory, disk and time every stage takes, and whether this machine has it; status 1 if not.
 
@@ -484,6 +485,8 @@ def key_id(public_key: Path) -> None:
 
 def main() -> None:
     """Run a command; an expected error is one paragraph on stderr and status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a dash is no reason to lose the figures
     try:
         with disk_full(f"run `{' '.join(['python -m pipeline', *sys.argv[1:]])}`"):
             cli(prog_name="python -m pipeline")
@@ -492,4 +495,10 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        where = "Check this path, and those that the command and PIPELINE_STORE name."
+        click.echo(f"error: {error.filename}: {error.strerror}. {where}", err=True)
         sys.exit(1)

@@ -139,6 +139,30 @@ def test_a_real_process_fails_with_one_paragraph_and_no_traceback(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["vectors", "file/x"], ["schema", "file"]])
+def test_a_path_that_cannot_be_written_is_named_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    process = [sys.executable, "-m", "pipeline", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: file") and "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_dashes_loses_no_figures(project: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    process = [sys.executable, "-m", "pipeline", "plan", "--model", "phi-4", "--tier", "android-12gb"]
+    done = subprocess.run(process, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"android-12gb" in done.stdout
+
+
+@pytest.mark.parametrize("size", [["--workers", "99999999999999999999"], ["--workers", "4", "--cores", "100000000"]])
+def test_a_cluster_beyond_measure_is_refused_at_once(size: list[str], command: Command) -> None:
+    outcome = command("preflight", *size)
+    assert outcome.status == 2 and "is not in the range" in outcome.err
+
+
 # --- misspelt names --------------------------------------------------------------------------------------------------
 
 
@@ -511,8 +535,14 @@ def test_inspect_turns_invalid_documents_into_a_status(signed: tuple[Path, Path]
     outcome = command("inspect", str(signed[0]))
     assert outcome.status == 0, outcome
     assert [line for line in outcome.out.splitlines() if not line.startswith(" ")] == [
-        "bom.cdx.json", "provenance.json", "README.md",
+        "release.json", "bom.cdx.json", "provenance.json", "README.md",
     ]  # fmt: skip
+    release = signed[0] / "content/release.json"
+    whole = release.read_bytes()
+    release.write_bytes(whole[:50])
+    cut = command("inspect", str(signed[0]))
+    assert cut.status == 1 and "release.json\n  INVALID: " in cut.out
+    release.write_bytes(whole)
     (signed[0] / "content/provenance.json").write_text("{}")
     assert command("inspect", str(signed[0])).status == 1
     assert "is no bundle" in paragraph(command("inspect", str(signed[0] / "content")))

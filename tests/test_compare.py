@@ -211,6 +211,15 @@ def test_figures_of_another_artifact_than_lies_there_are_marked(compare: Compare
     assert "another artifact" not in out
 
 
+def test_no_difference_has_no_sign(compare: Compare) -> None:
+    for side in ("q4", "q4_k_m"):
+        metrics = json.loads(WORKSPACE.measurements("q4").read_text())
+        metrics["mmlu"]["accuracy"] -= 1e-9 * (side == "q4_k_m")
+        write_json(WORKSPACE.measurements(side), metrics)
+    _, out, _ = compare("q4", "q4_k_m", "--no-answers")
+    assert "-0.0 " not in out and "-0.000 " not in out
+
+
 # --- sides -----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.calibration import CalibrationConfig
+from pipeline.config.cost import load_cost
 from pipeline.config.models import ModelConfig, PipelineConfig, load_model
 from pipeline.config.phones import TiersConfig
 from pipeline.config.recipes import RecipeConfig, load_recipe
@@ -236,10 +238,26 @@ def test_the_next_key_is_another_one(tmp_path: Path) -> None:
         ("models: [a]\nmodels: [b]\n", "key 'models' is written twice"),
         ("models: [a/../b]\nvariants: [q4]\nsuite: demo", "models.0"),
         ("models: []\nvariants: [q4]\nsuite: demo", "models"),
+        ("models: 9007199254740993", "9007199254740993 is beyond 2 ** 53"),
     ],
 )
 def test_unreadable_files(text: str, part: str, tmp_path: Path) -> None:
     assert part in message_of(PipelineConfig, text, tmp_path)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_no_configuration_takes_what_is_no_number(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "cost.yaml"
+    real = Path("configs/cost.yaml").read_text(encoding="utf-8")
+    path.write_text(re.sub(r"users: \{value: [0-9_]+", "users: {value: " + value, real))
+    with pytest.raises(ConfigError, match=r"users\.value: Input should be a finite number"):
+        load_cost(path)
+
+
+def test_an_error_quotes_little_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"users: Field required;") as failed:
+        load_cost(Path("configs/hybrid.yaml"))
+    assert "got {" not in str(failed.value)
 
 
 def test_a_missing_file_suggests_its_neighbour() -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from pipeline.bundle import bom, card, licence, provenance
 from pipeline.bundle.dossier import Dossier
 from pipeline.bundle.materials import gather
-from pipeline.bundle.release import CONTENT, SMALL, FileEntry, Refusal, Runtime, describe_files
+from pipeline.bundle.release import CONTENT, SMALL, FileEntry, Refusal, Release, Runtime, describe_files, parse
 from pipeline.config.models import load_model, load_pipeline
 from pipeline.config.signing import load_signing
 from pipeline.door.tokenizer import read_notes
@@ -106,7 +106,7 @@ def inspect(bundle: Path) -> int:
         print(f"{bundle}: a refusal, which has no documents")
         return 0
     status = 0
-    for name, (problem_of, facts) in _FACTS.items():
+    for name, (problem_of, facts) in ({Release.file_name: (_release_problem, _release_facts)} | _FACTS).items():
         raw, problem = _read(content / name)
         problem = problem or problem_of(raw)
         status |= problem is not None
@@ -122,6 +122,20 @@ def _read(path: Path) -> tuple[bytes, str | None]:
     if path.stat().st_size > SMALL:
         return b"", f"it has {path.stat().st_size:,} bytes, more than any document of ours"
     return path.read_bytes(), None
+
+
+def _release_problem(raw: bytes) -> str | None:
+    try:
+        parse(Release, raw)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _release_facts(raw: bytes) -> list[str]:
+    found = parse(Release, raw)
+    made = f"{found.model}/{found.variant} release {found.release}, channel {found.channel}"
+    return [f"{made}, made {found.created}, fresh until {found.expires}", f"{len(found.files)} files"]
 
 
 def _bom_facts(raw: bytes) -> list[str]:

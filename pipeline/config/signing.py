@@ -21,7 +21,7 @@ class SigningConfig(Frozen):
     key_id: Literal["development"] | Sha256
     next_key_id: Sha256 | None = None
     release: int = Field(ge=1, description="monotonic release number; a phone refuses a lower one")
-    expires_days: int = Field(gt=0)
+    expires_days: int = Field(gt=0, le=36_500)
     min_app_version: int = Field(ge=0)
     max_app_version: int | None = None
 

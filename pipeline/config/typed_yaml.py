@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
@@ -20,7 +21,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 class Frozen(BaseModel):
     """Base of all configuration: immutable, and unknown keys are errors rather than silently ignored options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     read_by_name: ClassVar[bool] = False  # whether code reads its fields by names that it computes
 
 
@@ -71,8 +72,10 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
+    if error["type"] == "missing":
+        return f"{where}: {message}"
     near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
-    return f"{where}: {message} (got {error['input']!r}{f'; did you mean {near[0]!r}?' if near else ''})"
+    return f"{where}: {message} (got {reprlib.repr(error['input'])}{f'; did you mean {near[0]!r}?' if near else ''})"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
@@ -101,6 +104,17 @@ class _Loader(_SafeLoader):
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is written twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) > _LARGEST:
+        raise yaml.constructor.ConstructorError(None, None, f"{value} is beyond 2 ** 53", node.start_mark)
+    return value
+
+
+_LARGEST = 2**53  # that JSON's readers on phones, and float64 here, hold exactly
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def known_name(name: str, known: Iterable[str], what: str, where: str) -> None:

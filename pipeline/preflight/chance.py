@@ -52,7 +52,7 @@ class Chance:
 
     Attributes:
         passes: share of simulated releases without a loss that pass.
-        blocked: the same for the gates that hold them up, by name, the most frequent first.
+        blocked: the same for the gates that hold them up, by name.
         items: mean number of items asked of a task that is judged at looks; none without one.
     """
 
@@ -62,7 +62,8 @@ class Chance:
 
     def describe(self) -> str:
         """`passes 93 % of the time (held up by perplexity_ratio 4 %, humaneval 3 %), with 820 of mmlu on average`."""
-        held = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.blocked.items() if share >= 0.005)
+        often = sorted(self.blocked.items(), key=lambda pair: -pair[1])
+        held = ", ".join(f"{name} {100 * share:.0f} %" for name, share in often if share >= 0.005)
         asked = "".join(f", with {count:,.0f} items of {name} on average" for name, count in self.items.items())
         return f"passes {100 * self.passes:.0f} % of the time" + (f" (held up by {held})" if held else "") + asked
 
@@ -141,7 +142,7 @@ def simulated(
                 blocked[line.name] = blocked.get(line.name, 0) + 1
         for task, count in items.items():
             asked.setdefault(task, []).append(count)
-    shares = {name: count / draws for name, count in sorted(blocked.items(), key=lambda pair: -pair[1])}
+    shares = {name: count / draws for name, count in blocked.items()}
     return Chance(passed / draws, shares, {task: float(np.mean(counts)) for task, counts in asked.items()})
 
 

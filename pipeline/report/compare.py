@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import EvaluationError
 from pipeline.files import sha256_of
 from pipeline.report import pairs
 from pipeline.report.columns import aligned, wrapped
@@ -42,18 +43,18 @@ class Line:
     format: Format
     ends: Format
     change: Callable[[float, float], float] = lambda first, second: 100 * (second / first - 1)
-    shown: Format = "{:+.1f}".format
+    shown: Format = "{:+z.1f}".format
     unit: str = " %"
 
 
-_POINTS = (lambda first, second: second - first, lambda value: f"{100 * value:+.1f}", " points")
+_POINTS = (lambda first, second: second - first, lambda value: f"{100 * value:+z.1f}", " points")
 _whole, _two, _three = "{:,.0f}".format, "{:.2f}".format, "{:.3f}".format
 _LINES = (
     Line("bytes on disk", "size", "bytes_on_disk", _whole, _whole),
     Line("bits per weight", "size", "bits_per_weight", _two, _two),
     Line("private memory, loaded", "speed", "load_peak_private_bytes", memory, memory),
     Line("private memory, peak", "speed", "peak_private_bytes", memory, memory),
-    Line("mean KL, nats per token", "divergence", "kl_mean", nats, nats, lambda a, b: b - a, "{:+.3f}".format, ""),
+    Line("mean KL, nats per token", "divergence", "kl_mean", nats, nats, lambda a, b: b - a, "{:+z.3f}".format, ""),
     Line("same top token", "divergence", "top1", share, percent, *_POINTS),
     Line(
         "perplexity ratio", "divergence", "perplexity_ratio", _three, _three, lambda a, b: b / a, "× {:.3f}".format, ""
@@ -147,7 +148,13 @@ def _told(folder: Path, prompts: Sequence[str]) -> list[str]:
     """The greedy beginnings of a model's answers: one model is in memory at a time."""
     writer = Writer(folder)
     ask: Callable[[str], str] = writer.chat if template_text(folder) else str
-    written = [writer.continuation(ask(prompt), Limits(_TOKENS), lambda _: False) for prompt in prompts]
+    asked = [ask(prompt) for prompt in prompts]
+    if (longest := max(len(writer.tokenizer.encode(text)) for text in asked)) + _TOKENS > writer.context:
+        raise EvaluationError(
+            f"{folder}: a prompt of {longest:,} tokens and {_TOKENS} of an answer exceed the context of "
+            f"{writer.context:,}. Shorten --prompt, or give --no-answers."
+        )
+    written = [writer.continuation(text, Limits(_TOKENS), lambda _: False) for text in asked]
     return [text.text + " …" * bool(text.cut) for text in written]
 
 

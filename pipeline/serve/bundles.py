@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.bundle.release import CONTENT
+from pipeline.bundle.release import CONTENT, Refusal
 from pipeline.bundle.verify import Report, verify
 from pipeline.errors import BundleError
-from pipeline.workspace import ARTIFACTS, GENAI_CONFIG
+from pipeline.workspace import ARTIFACTS, GENAI_CONFIG, Workspace
+
+
+class Refused(BundleError):
+    """What verifies is a signed refusal: a variant that did not pass, and no model to load."""
 
 
 def verified(bundle: Path, public_keys: Sequence[Path]) -> Report:
@@ -18,6 +22,7 @@ def verified(bundle: Path, public_keys: Sequence[Path]) -> Report:
         public_keys: PEM files, any one of which may have signed; none: those in artifacts/keys, which signed here.
 
     Raises:
+        Refused: it is a signed refusal.
         BundleError: it is no bundle, there is no key, or something is wrong with it.
     """
     if (bundle / GENAI_CONFIG).is_file():
@@ -38,5 +43,8 @@ def verified(bundle: Path, public_keys: Sequence[Path]) -> Report:
     report = verify(bundle, keys, allow_development=True)
     if not report.ok:
         wrong = "; ".join(map(str, report.findings))
+        if report.intact and isinstance(report.document, Refusal):
+            artifact = Workspace(report.document.model).artifact(report.document.variant)
+            raise Refused(f"{bundle} holds no model: {wrong}. To try it all the same: --unverified {artifact}")
         raise BundleError(f"{bundle} does not verify under {' or '.join(report.trusted)}: {wrong}.")
     return report

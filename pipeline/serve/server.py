@@ -15,7 +15,7 @@ from pipeline.bundle.release import CONTENT, Release
 from pipeline.config.hybrid import load_hybrid
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.serve.app import build
-from pipeline.serve.bundles import verified
+from pipeline.serve.bundles import Refused, verified
 from pipeline.serve.engine import Engine
 from pipeline.serve.guard import Door
 from pipeline.serve.hybrid.manager import Manager
@@ -37,7 +37,8 @@ def run(
     """Serve `bundles` at `host`:`port`; `queue` requests may wait. `hybrid`: the policy by which a cloud is asked, too.
 
     Raises:
-        BundleError: one does not verify under `public_keys` (none: those that signed on this machine).
+        BundleError: one does not verify under `public_keys` (none: those that signed on this machine), or all are
+            refusals; beside bundles, a refusal is left out.
         ConfigError: two have one id, `Door.at` refuses the host, or `hybrid` or the key that it names is not there.
         EvaluationError: a tokenizer cannot be loaded.
         ResourceError: the port is taken.
@@ -65,7 +66,13 @@ def sources(bundles: Sequence[Path], public_keys: Sequence[Path], unverified: bo
     for bundle in bundles:
         name, source = bundle.as_posix(), Source(bundle, lambda: None)
         if not unverified:
-            report = verified(bundle, public_keys)
+            try:
+                report = verified(bundle, public_keys)
+            except Refused as error:
+                if bundle == bundles[-1] and not found:
+                    raise
+                click.echo(f"left out: {error}", err=True)
+                continue
             click.echo(report.describe(), err=True)
             assert isinstance(report.document, Release)  # what else verifies is a refusal, which is a finding
             name = f"{report.document.model}/{report.document.variant}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,16 +143,20 @@ def run(
         runtime=f"onnxruntime-genai {genai.__version__}", started=begun.strftime("%Y-%m-%dT%H:%M:%SZ"),
         cold_start_seconds=cold, warm_start_seconds=warm, samples=samples,
     )  # fmt: skip
+    row = summary(found)
     files.write_json(target / Sustained.file_name, found.model_dump(mode="json"))
     files.write_bytes(target / "sustained.png", draw(found))
-    print(f"{target / Sustained.file_name}: {json.dumps(summary(found).model_dump(), indent=2)}")
+    print(f"{target / Sustained.file_name}: {json.dumps(row.model_dump(), indent=2)}")
 
 
 def _trace(text: str | None) -> list[float]:
     try:
-        return [float(one) for one in text.split(",")] if text else []
+        trace = [] if text is None else [float(one) for one in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--celsius {text!a} is no list of temperatures, such as 30,36,43.") from None
+        trace = [math.nan]
+    if not all(map(math.isfinite, trace)):
+        raise ConfigError(f"--celsius {text!a} is no list of temperatures, such as 30,36,43.")
+    return trace
 
 
 def _said(folder: Path) -> dict[str, Any]:

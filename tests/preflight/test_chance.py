@@ -43,6 +43,13 @@ def test_a_suite_of_57_questions_decides_nothing() -> None:
     assert (found.passes, found.blocked["mmlu"], found.items) == (0.0, 1.0, {"mmlu": 57})
 
 
+def test_the_most_frequent_obstacle_is_named_first() -> None:
+    said = chance.Chance(
+        0.5, {"a": 0.1, "b": 0.4, "c": 0.2}, {}
+    ).describe()  # as the store's sorted JSON gives them back
+    assert "held up by b 40 %, c 20 %, a 10 %" in said
+
+
 def test_more_questions_decide_more() -> None:
     found = [
         chance.simulated(

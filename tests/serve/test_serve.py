@@ -21,12 +21,14 @@ import requests
 
 from pipeline.errors import BundleError, ConfigError, ResourceError
 from pipeline.serve import local
+from pipeline.serve.bundles import Refused
 from pipeline.serve.chat import Conversation
 from pipeline.serve.engine import Message, Origin, Piece, Settings, Usage
 from pipeline.serve.guard import TOKEN, Door
 from pipeline.serve.local import Ending, search_options
 from pipeline.serve.model import Chats
 from pipeline.serve.server import listen, sources
+from tests.bundle.conftest import Maker, maker  # noqa: F401
 from tests.conftest import ROOT
 from tests.serve.conftest import (
     CONTEXT,
@@ -468,6 +470,23 @@ def test_the_command_serves_and_ends_an_answer_before_itself(stop: signal.Signal
         _, said = process.communicate(timeout=120)
     assert process.returncode in {0, -stop}
     assert said == b""
+
+
+def test_a_refusal_beside_a_bundle_is_left_out_and_alone_is_an_error(
+    talking: Talking,
+    maker: Maker,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refusal = maker.refusal(tmp_path / "refusal")
+    for order in ([refusal, talking.bundle], [talking.bundle, refusal]):
+        assert list(sources(order, [talking.public_key], unverified=False)) == ["demo/q4"]
+        assert f"left out: {refusal} holds no model: " in capsys.readouterr().err
+    with pytest.raises(Refused, match="--unverified artifacts/demo/variants/q4"):
+        sources([refusal], [talking.public_key], unverified=False)
+    (refusal / "content/more").touch()
+    with pytest.raises(BundleError, match="does not verify"):
+        sources([refusal, talking.bundle], [talking.public_key], unverified=False)
 
 
 def test_a_port_that_is_taken_is_said() -> None:

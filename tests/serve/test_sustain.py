@@ -87,8 +87,13 @@ def test_a_model_is_measured(model_folder: Path, tmp_path: Path, monkeypatch: py
     assert found.warm_start_seconds and sum(one.tokens for one in found.samples) > 3
     assert {one.step for one in found.samples} == {0, 2} and {one.celsius for one in found.samples} == {30.0, 43.0}
     assert (tmp_path / "sustained.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="no list of temperatures"):
-        sustain.run(model_folder, celsius="warm", target=tmp_path, unverified=True)
+    for trace in ("warm", "", "30,nan", "inf"):
+        with pytest.raises(ConfigError, match="no list of temperatures"):
+            sustain.run(model_folder, celsius=trace, target=tmp_path, unverified=True)
+    monkeypatch.setattr(sustained, "WINDOW", 100.0)
+    with pytest.raises(EvaluationError):
+        sustain.run(model_folder, minutes=1 / 600, target=tmp_path / "short", unverified=True)
+    assert not (tmp_path / "short").exists()
 
 
 def test_a_phones_record_becomes_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
