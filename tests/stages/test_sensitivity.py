@@ -32,7 +32,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     tiny.make_store(tmp_path / "store")
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    tiny.edit(CONFIGS / "sensitivity.yaml", texts={"text-c4": 64}, window=32, rows=64)
+    tiny.edit(CONFIGS / "sensitivity.yaml", texts={tiny.CALIBRATION: 64}, window=32, rows=64)
     download.run(tiny.MODEL)
     export.run(tiny.MODEL)
     calibrate.run(tiny.MODEL)
