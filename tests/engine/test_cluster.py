@@ -375,9 +375,13 @@ def test_a_node_gets_what_it_lacks_once(
     assert there.read_text() == "{}"
 
 
-def test_whole_variants_are_made_side_by_side(config: EngineConfig, workers: Engine, head: Path) -> None:
+def test_whole_variants_are_made_side_by_side(
+    config: EngineConfig, workers: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By two commands at a time on one cluster; the second node lacks the model when both begin."""
-    tiny.copy_configs(head)
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.delenv("PIPELINE_STORE", raising=False)
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
     for stage in (download, export_stage, calibrate):
         stage.run(tiny.MODEL)
     variants, expected = ("q4", "q4_k_m"), {}
@@ -386,7 +390,7 @@ def test_whole_variants_are_made_side_by_side(config: EngineConfig, workers: Eng
         artifact = Workspace(tiny.MODEL).artifact(variant)
         expected[variant] = contents(artifact)
         shutil.rmtree(artifact)
-    tiny.edit(head / "configs/engine.yaml", address=config.address)
+    tiny.edit(tmp_path / "configs/engine.yaml", address=config.address)
     command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL]
     environment = os.environ | {"PIPELINE_ENGINE": "ray", "PYTHONPATH": str(ROOT)}
     commands = [
