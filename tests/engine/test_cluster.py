@@ -161,9 +161,9 @@ def always_dying(unit: int) -> None:
 def test_a_unit_that_kills_every_worker_is_an_error(
     config: EngineConfig, workers: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three workers here: each one takes seconds to start."""
-    monkeypatch.setattr(cluster, "_RETRIES", 2)
-    with pytest.raises(ResourceError, match=r"a unit was lost 3 times"):
+    """Two workers here: each one takes seconds to start."""
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    with pytest.raises(ResourceError, match=r"a unit was lost 2 times"):
         cluster.Cluster(config).run(always_dying, [0], lambda *_: None)
 
 
