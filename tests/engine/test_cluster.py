@@ -382,6 +382,7 @@ def test_whole_variants_are_made_side_by_side(
     tiny.make_store(tmp_path / "store")
     monkeypatch.delenv("PIPELINE_STORE", raising=False)
     monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    Path("pipeline").symlink_to(ROOT / "pipeline")  # where a command's workers find it
     for stage in (download, export_stage, calibrate):
         stage.run(tiny.MODEL)
     variants, expected = ("q4", "q4_k_m"), {}
@@ -392,7 +393,7 @@ def test_whole_variants_are_made_side_by_side(
         shutil.rmtree(artifact)
     tiny.edit(tmp_path / "configs/engine.yaml", address=config.address)
     command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL]
-    environment = os.environ | {"PIPELINE_ENGINE": "ray", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PIPELINE_ENGINE": "ray"}
     commands = [
         subprocess.Popen([*command, variant], env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
         for variant in variants
