@@ -11,6 +11,8 @@ ARM64   ?= $(wildcard artifacts/smollm2-135m/variants/*)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY   := $(VENV)/.ready
+# A file's tests share what is made for them, so a file stays on one worker; tests/conftest.py puts long ones first.
+PYTEST  := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 comma   := ,
 empty   :=
 space   := $(empty) $(empty)
@@ -83,14 +85,13 @@ show: $(READY)  ## the table of the last run
 	@python -m pipeline show
 
 check: lint  ## before a commit: ruff, mypy, and the tests that take a minute together
-	mypy
-	python -m pytest -n 2 -m "not slow and not long and not arm64"
+	mypy & $(PYTEST) -m "not slow and not long and not arm64" && wait $$!
 
-test: $(READY)  ## all tests but the long ones
-	python -m pytest -n 2
+test: lint  ## ruff, mypy, and all tests but the long ones
+	mypy & $(PYTEST) && wait $$!
 
 test-long: $(READY)  ## tests that take minutes by nature
-	python -m pytest -n 2 -m long
+	$(PYTEST) -m long
 
 test-ray: $(READY)  ## units of work on two local Ray nodes: the same bytes, also when workers are killed
 	python -m pip install --quiet $(PIP_ARGS) -r requirements-ray.txt -c constraints.txt

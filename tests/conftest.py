@@ -31,12 +31,20 @@ SLOW = (
 """What `make check` leaves to `make test`: whole models, DVC, sandboxes, other languages, loops to be compiled."""
 
 
+FIRST = ("test_dvc", "stages/test_quantize", "stages/", "test_keys", "test_cli", "benchmarks/", "serve/", "door/")
+"""Files that take longest, in the order in which workers begin them: none is left with a long one at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one long chain first: the other workers then have something to do beside it to the end."""
-    for item in items:
-        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+    """Mark what is slow, and put FIRST first."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        if name.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name != "test_dvc.py")
+        return next((place for place, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ LEARN = [f"learn@tiny-{variant}" for variant in tiny.VARIANTS]
 QUANTIZE = [f"quantize@tiny-{variant}" for variant in tiny.VARIANTS]
 BUNDLE = [f"bundle@tiny-{variant}" for variant in tiny.VARIANTS]
 VARIANT_STAGES = ("learn", "quantize", "validate", "verdict", "bundle", "sign")  # in their order
-PATIENCE = 120.0  # seconds that a stage may take before a test gives up on it
+PATIENCE = 600.0  # seconds that a stage may take before a test gives up on it
 METRICS = ("metrics", "speed")  # folders of what DVC compares; git tracks the first
 SLOW_WRITES = """
 import os, time

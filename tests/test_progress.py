@@ -138,7 +138,7 @@ with Progress('quantize mimo_q4', 4, 'tensors', 4_000_000_000) as shown:
 def test_a_bar_on_a_terminal_that_is_gone_at_the_end() -> None:
     written = on_a_terminal(WORK)
     assert "quantize mimo_q4" in written
-    assert "2 of 4 tensors" in written
+    assert re.search("[123] of 4 tensors", written), "what is shown depends on when the terminal's thread runs"
     assert re.search(r"\d+\.\d\d GB/s · \d+ MB private · about \d+ s left", written)
     assert screen("left over\n") == "left over"
     assert screen(written) == ""

@@ -25,6 +25,7 @@ from tests.families import CASES, Case, make_checkpoint
 MODEL = "tiny"
 VARIANTS = ("q4", "q4_k_m", "q3")
 CONTEXT = 8192  # a byte-level tokenizer makes an MMLU question thousands of tokens
+CALIBRATION = "text-multilingual"  # the smallest: a text is tokenized whole, of which windows are taken
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as in the cases' configs
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -126,8 +127,8 @@ def configure(configs: Path, checkpoint: Path) -> None:
         "speed": {"prompt_tokens": [8, 16], "new_tokens": 4, "repeats": 1},
     }
     (configs / "evaluation" / "seconds.yaml").write_text(yaml.safe_dump(suite))
-    (configs / "calibration.yaml").write_text(yaml.safe_dump({"texts": {"text-c4": 256}, "window": 64}))
-    edit(configs / "sensitivity.yaml", rows=64)
+    (configs / "calibration.yaml").write_text(yaml.safe_dump({"texts": {CALIBRATION: 256}, "window": 64}))
+    edit(configs / "sensitivity.yaml", texts={CALIBRATION: 128}, rows=64)
     limits = {variant: IMPOSSIBLE if variant == "q3" else LIMITS for variant in VARIANTS}
     gates = {
         "ratchet": 1.25,

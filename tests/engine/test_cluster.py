@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +41,8 @@ from pipeline.runtime.generate import Writer
 from pipeline.runtime.layered import LayeredDecoder
 from pipeline.runtime.layered_writer import LayeredWriter
 from pipeline.runtime.session import OnnxDecoder
+from pipeline.stages import calibrate, download, quantize
+from pipeline.stages import export as export_stage
 from pipeline.stages.calibrate import _correlating
 from pipeline.tasks import divergence, divergence_scores, held_out, humaneval, mmlu, written
 from pipeline.tasks import subject as subjects
@@ -159,9 +163,9 @@ def always_dying(unit: int) -> None:
 def test_a_unit_that_kills_every_worker_is_an_error(
     config: EngineConfig, workers: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three workers here: each one takes seconds to start."""
-    monkeypatch.setattr(cluster, "_RETRIES", 2)
-    with pytest.raises(ResourceError, match=r"a unit was lost 3 times"):
+    """Two workers here: each one takes seconds to start."""
+    monkeypatch.setattr(cluster, "_RETRIES", 1)
+    with pytest.raises(ResourceError, match=r"a unit was lost 2 times"):
         cluster.Cluster(config).run(always_dying, [0], lambda *_: None)
 
 
@@ -390,12 +394,43 @@ def test_a_node_gets_what_it_lacks_once(
     assert rows == [checkpoint.rows(name).tobytes() for name in names]
 
     monkeypatch.setattr(cluster, "Head", None)  # nothing is fetched again
+    for root, content in ((Path(), "new"), (clone, "old")):  # of another variant, which another command makes
+        write_json(root / "artifacts/first/variants/q3/plan.json", content)
     assert cluster.Cluster(config).workers == 2
     there = clone / "artifacts" / "first" / "export" / "config.json"
     there.write_text("{}")
     assert cluster.Cluster(config).workers == 1
     assert "is refused: artifacts/first/export/config.json" in capsys.readouterr().err
     assert there.read_text() == "{}"
+
+
+def test_whole_variants_are_made_side_by_side(
+    config: EngineConfig, workers: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two commands at a time on one cluster; the second node lacks the model when both begin."""
+    tiny.make_store(tmp_path / "store")
+    monkeypatch.delenv("PIPELINE_STORE", raising=False)
+    monkeypatch.chdir(tiny.copy_configs(tmp_path))
+    Path("pipeline").symlink_to(ROOT / "pipeline")  # where a command's workers find it
+    for stage in (download, export_stage, calibrate):
+        stage.run(tiny.MODEL)
+    variants, expected = ("q4", "q4_k_m"), {}
+    for variant in variants:
+        quantize.run(tiny.MODEL, variant)
+        artifact = Workspace(tiny.MODEL).artifact(variant)
+        expected[variant] = contents(artifact)
+        shutil.rmtree(artifact)
+    tiny.edit(tmp_path / "configs/engine.yaml", address=config.address)
+    command = [sys.executable, "-m", "pipeline", "quantize", tiny.MODEL]
+    environment = os.environ | {"PIPELINE_ENGINE": "ray"}
+    commands = [
+        subprocess.Popen([*command, variant], env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        for variant in variants
+    ]
+    for variant, running in zip(variants, commands, strict=True):
+        said, _ = running.communicate(timeout=300)
+        assert running.returncode == 0 and "2 workers × 1 cores on 2 nodes" in said, said
+        assert contents(Workspace(tiny.MODEL).artifact(variant)) == expected[variant]
 
 
 def test_wrong_bytes_are_refused(
@@ -424,7 +459,7 @@ def test_only_listed_files_are_given(head: Path, monkeypatch: pytest.MonkeyPatch
     names = supply.listed(["first"])
     assert names[0] == "artifacts/first/source.json" and not any(name.startswith("checkpoints") for name in names)
     variants = [name.removeprefix("artifacts/first/variants/") for name in names if "variants" in name]
-    assert variants == ["q3/plan.json", "q4/first.data.0", "q4/plan.json"]
+    assert variants == ["q4/first.data.0", "q4/plan.json"]
     (head / "secret").write_text("s")
     given = supply.Head(str(head), names)
     assert given.read("artifacts/first/source.json", 2) == (head / "artifacts/first/source.json").read_bytes()[2:]

@@ -125,18 +125,18 @@ def test_a_worker_that_sees_a_signing_key_or_not_the_project_refuses(
     for name in (CORES, "NUMBA_NUM_THREADS"):  # as they were, when this test is over
         monkeypatch.setenv(name, "1")
     with pytest.raises(ResourceError, match="has no /nowhere: share that folder, or clone the project"):
-        enter(cluster.Terms("/nowhere", None, 1, ()))
+        enter(cluster.Terms("/nowhere", None, 1, (), ()))
     monkeypatch.setenv("PIPELINE_ROOT", "/elsewhere")
     with pytest.raises(ResourceError, match="has no /elsewhere"):
-        enter(cluster.Terms(str(tmp_path), None, 1, ()))
+        enter(cluster.Terms(str(tmp_path), None, 1, (), ()))
     monkeypatch.delenv("PIPELINE_ROOT")
     monkeypatch.setenv("PIPELINE_SIGNING_KEY_FILE", "key.pem")
     with pytest.raises(ResourceError, match="has PIPELINE_SIGNING_KEY_FILE in its environment"):
-        enter(cluster.Terms(str(tmp_path), None, 1, ()))
+        enter(cluster.Terms(str(tmp_path), None, 1, (), ()))
     with cluster._without_secrets():
-        enter(cluster.Terms(str(tmp_path), None, 1, ()))
+        enter(cluster.Terms(str(tmp_path), None, 1, (), ()))
     with pytest.raises(ResourceError):
-        enter(cluster.Terms(str(tmp_path), None, 1, ()))
+        enter(cluster.Terms(str(tmp_path), None, 1, (), ()))
 
 
 def test_a_worker_uses_the_cores_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,4 +153,4 @@ def test_a_refusal_names_what_differs_first() -> None:
     assert cluster._difference(own, own | {"numpy": "1.0"}) == "numpy 1.0 there, 2.4.6 here"
     other = {"kernel class": "aarch64", "torch": "2"}
     assert cluster._difference(own, other) == "kernel class aarch64 there, x86_64 avx2 here, and 2 more differ"
-    assert cluster.identity(())["kernel class"] == cluster.kernel_class()
+    assert cluster.identity(cluster.Terms("", None, 1, (), ()))["kernel class"] == cluster.kernel_class()

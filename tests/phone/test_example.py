@@ -37,6 +37,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
     """A place of publication behind a web server."""
     (tmp_path / "store").mkdir()
     with serve(tmp_path / "store") as served:
+        served.headers["Connection"] = "close"  # Node ends when its connections do: else 5 seconds after the program
         yield served
 
 

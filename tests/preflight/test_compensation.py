@@ -53,7 +53,7 @@ def test_the_damping_is_foretold_and_then_what_was_chosen() -> None:
 def test_hours_that_compensate_nothing_are_refused_until_the_remedy_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where they are hours: for a model of a billion parameters."""
     text = Path("configs/calibration.yaml")
-    tiny.edit(text, texts={"text-c4": 64})
+    tiny.edit(text, texts={tiny.CALIBRATION: 64})
     guard.before("quantize", tiny.MODEL, "q4")
     monkeypatch.setattr(guard, "HOURS_FROM", 1)
     monkeypatch.setattr(guard, "hopeless", lambda *_: None)

@@ -160,7 +160,7 @@ def test_correlations_are_those_of_the_text(workspace: Workspace) -> None:
 
 def test_other_text_starts_anew(workspace: Workspace, passed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     _stop(workspace)
-    tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 192})
+    tiny.edit(Path("configs/calibration.yaml"), texts={tiny.CALIBRATION: 192})
     passed.clear()
     _calibrate(workspace)
     assert passed == [0, 1, 2, 3]
@@ -172,8 +172,8 @@ def test_conversations_are_calibrated_on_as_the_model_reads_them(
 ) -> None:
     """Windows of a chat begin with the template's text, and their tokens count."""
     store, folder = Store(), workspace.reference(Store())
-    plain = CalibrationConfig(texts={"text-c4": 128}, window=64)
-    both = CalibrationConfig(texts={"text-c4": 128}, chats={"chat-coding": 192}, window=64)
+    plain = CalibrationConfig(texts={tiny.CALIBRATION: 128}, window=64)
+    both = CalibrationConfig(texts={tiny.CALIBRATION: 128}, chats={"chat-coding": 192}, window=64)
     windows, chats = input_ids(plain, folder, store), input_ids(both, folder, store)[2:]
     assert [len(ids) for ids in chats] == [64, 64, 64] and both.tokens == 320
     assert all((a == b).all() for a, b in zip(windows, input_ids(both, folder, store), strict=False))
@@ -193,20 +193,19 @@ def test_a_gpu_goes_on_with_no_other_device_s_work(workspace: Workspace, monkeyp
         assert file.metadata()["key"] != key
 
 
-@pytest.mark.parametrize(
-    "judging", ["text-wiki", "chat-mt-bench", "text-bottle", "text-vietnamese", "mmlu", "humaneval"]
-)
-def test_what_judges_does_not_calibrate(workspace: Workspace, judging: str) -> None:
+def test_what_judges_does_not_calibrate(workspace: Workspace) -> None:
     """A sentence of it in a window is enough."""
     store, folder = Store(), workspace.reference(Store())
     suite = load_suite("seconds")
     texts = dict(evaluation_texts(suite, store))
-    sentence = max(texts[judging][-1].splitlines(), key=len)[:400]
-    windows = input_ids(load_calibration(), folder, store)
+    assert texts.keys() == {"text-wiki", "chat-mt-bench", "text-bottle", "text-vietnamese", "mmlu", "humaneval"}
+    windows, encode = input_ids(load_calibration(), folder, store), encoder(folder)
     check_unseen(windows, folder, suite, store)
-    planted = [*windows, np.array(encoder(folder)(f"Once upon a time. {sentence}"))]
-    with pytest.raises(EvaluationError, match=rf"13-grams with {judging}, which judges"):
-        check_unseen(planted, folder, suite, store)
+    for judging, found in texts.items():
+        sentence = max(found[-1].splitlines(), key=len)[:400]
+        planted = [*windows, np.array(encode(f"Once upon a time. {sentence}"))]
+        with pytest.raises(EvaluationError, match=rf"13-grams with {judging}, which judges"):
+            check_unseen(planted, folder, suite, store)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_no_stage_goes_on_when_the_suite_judges_on_what_was_tuned(
     if stage is not calibrate:
         calibrate.run(tiny.MODEL)
     suite = Path("configs/evaluation/seconds.yaml")
-    tiny.edit(suite, divergence={"prose": {"text-c4": 20}, "window": 65})
-    with pytest.raises(EvaluationError, match=r"13-grams with text-c4, which judges: .* or the suite"):
+    tiny.edit(suite, divergence={"prose": {tiny.CALIBRATION: 20}, "window": 65})
+    with pytest.raises(EvaluationError, match=rf"13-grams with {tiny.CALIBRATION}, which judges: .* or the suite"):
         guarded(stage.__name__.rpartition(".")[2], stage.run, tiny.MODEL, *arguments)
     assert not (workspace.root / output).exists()

@@ -32,7 +32,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     tiny.make_store(tmp_path / "store")
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tiny.copy_configs(tmp_path))
-    tiny.edit(CONFIGS / "sensitivity.yaml", texts={"text-c4": 64}, window=32, rows=64)
+    tiny.edit(CONFIGS / "sensitivity.yaml", texts={tiny.CALIBRATION: 64}, window=32, rows=64)
     download.run(tiny.MODEL)
     export.run(tiny.MODEL)
     calibrate.run(tiny.MODEL)
@@ -73,7 +73,7 @@ def test_every_budget_is_kept_to_the_byte_or_refused(workspace: Workspace) -> No
     architecture = read_architecture(workspace.root / "reference" / "config.json")
     source = onnx.load(workspace.export / MODEL_FILE, load_external_data=False)
     q4 = draft(source, make_plan(architecture, load_recipe("q4")), "stem", 1 << 30).bytes
-    for size in range(q4 - 40_000, q4 + 40_000, 1_777):
+    for size in range(q4 - 40_000, q4 + 40_000, 5_333):
         add_budget(bytes=size)
         planned = plan_recipe(load_recipe("small"), architecture, source, "small", tiny.MODEL)
         assert planned.draft.bytes <= size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.judge import measured
 from pipeline.judge.verdicts import PASS, GateLine, Verdict
-from pipeline.planning.devices import Figure, Way, need, ways
+from pipeline.planning.devices import Figure, Footprint, Way, need, ways
 from pipeline.preflight import footprints
 from pipeline.report import plan
 from pipeline.report.columns import WIDTH
@@ -33,6 +34,21 @@ README = {
     ("phi-4", "q4_k_m"): 8_748_932_280,
     ("phi-4-mini", "q4_k_m"): 2_395_518_631,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _planned_once() -> Iterator[None]:
+    """What is computed rests on shapes and recipes, which no test here changes: each answer plans sixteen models."""
+    computed, kept = footprints.computed, {}
+
+    def once(found: footprints.Known, *key: Any) -> Footprint:
+        if (found.model, *key) not in kept:
+            kept[found.model, *key] = computed(found, *key)
+        return kept[found.model, *key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprints, "computed", once)
+        yield
 
 
 @pytest.fixture
