@@ -209,11 +209,13 @@ def test_budgets_are_solved_once_where_one_plan_answers_both(
     def write(prepared: Any, variant: str, recipe: dict[str, Any]) -> Written:
         size = recipe["budget"][limit]
         asked.append((size, recipe["search"]))
+        assert ("learn" in recipe) == (by == "memory")
         return Written(variant, Path(), *[min(size, 140) - 1] * 2, 4.5, {})
 
     monkeypatch.setattr(ours, "write", write)
     prepared: Any = SimpleNamespace(project=SimpleNamespace(read=lambda name: {"search": "weighted", "head": "w6b64a"}))
-    found = [written.variant for written in budgets(prepared, by, [150, 200, 100, 139, 138, 200])]
+    found = [written.variant for written in budgets(prepared, by, [150, 200, 100, 139, 138, 200, 101])]
+    # 150 has the plan of 200; 139 and 101 are too near to 138 and 100
     assert asked == [(200, "weighted"), (138, "weighted"), (100, "weighted")]
     assert found == [f"{by}_200", f"{by}_138", f"{by}_100"]
 
