@@ -36,7 +36,7 @@ _SEARCHED = ("search", "rotation")  # keys of q4 that say how, not what: a budge
 _PACKED = ("w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8", *LARGER_BLOCKS)
 _BY_MEMORY = {"formats": ["w2b64a8", "w2b128a8", *_PACKED], "tables": list(_PACKED)}
 _NEAR = 0.99
-"""A size less than 1 % above the next smaller one is answered by that one's file, which is learned once."""
+"""A size less than 1 % above the next smaller one is answered by the file for that one, which is learned once."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,13 @@ def budgets(prepared: Prepared, by: By, sizes: Iterable[int]) -> Iterator[Writte
     last: Written | None = None
     ordered = sorted(set(sizes), reverse=True)
     for size, smaller in zip(ordered, [*ordered[1:], 0], strict=True):
-        if smaller < _NEAR * size and (last is None or getattr(last, by) > size):
-            limits = {"bytes": {"bytes": size}, "memory": {"packed": size, **_BY_MEMORY}}
-            recipe = {"title": f"At most {size} bytes ({by})", "version": 1, "budget": limits[by], **searched}
-            recipe |= {"learn": LEARN} if by == "memory" else {}
+        if smaller <= _NEAR * size and (last is None or getattr(last, by) > size):
+            recipe = {"title": f"At most {size} bytes ({by})", "version": 1, **_within(by, size), **searched}
             last = write(prepared, f"{by}_{size}", recipe)
             yield last
+
+
+def _within(by: By, size: int) -> dict[str, Any]:
+    if by == "bytes":
+        return {"budget": {"bytes": size}}
+    return {"budget": {"packed": size, **_BY_MEMORY}, "learn": LEARN}

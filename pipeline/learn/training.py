@@ -196,7 +196,7 @@ def _batches(windows: int, size: int, wanted: Learning, done: int) -> Iterator[n
 @contextmanager
 def _settled() -> Iterator[None]:
     """Torch computing the same bytes every time, on this process's cores. Nothing here reads memory before it writes
-    it, so torch need not fill it first, which took a fifth of a step."""
+    it, so torch need not fill it first, which took an eighth of a step."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = torch.utils.deterministic
     before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()

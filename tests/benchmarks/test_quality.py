@@ -14,7 +14,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.quality import ours, peers_llama, plot
+from benchmarks.quality import ours, peers_llama, plot, subjects
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.compare import excess
 from benchmarks.quality.gguf_file import rotary_order, tokenizer_bytes
@@ -218,6 +218,13 @@ def test_budgets_are_solved_once_where_one_plan_answers_both(
     # 150 has the plan of 200; 139 and 101 are too near to 138 and 100
     assert asked == [(200, "weighted"), (138, "weighted"), (100, "weighted")]
     assert found == [f"{by}_200", f"{by}_138", f"{by}_100"]
+
+
+def test_budgets_choose_among_formats_whose_error_is_measured() -> None:
+    shipped = yaml.safe_load(Path("configs/sensitivity.yaml").read_text("utf-8"))["formats"]
+    assert not set(subjects.LARGER_BLOCKS) & set(shipped)
+    for names in ours._BY_MEMORY.values():
+        assert set(subjects.LARGER_BLOCKS) <= set(names) <= {*shipped, *subjects.LARGER_BLOCKS}
 
 
 def test_every_recipe_of_the_benchmark_can_be_read() -> None:
