@@ -198,7 +198,7 @@ def _settled() -> Iterator[None]:
     """Torch computing the same bytes every time, on this process's cores. Nothing here reads memory before it writes
     it, so torch need not fill it first, which took an eighth of a step."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic  # a module that types do not know
     before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     filling, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
