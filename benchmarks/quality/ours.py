@@ -5,7 +5,7 @@ by name, and budgets at the peers' sizes.
 - The control is q4 with `search: nearest`: ONNX Runtime's default quantizer (the same rounding, see
   tests/benchmarks/test_searches.py) in q4's formats with q4's table, so at the same bytes but for its longer file name.
 - A budget is solved at exactly the bytes of a peer's file, on disk or in memory, with q4's way to search and every
-  other option at its default.
+  other option at its default. What a budget by memory chose is learned as `q4_learned` is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.subjects import Prepared
+from benchmarks.quality.subjects import LARGER_BLOCKS, Prepared
 from pipeline.files import read_json
 
 CONTROLLED, CONTROL = "q4", "q4_nearest"
+LEARN = {"steps": 20}
+"""How far what is learned is learned: two to three minutes of 2 cores a file."""
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "q4": ("q4", {}),
     "q4_k_m": ("q4_k_m", {}),
     "q3": ("q3", {}),
-    "q4_learned": ("q4", {"learn": {"steps": 20}}),
+    "q4_learned": ("q4", {"learn": LEARN}),
     CONTROL: (CONTROLLED, {"search": "nearest"}),
 }
 """What is measured beside the budgets: the shipped recipe, and the keys that replace its own."""
@@ -31,10 +33,10 @@ By = Literal["bytes", "memory"]
 SIZES: tuple[By, ...] = ("bytes", "memory")
 """What files are compared at: bytes on disk, and bytes of memory."""
 _SEARCHED = ("search", "rotation")  # keys of q4 that say how, not what: a budget takes them over
-_PACKED = {  # larger blocks keep less beside their codes in memory
-    "formats": ["w2b64a8", "w2b128a8", "w4b32a8", "w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8"],
-    "tables": ["w4b32a8", "w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8"],
-}
+_PACKED = ("w4b64a8", "w4b128a8", "w6b64a8", "w8b64s8", *LARGER_BLOCKS)
+_BY_MEMORY = {"formats": ["w2b64a8", "w2b128a8", *_PACKED], "tables": list(_PACKED)}
+_NEAR = 0.99
+"""A size less than 1 % above the next smaller one is answered by the file for that one, which is learned once."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,15 @@ def budgets(prepared: Prepared, by: By, sizes: Iterable[int]) -> Iterator[Writte
     base = prepared.project.read(f"recipes/{CONTROLLED}.yaml")
     searched = {key: base[key] for key in _SEARCHED if key in base}
     last: Written | None = None
-    for size in sorted(set(sizes), reverse=True):
-        if last is None or getattr(last, by) > size:
-            budget = {"bytes": size} if by == "bytes" else {"packed": size, **_PACKED}
-            recipe = {"title": f"At most {size} bytes ({by})", "version": 1, "budget": budget, **searched}
+    ordered = sorted(set(sizes), reverse=True)
+    for size, smaller in zip(ordered, [*ordered[1:], 0], strict=True):
+        if smaller <= _NEAR * size and (last is None or getattr(last, by) > size):
+            recipe = {"title": f"At most {size} bytes ({by})", "version": 1, **_within(by, size), **searched}
             last = write(prepared, f"{by}_{size}", recipe)
             yield last
+
+
+def _within(by: By, size: int) -> dict[str, Any]:
+    if by == "bytes":
+        return {"budget": {"bytes": size}}
+    return {"budget": {"packed": size, **_BY_MEMORY}, "learn": LEARN}

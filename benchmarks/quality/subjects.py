@@ -23,6 +23,8 @@ from pipeline.checkpoint.tensors import SINGLE
 from pipeline.files import read_json, sha256_of, write_json
 
 NATIVE = "smollm2-512"
+LARGER_BLOCKS = ("w4b256a8", "w6b128a8")
+"""Formats that keep less beside their codes in memory; budgets by memory choose among these too."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def prepare(project: Project, subject: Subject) -> Prepared:
     if not stamp.exists() or read_json(stamp) != inputs:
         project.run("calibrate", model)
         write_json(stamp, inputs)
+    measured = project.read("sensitivity.yaml")
+    formats = dict.fromkeys([*measured["formats"], *LARGER_BLOCKS])
+    project.write("sensitivity.yaml", measured | {"formats": list(formats)})
     project.run("sensitivity", model)  # keeps by itself what the same inputs gave before
     return prepared
 

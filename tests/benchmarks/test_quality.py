@@ -14,7 +14,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.quality import ours, peers_llama, plot
+from benchmarks.quality import ours, peers_llama, plot, subjects
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.compare import excess
 from benchmarks.quality.gguf_file import rotary_order, tokenizer_bytes
@@ -209,13 +209,22 @@ def test_budgets_are_solved_once_where_one_plan_answers_both(
     def write(prepared: Any, variant: str, recipe: dict[str, Any]) -> Written:
         size = recipe["budget"][limit]
         asked.append((size, recipe["search"]))
+        assert ("learn" in recipe) == (by == "memory")
         return Written(variant, Path(), *[min(size, 140) - 1] * 2, 4.5, {})
 
     monkeypatch.setattr(ours, "write", write)
     prepared: Any = SimpleNamespace(project=SimpleNamespace(read=lambda name: {"search": "weighted", "head": "w6b64a"}))
-    found = [written.variant for written in budgets(prepared, by, [150, 200, 100, 139, 138, 200])]
+    found = [written.variant for written in budgets(prepared, by, [150, 200, 100, 139, 138, 200, 101])]
+    # 150 has the plan of 200; 139 and 101 are too near to 138 and 100
     assert asked == [(200, "weighted"), (138, "weighted"), (100, "weighted")]
     assert found == [f"{by}_200", f"{by}_138", f"{by}_100"]
+
+
+def test_budgets_choose_among_formats_whose_error_is_measured() -> None:
+    shipped = yaml.safe_load(Path("configs/sensitivity.yaml").read_text("utf-8"))["formats"]
+    assert not set(subjects.LARGER_BLOCKS) & set(shipped)
+    for names in ours._BY_MEMORY.values():
+        assert set(subjects.LARGER_BLOCKS) <= set(names) <= {*shipped, *subjects.LARGER_BLOCKS}
 
 
 def test_every_recipe_of_the_benchmark_can_be_read() -> None:

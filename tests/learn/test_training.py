@@ -96,6 +96,19 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_same_values(
     assert all(value.tobytes() == whole.values[name].tobytes() for name, value in found.values.items())
 
 
+def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings() -> tuple[object, ...]:
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), filling, torch.get_num_threads()
+
+    before = settings()
+    monkeypatch.setattr(training, "cores", lambda: before[-1] + 1)
+    with pytest.raises(KeyError), training._settled():
+        assert settings() == (True, False, before[-1] + 1)
+        raise KeyError
+    assert settings() == before
+
+
 def test_products_in_bfloat16_have_the_same_gradients_up_to_their_rounding(exported: Exported) -> None:
     """What a GPU computes with, here on the CPU."""
     found = []
