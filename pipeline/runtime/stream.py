@@ -230,7 +230,7 @@ class LayerStream:
                     products[name][first : first + len(panel), first:] += panel
 
             job = _Part(part, self._weights, self.architecture, channels, sampled(self._windows), where)
-            units: Iterator[_Batch | Beside] = chain(beside, self._batches(part))
+            units: Iterator[Any] = chain(beside, self._batches(part))
             engine_of(where).run(job, units, reduce)
         found.products.update({name: where.get(total) for name, total in products.items()})
         if part.target:
