@@ -20,7 +20,7 @@ from pipeline.files import read_json
 
 CONTROLLED, CONTROL = "q4", "q4_nearest"
 LEARN = {"steps": 20}
-"""How far what is learned is learned: two to three minutes of 2 cores a file."""
+"""How far what is learned is learned: about five minutes of 2 busy cores a file."""
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "q4": ("q4", {}),
     "q4_k_m": ("q4_k_m", {}),
