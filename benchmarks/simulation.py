@@ -282,7 +282,7 @@ def hours(result: Mapping[str, Any]) -> str:
             _who(row), _hours(row["one_by_one_seconds"]), _hours(total),
             " → ".join(path) if row["workers"] > 1 else "all stages: one machine",
         ])  # fmt: skip
-    measured = "as on docs/full-size.md" if result["given"] else "measured just before"
+    measured = "as an earlier run measured it" if result["given"] else "measured just before"
     rate = f"{result['rate'] / 1e9:.0f} GFLOP/s a core in matrix products, {measured}."
     return f"{table(head, rows)}\n\n{rate}"
 

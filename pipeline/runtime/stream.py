@@ -114,7 +114,7 @@ class _Part:
     def _run(self) -> SliceRun:
         return self._where.open(self._part.model, self._given[0])
 
-    def __call__(self, unit: _Batch | Beside) -> Any:
+    def __call__(self, unit: Any) -> Any:
         return self._passed(unit) if isinstance(unit, _Batch) else unit()
 
     def _passed(self, batch: _Batch) -> Iterator[Any]:
@@ -216,7 +216,7 @@ class LayerStream:
         found, digest = _nothing(channels), hashlib.sha256()
         with open(self._states / self.states_file(next_layer), "wb") if part.target else nullcontext() as file:
 
-            def reduce(unit: _Batch | Beside, made: Any) -> None:
+            def reduce(unit: Any, made: Any) -> None:
                 if not isinstance(unit, _Batch):
                     take(made)
                     return
@@ -229,8 +229,8 @@ class LayerStream:
                 for name, first, panel in parts:
                     products[name][first : first + len(panel), first:] += panel
 
-            job = _Part(part, self._weights, self.architecture, channels, sampled(self._windows), where)
             units: Iterator[Any] = chain(beside, self._batches(part))
+            job = _Part(part, self._weights, self.architecture, channels, sampled(self._windows), where)
             engine_of(where).run(job, units, reduce)
         found.products.update({name: where.get(total) for name, total in products.items()})
         if part.target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_other_units_come_first_and_once(tmp_path: Path) -> None:
     slices, seen = DecoderSlices(*make_decoder(tmp_path, "llama-untied")), list[tuple[int, int]]()
     stream = start(slices, tmp_path)
     written = tmp_path / "states" / LayerStream.states_file(1)
-    stream.advance((lambda n=n: n for n in range(3)), lambda made: seen.append((made, written.stat().st_size)))
+    stream.advance((partial(int, n) for n in range(3)), lambda made: seen.append((made, written.stat().st_size)))
     assert seen == [(0, 0), (1, 0), (2, 0)]
     assert written.stat().st_size == TOKENS * 128 * 4
     assert not list(tmp_path.glob("*slice*"))  # nothing of ours stays beside the weights
