@@ -18,7 +18,6 @@ from pipeline.config.models import ModelConfig
 from pipeline.engine import Engine, Here, chosen
 from pipeline.journal import Journal
 from pipeline.progress import Progress
-from pipeline.runtime.device import CPU
 
 if TYPE_CHECKING:
     from pipeline.runtime.generate import Request, Written
@@ -104,7 +103,7 @@ class Subject:
     def engine(self) -> Engine:
         """Who asks it. A GPU is this process's. Of a mixture that runs layer by layer, the bits that an expert gives a
         token depend on who else wakes it: its texts are written together."""
-        here = self.layered and (self.device != CPU.name or self.architecture.experts)
+        here = self.layered and (self.device != "cpu" or self.architecture.experts)
         return Here() if here else chosen(wide=True)
 
     @cached_property

@@ -38,8 +38,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PIPELINE_STORE", str(folder / "store"))
         patch.chdir(tiny.copy_configs(folder))
         tiny.edit(Path("configs/recipes/q4.yaml"), search="nearest")  # leaves something to gain
-        tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 256})  # on which it gains
-        settings(steps=6, tokens=192, rate=5e-3)
+        tiny.edit(Path("configs/calibration.yaml"), texts={"text-c4": 256})
+        settings(steps=6, tokens=192, rate=5e-3, seed=1)  # on which it gains
         for stage in (download, export, calibrate):
             stage.run(tiny.MODEL)
         guarded("learn", learn.run, tiny.MODEL, "q4")
