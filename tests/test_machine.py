@@ -102,6 +102,13 @@ def test_the_product_rate_is_a_rate() -> None:
     assert machine.product_rate() > 1e8
 
 
+@pytest.mark.parametrize(("given", "share"), [("", 1), ("1", 0.25), ("3", 0.75), ("64", 1)])
+def test_who_is_given_fewer_cores_shares_the_machine(given: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(machine.CORES, given)
+    monkeypatch.setattr(machine, "_all_cores", lambda root: 4)
+    assert machine.share() == share
+
+
 def test_nothing_takes_more_cores_than_this_process_may_use() -> None:
     """`os.cpu_count`, which a pool without a number asks too, counts all of the machine: 64 threads on 2 cores."""
     sources = {path: path.read_text(encoding="utf-8") for path in Path("pipeline").rglob("*.py")}

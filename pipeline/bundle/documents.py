@@ -106,7 +106,7 @@ def inspect(bundle: Path) -> int:
         print(f"{bundle}: a refusal, which has no documents")
         return 0
     status = 0
-    for name, (problem_of, facts) in ({Release.file_name: (_release_problem, _release_facts)} | _FACTS).items():
+    for name, (problem_of, facts) in _FACTS.items():
         raw, problem = _read(content / name)
         problem = problem or problem_of(raw)
         status |= problem is not None
@@ -176,6 +176,7 @@ def _card_facts(raw: bytes) -> list[str]:
 
 
 _FACTS: dict[str, tuple[Callable[[bytes], str | None], Callable[[bytes], list[str]]]] = {
+    Release.file_name: (_release_problem, _release_facts),
     bom.FILE: (bom.problem_of, _bom_facts),
     provenance.FILE: (provenance.problem_of, _provenance_facts),
     card.FILE: (card.problem_of, _card_facts),

@@ -70,9 +70,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}"
-    if error["type"] == "missing":
+    if error["type"] in ("value_error", "missing"):
         return f"{where}: {message}"
     near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
     return f"{where}: {message} (got {reprlib.repr(error['input'])}{f'; did you mean {near[0]!r}?' if near else ''})"

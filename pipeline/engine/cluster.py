@@ -169,7 +169,7 @@ class Cluster:
 
     def _accepted(self) -> dict[str, float]:
         """Cores by the id of each node whose workers are as this process; the others are named."""
-        names = listed(self._terms.models)
+        names = listed(self._terms.models, self._terms.variants)
         nodes = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
         seen = self._looked(nodes, names)
         if lacking := [node for node, (why, lacks) in seen.items() if lacks and not why]:

@@ -9,7 +9,6 @@ the bytes, some megabytes at a time.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -24,19 +23,16 @@ from pipeline.workspace import ARTIFACTS, REFERENCE, Workspace
 _PIECE = 64 << 20  # bytes
 # Of a model's folder, what a unit may read.
 _READ = (
-    "source.json", "export/*", f"{REFERENCE}/*", "calibration/*", "variants/*/*", "evaluation/reference/*/*",
+    "source.json", "export/*", f"{REFERENCE}/*", "calibration/*", "evaluation/reference/*/*",
 )  # fmt: skip
 
 
-def listed(models: Iterable[str]) -> list[str]:
-    """The files of this project that a worker may read, relative to it; source locks first."""
-    found = [path for pattern in _READ for model in models for path in sorted((ARTIFACTS / model).glob(pattern))]
-    return [path.as_posix() for path in found if path.is_file() and _is_read(*path.parts[2:])]
-
-
-def _is_read(folder: str, *rest: str) -> bool:
-    """Of variants, what the command names: others may be made meanwhile. No blob's list, which the blob brings."""
-    return (folder != "variants" or rest[0] in sys.argv) and not "".join(rest).endswith(SUFFIX)
+def listed(models: Iterable[str], variants: Iterable[str]) -> list[str]:
+    """The files of this project that a worker may read, relative to it; source locks first. No blob's list of digests,
+    which the blob brings."""
+    patterns = (*_READ, *(f"variants/{name}/*" for name in variants))
+    found = [path for pattern in patterns for model in models for path in sorted((ARTIFACTS / model).glob(pattern))]
+    return [path.as_posix() for path in found if path.is_file() and path.suffix != SUFFIX]
 
 
 class Head:

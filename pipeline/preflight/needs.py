@@ -24,7 +24,7 @@ from pipeline.graph.decoder import activation_bytes
 from pipeline.preflight.rounds import Round, Units, Workers, here, on
 from pipeline.runtime import stream
 from pipeline.runtime.session import memory_needed, widened_bytes
-from pipeline.runtime.side_by_side import fitting_texts, token_bytes, working_bytes
+from pipeline.runtime.side_by_side import fitting_texts, most_threads, token_bytes, working_bytes
 from pipeline.tasks.mmlu import EXAMPLES
 from pipeline.tasks.registry import Suite
 from pipeline.tasks.task import Cost, Task
@@ -405,7 +405,8 @@ def side_by_side_seconds(architecture: Architecture, weight_bytes: int, texts: i
     The disk reads ahead while a layer multiplies: the slower of the two counts.
     """
     disk = weight_bytes / READ_PER_SECOND if weight_bytes > left else 0
-    return max(_product_seconds(architecture, texts + PASS_TOKENS, rates), disk)
+    used = rates.of(min(rates.cores, most_threads(architecture)))
+    return max(_product_seconds(architecture, texts + PASS_TOKENS, used), disk)
 
 
 def validate(

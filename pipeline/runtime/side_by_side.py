@@ -52,9 +52,14 @@ def working_bytes(architecture: Architecture, texts: int) -> int:
     return 4 * layer + activation_bytes(architecture, tokens) + 2 * 4 * architecture.vocab * texts
 
 
-def most_threads(rows: int) -> int:
-    """Of products with fed weights of so many rows and more."""
-    return min(cores(), max(1, rows // _THREAD_ROWS))
+def most_threads(architecture: Architecture) -> int:
+    """That a layer's products may take."""
+    return _threads(min(matrix.rows for matrix in architecture.body(0)))
+
+
+def _threads(rows: int) -> int:
+    """That products with fed weights of so many rows and more may take."""
+    return max(1, rows // _THREAD_ROWS)
 
 
 def _steps(matrix: Matrix, weights: int) -> list[int]:
@@ -112,13 +117,12 @@ class SideBySide:
         self._states, self._embed = str(part.target), open_slice(part.model, graph.parent)
         self._layer, self._last = slices.open_layer(0, vectors=True), slices.layer(architecture.layers)
         self._norm = open_slice(self._last.model, graph.parent)
-        narrowest = min(matrix.rows for matrix in architecture.body(0))
-        self._session = open_graph(self._layer.model, graph.parent, most_threads(narrowest))
+        self._session = open_graph(self._layer.model, graph.parent, min(cores(), most_threads(architecture)))
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         weights = architecture.expected_tensors().keys() & shapes.keys()
         self._wide = {name: np.empty(shapes[name], np.float32) for name in shapes if name in weights}
-        rows = _steps(architecture.head, max(map(np.size, self._wide.values())))[1]
-        self._multiply = open_slice(product(architecture.hidden), graph.parent, most_threads(rows))
+        self._steps = _steps(architecture.head, max(map(np.size, self._wide.values())))
+        self._multiply = open_slice(product(architecture.hidden), graph.parent, min(cores(), _threads(self._steps[1])))
         shape = (max(_ROWS, texts), architecture.kv_heads, tokens, architecture.head_dim)
         # Not np.empty: untouched pages of zeros take no memory, so it grows with the texts.
         layers = range(architecture.layers)
@@ -232,8 +236,8 @@ class SideBySide:
             _, part, run = self._kept[last]
             return run([LOGITS], {part.source: normed})[0][:, 0]
         buffer = max(self._wide.values(), key=np.size).reshape(-1)
-        logits, steps = np.empty((len(normed), matrix.rows), np.float32), _steps(matrix, buffer.size)
-        for start, stop in pairwise(steps):
+        logits = np.empty((len(normed), matrix.rows), np.float32)
+        for start, stop in pairwise(self._steps):
             wide = buffer[: (stop - start) * matrix.columns].reshape(-1, matrix.columns)
             self._widen(matrix.name, wide, start)
             logits[:, start:stop] = self._multiply([LOGITS], {"x": normed[:, 0], "w": wide})[0]

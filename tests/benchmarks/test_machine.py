@@ -39,7 +39,7 @@ def test_the_first_processor_is_described() -> None:
 def test_a_busy_core_is_seen() -> None:
     burning = subprocess.Popen(python("while True: pass"))
     try:
-        assert machine.busy_percent(0.5) > 0
+        assert machine.busy_percent(0.5) > 50 / (os.cpu_count() or 1)  # half of one core
     finally:
         burning.kill()
         burning.wait()

@@ -451,12 +451,11 @@ def test_wrong_bytes_are_refused(
     assert not (clone / "artifacts" / "damaged" / "reference" / "model.safetensors").exists()
 
 
-def test_only_listed_files_are_given(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_listed_files_are_given(head: Path) -> None:
     project("first", "qwen2")
-    monkeypatch.setattr(sys, "argv", ["pipeline", "validate", "first", "q4"])
     for name in ("q4/plan.json", "q4/first.data.0", "q3/plan.json", "q3/first.data.0"):
         write_json(Path("artifacts/first/variants") / name, {})
-    names = supply.listed(["first"])
+    names = supply.listed(["first"], ["q4"])
     assert names[0] == "artifacts/first/source.json" and not any(name.startswith("checkpoints") for name in names)
     variants = [name.removeprefix("artifacts/first/variants/") for name in names if "variants" in name]
     assert variants == ["q4/first.data.0", "q4/plan.json"]

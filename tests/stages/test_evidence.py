@@ -74,8 +74,7 @@ def test_damage_stops_a_stage_and_the_remedy_lets_it_go_on(prepared: Store, name
     assert all(part in str(error.value) for part in parts)
     assert re.match(r"tensor '.*: bytes [\d,]+ to [\d,]+ of ", str(error.value))
     download.run(tiny.MODEL)
-    if name != "parity":  # on whole weights tests/test_dvc.py runs it: Optimum's export takes ten seconds
-        STAGES[name]()
+    STAGES[name]()
 
 
 def test_a_damaged_tokenizer_stops_an_export(prepared: Store) -> None:
